@@ -1,0 +1,425 @@
+"""What the optimizer is given: parameter groups, and learning-rate schedules counted in optimizer steps.
+
+Every schedule is a closed form of the number of optimizer steps already taken, so a resumed run continues exactly, and
+a checkpoint holds plain numbers only. Step `s` below counts from 0: the first optimizer step has `s = 0`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "InverseSquareRootSchedule",
+    "LinearSchedule",
+    "Schedule",
+    "WarmupStableDecaySchedule",
+    "bind_total_steps",
+    "parameter_groups",
+]
+
+_NORM_TYPES = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Splits the trainable parameters into one group that decays and one that does not.
+
+    Norms, biases and every parameter with at most one dimension get `weight_decay = 0`; the others take the optimizer's
+    own default. Shared parameters appear once. The order is that of `module.named_parameters()`.
+
+    Args:
+        module: Whatever is trained. Parameters with `requires_grad=False` are left out.
+
+    Returns:
+        One or two parameter groups, named "decay" and "no_decay"; a group without parameters is left out.
+
+    Raises:
+        ValueError: If nothing in `module` is trainable.
+
+    Examples:
+        >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
+        >>> [(group["name"], len(group["params"])) for group in groups]
+        [('decay', 1), ('no_decay', 3)]
+    """
+    no_decay_ids: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, _NORM_TYPES) or type(child).__name__.endswith("Norm"):
+            no_decay_ids.update(id(parameter) for parameter in child.parameters(recurse=False))
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.rpartition(".")[2].endswith("bias")
+        exempt = is_bias or parameter.ndim <= 1 or id(parameter) in no_decay_ids
+        (no_decay if exempt else decay).append(parameter)
+    groups: list[dict[str, Any]] = []
+    if decay:
+        groups.append({"params": decay, "name": "decay"})
+    if no_decay:
+        groups.append({"params": no_decay, "name": "no_decay", "weight_decay": 0.0})
+    if not groups:
+        raise ValueError(f"module={type(module).__name__} has no trainable parameter: every requires_grad is False")
+    return groups
+
+
+class Schedule(LRScheduler):
+    """A learning rate that is a closed form of the optimizer step: `lr = base_lr * factor(s)`.
+
+    During warmup the factor is `(s + 1) / warmup_steps`, so the first step already learns. Subclasses give `decay(s)`
+    for the steps after it. Settings come from the constructor, never from a checkpoint: a run that is resumed with a
+    longer `total_steps` follows the longer schedule from there on.
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; None: given later by `bind_total_steps`.
+        last_epoch: torch's start index; leave it at -1.
+
+    Raises:
+        ValueError: If `warmup_steps` is negative or more than `total_steps`, or `total_steps` is not positive.
+    """
+
+    needs_total_steps = True
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, last_epoch: int = -1
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        if total_steps is not None:
+            self._check_total(total_steps)
+        super().__init__(optimizer, last_epoch)
+
+    @property
+    def minimum_total_steps(self) -> int:
+        """The shortest run, in optimizer steps, that holds all phases."""
+        return max(self.warmup_steps, 1)
+
+    def _check_total(self, total_steps: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} must be 1 or more")
+        if self.warmup_steps > total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must not be more than total_steps={total_steps} (in optimizer steps)"
+            )
+
+    def decay(self, step: int) -> float:
+        """Factor on the base rate at `step >= warmup_steps`; needs `total_steps` where `needs_total_steps`."""
+        raise NotImplementedError
+
+    def factor(self, step: int) -> float:
+        """Factor on the base rate at optimizer step `step`, counted from 0.
+
+        Raises:
+            ValueError: If the step lies after the warmup, the schedule depends on its end, and the end is not known.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.needs_total_steps and self.total_steps is None:
+            if step == 0:  # the constructor asks for step 0's rate before anybody could bind the total
+                return 1.0
+            raise ValueError(
+                f"total_steps=None: {type(self).__name__} needs the number of optimizer steps of the whole run; "
+                "give total_steps or call bind_total_steps before the first step"
+            )
+        return self.decay(step)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """Learning rate of each parameter group for the coming optimizer step."""
+        factor = self.factor(max(self.last_epoch, 0))
+        return [base * factor for base in self.base_lrs]
+
+    def _apply(self) -> None:
+        rates = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = list(rates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress only, in plain numbers: loadable with `weights_only=True`."""
+        return {
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "base_lrs": list(self.base_lrs),
+            "_last_lr": list(self._last_lr),
+            "total_steps": self.total_steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues after the saved step; the saved `total_steps` counts only where none is known here.
+
+        Args:
+            state_dict: What `state_dict` gave.
+
+        Raises:
+            ValueError: If `state_dict` is not a scheduler's state, or was made for another number of parameter groups.
+        """
+        missing = [key for key in ("last_epoch", "base_lrs") if key not in state_dict]
+        if missing:
+            raise ValueError(
+                f"state_dict lacks {missing}; it is not the state of a schedule: found {sorted(state_dict)}"
+            )
+        if len(state_dict["base_lrs"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"state_dict has base_lrs for {len(state_dict['base_lrs'])} parameter groups, "
+                f"the optimizer has {len(self.optimizer.param_groups)}"
+            )
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
+        self.base_lrs = list(state_dict["base_lrs"])
+        if self.total_steps is None:
+            self.total_steps = state_dict.get("total_steps")
+        self._apply()
+
+
+class ConstantSchedule(Schedule):
+    """Warmup, then the base rate for ever.
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; only checked against `warmup_steps`.
+        last_epoch: torch's start index; leave it at -1.
+    """
+
+    needs_total_steps = False
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, last_epoch: int = -1
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
+
+    def decay(self, step: int) -> float:
+        """Always 1."""
+        return 1.0
+
+
+class _FlooredSchedule(Schedule):
+    """A schedule that falls to `floor` times the base rate."""
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int, total_steps: int | None, floor: float, last_epoch: int
+    ) -> None:
+        if not 0.0 <= floor <= 1.0:
+            raise ValueError(f"floor={floor} must lie between 0 and 1: it is a share of the base learning rate")
+        self.floor = floor
+        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
+
+    def _remaining(self, step: int, start: int) -> float:
+        """Share of the decay from `start` to `total_steps` still ahead of `step`, within [0, 1]."""
+        total_steps = self.total_steps or 0
+        if step >= total_steps:
+            return 0.0
+        return min(1.0, (total_steps - step) / (total_steps - start))
+
+
+class LinearSchedule(_FlooredSchedule):
+    """Warmup, then a straight line down to `floor * base_lr`, reached just after the last step.
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; None: the Trainer's.
+        floor: Share of the base rate at the end, within [0, 1].
+        last_epoch: torch's start index; leave it at -1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        floor: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, total_steps, floor, last_epoch)
+
+    def decay(self, step: int) -> float:
+        """`floor + (1 - floor) * (total - s) / (total - warmup)`."""
+        return self.floor + (1.0 - self.floor) * self._remaining(step, self.warmup_steps)
+
+
+class CosineSchedule(_FlooredSchedule):
+    """Warmup, then half a cosine down to `floor * base_lr` (Loshchilov and Hutter, arXiv:1608.03983, one cycle).
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; None: the Trainer's.
+        floor: Share of the base rate at the end, within [0, 1].
+        last_epoch: torch's start index; leave it at -1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        floor: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, total_steps, floor, last_epoch)
+
+    def decay(self, step: int) -> float:
+        """`floor + (1 - floor) * (1 + cos(pi * (s - warmup) / (total - warmup))) / 2`."""
+        progress = 1.0 - self._remaining(step, self.warmup_steps)
+        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class WarmupStableDecaySchedule(_FlooredSchedule):
+    """Warmup, a plateau at the base rate, and a decay over the last steps (WSD; Hu et al., arXiv:2404.06395).
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; None: the Trainer's.
+        decay_steps: Optimizer steps of the decay; None: `decay_share` of the run.
+        decay_share: Share of the run that decays where `decay_steps` is None, within (0, 1]; at least one step.
+        shape: "linear", "cosine" or "sqrt" (`1 - sqrt(progress)`, Haegele et al., arXiv:2405.18392).
+        floor: Share of the base rate at the end, within [0, 1].
+        last_epoch: torch's start index; leave it at -1.
+
+    Raises:
+        ValueError: If the phases do not fit in `total_steps`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        decay_steps: int | None = None,
+        decay_share: float = 0.1,
+        shape: str = "linear",
+        floor: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        if decay_steps is not None and decay_steps < 0:
+            raise ValueError(f"decay_steps={decay_steps} must be 0 or more")
+        if not 0.0 < decay_share <= 1.0:
+            raise ValueError(f"decay_share={decay_share} must lie within (0, 1]")
+        if decay_steps is None and decay_share == 1.0 and warmup_steps:
+            raise ValueError(f"decay_share=1.0 leaves no room for warmup_steps={warmup_steps}")
+        if shape not in ("linear", "cosine", "sqrt"):
+            raise ValueError(f"shape={shape!r} must be one of 'linear', 'cosine', 'sqrt'")
+        self.decay_steps = decay_steps
+        self.decay_share = decay_share
+        self.shape = shape
+        super().__init__(optimizer, warmup_steps, total_steps, floor, last_epoch)
+
+    @property
+    def minimum_total_steps(self) -> int:
+        """The shortest run, in optimizer steps, that holds all phases."""
+        if self.decay_steps is not None:
+            return max(self.warmup_steps + self.decay_steps, 1)
+        if self.decay_share == 1.0:
+            return 1
+        return max(self.warmup_steps + 1, math.ceil((self.warmup_steps + 0.5) / (1.0 - self.decay_share)))
+
+    def _decay_length(self, total_steps: int) -> int:
+        return self.decay_steps if self.decay_steps is not None else max(1, round(self.decay_share * total_steps))
+
+    def _check_total(self, total_steps: int) -> None:
+        super()._check_total(total_steps)
+        decay_steps = self._decay_length(total_steps)
+        if self.warmup_steps + decay_steps > total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and decay_steps={decay_steps} together must not be more than "
+                f"total_steps={total_steps} (in optimizer steps)"
+            )
+
+    def decay(self, step: int) -> float:
+        """1 on the plateau, then `floor + (1 - floor) * shape(progress)`."""
+        total_steps = self.total_steps or 0
+        start = total_steps - self._decay_length(total_steps)
+        if step < start:
+            return 1.0
+        remaining = self._remaining(step, start)
+        if self.shape == "cosine":
+            remaining = 0.5 * (1.0 + math.cos(math.pi * (1.0 - remaining)))
+        elif self.shape == "sqrt":
+            remaining = 1.0 - math.sqrt(1.0 - remaining)
+        return self.floor + (1.0 - self.floor) * remaining
+
+
+class InverseSquareRootSchedule(Schedule):
+    """Warmup, then `sqrt(timescale / (timescale + s + 1 - warmup_steps))`; it has no end (Vaswani et al., 1706.03762).
+
+    With the default timescale this is `sqrt(warmup_steps / (s + 1))`.
+
+    Args:
+        optimizer: The optimizer whose groups are scheduled.
+        warmup_steps: Optimizer steps of linear warmup.
+        total_steps: Optimizer steps of the whole run; only checked against `warmup_steps`.
+        timescale: Steps after the warmup until the rate has fallen to `1 / sqrt(2)`; None: `warmup_steps`, or 10,000
+            without a warmup.
+        last_epoch: torch's start index; leave it at -1.
+    """
+
+    needs_total_steps = False
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        timescale: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if timescale is not None and timescale < 1:
+            raise ValueError(f"timescale={timescale} must be 1 or more")
+        self.timescale = timescale or warmup_steps or 10_000
+        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
+
+    def decay(self, step: int) -> float:
+        """`sqrt(timescale / (timescale + s + 1 - warmup_steps))`."""
+        return math.sqrt(self.timescale / (self.timescale + step + 1 - self.warmup_steps))
+
+
+def bind_total_steps(scheduler: Any, total_steps: int | float, *, strict: bool = True) -> None:
+    """Tells a schedule the length of the run where its `total_steps` is None, and applies the rate of its current step.
+
+    Schedulers that are not of this module are left alone.
+
+    Args:
+        scheduler: Any learning-rate scheduler.
+        total_steps: Optimizer steps of the whole run; `math.inf` for a run without an end.
+        strict: False lengthens a total that is too short for the phases, for rehearsals such as `fast_dev_run`.
+
+    Raises:
+        ValueError: If the schedule depends on the run's end and there is none, or (strict) its phases do not fit.
+    """
+    if not isinstance(scheduler, Schedule) or scheduler.total_steps is not None:
+        return
+    if not math.isfinite(total_steps) or total_steps < 1:
+        if not scheduler.needs_total_steps:
+            return
+        raise ValueError(
+            f"total_steps={total_steps}: {type(scheduler).__name__} needs a run with an end; "
+            "set the Trainer's max_steps or max_epochs, or the schedule's own total_steps"
+        )
+    total = int(total_steps)
+    if not strict:
+        total = max(total, scheduler.minimum_total_steps)
+    scheduler._check_total(total)
+    scheduler.total_steps = total
+    scheduler._apply()

@@ -1,0 +1,68 @@
+"""Prompts without their padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts with their real tokens first.
+
+    Attributes:
+        ids: `[prompts, longest]` int64, right padded with 0.
+        lengths: `[prompts]` int64, all > 0.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_padded(cls, prompt_ids: Tensor, prompt_mask: Tensor) -> Prompts:
+        """Drops the padding of `[prompts, time]` ids, on whichever side and in whatever holes it is.
+
+        Raises:
+            ValueError: If the shapes differ, there is no prompt, or a prompt has no token.
+        """
+        if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
+            raise ValueError(
+                "prompt_ids and prompt_mask must be [prompts, time] of one shape, got "
+                f"{list(prompt_ids.shape)} and {list(prompt_mask.shape)}."
+            )
+        if prompt_ids.numel() == 0:
+            raise ValueError(f"prompt_ids must hold at least one token, got shape {list(prompt_ids.shape)}.")
+        mask = prompt_mask.bool()
+        lengths = mask.sum(1)
+        if not bool(lengths.all()):
+            empty = (lengths == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"prompt_mask leaves no token in rows {empty}: a prompt needs at least one token, e.g. the "
+                "beginning-of-sequence token."
+            )
+        longest = int(lengths.max())
+        order = (~mask).byte().argsort(dim=1, stable=True)[:, :longest]
+        real = torch.arange(longest, device=prompt_ids.device) < lengths[:, None]
+        return cls(prompt_ids.gather(1, order).long().masked_fill(~real, 0), lengths)
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return self.ids.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.ids.shape[1]
+
+    @property
+    def mask(self) -> Tensor:
+        """`[prompts, longest]` bool, True on tokens of the right-padded `ids`."""
+        return torch.arange(self.longest, device=self.ids.device) < self.lengths[:, None]
+
+    def left_padded(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[prompts, longest]` with the padding in front."""
+        columns = torch.arange(self.longest, device=self.ids.device) - (self.longest - self.lengths[:, None])
+        return self.ids.gather(1, columns.clamp(min=0)), columns >= 0

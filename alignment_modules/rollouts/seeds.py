@@ -1,0 +1,75 @@
+"""Random numbers that belong to a sample, not to its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which `numpy.random.Philox` runs.
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+def sample_uniforms(seed: int, step: int, prompt_indices: Sequence[int], num_samples: int, length: int) -> Tensor:
+    """Draws the uniforms that decide every token of every sample, up front.
+
+    Sample `g` of prompt index `i` gets what numpy's `Generator(Philox(key=key, counter=[0, g, i, 0])).random(length)`
+    gives with `key = SeedSequence((seed, step)).generate_state(2, uint64)`, whatever else is in the batch, so that a
+    rollout can be replayed alone. All rows are computed at once here, because one numpy generator per row costs more
+    than sampling from a small model.
+
+    Args:
+        seed: Base seed, not negative.
+        step: Rollout counter, not negative, e.g. the optimizer step.
+        prompt_indices: Identity of each prompt, not negative. Equal indices give equal uniforms.
+        num_samples: Samples per prompt, `G`.
+        length: Uniforms per sample.
+
+    Returns:
+        `[prompts * num_samples, length]` float64 in [0, 1), row `p * num_samples + g`.
+
+    Raises:
+        ValueError: If a seed, the step or an index is negative.
+
+    >>> alone = sample_uniforms(7, 3, [5], 1, 4)
+    >>> batch = sample_uniforms(7, 3, [9, 5], 2, 6)
+    >>> bool((batch[2, :4] == alone[0]).all())
+    True
+    """
+    for name, value in (("seed", seed), ("step", step), ("prompt_indices", min(prompt_indices, default=0))):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")
+    rows, blocks = len(prompt_indices) * num_samples, -(-length // 4)
+    key = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    counter = [np.zeros((rows, blocks), dtype=np.uint64) for _ in range(4)]
+    counter[0] += np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts before it draws
+    counter[1] += np.tile(np.arange(num_samples, dtype=np.uint64), len(prompt_indices))[:, None]
+    counter[2] += np.repeat(np.asarray(prompt_indices, dtype=np.uint64), num_samples)[:, None]
+    words = np.stack(_philox(counter, key), axis=-1).reshape(rows, blocks * 4)[:, :length]
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _philox(counter: list[np.ndarray], key: np.ndarray) -> list[np.ndarray]:
+    """Ten rounds of Philox4x64 on arrays of counters `[rows, blocks]` under one key of two words."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = int(key[0]), int(key[1])
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint64(key0), low1, high0 ^ c3 ^ np.uint64(key1), low0
+        key0, key1 = (key0 + _WEYL[0]) % 2**64, (key1 + _WEYL[1]) % 2**64
+    return [c0, c1, c2, c3]
+
+
+def _multiply(words: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """High and low 64 bits of a 64 x 64 bit product, from four 32-bit products."""
+    a0, a1 = words & _LOW, words >> _HALF
+    b0, b1 = np.uint64(factor & 0xFFFFFFFF), np.uint64(factor >> 32)
+    middle = a1 * b0 + ((a0 * b0) >> _HALF)
+    carry = (middle & _LOW) + a0 * b1
+    return a1 * b1 + (middle >> _HALF) + (carry >> _HALF), words * np.uint64(factor)

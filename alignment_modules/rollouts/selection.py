@@ -1,0 +1,123 @@
+"""Which decoder a policy gets: a structural test, then one numeric comparison with the model's plain forward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.rollouts.cached_decoder import CachedDecoder
+from alignment_modules.rollouts.decoding import DecoderFactory, RecomputeDecoder, accepts
+from alignment_modules.rollouts.prompts import Prompts
+
+_REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+
+logger = logging.getLogger(__name__)
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], str]] = WeakKeyDictionary()
+
+
+def select_decoder(policy: nn.Module) -> DecoderFactory:
+    """The fastest decoder that is right for a policy.
+
+    The candidates are tried in order: key/value cache through transformers' forward, then recomputation. A candidate
+    that fits the policy's structure has to reproduce the logits of plain forwards on two short random prompts, once
+    per module and float type; a failure is logged with its size and the next candidate is tried.
+
+    Args:
+        policy: Any causal language model.
+
+    Returns:
+        A function that makes the decoder of one rollout.
+    """
+    for factory, reason in ((CachedDecoder, _no_cache(policy)),):
+        if reason is None and _verified(policy, factory):
+            return factory
+    return RecomputeDecoder
+
+
+def _no_cache(policy: nn.Module) -> str | None:
+    """Why a policy has no usable key/value cache; None if it may have one."""
+    config = getattr(policy, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return "not a transformers model"
+    if accepts(policy, "cache", "past_key_values") is None:
+        return "its forward takes no key/value cache"
+    return None
+
+
+def _verified(policy: nn.Module, factory: DecoderFactory) -> bool:
+    parameter = next(policy.parameters(), None)
+    if parameter is None:
+        return False
+    key = (factory, parameter.dtype, parameter.device.type)
+    verdicts = _verdicts.setdefault(policy, {})
+    if key not in verdicts:
+        verdicts[key] = _difference(policy, factory, parameter)
+        name = getattr(factory, "__name__", str(factory))
+        logger.info("rollouts of %s with %s: %s", type(policy).__name__, name, verdicts[key] or "verified")
+    return not verdicts[key]
+
+
+def _difference(policy: nn.Module, factory: DecoderFactory, parameter: Tensor) -> str:
+    """What is wrong with a decoder on a small probe; empty if it agrees with recomputation."""
+    vocabulary = _vocabulary(policy)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, 5), generator=generator).to(parameter.device)
+    tokens = torch.randint(vocabulary, (3, 4), generator=generator).to(parameter.device)
+    prompts = Prompts.from_padded(ids, torch.tensor([[0, 0, 1, 1, 1], [1] * 5], device=ids.device))
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(parameter.dtype, 5e-2)
+    kept = torch.tensor([0, 2, 3], device=ids.device)
+    with _inference_flags(policy):
+        reference = RecomputeDecoder(policy, prompts, 2, 3)
+        try:
+            decoder = factory(policy, prompts, 2, 3)
+            outputs = [(decoder.prefill(), reference.prefill())]
+            for step in range(2):
+                outputs.append((decoder.step(tokens[step]).clone(), reference.step(tokens[step])))
+            decoder.keep(kept)
+            reference.keep(kept)
+            outputs.append((decoder.step(tokens[2, kept]), reference.step(tokens[2, kept])))
+        except _REFUSALS as error:
+            return f"{type(error).__name__}: {error}"
+    for got, wanted in outputs:
+        error_size = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3))
+        if not error_size <= tolerance:
+            return f"logits differ by {error_size:.1e} of their size from a plain forward (allowed {tolerance:.0e})"
+    return ""
+
+
+def _vocabulary(policy: nn.Module) -> int:
+    embedding = policy.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
+
+
+@contextmanager
+def _inference_flags(policy: nn.Module) -> Iterator[None]:
+    """Evaluation flags without touching what `eval()` may be overridden to do; restored on exit."""
+    training = [module for module in policy.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_checkpointing(policy: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing off for a while: older transformers drop the cache under it, even without gradients."""
+    modules = [module for module in policy.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,18 @@
+"""How completions are judged: verifiers, reward models and the user's own functions, combined by `RewardSet`."""
+
+from alignment_modules.rewards.model import SequenceClassifier
+from alignment_modules.rewards.protocol import RewardError, RewardFunction, RewardTable
+from alignment_modules.rewards.reward_set import RewardSet
+from alignment_modules.rewards.verifiers import ExactMatch, NumericAnswer, RegexMatch, SoftOverlong
+
+__all__ = [
+    "ExactMatch",
+    "NumericAnswer",
+    "RegexMatch",
+    "RewardError",
+    "RewardFunction",
+    "RewardSet",
+    "RewardTable",
+    "SequenceClassifier",
+    "SoftOverlong",
+]

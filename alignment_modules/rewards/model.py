@@ -1,0 +1,190 @@
+"""A sequence-classification model as a reward."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignment_modules.rewards.protocol import RewardError
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class SequenceClassifier:
+    """Scores prompt and completion with a model in Hugging Face format (`AutoModelForSequenceClassification`).
+
+    A model with one output gives that number; one with several gives the probability of `label`. If the tokenizer has a
+    chat template, the prompt (text becomes one user message; a list of messages is taken as it is) and the completion
+    (as the assistant's message) go through it; otherwise the texts are joined. Texts that are too long lose their
+    beginning. The model is frozen and in eval mode.
+
+    Args:
+        path: Folder or hub id; weights must be safetensors.
+        label: Index or name of the output to reward, for models with several.
+        prompt_column: The data set's column that holds the prompt as text or messages; None: the `prompts` given.
+        use_chat_template: True: always; False: never; None: if the tokenizer has one.
+        max_length: Longest input in tokens; None: what model and tokenizer allow.
+        batch_size: Completions in one forward pass.
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        name: The name under which the reward is logged; None: the folder's.
+
+    Raises:
+        ValueError: If the folder is missing or holds no tokenizer or no trained classification head, or if `label` does
+            not fit the model.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label: int | str | None = None,
+        prompt_column: str | None = None,
+        use_chat_template: bool | None = None,
+        max_length: int | None = None,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        name: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be 1 or more")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be one of {sorted(_DTYPES)}")
+        self.path = path
+        self.name = name or Path(path).name
+        self.prompt_column = prompt_column
+        self.batch_size = batch_size
+        self.model, self.tokenizer = _load(path, _DTYPES[dtype])
+        self.label = self._label_index(label)
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if use_chat_template and not has_template:
+            raise ValueError(f"use_chat_template=True, but the tokenizer in path={path!r} has no chat template")
+        self.use_chat_template = has_template if use_chat_template is None else use_chat_template
+        self.max_length = self._limit(max_length)
+        self._warned = False
+
+    def to(self, device: torch.device | str) -> SequenceClassifier:
+        """Moves the model.
+
+        Args:
+            device: Where it computes.
+
+        Returns:
+            This object.
+        """
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, completions: list[str], prompts: list[Any] | None = None, **columns: Any) -> list[float]:
+        """Scores each completion.
+
+        Args:
+            completions: N texts.
+            prompts: N prompts, as text or as lists of messages.
+            **columns: The data set's columns, of N entries each.
+
+        Returns:
+            N numbers.
+
+        Raises:
+            RewardError: If there is no prompt.
+        """
+        if self.prompt_column is not None:
+            if self.prompt_column not in columns:
+                found = ", ".join(sorted(columns)) or "none"
+                raise RewardError(f"prompt_column={self.prompt_column!r} is not in the data; found: {found}")
+            prompts = columns[self.prompt_column]
+        if prompts is None:
+            raise RewardError("prompts are needed to score completions")
+        ids = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores = [0.0] * len(ids)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # neighbours of like length waste less padding
+        size = (
+            self.batch_size if self.model.config.pad_token_id is not None else 1
+        )  # without a pad token: unpadded rows
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            for row, score in zip(rows, self._forward([ids[row] for row in rows]), strict=True):
+                scores[row] = score
+        return scores
+
+    def _encode(self, prompt: Any, completion: str) -> list[int]:
+        if self.use_chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            messages.append({"role": "assistant", "content": completion})
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+        else:
+            if not isinstance(prompt, str):
+                prompt = "".join(str(message["content"]) for message in prompt)
+            ids = self.tokenizer(prompt + completion)["input_ids"]
+        if self.max_length is not None and len(ids) > self.max_length:
+            if not self._warned:
+                _log.warning("%s: an input of %d tokens is cut to its last %d", self.name, len(ids), self.max_length)
+                self._warned = True
+            ids = ids[-self.max_length :]
+        return list(ids)
+
+    def _forward(self, ids: list[list[int]]) -> list[float]:
+        device = next(self.model.parameters()).device
+        longest = max(len(row) for row in ids)
+        pad = self.model.config.pad_token_id or 0
+        tokens = torch.full((len(ids), longest), pad, dtype=torch.long)
+        mask = torch.zeros((len(ids), longest), dtype=torch.long)
+        for row, entry in enumerate(ids):
+            tokens[row, : len(entry)] = torch.tensor(entry)
+            mask[row, : len(entry)] = 1
+        logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits.float()
+        scores = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.label]
+        return scores.tolist()
+
+    def _label_index(self, label: int | str | None) -> int:
+        count = self.model.config.num_labels
+        if count == 1:
+            return 0
+        names = {name: index for index, name in self.model.config.id2label.items()}
+        index = names.get(label, -1) if isinstance(label, str) else label
+        if index is None or not 0 <= index < count:
+            raise ValueError(
+                f"label={label!r}: the model in path={self.path!r} has {count} outputs; "
+                f"give one of {list(names)} or its index"
+            )
+        return index
+
+    def _limit(self, max_length: int | None) -> int | None:
+        limits = [max_length, getattr(self.model.config, "max_position_embeddings", None)]
+        if self.tokenizer.model_max_length < 10**9:  # tokenizers without a limit report an astronomical one
+            limits.append(self.tokenizer.model_max_length)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = Path(path).expanduser()
+    is_folder = folder.is_dir()
+    if is_folder and not (folder / "config.json").is_file():
+        raise ValueError(f"path={path!r} holds no config.json: it is not a model in Hugging Face format")
+    source = str(folder) if is_folder else path
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        what = "holds no loadable" if is_folder else "is no folder, and no hub id of a reachable"
+        raise ValueError(f"path={path!r} {what} sequence-classification model: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"]))
+        raise ValueError(f"path={path!r} is not a trained sequence-classification model: it lacks {missing}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path={path!r} holds no loadable tokenizer: {error}") from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval().requires_grad_(False), tokenizer

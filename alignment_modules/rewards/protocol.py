@@ -1,0 +1,46 @@
+"""What a reward is: a callable from completions to one number each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class RewardError(ValueError):
+    """A reward could not be computed; the message names the reward and, where one is to blame, the row."""
+
+
+class RewardFunction(Protocol):
+    """Judges a batch of completions.
+
+    A reward asks for what it needs by the names of its parameters; each is a list with one entry per completion:
+
+    - `completions`: the completions as text;
+    - `prompts`: the prompts as text (or as the data gave them);
+    - `prompt_ids`, `completion_ids`: token ids without padding;
+    - any other name: the data set's column of that name. `**columns` asks for all columns.
+
+    It returns one number per completion. `None` and NaN mean that the reward does not apply to this row.
+    """
+
+    def __call__(self, completions: list[str], **columns: Any) -> Sequence[float | None]:
+        """Returns one number per completion, or None where the reward does not apply."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """The rewards of N completions under F reward functions.
+
+    Attributes:
+        names: The functions' names, in order.
+        values: Raw rewards `[N, F]`, float32, before weighting; NaN where a function does not apply.
+        total: Weighted sum over the functions that apply, `[N]`, float32.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    total: Tensor

@@ -1,0 +1,151 @@
+"""What a policy specification may say, and whether it contradicts itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from alignment_modules.policies.lora import LoraConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+@dataclass
+class PolicyConfig:
+    """Where a causal language model comes from and how it is held. Give exactly one of `path` and `config`.
+
+    Attributes:
+        path: Folder in Hugging Face format, or a hub id. A folder that holds a PEFT adapter is loaded by merging it
+            into its base.
+        config: Architecture of a fresh model: `model_type` (for example `llama`) and any key of that type's
+            configuration. Weights are drawn from the global torch seed. Token ids that are not given are none,
+            whatever the type's own defaults.
+        dtype: "float32", "bfloat16", "float16", "float64", or, with `path`, "auto" for the type that the weights are
+            stored in.
+        attn_implementation: An attention that transformers knows, such as "sdpa" or "eager"; none leaves the choice to
+            transformers.
+        lora: Train low-rank adapters and freeze the rest.
+        quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
+        gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
+            more time.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run model code that comes with `path`. Only for code that you have read.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    lora: LoraConfig | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    gradient_checkpointing: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def from_mapping(values: Mapping[str, Any]) -> PolicyConfig:
+    """Makes a configuration of the mapping that a checkpoint's hyperparameters hold.
+
+    Raises:
+        ValueError: A key is not an option.
+    """
+    known = [f.name for f in fields(PolicyConfig)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"policy has no option {unknown[0]!r}; allowed are {known}.")
+    options = dict(values)
+    if isinstance(options.get("lora"), Mapping):
+        options["lora"] = LoraConfig(**options["lora"])
+    return PolicyConfig(**options)
+
+
+def check_options(policy: PolicyConfig, trainable: bool) -> None:
+    """Refuses values that are out of range and options that contradict each other or would have no effect.
+
+    Args:
+        policy: The specification.
+        trainable: Whether the model is to be trained.
+
+    Raises:
+        ValueError: The message names the option, its value and what is allowed.
+        ImportError: `quantization` without bitsandbytes.
+    """
+    if (policy.path is None) == (policy.config is None):
+        given = "both are" if policy.path is not None else "neither is"
+        raise ValueError(
+            "policy takes exactly one of 'path' (a folder or hub id) and 'config' (a fresh model's architecture); "
+            f"{given} given."
+        )
+    if policy.path is not None and not policy.path.strip():
+        raise ValueError(f"policy.path={policy.path!r} is empty; give a folder in Hugging Face format or a hub id.")
+    if policy.dtype not in DTYPES and not (policy.dtype == "auto" and policy.path is not None):
+        raise ValueError(f"policy.dtype={policy.dtype!r}: allowed are {list(DTYPES)}, and 'auto' together with 'path'.")
+    if policy.quantization is not None:
+        if policy.quantization not in QUANTIZATIONS:
+            raise ValueError(f"policy.quantization={policy.quantization!r}: allowed are {list(QUANTIZATIONS)} or none.")
+        if policy.config is not None:
+            raise ValueError(
+                f"policy.quantization={policy.quantization!r} needs 'path': a fresh model has no trained weights to "
+                "quantize."
+            )
+        if trainable and policy.lora is None:
+            raise ValueError(
+                f"policy.quantization={policy.quantization!r} needs 'lora': quantized weights cannot be trained "
+                "themselves."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError(
+                f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
+            )
+    if policy.lora is not None and not trainable:
+        raise ValueError(
+            "reference.lora: a fresh adapter changes nothing and a reference is never trained; leave 'lora' out."
+        )
+    if policy.config is not None:
+        for name in ("revision", "trust_remote_code"):
+            if getattr(policy, name):
+                raise ValueError(
+                    f"policy.{name}={getattr(policy, name)!r} has no effect with 'config'; it belongs to 'path'."
+                )
+    elif policy.revision is not None and Path(str(policy.path)).expanduser().is_dir():
+        raise ValueError(
+            f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
+            "hub id."
+        )
+
+
+def resolve_folder(path: str, name: str = "path") -> str:
+    """Tells a local folder from a hub id.
+
+    Args:
+        path: Folder (with `~` allowed) or hub id.
+        name: What to call it in an error.
+
+    Returns:
+        The folder with `~` expanded, or the hub id unchanged.
+
+    Raises:
+        ValueError: It can only be a folder, and there is none.
+    """
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        return str(expanded)
+    if (
+        path.count("/") > 1
+        or path.startswith((".", "~", "/"))
+        or path.endswith("/")
+        or "\\" in path
+        or expanded.exists()
+    ):
+        found = "a file, not a folder" if expanded.exists() else "missing"
+        raise ValueError(
+            f"{name}={path!r} is {found} (looked at {expanded.absolute()}). Give a folder in Hugging Face format or a "
+            "hub id."
+        )
+    return path

@@ -1,0 +1,215 @@
+"""Folders that other tools can read: a trained policy with its tokenizer in Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from alignment_modules.policies.lora import has_adapter, merged_state
+
+MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
+
+
+def export_policy(
+    policy: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    lora: Literal["merge", "adapter"] = "merge",
+) -> Path:
+    """Writes the policy to a folder that other tools read.
+
+    It holds safetensors, the configuration, the generation configuration and the tokenizer with its chat template.
+    Everything goes to a temporary folder beside the target, is flushed to disk and takes the target's name at the end,
+    so that a reader never sees half an export and a failure leaves the former one as it was. The live model is not
+    changed. Files that somebody added to the former export are carried over.
+
+    Args:
+        policy: A transformers model, a model with LoRA adapters, or a plain module, which gives `model.safetensors`
+            and a note.
+        directory: The folder; its parents are made. An existing one is replaced if it is empty or an export.
+        tokenizer: A transformers tokenizer to put beside the model. Its end-of-sequence and padding ids go to the
+            generation configuration.
+        lora: For a policy with adapters, "merge" writes a full model, "adapter" the adapters alone beside the base's
+            name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `directory` holds something that is not an export, the adapters cannot be merged, or there are none
+            to write, or their base is not on disk.
+    """
+    policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
+    target = Path(directory).expanduser().resolve()
+    _check_request(policy, target, tokenizer, lora)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        note = _write(policy, temporary, lora)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+            _set_token_ids(temporary, tokenizer)
+        note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
+        _write_json(temporary / MARKER, note)
+        for file in temporary.rglob("*"):
+            _flush(file)
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _check_request(policy: nn.Module, target: Path, tokenizer: Any, lora: str) -> None:
+    if lora not in ("merge", "adapter"):
+        raise ValueError(f"lora={lora!r}: allowed are 'merge' (a full model) and 'adapter' (the adapters alone).")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise ValueError(
+            f"tokenizer of type {type(tokenizer).__name__} cannot be saved; a transformers tokenizer (load_tokenizer) "
+            "is needed."
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"directory={str(target)!r} is a file.")
+    if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
+        raise ValueError(
+            f"directory={str(target)!r} is not empty and not an export ({MARKER} is missing), so it is not replaced. "
+            "Choose another one."
+        )
+    adapters = getattr(policy, "peft_config", None)
+    if lora == "merge":
+        if adapters and not has_adapter(policy):
+            raise ValueError("lora='merge': adapters of this kind cannot be merged; use lora='adapter'.")
+        return
+    if not adapters or not hasattr(policy, "get_base_model"):
+        raise ValueError(f"lora='adapter': the policy {type(policy).__name__} has no adapters; use lora='merge'.")
+    if not _base_path(policy):
+        raise ValueError(
+            "lora='adapter': the base model under these adapters is not on disk (it was built from a config, or had "
+            "an adapter merged into it on "
+            "loading), so nobody could load them. Use lora='merge', or export the base first and train from that "
+            "folder."
+        )
+
+
+def _base_path(policy: Any) -> str:
+    path = policy.peft_config[policy.active_adapter].base_model_name_or_path or ""
+    return os.path.abspath(os.path.expanduser(path)) if os.path.isdir(os.path.expanduser(path)) else path
+
+
+def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:
+    note: dict[str, Any] = {"format": "model", "class": f"{type(policy).__module__}.{type(policy).__qualname__}"}
+    if lora == "adapter":
+        note["format"] = "adapter"
+        policy.save_pretrained(str(folder), selected_adapters=[policy.active_adapter], save_embedding_layers=False)
+        _edit_json(folder / "adapter_config.json", {"base_model_name_or_path": _base_path(policy)})
+    elif has_adapter(policy):
+        note["format"] = "merged"
+        base, state = merged_state(policy)
+        untied = _was_untied(base, state)
+        base.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+        if untied:
+            _edit_json(folder / "config.json", {"tie_word_embeddings": False})
+    elif hasattr(policy, "save_pretrained"):
+        policy.save_pretrained(str(folder))
+    else:
+        from safetensors.torch import save_model
+
+        note["format"] = "module"
+        note["note"] = (
+            "Weights of a plain torch module. Build the module and call safetensors.torch.load_model(module, "
+            "'model.safetensors')."
+        )
+        save_model(policy, str(folder / "model.safetensors"))
+    return note
+
+
+def _was_untied(base: Any, state: dict[str, Tensor]) -> bool:
+    """Whether an adapter on the embedding or the head made two weights out of one."""
+    if not getattr(base.config, "tie_word_embeddings", False):
+        return False
+    ends = [m for m in (base.get_input_embeddings(), base.get_output_embeddings()) if m is not None]
+    names = [name for name, module in base.named_modules() if any(module is end for end in ends)]
+    weights = {state[f"{name}.weight"].data_ptr() for name in names if f"{name}.weight" in state}
+    return len(weights) > 1
+
+
+def _set_token_ids(folder: Path, tokenizer: Any) -> None:
+    """Makes generation stop where this tokenizer ends a text.
+
+    Further end ids of the model stay where they are special tokens of the tokenizer (a chat model often has two);
+    others are left over from another vocabulary. The padding id goes to the generation configuration alone: in
+    config.json it would make the embedding treat that row as untrainable, and it is often the end id.
+    """
+    generation, config = folder / "generation_config.json", folder / "config.json"
+    if not generation.is_file():
+        return
+    former = json.loads(generation.read_text(encoding="utf-8"))
+    special = set(tokenizer.all_special_ids)
+    special |= {
+        i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if getattr(token, "special", False)
+    }
+    ends = former.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    ends = [i for i in ends if i in special and i not in others]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.insert(0, tokenizer.eos_token_id)
+    ids: dict[str, Any] = {
+        "eos_token_id": (ends[0] if len(ends) == 1 else ends) if ends else None,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    if config.is_file() and "text_config" not in json.loads(config.read_text(encoding="utf-8")):
+        _edit_json(config, ids)
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = former.get("pad_token_id") if former.get("pad_token_id") in special else None
+    _edit_json(generation, {**ids, "pad_token_id": pad, "_from_model_config": None})
+
+
+def _edit_json(file: Path, changes: dict[str, Any]) -> None:
+    """Sets keys of a JSON object; None removes one."""
+    values = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    _write_json(file, {key: value for key, value in values.items() if value is not None or key not in changes})
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return _flush(target.parent)
+    if (target / MARKER).is_file():
+        former = set(json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]) | {MARKER}
+        for file in [file for file in target.rglob("*") if file.is_file()]:
+            name = file.relative_to(target)
+            if str(name) not in former and not (temporary / name).exists():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, temporary / name)
+    old = target.parent / f".{target.name}.{os.getpid()}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,340 @@
+"""Policies from a folder, a hub id or a configuration, and their tokenizers.
+
+`transformers` is imported when something is loaded, never by importing this module. Only safetensors are read, and
+code that comes with a model runs only where `trust_remote_code` asks for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignment_modules.policies.config import DTYPES, PolicyConfig, check_options, from_mapping, resolve_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
+
+__all__ = ["LoraConfig", "PolicyConfig", "build_policy", "check_vocabulary", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_PREFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "merges")
+
+
+def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = True) -> nn.Module:
+    """Gives the module that a policy specification describes.
+
+    Args:
+        policy: A folder or hub id, a configuration (a mapping with its fields is accepted too), or a module, which is
+            returned as it is.
+        trainable: Whether the module is to be trained; a quantized model without LoRA is refused then.
+
+    Returns:
+        The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
+        it was).
+
+    Raises:
+        ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
+        ImportError: `quantization` without bitsandbytes.
+    """
+    if isinstance(policy, nn.Module):
+        return policy
+    if isinstance(policy, (str, os.PathLike)):
+        policy = PolicyConfig(path=os.fspath(policy))
+    elif isinstance(policy, Mapping):
+        policy = from_mapping(policy)
+    elif not isinstance(policy, PolicyConfig):
+        raise ValueError(
+            f"policy={policy!r} of type {type(policy).__name__}: allowed are a path, a PolicyConfig or a "
+            "torch.nn.Module."
+        )
+    check_options(policy, trainable)
+    model = _load(policy) if policy.path is not None else _fresh(policy)
+    if policy.gradient_checkpointing:
+        _enable_checkpointing(model)
+    if policy.lora is not None:
+        if policy.config is not None:
+            logger.warning("lora on a fresh model: the adapters are trained on top of random weights that stay frozen.")
+        model = add_lora(model, policy.lora)
+    return model.train()
+
+
+def _load(policy: PolicyConfig) -> nn.Module:
+    path = resolve_folder(str(policy.path), "policy.path")
+    adapter = _adapter_config(path, policy.revision)
+    if adapter is None:
+        return _from_pretrained(path, policy, policy.revision)
+    if policy.quantization is not None:
+        raise ValueError(
+            f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
+            "weights would round it away. "
+            "Load it without quantization, export it merged, and quantize that folder."
+        )
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{path!r} holds an adapter whose adapter_config.json names no base model (base_model_name_or_path)."
+        )
+    try:
+        base = resolve_folder(base, "base_model_name_or_path")
+        model = _from_pretrained(base, policy, adapter.get("revision"))
+    except ValueError as error:
+        raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
+    model = merge_adapter_folder(model, path, policy.revision)
+    # These weights exist nowhere on disk: a later adapter must not claim the unmerged base as its own.
+    model.name_or_path = model.config.name_or_path = ""  # type: ignore[union-attr,assignment]
+    return model
+
+
+def _adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
+    if Path(path).is_dir():
+        file: Path | str | None = Path(path) / "adapter_config.json"
+        if not Path(str(file)).is_file():
+            return None
+    else:
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        try:
+            file = find_adapter_config_file(path, revision=revision)
+        except OSError:  # not on the hub either: loading the model says what is wrong
+            return None
+        if file is None:
+            return None
+    try:
+        return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+
+
+def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> nn.Module:
+    _check_model_folder(path)
+    import transformers
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if policy.attn_implementation is not None:
+        options["attn_implementation"] = policy.attn_implementation
+    if policy.quantization is not None:
+        options["quantization_config"] = _quantization(policy)
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES.get(policy.dtype, "auto"),
+            use_safetensors=True,
+            trust_remote_code=policy.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # transformers raises almost every type here, from OSError to SafetensorError
+        where = (
+            "the folder"
+            if Path(path).is_dir()
+            else f"neither a folder (looked at {Path(path).absolute()}) nor loadable from the hub:"
+        )
+        hint = (
+            " Set policy.trust_remote_code=true to run code that comes with the model."
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        raise ValueError(
+            f"policy.path={path!r}: {where} cannot be loaded as a causal language model.{hint} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    # transformers draws missing weights at random with a warning, and so would train a half-random model.
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if missing:
+        raise ValueError(
+            f"policy.path={path!r}: {len(missing)} weights of {type(model).__name__} are missing or of another shape, "
+            f"first {missing[:3]}."
+        )
+    if report["unexpected_keys"]:
+        logger.warning(
+            "%s holds weights that %s does not use: %s",
+            path,
+            type(model).__name__,
+            sorted(report["unexpected_keys"])[:3],
+        )
+    return model
+
+
+def _check_model_folder(path: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    weights = list(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file():
+        plain = (folder / "alignment_modules.json").is_file()
+        hint = (
+            " It is the export of a plain module: build that module yourself and use safetensors.torch.load_model."
+            if plain
+            else ""
+        )
+        raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {_listing(folder)}.{hint}")
+    if not weights:
+        raise ValueError(
+            f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
+            f"{_listing(folder)}."
+        )
+
+
+def _listing(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return names if len(names) <= 12 else [*names[:12], f"and {len(names) - 12} more"]
+
+
+def _quantization(policy: PolicyConfig) -> Any:
+    import transformers
+
+    if policy.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    compute = DTYPES.get(policy.dtype, torch.bfloat16)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _fresh(policy: PolicyConfig) -> nn.Module:
+    import transformers
+
+    config = _architecture(dict(policy.config or {}))
+    options = {} if policy.attn_implementation is None else {"attn_implementation": policy.attn_implementation}
+    try:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[policy.dtype], **options)
+    except Exception as error:  # whatever the architecture makes of impossible sizes
+        raise ValueError(
+            f"policy.config={policy.config!r} cannot be built as a causal language model ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+
+
+def _architecture(options: dict[str, Any]) -> Any:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = options.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
+        hint = f" Close to it: {close}." if close else " Examples: 'llama', 'qwen3', 'gpt2'."
+        raise ValueError(
+            f"policy.config.model_type={model_type!r} is not a model type that transformers "
+            f"{transformers.__version__} knows.{hint}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        options.setdefault(name, None)  # a type's default ids belong to somebody else's vocabulary
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **options)
+        default = transformers.AutoConfig.for_model(model_type)
+    except Exception as error:  # strict configurations raise errors of their own, others divide by zero
+        raise ValueError(f"policy.config for model_type={model_type!r} is not valid: {error}") from error
+    # A configuration keeps any key it is given; one that its type does not know would have no effect.
+    unknown = [key for key in options if key in vars(config) and not hasattr(default, key)]
+    if unknown:
+        known = sorted(key for key in {*vars(default), *type(default).attribute_map} if not key.startswith("_"))
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else f" Allowed are {known}."
+        raise ValueError(
+            f"policy.config has {unknown[0]!r}={options[unknown[0]]!r}, which model_type={model_type!r} does not "
+            f"know.{hint}"
+        )
+    return config
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+        model, "gradient_checkpointing_enable", None
+    )
+    try:
+        if enable is None:
+            raise ValueError("it has no switch for it")
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"policy.gradient_checkpointing=True: {type(model).__name__} does not support it ({error})."
+        ) from error
+    disable: Any = getattr(model, "disable_input_require_grads", None)
+    if disable is not None:
+        disable()  # only the reentrant variant needs gradients of the embedding's output
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Loads the tokenizer of a model folder or hub id.
+
+    A folder with an adapter and no tokenizer gives its base model's.
+
+    Args:
+        path: Folder or hub id.
+        trust_remote_code: Run tokenizer code that comes with `path`.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerBase`.
+
+    Raises:
+        ValueError: The folder is missing or holds no tokenizer, or the tokenizer cannot be read.
+    """
+    folder = resolve_folder(os.fspath(path), "tokenizer")
+    if Path(folder).is_dir() and not any(
+        e.name.startswith(TOKENIZER_PREFIXES) or e.suffix in (".model", ".tiktoken") for e in Path(folder).iterdir()
+    ):
+        adapter = _adapter_config(folder, None)
+        if adapter is not None and adapter.get("base_model_name_or_path"):
+            return load_tokenizer(adapter["base_model_name_or_path"], trust_remote_code=trust_remote_code)
+        raise ValueError(
+            f"tokenizer={path!r}: the folder holds no tokenizer (such as tokenizer.json); it holds "
+            f"{_listing(Path(folder))}."
+        )
+    import transformers
+
+    try:
+        options = {"revision": revision} if revision else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        size = len(tokenizer)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        where = (
+            "the folder's tokenizer"
+            if Path(folder).is_dir()
+            else f"neither a folder (looked at {Path(folder).absolute()}) nor on the hub: it"
+        )
+        raise ValueError(f"tokenizer={path!r}: {where} cannot be loaded. ({type(error).__name__}: {error})") from error
+    if size == 0:
+        raise ValueError(f"tokenizer={path!r} has an empty vocabulary.")
+    return tokenizer
+
+
+def check_vocabulary(policy: nn.Module, tokenizer: Any) -> None:
+    """Makes sure that the policy has an embedding for every id that the tokenizer can give.
+
+    A policy with more rows than the tokenizer has tokens is fine (vocabularies are often padded). A plain module that
+    tells no size (no `get_input_embeddings`, no `config.vocab_size`) is not checked.
+
+    Args:
+        policy: The model.
+        tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length.
+
+    Raises:
+        ValueError: The largest id does not fit; the message names both sizes.
+    """
+    rows = _embedding_rows(policy)
+    if rows is None:
+        return
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
+    if needed > rows:
+        raise ValueError(
+            f"The tokenizer has {needed} ids (largest {needed - 1}) but the policy {type(policy).__name__} has "
+            f"embeddings for {rows}. "
+            "Use the tokenizer that belongs to the model, or give a fresh model vocab_size >= the tokenizer's size."
+        )
+
+
+def _embedding_rows(policy: nn.Module) -> int | None:
+    try:
+        embedding = policy.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.weight.shape[0])
+    except (AttributeError, NotImplementedError, TypeError):
+        rows = getattr(getattr(policy, "config", None), "vocab_size", None)
+        return rows if isinstance(rows, int) else None

@@ -1,0 +1,178 @@
+"""Frozen references: what the policy is compared with, and the modes in which both are compared."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.policies.config import DTYPES, PolicyConfig
+from alignment_modules.policies.load import build_policy
+from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
+
+
+def build_reference(reference: str | PolicyConfig | nn.Module | None, policy: nn.Module) -> nn.Module | None:
+    """Gives the frozen model that a policy is held against.
+
+    Call it before the first step, and before a checkpoint is restored into the policy.
+
+    Args:
+        reference: A folder or hub id (loaded in the policy's dtype), a configuration, or a module of yours, which is
+            frozen *in place* (eval mode, no gradients). None is the policy as it stands: a deep copy that shares
+            nothing with it, or, where the policy carries fresh adapters on a frozen base, nothing at all, since
+            switching them off gives the same model. An adapter that was trained before is not switched off but copied
+            with its model.
+        policy: The policy, built.
+
+    Returns:
+        The reference in eval mode, no parameter of it requiring a gradient; or None where it is the policy with its
+        adapters off.
+
+    Raises:
+        ValueError: The reference is the policy itself or shares a weight with it, or cannot be built.
+    """
+    if reference is None:
+        if has_adapter(policy) and adapter_is_identity(policy):
+            return None
+        return _freeze(copy.deepcopy(policy))
+    if isinstance(reference, (str, os.PathLike)):
+        names: dict[torch.dtype | None, str] = {dtype: name for name, dtype in DTYPES.items()}
+        reference = PolicyConfig(path=os.fspath(reference), dtype=names.get(_dtype(policy), "float32"))
+    module = build_policy(reference, trainable=False)
+    ours = {id(parameter) for parameter in policy.parameters()}
+    shared = [name for name, parameter in module.named_parameters() if id(parameter) in ours]
+    if module is policy or shared:
+        raise ValueError(
+            f"reference shares {shared[0] if shared else 'everything'!r} with the policy, so that freezing it would "
+            "freeze the policy. "
+            "Give another module, or leave reference out for a frozen copy of the policy."
+        )
+    return _freeze(module)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _freeze(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return module.eval()
+
+
+@contextmanager
+def reference_mode(policy: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """Runs a block that scores with the reference, without gradients and in eval mode.
+
+    Where the reference is the policy without its adapters, they are off within the block.
+
+    Args:
+        policy: The policy.
+        reference: What `build_reference` gave.
+
+    Yields:
+        The module to score with. On leaving, also by an exception, every submodule's training flag and every
+        parameter's `requires_grad` are as they were.
+
+    Raises:
+        ValueError: `reference` is None and the policy has no adapters to switch off.
+    """
+    module = policy if reference is None else reference
+    if reference is None and not has_adapter(policy):
+        raise ValueError(
+            "reference=None stands for the policy with its adapters off, but the policy has none; use build_reference."
+        )
+    modes = [(child, child.training) for child in module.modules()]
+    switch = adapter_off(policy) if reference is None else nullcontext()
+    try:
+        with torch.no_grad(), switch:
+            module.eval()
+            yield module
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def disable_dropout(policy: nn.Module) -> None:
+    """Makes log-probabilities a function of weights and tokens alone (eval mode), and keeps the policy trainable.
+
+    transformers checkpoints a layer's activations only while that layer is in training mode. Such layers keep their
+    own flag (their submodules do not), and drop it while they compute, since some read it for a dropout of their own.
+    Call it again after `policy.train()`.
+
+    Args:
+        policy: Any module; gradients flow as before.
+    """
+    policy.eval()
+    layers = _checkpointed(policy)
+    for layer in layers:
+        run = layer._gradient_checkpointing_func
+        if not (isinstance(run, functools.partial) and run.func is _checkpoint_in_eval):
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint_in_eval, layer, run)
+        layer.training = True
+
+
+def _checkpointed(policy: nn.Module) -> list[Any]:
+    """Lists the modules that recompute themselves.
+
+    These are transformers' layers, or, in models with code of their own, whatever carries the switch.
+    """
+    flagged = [
+        m
+        for m in policy.modules()
+        if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
+    ]
+    if not flagged or "transformers" not in sys.modules:
+        return []
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in flagged if isinstance(m, GradientCheckpointingLayer)] or flagged
+
+
+def _checkpoint_in_eval(
+    layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if any(child.training for child in layer.children()):  # the policy is back in training mode
+        return checkpoint(function, *args, **kwargs)
+
+    def in_eval(*inputs: Any, **options: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*inputs, **options)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval, *args, **kwargs)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """An exact hash of a module's weights and persistent buffers.
+
+    It depends on names, types, shapes and bytes, and not on the device, the order of registration or the memory
+    layout. One tensor is in host memory at a time.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        64 hexadecimal digits (BLAKE2b, 256 bits).
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):
+            digest.update(f"{name}|{value!r}|".encode())
+            continue
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""What both measured processes share: options, the step clock, the profile, and the JSON they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+METHODS = ("sft", "dpo", "grpo")
+MARK = "RESULT "  # begins the line of standard output that holds the result
+
+
+def arguments(description: str, variants: dict[str, Sequence[str]]) -> argparse.ArgumentParser:
+    """The options of a measured process; `variants` lists each method's variants, the default first."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    names = "; ".join(f"{method}: {', '.join(names)}" for method, names in variants.items())
+    parser.add_argument("--variant", default="default", help=names)
+    parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps")
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the measured ones")
+    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--beta", type=float, default=0.0, help="GRPO's KL coefficient")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare numbers, not speed: GRPO gets fixed completions; the gradient norm of every step is reported",
+    )
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="print the costliest ROWS operators")
+    return parser
+
+
+def peak_rss() -> float:
+    """Largest resident memory of this process so far, MB (1e6 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class StepClock:
+    """Time at the end of every optimizer step; a step's time runs from the end of the one before.
+
+    Loading and moving the batch, logging and everything else that the trainer does between two steps is inside.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def start(self) -> None:
+        """The clock starts just before the first step."""
+        self.times.append(time.perf_counter())
+
+    def tick(self) -> None:
+        """An optimizer step is over."""
+        self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each step so far."""
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+class Profile:
+    """`torch.profiler` around the steps after the warm-up; does nothing when `rows` is 0."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.profiler: Any = None
+
+    def start(self) -> None:
+        """Begin to record."""
+        if self.rows:
+            from torch.profiler import ProfilerActivity, profile
+
+            self.profiler = profile(activities=[ProfilerActivity.CPU])
+            self.profiler.start()
+
+    def stop(self) -> list[dict[str, Any]]:
+        """The costliest operators by their own time: name, calls, seconds and share of all operators' time."""
+        if self.profiler is None:
+            return []
+        self.profiler.stop()
+        events = self.profiler.key_averages()
+        total = sum(event.self_cpu_time_total for event in events)
+        top = sorted(events, key=lambda event: -event.self_cpu_time_total)[: self.rows]
+        return [
+            {
+                "operator": event.key,
+                "calls": event.count,
+                "seconds": round(event.self_cpu_time_total / 1e6, 4),
+                "share": round(event.self_cpu_time_total / total, 4),
+            }
+            for event in top
+        ]
+
+
+def report(
+    options: argparse.Namespace,
+    *,
+    library: str,
+    clock: StepClock,
+    tokens: Sequence[int],
+    losses: Sequence[float],
+    baseline_mb: float,
+    profile: Sequence[dict[str, Any]] = (),
+    **extra: Any,
+) -> None:
+    """Print one line of JSON: the result of this process.
+
+    Args:
+        options: the parsed options.
+        library: "trl" or "ours".
+        clock: has ticked once per optimizer step.
+        tokens: real tokens of each optimizer step, warm-up included.
+        losses: loss of each optimizer step, warm-up included.
+        baseline_mb: peak memory after the imports, before anything was loaded, MB.
+        profile: what `Profile.stop` gave.
+        extra: anything else that the comparison should see.
+
+    Raises:
+        RuntimeError: the number of steps, token counts and losses differ.
+    """
+    seconds = clock.seconds
+    if not len(seconds) == len(tokens) == len(losses) == options.warmup + options.steps:
+        raise RuntimeError(f"{len(seconds)} steps timed, {len(tokens)} token counts, {len(losses)} losses")
+    measured = seconds[options.warmup :]
+    result = {
+        "library": library,
+        "method": options.method,
+        "variant": options.variant,
+        "beta": options.beta,
+        "seconds_per_step": sum(measured) / len(measured),
+        "seconds_median": statistics.median(measured),
+        "tokens_per_second": sum(tokens[options.warmup :]) / sum(measured),
+        "peak_mb": peak_rss(),
+        "baseline_mb": baseline_mb,
+        "seconds": [round(value, 4) for value in seconds],
+        "tokens": list(tokens),
+        "losses": list(losses),
+        "profile": list(profile),
+        **extra,
+    }
+    print(MARK + json.dumps(result), flush=True)
+
+
+def rows_folder(options: argparse.Namespace) -> Path:
+    """The workload's folder; written by another process if it is not there, so that this one's memory stays its own."""
+    if not (Path(options.folder) / "workload.json").exists():
+        script = Path(__file__).with_name("workload.py")
+        subprocess.run([sys.executable, script, options.folder], check=True, stdout=subprocess.DEVNULL)
+    return Path(options.folder)

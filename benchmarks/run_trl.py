@@ -1,0 +1,176 @@
+"""One measured TRL training run: `run_trl.py sft|dpo|grpo --variant V`. Prints one line of JSON.
+
+Variants, beside `default` (TRL's own settings: gradient checkpointing on):
+
+- `no_checkpointing`: gradient checkpointing off;
+- `padding_free`, `packing` (SFT): and TRL's own ways not to compute padding; packing changes the batches, so its losses
+  cannot be compared;
+- `precomputed` (DPO): no checkpointing, reference log-probabilities computed before the first step.
+
+What is set away from TRL's defaults: bf16 off and the CPU, constant learning rate, rows in file order, no saving.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import measure
+import torch
+import workload
+
+VARIANTS = {
+    "sft": ("default", "no_checkpointing", "padding_free", "packing"),
+    "dpo": ("default", "no_checkpointing", "precomputed"),
+    "grpo": ("default", "no_checkpointing"),
+}
+PACKED_ROWS = 2  # packed rows of 1024 tokens per step: about as many tokens as 8 rows unpacked
+
+
+def config_values(options: Any) -> dict[str, Any]:
+    """Keywords of the trainer's config that are the same for all methods."""
+    from workload import ADAM, BATCH, LEARNING_RATE, MAX_GRAD_NORM, SEED
+
+    values = {
+        "output_dir": f"{options.folder}/trl",
+        "max_steps": options.warmup + options.steps,
+        "per_device_train_batch_size": BATCH[options.method],
+        "learning_rate": LEARNING_RATE[options.method],
+        "lr_scheduler_type": "constant",
+        "adam_beta1": ADAM["betas"][0],
+        "adam_beta2": ADAM["betas"][1],
+        "adam_epsilon": ADAM["eps"],
+        "weight_decay": ADAM["weight_decay"],
+        "max_grad_norm": MAX_GRAD_NORM,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": SEED,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    if options.check:
+        values["logging_steps"] = 1
+    if options.variant != "default":
+        values["gradient_checkpointing"] = False
+    return values
+
+
+def measured(base: type) -> type:
+    """The trainer class, with each step's unrounded loss and token count kept, and the clock stopped after it."""
+
+    class Measured(base):  # type: ignore[misc]
+        """Keeps what `measure.report` wants."""
+
+        def prepare_measurement(self, options: Any, clock: measure.StepClock, profile: measure.Profile) -> None:
+            """Hand over the clock."""
+            from transformers import TrainerCallback
+
+            self.losses: list[torch.Tensor] = []
+            self.tokens: list[int] = []
+            self.completion_tokens: list[int] = []
+
+            class Callback(TrainerCallback):
+                """Ticks at the end of every optimizer step."""
+
+                def on_train_begin(self, *_: Any, **__: Any) -> None:
+                    clock.start()
+
+                def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                    clock.tick()
+                    if state.global_step == options.warmup:
+                        profile.start()
+
+            self.add_callback(Callback())
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """The trainer's own loss; what it was given is counted."""
+            if "completion_mask" in inputs and "prompt_mask" in inputs:
+                completions = int(inputs["completion_mask"].sum())
+                self.completion_tokens.append(completions)
+                self.tokens.append(completions + int(inputs["prompt_mask"].sum()))
+            elif "attention_mask" in inputs:
+                self.tokens.append(int(inputs["attention_mask"].sum()))
+            else:
+                self.tokens.append(inputs["input_ids"].numel())
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            self.losses.append(loss.detach())
+            return loss
+
+    return Measured
+
+
+def build(options: Any, folder: Any) -> Any:
+    """The trainer of a method and variant, as TRL's documentation builds it."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    values = config_values(options)
+    steps = values["max_steps"]
+    rows = workload.load_rows(folder, options.method, workload.STEPS if options.variant == "packing" else steps)
+    data = Dataset.from_list(rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    common = {"model": str(folder / "model"), "train_dataset": data, "processing_class": tokenizer}
+    if options.method == "sft":
+        values["train_sampling_strategy"] = "sequential"
+        if options.variant == "padding_free":
+            values |= {"padding_free": True, "max_length": None}
+        if options.variant == "packing":
+            values |= {"packing": True, "max_length": 1024, "per_device_train_batch_size": PACKED_ROWS}
+        return measured(trl.SFTTrainer)(args=trl.SFTConfig(**values), **common)
+    if options.method == "dpo":
+        values |= {"train_sampling_strategy": "sequential", "beta": workload.DPO_BETA}
+        values["precompute_ref_log_probs"] = options.variant == "precomputed"
+        return measured(trl.DPOTrainer)(args=trl.DPOConfig(**values), **common)
+    values["per_device_train_batch_size"] *= workload.GROUP
+    values |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
+    values |= {"beta": options.beta, "shuffle_dataset": False}
+    if options.check:
+        common["rollout_func"] = fixed_rollout
+    return measured(trl.GRPOTrainer)(args=trl.GRPOConfig(**values), reward_funcs=workload.even_words, **common)
+
+
+def fixed_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """The workload's completions of this step, in place of sampled ones."""
+    ids = trainer.processing_class(text=prompts)["input_ids"]
+    completions = workload.fixed_completions(trainer.state.global_step)
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+def main() -> None:
+    """Run, measure, print."""
+    options = measure.arguments(__doc__ or "", VARIANTS).parse_args()
+    if options.variant not in VARIANTS[options.method]:
+        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(VARIANTS[options.method])}")
+    torch.set_num_threads(options.threads)
+    folder = measure.rows_folder(options)
+    import trl  # noqa: F401  (the baseline of memory is that of the imports)
+
+    baseline = measure.peak_rss()
+    clock, profile = measure.StepClock(), measure.Profile(options.profile)
+    began = time.perf_counter()
+    trainer = build(options, folder)
+    setup = time.perf_counter() - began
+    trainer.prepare_measurement(options, clock, profile)
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    measure.report(
+        options,
+        library="trl",
+        clock=clock,
+        tokens=trainer.tokens,
+        losses=[loss.item() for loss in trainer.losses],
+        baseline_mb=baseline,
+        profile=profile.stop(),
+        grad_norms=logged if options.check else [],
+        completion_tokens=trainer.completion_tokens,
+        setup_seconds=setup,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -35,3 +35,54 @@ def tiny_llama():
 def tiny_llama_config():
     """The dictionary that `PolicyConfig(config=...)` takes for the same model."""
     return dict(TINY_LLAMA)
+
+
+@pytest.fixture
+def train():
+    """Fits a module on a list of batches without files or bars; returns the Trainer."""
+    import lightning as L
+
+    def fit(module, batches, **options):
+        settings = {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        }
+        trainer = L.Trainer(**(settings | options))
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        return trainer
+
+    return fit
+
+
+@pytest.fixture
+def update(train):
+    """The change of every trainable weight by one SGD step of rate 1 over the given micro-batches: minus the gradient."""
+    import copy
+
+    def change(make_module, batches, **options):
+        module = make_module(optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+        before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        if module.automatic_optimization:
+            options.setdefault("accumulate_grad_batches", len(batches))
+        train(module, copy.deepcopy(batches), **options)
+        return {name: p.detach() - before[name] for name, p in module.named_parameters() if p.requires_grad}
+
+    return change
+
+
+@pytest.fixture
+def assert_same():
+    """Compares two dictionaries of tensors to a tolerance, and that they are not all zero."""
+
+    def compare(first, second, tolerance=1e-5):
+        assert first.keys() == second.keys()
+        assert max(float(value.abs().max()) for value in first.values()) > 10 * tolerance
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+    return compare

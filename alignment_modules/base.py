@@ -1,0 +1,248 @@
+"""AlignmentModule: what every paradigm shares: optimizer, exact normalisation, logging, checkpoints and export.
+
+A paradigm says what its objective is (`objective(batch) -> Objective`: a sum, its weight, statistics). This base makes
+the gradient of one optimizer step equal to the gradient of `sum(total) / sum(weight)` over all micro-batches and ranks:
+the totals are backpropagated as they are, and the gradients divided once, just before clipping, by the weight added up
+over the window. How a step is split therefore does not change it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from alignment_modules.checkpointing import CheckpointContract
+from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
+from alignment_modules.objective import Meters, Objective, Statistic
+from alignment_modules.optimization import bind_total_steps, parameter_groups
+from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
+from alignment_modules.policies.reference import disable_dropout
+
+# Constructor arguments that may be objects: a checkpoint read with weights_only=True could not hold them.
+_OBJECTS = ["policy", "reference", "optimizer", "lr_scheduler", "tokenizer", "evaluation", "rewards"]
+
+
+class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
+    """Common base of all paradigms.
+
+    Args:
+        policy: What is trained: a folder or hub id, a `PolicyConfig`, or any `nn.Module` that maps `input_ids`
+            [batch, time] to logits [batch, time, vocabulary] (a tensor, or an object with `.logits`).
+        optimizer: Called with parameter groups; biases, norms and other vectors get no weight decay.
+        lr_scheduler: Called with the optimizer; stepped once an optimizer step. The schedules of
+            `alignment_modules.optimization` fill in the run's total number of optimizer steps themselves.
+        tokenizer: A tokenizer, or the folder of one. None: the tokenizer of the Trainer's datamodule. Needed only to
+            generate, to call rewards and to export.
+        evaluation: How `test` and `predict` generate and judge.
+    """
+
+    paradigm: ClassVar[str] = "base"
+    compares_log_probs: ClassVar[bool] = False
+    """Whether log-probabilities of two models are compared, so that dropout must be off."""
+
+    def __init__(
+        self,
+        *,
+        policy: str | PolicyConfig | nn.Module,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tokenizer: str | object | None = None,
+        evaluation: EvaluationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() is not None else _OBJECTS)
+        self.policy = build_policy(policy)
+        self.reference: nn.Module | None = None
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.evaluation = evaluation or EvaluationConfig()
+        self._train_meters, self._eval_meters = Meters(), Meters()
+        self._window_weight: Tensor | float = 0.0
+        self._window_tokens: Tensor | float = 0.0
+        self._num_tokens: Tensor | float = 0.0
+        self._stepped = False
+
+    # What a paradigm or a user's subclass overrides
+
+    def objective(self, batch: dict[str, Any]) -> Objective:
+        """The objective of one micro-batch: total, weight and statistics."""
+        raise TypeError(f"{type(self).__name__} does not define objective(batch)")
+
+    def describe(self) -> dict[str, str]:
+        """What is printed at the start of `fit`: the resolved objective, line by line."""
+        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)}
+
+    def extra_metrics(self, batch: dict[str, Any], objective: Objective) -> dict[str, Statistic]:
+        """More statistics to log for one micro-batch."""
+        return {}
+
+    def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+        """How much one batch holds: `tokens` (without padding), `samples` and `padding`."""
+        masks = [value for key, value in batch.items() if key.endswith("mask") and isinstance(value, Tensor)]
+        if not masks:
+            masks = [torch.ones_like(batch["input_ids"])]
+        tokens = torch.stack([mask.sum() for mask in masks]).sum()
+        return {"tokens": tokens, "samples": len(masks[0]), "padding": sum(m.numel() for m in masks) - tokens}
+
+    # Lightning
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [batch, time, vocabulary] of the policy."""
+        output = self.policy(input_ids) if attention_mask is None else self.policy(input_ids, attention_mask)
+        return output if isinstance(output, Tensor) else output.logits
+
+    def setup(self, stage: str) -> None:
+        """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy."""
+        if self.tokenizer is None:
+            self.tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if self.tokenizer is not None:
+            check_vocabulary(self.policy, self.tokenizer)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
+        optimizer = self.make_optimizer(parameter_groups(self))  # type: ignore[arg-type]
+        if self.make_lr_scheduler is None:
+            return optimizer
+        scheduler = self.make_lr_scheduler(optimizer)
+        bind_total_steps(scheduler, self.total_optimizer_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def total_optimizer_steps(self) -> int | float:
+        """Optimizer steps of the whole run; infinite where neither epochs nor steps are bounded."""
+        return self.trainer.estimated_stepping_batches
+
+    def train(self, mode: bool = True) -> "AlignmentModule":
+        """Training mode, but for the reference, which stays in eval mode for ever, and dropout where it must be off."""
+        super().train(mode)
+        if getattr(self, "reference", None) is not None:
+            self.reference.eval()  # type: ignore[union-attr]
+        if mode and self.compares_log_probs:
+            disable_dropout(self.policy)
+        return self
+
+    def on_fit_start(self) -> None:
+        """Sets modes and prints the resolved objective."""
+        self.train()
+        width = max(map(len, lines := self.describe()))
+        rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Returns the summed objective; the gradients are normalised before the optimizer step."""
+        return self.record(batch).total
+
+    def record(self, batch: dict[str, Any]) -> Objective:
+        """Evaluates the objective of a micro-batch and adds its weight and statistics to the current window."""
+        objective = self.objective(batch)
+        self._window_weight = self._window_weight + objective.weight
+        self._train_meters.update(objective.statistics | self.extra_metrics(batch, objective))
+        if self.automatic_optimization:
+            self._window_tokens = self._window_tokens + self.count_tokens(batch)["tokens"]
+        return objective
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adds a batch to the validation means, which do not depend on the batch size."""
+        objective = self.objective(batch)
+        self._eval_meters.update(objective.statistics | self.extra_metrics(batch, objective))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by the weight of the whole window. Lightning clips after this, on unscaled gradients."""
+        window = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32)
+                              for v in (self._window_weight, self._window_tokens)])
+        weight, tokens = self.reduce(window, "sum").unbind()
+        # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
+        windows = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
+        scale = torch.where(weight > 0, windows * self.trainer.world_size / weight.clamp(min=1e-30), 0.0)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        norm = self.clip(gradients)
+        if self.logging_due:
+            norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
+            self._train_meters.update({"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)})
+            self._train_meters.update({"learning_rate": Statistic(torch.tensor(optimizer.param_groups[0]["lr"]))})
+        self._num_tokens = self._num_tokens + tokens
+        self._window_weight = self._window_tokens = 0.0
+        self._stepped = True
+
+    def clip(self, gradients: list[Tensor]) -> Tensor | None:
+        """Clips normalised, unscaled gradients where the module does so itself; returns their norm before that."""
+        return None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs when an optimizer step was taken and the Trainer's logging interval says so."""
+        self.log_step()
+
+    def log_step(self) -> None:
+        """Logs the means since the last logged step, at the optimizer step just taken."""
+        if not self._stepped:
+            return
+        self._stepped = False
+        if not self._is_logged(self.global_step):
+            return
+        values = self._train_meters.compute(self.reduce)
+        values["num_tokens"] = float(self._num_tokens)
+        self._train_meters.reset()
+        self.publish(values, "train")
+
+    @property
+    def logging_due(self) -> bool:
+        """Whether the optimizer step now being built will be logged: costly statistics are computed only then."""
+        return self._is_logged(self.global_step + 1)
+
+    def _is_logged(self, step: int) -> bool:
+        interval = self.trainer.log_every_n_steps or 0
+        return interval > 0 and (step == 1 or step % interval == 0)
+
+    def publish(self, values: Mapping[str, float], stage: Literal["train", "val", "test"]) -> None:
+        """Sends numbers to progress bar, callbacks and loggers, at the optimizer step as the horizontal axis."""
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
+        outside_fit = stage == "test" or not self.trainer.training and self.trainer.state.fn == "validate"
+        for name, value in named.items():
+            self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, rank_zero_only=False)
+        if not outside_fit and not self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(named, step=self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        """Publishes the validation means."""
+        self._publish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Publishes the test means."""
+        self._publish_evaluation("test")
+
+    def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
+        values = self._eval_meters.compute(self.reduce)
+        self._eval_meters.reset()
+        self.publish(values, stage)
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """Combines a tensor over all ranks: "sum", "min" or "max"."""
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op=how)
+
+    def all_gather_ragged(self, values: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order, whatever its length."""
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, values.cpu())
+        return [part.to(self.device) for part in parts]
+
+    def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
+        """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
+        return export_policy(self.policy, directory, self.tokenizer, lora=lora)
+
+
+def _count_parameters(module: nn.Module) -> str:
+    total = sum(p.numel() for p in module.parameters())
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{type(module).__name__}, {total:,} parameters, {trainable:,} of them trained"

@@ -1,0 +1,89 @@
+"""What a checkpoint of this library holds beside Lightning's own entries, and what it refuses to load."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import lightning as L
+from torch import Tensor, nn
+
+from alignment_modules.policies.reference import fingerprint
+
+_KEY = "alignment_module"
+
+
+class CheckpointContract(L.LightningModule):
+    """Keeps the frozen reference out of checkpoints, stays strict on every other key, and checks where one came from.
+
+    A checkpoint names its paradigm, the number of tokens trained on, the fingerprint of its reference and whatever
+    `extra_state` adds (plain numbers, strings, lists, dictionaries and tensors, so that it loads with
+    `weights_only=True`).
+    """
+
+    paradigm: ClassVar[str]
+    reference: nn.Module | None
+    _num_tokens: Tensor | float
+
+    def extra_state(self) -> dict[str, Any]:
+        """More state for the checkpoint, of plain types and tensors."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Receives what `extra_state` returned when the checkpoint was written."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds this library's entry."""
+        checkpoint[_KEY] = {
+            "paradigm": self.paradigm,
+            "num_tokens": float(self._num_tokens),
+            "reference": self._reference_fingerprint(),
+            "extra": self.extra_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses checkpoints of another paradigm or against another reference.
+
+        Raises:
+            ValueError: If the checkpoint was not written by this paradigm, or its reference had other weights.
+        """
+        entry = checkpoint.get(_KEY)
+        found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
+        if entry is None or entry["paradigm"] != self.paradigm:
+            raise ValueError(
+                f"this checkpoint was written by {found}; {type(self).__name__} resumes only paradigm "
+                f"{self.paradigm!r}. To start from its weights, give the exported folder as `policy`."
+            )
+        if entry["reference"] != self._reference_fingerprint():
+            raise ValueError(
+                "the reference's weights differ from those the checkpoint was trained against: pass the same "
+                "`reference` (or, where it is a copy of the policy, the same `policy`) as in the first run"
+            )
+        self._num_tokens = entry["num_tokens"]
+        self.load_extra_state(entry["extra"])
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights but the reference's (a sharded, distributed checkpoint keeps them: its loader demands it)."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if not self._saves_shards():
+            for key in [key for key in state if key.startswith(f"{prefix}reference.")]:
+                del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads strictly; only the reference's keys may be absent."""
+        return super().load_state_dict({**dict(self._reference_items()), **state_dict}, strict=strict, assign=assign)
+
+    def _reference_items(self) -> Iterator[tuple[str, Any]]:
+        if self.reference is not None:
+            for key, value in self.reference.state_dict().items():
+                yield f"reference.{key}", value
+
+    def _reference_fingerprint(self) -> str | None:
+        if self.reference is None:
+            return None
+        if not hasattr(self, "_cached_fingerprint"):
+            self._cached_fingerprint = fingerprint(self.reference)
+        return self._cached_fingerprint
+
+    def _saves_shards(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and getattr(trainer.strategy, "_save_distributed_checkpoint", False)

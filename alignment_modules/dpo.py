@@ -1,0 +1,142 @@
+"""Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alignment_modules.base import AlignmentModule
+from alignment_modules.functional import BATCH_COUPLED_LOSSES, check_preference_options, preference_loss
+from alignment_modules.objective import Objective, Statistic
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.reference import build_reference, reference_mode
+from alignment_modules.policies.scoring import Scores, score
+from alignment_modules.policies.segments import Segments
+
+
+class DPOModule(AlignmentModule):
+    r"""Direct preference optimization on batches of prompt, chosen and rejected completion.
+
+    With `h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))`, the default loss is
+    `-log sigmoid(beta * h)`, averaged over the pairs of the whole optimizer step. Prompts are computed once a pair.
+
+    Args:
+        reference: What the policy is held to: a folder, a `PolicyConfig` or a module. None: a frozen copy of the policy
+            as it is now, or, for a LoRA policy, the policy with its adapter switched off.
+        beta: Strength of the pull to the reference (`tau` for "ipo").
+        loss: "sigmoid" (with `label_smoothing`: conservative DPO), "robust", "ipo", "hinge", "exo_pair", "nca_pair",
+            "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "sft".
+        label_smoothing: Share of pairs assumed to be labelled the wrong way round, in [0, 0.5).
+        nll_coef: Weight of the chosen completion's mean negative log-likelihood, added to each pair's loss (RPO).
+        cache_reference: Keep the reference's log-probabilities of every pair seen, by the batch's `index`, so that only
+            the first epoch computes them.
+        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed, or options contradict each other.
+    """
+
+    paradigm = "dpo"
+    compares_log_probs = True
+
+    def __init__(
+        self,
+        *,
+        reference: str | PolicyConfig | nn.Module | None = None,
+        beta: float = 0.1,
+        loss: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        nll_coef: float = 0.0,
+        cache_reference: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing)
+        if nll_coef < 0:
+            raise ValueError(f"nll_coef={nll_coef} must be 0 or more")
+        self.beta, self.loss, self.label_smoothing, self.nll_coef = beta, loss, label_smoothing, nll_coef
+        self.reference = build_reference(reference, self.policy)
+        self.cache_reference = cache_reference
+        self._reference_cache: dict[Any, Tensor] = {}
+
+    def objective(self, batch: dict[str, Any]) -> Objective:
+        """The preference loss summed over pairs."""
+        segments = self.segments(batch)
+        details = not self.training or self.logging_due
+        scores = score(self.policy, segments, entropy=details, accuracy=details)
+        logps = scores.token_logps.sum(dim=1).view(-1, 2)
+        lengths = scores.mask.sum(dim=1).view(-1, 2)
+        reference_logps = self.reference_logps(batch, segments)
+        losses = preference_loss(
+            logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1],
+            loss=self.loss, beta=self.beta, label_smoothing=self.label_smoothing,
+            chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1],
+        )
+        if self.nll_coef:
+            losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
+        # A pair without a scored token in either completion compares nothing.
+        counted = lengths.amin(dim=1) > 0
+        total = (losses * counted).sum()
+        statistics = self.statistics(total, counted, logps.detach(), reference_logps)
+        if details:
+            statistics |= _token_statistics(scores)
+        return Objective(total, counted.sum(), statistics)
+
+    def segments(self, batch: dict[str, Any]) -> Segments:
+        """Prompt, chosen and rejected of each pair in one row: output rows alternate chosen and rejected."""
+        width = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
+
+        def paired(name: str) -> Tensor:
+            both = [batch[f"{side}_{name}"] for side in ("chosen", "rejected")]
+            return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in both], dim=1).flatten(0, 1)
+
+        return Segments.from_prompts(
+            batch["prompt_input_ids"], batch["prompt_attention_mask"], paired("input_ids"), paired("attention_mask")
+        )
+
+    def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
+        """Summed log-probabilities under the reference, [pairs, 2]."""
+        keys = batch.get("index") if self.cache_reference else None
+        if keys is not None and all(key in self._reference_cache for key in keys):
+            return torch.stack([self._reference_cache[key] for key in keys]).to(self.device)
+        with reference_mode(self.policy, self.reference) as reference:
+            logps = score(reference, segments).token_logps.sum(dim=1).view(-1, 2)
+        if keys is not None:
+            self._reference_cache.update(zip(keys, logps.unbind(), strict=True))
+        return logps
+
+    def statistics(self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor) -> dict[str, Statistic]:
+        """Rewards `beta * (log pi - log ref)`, their margins and accuracies, and the policy's log-probabilities."""
+        rewards = self.beta * (logps - reference_logps)
+        values = {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/margins": rewards[:, 0] - rewards[:, 1],
+            "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1],
+        }
+        weight = counted.sum()
+        return {"loss": Statistic(total, weight)} | {
+            name: Statistic((value * counted).sum(), weight) for name, value in values.items()
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Adds the loss, its normaliser and what the reference is."""
+        coupled = "; couples the pairs of a micro-batch, so it depends on how a batch is split"
+        return super().describe() | {
+            "loss": f"{self.loss}, beta {self.beta}, label smoothing {self.label_smoothing}, nll_coef {self.nll_coef}"
+            + (coupled if self.loss in BATCH_COUPLED_LOSSES else ""),
+            "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
+            "reference": "the policy, adapter off" if self.reference is None
+            else f"{type(self.reference).__name__}, frozen{', log-probabilities cached' * self.cache_reference}",
+        }
+
+
+def _token_statistics(scores: Scores) -> dict[str, Statistic]:
+    chosen, mask = scores.correct[0::2], scores.mask[0::2]
+    return {
+        "mean_token_accuracy": Statistic((chosen & mask).sum(), mask.sum()),
+        "entropy": Statistic((scores.entropy.detach() * scores.mask).sum(), scores.mask.sum()),
+    }

@@ -1,0 +1,39 @@
+"""A plain table from a paradigm's name to its module."""
+
+from typing import Any
+
+from alignment_modules.base import AlignmentModule
+from alignment_modules.dpo import DPOModule
+from alignment_modules.grpo import GRPOModule
+from alignment_modules.pretrain import PretrainModule
+from alignment_modules.sft import SFTModule
+
+_MODULES: dict[str, type[AlignmentModule]] = {
+    "pretrain": PretrainModule,
+    "sft": SFTModule,
+    "dpo": DPOModule,
+    "grpo": GRPOModule,
+}
+
+
+def get_module_class(name: str) -> type[AlignmentModule]:
+    """The module of a paradigm.
+
+    Args:
+        name: "pretrain", "sft", "dpo" or "grpo".
+
+    Raises:
+        ValueError: If there is no such paradigm.
+
+    Example:
+        >>> get_module_class("dpo").__name__
+        'DPOModule'
+    """
+    if name not in _MODULES:
+        raise ValueError(f"name={name!r} is not a paradigm; allowed: {', '.join(_MODULES)}")
+    return _MODULES[name]
+
+
+def create_module(name: str, **keywords: Any) -> AlignmentModule:
+    """Builds the module of a paradigm: `create_module("dpo", policy="runs/sft/export", beta=0.1)`."""
+    return get_module_class(name)(**keywords)

@@ -1,0 +1,263 @@
+"""Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare within a group, update."""
+
+from dataclasses import replace
+from time import monotonic
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.functional import (
+    LOSS_REDUCTIONS,
+    aggregate,
+    check_policy_gradient_options,
+    clip_statistics,
+    group_advantages,
+    kl_penalty,
+    policy_gradient_loss,
+    validate_kl_placement,
+)
+from alignment_modules.objective import Objective, Statistic
+from alignment_modules.online import OnlineModule
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.reference import build_reference, reference_mode
+from alignment_modules.policies.scoring import Scores, score
+from alignment_modules.policies.segments import Segments
+from alignment_modules.rollouts.rollout import Rollout
+
+
+class GRPOModule(OnlineModule):
+    r"""Online RL without a critic, on batches of prompts.
+
+    For each prompt G completions are sampled and judged; a completion's advantage is its reward compared with its
+    group's. Then `num_iterations * minibatches` optimizer steps follow on these samples, each normalised by the count
+    of its own tokens (or sequences) over all micro-batches and ranks.
+
+    Args:
+        beta: Strength of the KL penalty against the reference; 0: no reference is held.
+        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio).
+        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused.
+        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
+        epsilon_high: Clip range above 1 (clip-higher).
+        delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
+        importance_level: "token", or "sequence" (GSPO).
+        num_iterations: Passes over each rollout.
+        minibatches: Optimizer steps in a pass.
+        micro_batch_size: Completions in one forward and backward pass; None: a whole minibatch.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
+        scale_rewards: "group", "batch", "none" or "leave_one_out".
+        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
+        entropy_coef: Weight of the entropy bonus.
+        reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
+        **online: Keywords of `OnlineModule` (rewards, reward_weights, num_generations, max_completion_length,
+            temperature, top_p, top_k, min_p, stop_strings, seed), `ManualOptimizationModule` (max_grad_norm) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+
+    Raises:
+        ValueError: If an option has a value that is not allowed, or options contradict each other.
+    """
+
+    paradigm = "grpo"
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.0,
+        kl_estimator: str = "k3",
+        kl_placement: Literal["loss", "reward"] = "loss",
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+        delta: float | None = None,
+        importance_level: Literal["token", "sequence"] = "token",
+        num_iterations: int = 1,
+        minibatches: int = 1,
+        micro_batch_size: int | None = None,
+        loss: str = "dapo",
+        scale_rewards: str = "group",
+        mask_truncated: bool = False,
+        entropy_coef: float = 0.0,
+        reference: str | PolicyConfig | nn.Module | None = None,
+        **online: Any,
+    ) -> None:
+        super().__init__(**online)
+        check_policy_gradient_options(
+            loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, importance_level=importance_level
+        )
+        _check_counts(
+            num_generations=self.num_generations, num_iterations=num_iterations, minibatches=minibatches,
+            micro_batch_size=1 if micro_batch_size is None else micro_batch_size,
+        )
+        if beta < 0:
+            raise ValueError(f"beta={beta} must be 0 or more")
+        if beta == 0 and reference is not None:
+            raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
+        validate_kl_placement(kl_estimator, kl_placement)
+        self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
+        self.epsilon, self.epsilon_high, self.delta = epsilon, epsilon_high, delta
+        self.importance_level, self.loss, self.entropy_coef = importance_level, loss, entropy_coef
+        self.num_iterations, self.minibatches, self.micro_batch_size = num_iterations, minibatches, micro_batch_size
+        self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
+        self.reference = build_reference(reference, self.policy) if beta else None
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        """Passes over a rollout times the optimizer steps of a pass."""
+        return self.num_iterations * self.minibatches
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+        """Samples and judges, then updates the policy on these samples."""
+        started = monotonic()
+        rollout = self.roll_out(batch)
+        sampled = monotonic()
+        order = torch.Generator().manual_seed(self.seed + self.global_step)
+        for _ in range(self.num_iterations):
+            for part in rollout.minibatches(self.minibatches, order):
+                if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
+                    return
+                minibatch = replace(part, on_policy=rollout.on_policy)
+                self.optimizer_step_over(minibatch.micro_batches(self.micro_batch_size), minibatch.empty())
+                rollout = replace(rollout, on_policy=False)
+        seconds = {"time/rollout": sampled - started, "time/update": monotonic() - sampled}
+        self._train_meters.update({name: Statistic(torch.tensor(value)) for name, value in seconds.items()})
+
+    @torch.no_grad()
+    def roll_out(self, batch: dict[str, Any]) -> Rollout:
+        """Completions of the batch's prompts with their advantages, old and reference log-probabilities."""
+        completions = self.sample_completions(batch)
+        rewards, statistics = self.judge_completions(batch, completions)
+        prompts, group = rewards.shape
+        mask = completions.mask.view(prompts, group, -1)
+        rollout = Rollout(
+            prompt_ids=batch["prompts"],
+            prompt_mask=batch["prompt_attention_mask"].bool(),
+            completion_ids=completions.ids.view(prompts, group, -1),
+            completion_mask=mask,
+            loss_mask=mask & ~completions.truncated.view(prompts, group, 1) if self.mask_truncated else mask,
+            advantages=rewards,
+            old_logps=completions.token_logps.view(prompts, group, -1),
+            on_policy="old_logprobs" not in batch,
+        )
+        if "responses" in batch and rollout.on_policy and self.optimizer_steps_per_batch > 1:
+            rollout = replace(rollout, old_logps=self._score_rollout(rollout, reference=False))
+        if self.beta:
+            reference_logps = self._score_rollout(rollout, reference=True)
+            rollout = replace(rollout, reference_logps=reference_logps)
+            if self.kl_placement == "reward":
+                divergence = kl_penalty(rollout.old_logps, reference_logps, estimator=self.kl_estimator)
+                rewards = rewards - self.beta * (divergence * mask).sum(dim=-1)
+        advantages = self.advantages(rewards)
+        self.last_rollout["advantage"] = advantages.flatten().tolist()
+        self._train_meters.update(statistics | _group_statistics(rewards))
+        self._window_tokens = self._window_tokens + rollout.prompt_mask.sum() + mask.sum()
+        return replace(rollout, advantages=advantages)
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Advantages [prompts, G] of rewards [prompts, G]; scaling by the batch spans all ranks."""
+        if self.scale_rewards == "batch" and self.trainer.world_size > 1:
+            gathered = self.all_gather_ragged(rewards)
+            start = sum(len(part) for part in gathered[: self.global_rank])
+            return group_advantages(torch.cat(gathered), scale="batch")[start : start + len(rewards)]
+        return group_advantages(rewards, scale=self.scale_rewards)
+
+    def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
+        """The clipped policy-gradient loss of a piece of a rollout, summed as the loss's reduction says."""
+        scores, token_logps = self._score_active(rollout)
+        mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
+        old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
+        clipping = {
+            "loss": self.loss, "epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta,
+            "importance_level": self.importance_level,
+        }
+        values = policy_gradient_loss(token_logps, old_logps, advantages, mask, **clipping)
+        statistics = {}
+        if self.beta and self.kl_placement == "loss":
+            reference_logps = rollout.reference_logps.flatten(0, 1)  # type: ignore[union-attr]
+            divergence = kl_penalty(token_logps, reference_logps, estimator=self.kl_estimator, old_token_logps=old_logps)
+            values = values + self.beta * divergence
+            statistics["kl"] = _token_mean(divergence, mask)
+        if self.entropy_coef:
+            values = values - self.entropy_coef * scores.entropy
+        reduction = {"reduction": LOSS_REDUCTIONS[self.loss], "max_length": self.sampling.max_completion_length}
+        total, weight = aggregate(values, mask, **reduction)
+        statistics |= {"loss": Statistic(total, weight)}
+        if self.logging_due:
+            statistics |= clip_statistics(token_logps.detach(), old_logps, advantages, mask, **clipping)
+            statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
+        return Objective(total, weight, statistics)
+
+    def describe(self) -> dict[str, str]:
+        """Adds every choice that defines the objective."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        cap = "" if self.delta is None else f", at most {self.delta} where the advantage is negative"
+        sampling = self.sampling
+        kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
+        return super().describe() | {
+            "loss": f"{self.loss}, {self.importance_level}-level ratio clipped to [{1 - self.epsilon:g}, {1 + high:g}]{cap}",
+            "normaliser": f"{LOSS_REDUCTIONS[self.loss]} over the optimizer step, all micro-batches and ranks",
+            "advantages": f"{self.scale_rewards}, {self.num_generations} completions a prompt; 0 where a group's rewards are equal",
+            "rewards": ", ".join(self.rewards.names),
+            "KL": kl,
+            "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
+            f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.seed}",
+            "updates": f"{self.num_iterations} passes of {self.minibatches} optimizer steps a rollout",
+        }
+
+    def _score_active(self, rollout: Rollout) -> tuple[Scores, Tensor]:
+        """Scores [P * G, T] of a piece; groups that cannot move the policy are left out of the forward pass."""
+        active = torch.ones_like(rollout.advantages[:, 0], dtype=torch.bool)
+        if not (self.beta and self.kl_placement == "loss") and not self.entropy_coef:
+            active = (rollout.advantages != 0).any(dim=1)
+        whole = bool(active.all())
+        scores = self._score(self.policy, rollout if whole else rollout.select(active), entropy=bool(self.entropy_coef))
+        if whole:
+            return scores, scores.token_logps
+        # Their advantage is 0; a ratio of 1 keeps the arithmetic finite.
+        rest = torch.zeros_like(rollout.old_logps) if rollout.on_policy else rollout.old_logps.clone()
+        rest[active] = scores.token_logps.view(-1, *rest.shape[1:])
+        return scores, rest.flatten(0, 1)
+
+    def _score_rollout(self, rollout: Rollout, *, reference: bool) -> Tensor:
+        """Log-probabilities [P, G, T] of a whole rollout without a graph, in micro-batches."""
+        results = torch.zeros_like(rollout.completion_mask, dtype=torch.float32)
+        size = max((self.micro_batch_size or results.shape[0] * results.shape[1]) // results.shape[1], 1)
+        with reference_mode(self.policy, self.reference if reference else self.policy) as model:
+            for start in range(0, len(rollout), size):
+                piece = rollout.select(slice(start, start + size))
+                scored = self._score(model, piece, entropy=False).token_logps
+                results[start : start + size] = scored.view(results[start : start + size].shape)
+        return results
+
+    def _score(self, model: nn.Module, rollout: Rollout, *, entropy: bool) -> Scores:
+        segments = Segments.from_prompts(
+            rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids.flatten(0, 1),
+            rollout.completion_mask.flatten(0, 1), rollout.loss_mask.flatten(0, 1),
+        )
+        details = entropy or (torch.is_grad_enabled() and self.logging_due)
+        return score(model, segments, temperature=self.sampling.temperature, entropy=details)
+
+
+def _group_statistics(rewards: Tensor) -> dict[str, Statistic]:
+    prompts = float(len(rewards))
+    deviation = rewards.std(dim=1)
+    return {
+        "reward": Statistic(rewards.mean(dim=1).sum(), prompts),
+        "reward_std": Statistic(deviation.sum(), prompts),
+        "frac_reward_zero_std": Statistic((rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-6).sum(), prompts),
+    }
+
+
+def _token_mean(values: Tensor, mask: Tensor) -> Statistic:
+    total, weight = aggregate(values.detach(), mask, reduction="token_mean")
+    return Statistic(total, weight)
+
+
+def _check_counts(*, num_generations: int, num_iterations: int, minibatches: int, micro_batch_size: int) -> None:
+    if num_generations < 2:
+        raise ValueError(
+            f"num_generations={num_generations} must be at least 2: a group's completions are compared with each other"
+        )
+    for name, value in (
+        ("num_iterations", num_iterations), ("minibatches", minibatches), ("micro_batch_size", micro_batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

@@ -1,0 +1,97 @@
+"""Manual optimization, done once for every online paradigm: several optimizer steps a batch, each exactly normalised."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment_modules.base import AlignmentModule
+
+
+class ManualOptimizationModule(AlignmentModule):
+    """Base of paradigms that take their own optimizer steps.
+
+    Lightning then neither accumulates nor clips nor steps the schedule; this class does, and refuses the Trainer's own
+    switches by name. An optimizer step is accumulated over micro-batches and normalised by their summed weight.
+
+    Args:
+        max_grad_norm: Largest gradient norm, applied to the normalised, unscaled gradients; None: no clipping.
+        **common: Keywords of `AlignmentModule`.
+    """
+
+    def __init__(self, *, max_grad_norm: float | None = 1.0, **common: Any) -> None:
+        super().__init__(**common)
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm} must be more than 0, or null for no clipping")
+        self.automatic_optimization = False
+        self.max_grad_norm = max_grad_norm
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        """Optimizer steps taken for each batch of the dataloader."""
+        return 1
+
+    @property
+    def total_optimizer_steps(self) -> int | float:
+        """Optimizer steps of the whole run: Lightning's own estimate counts one a batch."""
+        steps, limit = self.trainer.estimated_stepping_batches * self.optimizer_steps_per_batch, self.trainer.max_steps
+        return steps if limit == -1 else min(steps, limit)
+
+    def setup(self, stage: str) -> None:
+        """Refuses the Trainer's options that manual optimization would ignore.
+
+        Raises:
+            ValueError: If the Trainer accumulates or clips gradients.
+        """
+        if stage == "fit":
+            name = type(self).__name__
+            if self.trainer.accumulate_grad_batches != 1:
+                raise ValueError(
+                    f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) is not allowed with {name}, "
+                    "which accumulates by itself: leave it at 1 and set micro_batch_size on the module"
+                )
+            if self.trainer.gradient_clip_val:
+                raise ValueError(
+                    f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) is not allowed with {name}, "
+                    "which clips by itself: remove it and set max_grad_norm on the module"
+                )
+        super().setup(stage)
+
+    def optimizer_step_over(self, micro_batches: Sequence[Any], empty: Any) -> None:
+        """One optimizer step: the gradients of all micro-batches, normalised, clipped, applied; then the schedule.
+
+        Args:
+            micro_batches: What `objective` takes, each.
+            empty: A micro-batch without a scored token, with which a rank that has fewer keeps step with the others.
+        """
+        count = int(self.reduce(torch.tensor(max(len(micro_batches), 1), device=self.device), "max"))
+        padded = [*micro_batches, *[empty] * (count - len(micro_batches))]
+        optimizer: Any = self.optimizers()
+        for number, micro_batch in enumerate(padded, start=1):
+            with self._gradient_sync(last=number == count):
+                self.manual_backward(self.record(micro_batch).total)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        self.log_step()
+
+    def clip(self, gradients: list[Tensor]) -> Tensor | None:
+        """Scales the gradients down to `max_grad_norm`."""
+        if self.max_grad_norm is None:
+            return None
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        return norm
+
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients only with the last micro-batch of a step."""
+        if hasattr(self.policy, "set_requires_gradient_sync"):
+            self.policy.set_requires_gradient_sync(last)  # FSDP2
+        if last or not hasattr(self.trainer.strategy, "block_backward_sync"):
+            return nullcontext()
+        return self.trainer.strategy.block_backward_sync()

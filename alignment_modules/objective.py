@@ -1,0 +1,103 @@
+"""What a paradigm hands to the base: a sum, the number of its units, and statistics that stay exact under any split.
+
+A mean of means depends on how a batch was cut into micro-batches and ranks; a sum and a count do not. So every quantity
+here travels as `(total, weight)` and is divided once, after everything was added up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kind = Literal["mean", "min", "max"]
+Reduce = Callable[[Tensor, str], Tensor]
+
+
+class Statistic(NamedTuple):
+    """One number to log.
+
+    Attributes:
+        total: 0-dim tensor: the sum over the units (kind "mean"), or the extreme value itself ("min", "max").
+        weight: 0-dim tensor or number: how many units were summed; ignored for extremes.
+        kind: How the values of micro-batches and ranks combine.
+    """
+
+    total: Tensor
+    weight: Tensor | float = 1.0
+    kind: Kind = "mean"
+
+
+@dataclass
+class Objective:
+    """The training objective of one micro-batch.
+
+    Attributes:
+        total: 0-dim tensor with a graph: the loss summed over its units (tokens, sequences or pairs).
+        weight: 0-dim tensor: the number of units. The gradient of an optimizer step is the gradient of
+            `sum(total) / sum(weight)` over all micro-batches and ranks.
+        statistics: What to log, by name (without the "train/" prefix).
+    """
+
+    total: Tensor
+    weight: Tensor
+    statistics: dict[str, Statistic] = field(default_factory=dict)
+
+
+class Meters:
+    """Statistics added up on the device until they are asked for.
+
+    Example:
+        >>> meters = Meters()
+        >>> meters.update({"loss": Statistic(torch.tensor(6.0), 2.0)})
+        >>> meters.update({"loss": Statistic(torch.tensor(2.0), 6.0)})
+        >>> meters.compute(lambda values, how: values)
+        {'loss': 1.0}
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[Kind, str], Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def update(self, statistics: Mapping[str, Statistic]) -> None:
+        """Adds one micro-batch. Does not wait for the device."""
+        for name, (total, weight, kind) in statistics.items():
+            key = (kind, name)
+            value = total.detach().double() if total.device.type != "mps" else total.detach().float()
+            if kind == "mean":
+                pair = torch.stack([value, torch.as_tensor(weight, dtype=value.dtype, device=value.device)])
+                self._values[key] = pair + self._values[key] if key in self._values else pair
+            else:
+                pick = torch.minimum if kind == "min" else torch.maximum
+                self._values[key] = pick(value, self._values[key]) if key in self._values else value
+
+    def compute(self, reduce: Reduce) -> dict[str, float]:
+        """Combines the ranks and returns plain numbers; a mean without units and an extreme of nothing are left out.
+
+        Args:
+            reduce: `reduce(tensor, "sum" | "min" | "max")` over all ranks. It is called once a kind that is present, so
+                all ranks must hold statistics of the same names.
+        """
+        results: dict[str, float] = {}
+        for kind, how in (("mean", "sum"), ("min", "min"), ("max", "max")):
+            names = sorted(name for held, name in self._values if held == kind)
+            if not names:
+                continue
+            values = reduce(torch.stack([self._values[kind, name] for name in names]), how).tolist()  # type: ignore[index]
+            for name, value in zip(names, values, strict=True):
+                if kind != "mean":
+                    if math.isfinite(value):
+                        results[name] = value
+                elif value[1] != 0:
+                    results[name] = value[0] / value[1]
+        return results
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._values.clear()

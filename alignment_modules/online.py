@@ -1,0 +1,163 @@
+"""What online paradigms share: sampling completions of the batch's prompts, judging them, and showing what came out."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignment_modules.evaluation import length_statistics, prompt_texts, stop_token_ids
+from alignment_modules.manual import ManualOptimizationModule
+from alignment_modules.objective import Statistic
+from alignment_modules.rewards import RewardSet, RewardTable
+from alignment_modules.rollouts import Completions, SamplingParameters
+
+
+class OnlineModule(ManualOptimizationModule):
+    """Base of paradigms that learn from their own samples.
+
+    A batch may bring its own `responses` [batch * G, time] with `response_mask`, `rewards` [batch * G] and
+    `old_logprobs` [batch * G, time]: what it brings is not sampled, judged or scored again.
+
+    Args:
+        rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
+        reward_weights: One weight a reward; None: all 1.
+        num_generations: G, completions of each prompt.
+        max_completion_length: Longest completion in tokens.
+        temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
+        top_p: Nucleus size. Below 1 the samples no longer come from the scored distribution: the ratio is biased.
+        top_k: Number of likeliest tokens kept; 0 keeps all. The same caution holds.
+        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. The same caution holds.
+        stop_strings: Completions also end with these strings.
+        seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
+            step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
+        **common: Keywords of `ManualOptimizationModule` and `AlignmentModule`: max_grad_norm, policy, optimizer,
+            lr_scheduler, tokenizer, evaluation.
+    """
+
+    compares_log_probs = True
+
+    def __init__(
+        self,
+        *,
+        rewards: str | Callable | list[str | Callable],
+        reward_weights: list[float] | None = None,
+        num_generations: int = 8,
+        max_completion_length: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop_strings: list[str] | None = None,
+        seed: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
+        self.num_generations = num_generations
+        self.sampling = SamplingParameters(
+            max_completion_length=max_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            stop_strings=tuple(stop_strings or ()),
+        )
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.last_rollout: dict[str, list[Any]] = {}
+
+    def sample_completions(self, batch: Mapping[str, Any]) -> Completions:
+        """G completions of each prompt, row-major; the batch's own `responses` where it brings them."""
+        parameters = self._parameters_now()
+        if "responses" not in batch:
+            return self.generate(
+                batch, parameters, num_samples=self.num_generations, seed=self.seed, step=self.global_step
+            )
+        ids, mask = batch["responses"], batch["response_mask"].bool()
+        prompts = len(batch["prompts"])
+        if len(ids) % prompts or len(ids) < 2 * prompts:
+            raise ValueError(
+                f"responses has {len(ids)} rows for {prompts} prompts: it must have the same number of at least 2 "
+                "completions for each prompt, grouped by prompt"
+            )
+        stops = torch.tensor(parameters.stop_token_ids or [-1], device=ids.device)
+        old_logps = batch.get("old_logprobs", torch.full(ids.shape, torch.nan, device=ids.device))
+        return Completions(ids, mask, old_logps, ~(torch.isin(ids, stops) & mask).any(dim=1))
+
+    def judge_completions(
+        self, batch: Mapping[str, Any], completions: Completions
+    ) -> tuple[Tensor, dict[str, Statistic]]:
+        """Total reward of each completion [prompts, G], float32, and the statistics of each reward by name."""
+        prompts = len(batch["prompts"])
+        group = len(completions.ids) // prompts
+        given = batch.get("rewards")
+        if given is not None:
+            names, values, total, texts = ["given"], given.view(-1, 1).float(), given.float(), None
+        else:
+            table, texts = self.judge(self.rewards, batch, completions, group)
+            names, values, total = list(table.names), table.values, table.total
+        total = total.to(self.device, torch.float32).view(prompts, group)
+        self._remember(batch, completions, texts, dict(zip(names, values.T.tolist(), strict=True)), total)
+        return total, reward_statistics(names, values) | length_statistics(completions)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Judges one greedy completion of each prompt."""
+        completions = self.generate(batch, self._parameters_now(greedy=True))
+        table, _ = self.judge(self.rewards, batch, completions, 1)
+        reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
+        statistics = reward_statistics(list(table.names), table.values) | length_statistics(completions)
+        self._eval_meters.update({"reward": reward, **statistics})
+
+    def _parameters_now(self, greedy: bool = False) -> SamplingParameters:
+        sampling = self.sampling
+        return SamplingParameters(
+            max_completion_length=sampling.max_completion_length,
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0 if greedy else sampling.top_k,
+            min_p=0.0 if greedy else sampling.min_p,
+            greedy=greedy,
+            stop_token_ids=stop_token_ids(self.policy, self.tokenizer),
+            stop_strings=sampling.stop_strings,
+        )
+
+    def _remember(
+        self,
+        batch: Mapping[str, Any],
+        completions: Completions,
+        texts: list[str] | None,
+        rewards: dict[str, list[float]],
+        total: Tensor,
+    ) -> None:
+        """Keeps this rollout in words, for sample tables."""
+        prompts, group = total.shape
+        indices = batch.get("index", [self.global_rank * prompts + i for i in range(prompts)])
+        decodable = self.tokenizer is not None
+        shown = prompt_texts(self.tokenizer, batch) if decodable else [""] * prompts
+        self.last_rollout = {
+            "id": [f"{self.global_step}/{index}/{g}" for index in indices for g in range(group)],
+            "prompt": [prompt for prompt in shown for _ in range(group)],
+            "completion": texts or (self.decode(completions) if decodable else [""] * (prompts * group)),
+            **rewards,
+            "reward": total.flatten().tolist(),
+            "truncated": completions.truncated.tolist(),
+        }
+
+
+def reward_statistics(names: list[str], values: Tensor) -> dict[str, Statistic]:
+    """Mean and standard deviation of each reward over the completions it applies to (NaN: not applicable).
+
+    Args:
+        names: One name a reward.
+        values: [completions, rewards] float.
+    """
+    statistics = {}
+    for name, column in zip(names, values.unbind(dim=1), strict=True):
+        applies = ~column.isnan()
+        count = applies.sum()
+        mean = column.nansum() / count.clamp(min=1)
+        variance = torch.where(applies, (column - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
+        statistics[f"rewards/{name}/mean"] = Statistic(column.nansum(), count)
+        statistics[f"rewards/{name}/std"] = Statistic(variance.sqrt() * count, count)
+    return statistics

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens, averaged over the whole step's tokens."""
+
+from typing import Any, Literal
+
+import torch
+
+from alignment_modules.base import AlignmentModule
+from alignment_modules.functional import aggregate
+from alignment_modules.objective import Objective, Statistic
+from alignment_modules.policies.scoring import score
+from alignment_modules.policies.segments import Segments
+
+
+class SFTModule(AlignmentModule):
+    r"""Supervised fine-tuning on batches of `input_ids`, `labels` (-100 where not supervised) and `attention_mask`.
+
+    The loss of a step is `-sum(log p(token)) / number of supervised tokens`, over all micro-batches and ranks.
+
+    Args:
+        loss: "nll", or "dft" (dynamic fine-tuning, arXiv:2508.05629): each token's negative log-likelihood is weighted
+            by its own detached probability.
+        label_smoothing: Share of the target distribution spread evenly over the vocabulary, in [0, 1).
+        z_loss: Coefficient of `logsumexp(logits)^2`, which keeps the softmax normaliser near 1 (PaLM, arXiv:2204.02311).
+        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed.
+    """
+
+    paradigm = "sft"
+
+    def __init__(
+        self,
+        *,
+        loss: Literal["nll", "dft"] = "nll",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if loss not in ("nll", "dft"):
+            raise ValueError(f"loss={loss!r} must be 'nll' or 'dft'")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+        if z_loss < 0.0:
+            raise ValueError(f"z_loss={z_loss} must be 0 or more")
+        self.loss, self.label_smoothing, self.z_loss = loss, label_smoothing, z_loss
+
+    def objective(self, batch: dict[str, Any]) -> Objective:
+        """Negative log-likelihood summed over the supervised tokens."""
+        segments = Segments.from_labels(
+            batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
+        )
+        details = not self.training or self.logging_due
+        scores = score(self.policy, segments, entropy=details, accuracy=details)
+        nll = -scores.token_logps
+        loss = nll * nll.detach().neg().exp() if self.loss == "dft" else nll
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * scores.mean_logps
+        if self.z_loss:
+            loss = loss + self.z_loss * scores.normalizers.square()
+        total, weight = aggregate(loss, scores.mask, reduction="token_mean")
+        statistics = {"loss": Statistic(total, weight)}
+        if details:
+            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)
+            statistics["entropy"] = Statistic(aggregate(scores.entropy.detach(), scores.mask, reduction="token_mean")[0], weight)
+        return Objective(total, weight, statistics)
+
+    def describe(self) -> dict[str, str]:
+        """Adds the loss and its normaliser."""
+        terms = f"{self.loss}, label smoothing {self.label_smoothing}, z-loss {self.z_loss}"
+        return super().describe() | {
+            "loss": terms,
+            "normaliser": "supervised tokens of the optimizer step, over all micro-batches and ranks",
+        }

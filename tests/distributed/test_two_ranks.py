@@ -1,0 +1,40 @@
+"""Two processes (gloo) give the gradients of one process on the union batch, for every module."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Runs the script with one and with two processes; a hang is a failure."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for devices in (1, 2):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(folder), str(devices)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+def test_same_update_as_one_process(results, name):
+    one = torch.load(results / f"{name}_1.pt", weights_only=True)
+    two = torch.load(results / f"{name}_2.pt", weights_only=True)
+    assert max(float(value.abs().max()) for value in one["change"].values()) > 1e-3
+    for key, value in one["change"].items():
+        torch.testing.assert_close(two["change"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], abs=1e-5)
+    assert two["metrics"]["train/num_tokens"] == one["metrics"]["train/num_tokens"]
+
+
+@pytest.mark.distributed
+def test_sampling_ranks_of_unequal_lengths_finish(results):
+    """Ranks sample completions of different lengths and form different numbers of micro-batches."""
+    assert torch.load(results / "sampled_2.pt", weights_only=True)["metrics"]["train/reward"] >= 0

@@ -1,5 +1,7 @@
 """Pure tensor functions: log-probabilities, losses, advantages, divergences, reductions."""
 
+from alignment_modules.functional.advantages import ADVANTAGE_SCALES, generalized_advantages, group_advantages
+from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
@@ -7,11 +9,54 @@ from alignment_modules.functional.logprobs import (
     token_entropy,
     token_log_probs,
 )
+from alignment_modules.functional.policy_gradient import (
+    IMPORTANCE_LEVELS,
+    LOSS_REDUCTIONS,
+    ClipMasks,
+    check_policy_gradient_options,
+    clip_masks,
+    clip_statistics,
+    importance_ratio,
+    policy_gradient_loss,
+)
+from alignment_modules.functional.preference import (
+    BATCH_COUPLED_LOSSES,
+    F_DIVERGENCES,
+    PREFERENCE_LOSSES,
+    check_preference_options,
+    length_desensitized_logps,
+    preference_loss,
+)
+from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
 
 __all__ = [
+    "ADVANTAGE_SCALES",
+    "BATCH_COUPLED_LOSSES",
+    "F_DIVERGENCES",
+    "IMPORTANCE_LEVELS",
+    "KL_ESTIMATORS",
+    "KL_PLACEMENTS",
+    "LOSS_REDUCTIONS",
+    "PREFERENCE_LOSSES",
+    "REDUCTIONS",
+    "ClipMasks",
     "LinearTokenScores",
+    "aggregate",
+    "check_policy_gradient_options",
+    "check_preference_options",
+    "clip_masks",
+    "clip_statistics",
+    "generalized_advantages",
+    "group_advantages",
+    "importance_ratio",
+    "kl_penalty",
+    "length_desensitized_logps",
     "linear_token_log_probs",
     "linear_token_scores",
+    "masked_mean",
+    "policy_gradient_loss",
+    "preference_loss",
     "token_entropy",
     "token_log_probs",
+    "validate_kl_placement",
 ]

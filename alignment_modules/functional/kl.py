@@ -1,0 +1,118 @@
+"""Estimators of KL(policy || reference) per token, and where each of them may stand.
+
+With `x = log p - log p_ref` of a sampled token: `k1 = x`, `k2 = x^2 / 2`, `k3 = exp(-x) - 1 + x`. All estimate the same
+number, but differentiating an estimate is not estimating the derivative: in a loss each estimator pulls to its own
+optimum, and in a reward only `k1` pulls to the right one (arXiv:2510.01555, arXiv:2512.21852, arXiv:2506.09477).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alignment_modules.functional.checks import check_choice, check_same_shape
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "k1+score", "k3+score")
+"""Names that `kl_penalty` takes. `+score` multiplies by the importance ratio, for the score function's gradient."""
+
+KL_PLACEMENTS = ("loss", "reward")
+"""Where a penalty may stand: added to the per-token loss, or subtracted from the reward."""
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are bounded by this before they are exponentiated, so that one token cannot overflow float32."""
+
+_REFUSED = {
+    ("k1", "loss"): "its gradient is zero on average, so it does not hold the policy to the reference at all and "
+    "training goes to the greedy policy; use 'k2', 'k3', 'k1+score' or 'k3+score' in the loss, or 'k1' in the reward",
+    ("k2", "reward"): "it rewards moving away in one direction as it punishes the other, and the policy collapses onto "
+    "one answer; use 'k1' in the reward, or 'k2' in the loss",
+    ("k3", "reward"): "it grows without bound where the policy leaves the reference's support, and training diverges; "
+    "use 'k1' in the reward, or 'k3' in the loss",
+    ("k1+score", "reward"): "a reward has no gradient, so the score-function term does not exist there; use 'k1'",
+    ("k3+score", "reward"): "a reward has no gradient, so the score-function term does not exist there; use 'k1'",
+}
+
+
+def kl_penalty(
+    token_logps: Tensor,
+    reference_token_logps: Tensor,
+    *,
+    estimator: str = "k3",
+    old_token_logps: Tensor | None = None,
+) -> Tensor:
+    """Per-token estimate of KL(policy || reference) on tokens that the (old) policy sampled.
+
+    | estimator in the loss | on-policy gradient | optimum |
+    |---|---|---|
+    | `k2`, `k1+score`, `k3+score` | `E[x d log p]` | reverse KL, `p_ref exp(r / beta) / Z` |
+    | `k3` | `E[(1 - exp(-x)) d log p]` | forward KL (the GRPO paper's) |
+
+    `k3+score` is the ratio-corrected k3 of DeepSeek-V3.2 (arXiv:2512.02556), which is also right off policy.
+    `validate_kl_placement` says which estimator may stand where.
+
+    Args:
+        token_logps: `[batch, time]`, log-probabilities under the policy, in nats.
+        reference_token_logps: `[batch, time]`, under the reference; treated as constant.
+        estimator: One of `KL_ESTIMATORS`.
+        old_token_logps: `[batch, time]`, under the policy that sampled; treated as constant. Only the `+score`
+            estimators read it, as the ratio's denominator; None: the policy itself, a ratio of exactly 1.
+
+    Returns:
+        `[batch, time]`. `k1` may be negative. Positions outside the completion are not masked here.
+
+    Raises:
+        ValueError: If the estimator is unknown or shapes differ.
+
+    >>> policy, reference = torch.tensor([[-1.0]]), torch.tensor([[-2.0]])
+    >>> [round(kl_penalty(policy, reference, estimator=k).item(), 4) for k in ("k1", "k2", "k3")]
+    [1.0, 0.5, 0.3679]
+    """
+    check_choice("estimator", estimator, KL_ESTIMATORS)
+    check_same_shape(token_logps=token_logps, reference_token_logps=reference_token_logps)
+    x = token_logps - reference_token_logps.detach()
+    kind, _, score = estimator.partition("+")
+    if kind == "k1":
+        penalty = x
+    elif kind == "k2":
+        penalty = 0.5 * x.square()
+    else:
+        penalty = exp_bounded(-x) - 1 + x
+    if not score:
+        return penalty
+    old = token_logps if old_token_logps is None else old_token_logps
+    check_same_shape(token_logps=token_logps, old_token_logps=old)
+    log_ratio = token_logps - old.detach()
+    return penalty * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def validate_kl_placement(estimator: str, placement: str) -> None:
+    """Refuse a combination of estimator and placement that does not regularise.
+
+    Args:
+        estimator: One of `KL_ESTIMATORS`.
+        placement: One of `KL_PLACEMENTS`.
+
+    Raises:
+        ValueError: If a name is unknown, or the combination collapses or diverges, saying why and what to use.
+
+    >>> validate_kl_placement("k3", "loss")
+    >>> validate_kl_placement("k1", "loss")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: estimator 'k1' must not stand in the loss: its gradient is zero on average, ...
+    """
+    check_choice("estimator", estimator, KL_ESTIMATORS)
+    check_choice("placement", placement, KL_PLACEMENTS)
+    reason = _REFUSED.get((estimator, placement))
+    if reason is not None:
+        raise ValueError(f"estimator {estimator!r} must not stand in the {placement}: {reason}")
+
+
+def exp_bounded(exponent: Tensor, bound: float = MAX_LOG_RATIO) -> Tensor:
+    """`exp`, continued as its tangent above `bound`: finite, and its gradient keeps pointing the right way.
+
+    >>> exp_bounded(torch.tensor([0.0, 5.0]), bound=1.0)
+    tensor([ 1.0000, 13.5914])
+    """
+    excess = (exponent - bound).clamp(min=0)
+    return torch.exp(exponent.clamp(max=bound)) * (1 + excess)

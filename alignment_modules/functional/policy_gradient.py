@@ -1,0 +1,294 @@
+"""Policy-gradient losses on sampled tokens, unreduced."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignment_modules.functional.checks import check_choice, check_same_shape
+from alignment_modules.functional.kl import MAX_LOG_RATIO
+from alignment_modules.functional.reductions import masked_mean
+
+LOSS_REDUCTIONS: dict[str, str] = {
+    "grpo": "sequence_mean_token_mean",
+    "dapo": "token_mean",
+    "bnpo": "token_mean",
+    "dr_grpo": "sequence_mean_token_sum_norm",
+    "cispo": "token_mean",
+}
+"""Names that `policy_gradient_loss` takes, and the reduction that belongs to each.
+
+"bnpo" differs from "dapo" only where the count of one micro-batch stands for the count of the step; with exact counts
+they are the same.
+"""
+
+IMPORTANCE_LEVELS = ("token", "sequence")
+"""What one importance ratio spans. "sequence" is GSPO's (arXiv:2507.18071), meant for `epsilon` of 3e-4, not 0.2."""
+
+
+class ClipMasks(NamedTuple):
+    """Where clipping acts; all `[batch, time]` and False outside the mask.
+
+    Attributes:
+        low: The ratio is below the range and the advantage is negative ("cispo" has no lower bound: nowhere).
+        high: The ratio is above the range and the advantage is positive ("cispo": whatever the advantage).
+        region: Either of them.
+        ratio: The importance ratio, 1 outside the mask.
+    """
+
+    low: Tensor
+    high: Tensor
+    region: Tensor
+    ratio: Tensor
+
+
+def importance_ratio(token_logps: Tensor, old_token_logps: Tensor, mask: Tensor, *, level: str = "token") -> Tensor:
+    """`p / p_old` of each token, or of each sequence as the geometric mean over its tokens.
+
+    Args:
+        token_logps: `[batch, time]`, under the policy, in nats.
+        old_token_logps: `[batch, time]`, under the policy that sampled; treated as constant.
+        mask: `[batch, time]`, bool or 0/1.
+        level: One of `IMPORTANCE_LEVELS`.
+
+    Returns:
+        `[batch, time]`, differentiable, 1 outside the mask. Log-ratios are bounded to [-20, 20].
+
+    Raises:
+        ValueError: If the level is unknown or shapes differ.
+
+    >>> importance_ratio(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[1, 1]]))
+    tensor([[1.0000, 2.7183]])
+    """
+    check_choice("importance_level", level, IMPORTANCE_LEVELS)
+    check_same_shape(token_logps=token_logps, old_token_logps=old_token_logps, mask=mask)
+    mask = mask.bool()
+    log_ratio = torch.where(mask, token_logps - old_token_logps.detach(), 0.0)
+    if level == "sequence":
+        log_ratio = torch.where(mask, masked_mean(log_ratio, mask)[:, None], 0.0)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def policy_gradient_loss(
+    token_logps: Tensor,
+    old_token_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    importance_level: str = "token",
+    delta: float | None = None,
+) -> Tensor:
+    """Per-token policy-gradient loss; reduce it with `aggregate(..., reduction=LOSS_REDUCTIONS[loss])`.
+
+    With the ratio `rho = p / p_old` and the advantage `A`:
+
+    - "grpo", "dapo", "bnpo", "dr_grpo": `-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)` (PPO,
+      arXiv:1707.06347). They differ in their reduction. With `delta`, `rho` in the first term is at most `delta`,
+      which bounds the loss of tokens with negative advantage (INTELLECT-2, arXiv:2505.07291).
+    - "cispo": `-sg(min(rho, 1 + epsilon_high)) A log p` (MiniMax-M1, arXiv:2506.13585): no token loses its gradient.
+
+    Args:
+        token_logps: `[batch, time]`, log-probabilities of the sampled tokens under the policy, in nats.
+        old_token_logps: `[batch, time]`, under the policy that sampled. For the first update after sampling pass
+            `token_logps.detach()`: the ratio is then exactly 1 and its gradient REINFORCE's.
+        advantages: `[batch]` or `[batch, time]`.
+        mask: `[batch, time]`, bool or 0/1: the policy's own tokens, the stop token included.
+        loss: A key of `LOSS_REDUCTIONS`.
+        epsilon: Clip range below 1, and above 1 where `epsilon_high` is None.
+        epsilon_high: Clip range above 1 (DAPO's clip-higher is 0.28).
+        importance_level: "token", or "sequence" (GSPO).
+        delta: Upper bound of the unclipped ratio, > 1 + `epsilon_high`; None: no bound.
+
+    Returns:
+        `[batch, time]`, 0 outside the mask.
+
+    Raises:
+        ValueError: If shapes do not fit, or an option is unknown, out of range or without effect.
+
+    >>> logps = torch.tensor([[-1.0, -2.0]])
+    >>> policy_gradient_loss(logps, logps, torch.tensor([0.5]), torch.tensor([[1, 1]]))
+    tensor([[-0.5000, -0.5000]])
+    """
+    high = check_policy_gradient_options(
+        loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, importance_level=importance_level, delta=delta
+    )
+    weight = _per_token(advantages, token_logps)
+    mask = mask.bool()
+    ratio = importance_ratio(token_logps, old_token_logps, mask, level=importance_level)
+    if loss == "cispo":
+        values = -ratio.detach().clamp(max=1 + high) * weight * token_logps
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        values = -torch.minimum(bounded * weight, ratio.clamp(1 - epsilon, 1 + high) * weight)
+    return values.masked_fill(~mask, 0)
+
+
+@torch.no_grad()
+def clip_masks(
+    token_logps: Tensor,
+    old_token_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    importance_level: str = "token",
+    delta: float | None = None,
+) -> ClipMasks:
+    """Tokens on which `policy_gradient_loss` with the same arguments clips the ratio.
+
+    Args:
+        token_logps: As in `policy_gradient_loss`, and so are the others.
+        old_token_logps: `[batch, time]`.
+        advantages: `[batch]` or `[batch, time]`.
+        mask: `[batch, time]`.
+        loss: A key of `LOSS_REDUCTIONS`.
+        epsilon: Clip range below 1.
+        epsilon_high: Clip range above 1.
+        importance_level: "token" or "sequence".
+        delta: Upper bound of the unclipped ratio.
+
+    Returns:
+        `ClipMasks`.
+
+    Raises:
+        ValueError: As `policy_gradient_loss`.
+
+    >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
+    >>> clip_masks(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]])).high
+    tensor([[ True, False]])
+    """
+    upper = check_policy_gradient_options(
+        loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, importance_level=importance_level, delta=delta
+    )
+    weight = _per_token(advantages, token_logps)
+    mask = mask.bool()
+    ratio = importance_ratio(token_logps, old_token_logps, mask, level=importance_level)
+    above = mask & (ratio > 1 + upper)
+    if loss == "cispo":
+        low, high = torch.zeros_like(mask), above
+    else:
+        low, high = mask & (ratio < 1 - epsilon) & (weight < 0), above & (weight > 0)
+    return ClipMasks(low, high, low | high, ratio)
+
+
+@torch.no_grad()
+def clip_statistics(
+    token_logps: Tensor,
+    old_token_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss: str = "dapo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    importance_level: str = "token",
+    delta: float | None = None,
+) -> dict[str, tuple[Tensor, Tensor, str]]:
+    """Shares of clipped tokens under the usual metric names, ready to be added up over micro-batches and ranks.
+
+    Args:
+        token_logps: As in `policy_gradient_loss`, and so are the others.
+        old_token_logps: `[batch, time]`.
+        advantages: `[batch]` or `[batch, time]`.
+        mask: `[batch, time]`.
+        loss: A key of `LOSS_REDUCTIONS`.
+        epsilon: Clip range below 1.
+        epsilon_high: Clip range above 1.
+        importance_level: "token" or "sequence".
+        delta: Upper bound of the unclipped ratio.
+
+    Returns:
+        `name -> (total, weight, kind)`, 0-dim tensors. Kind "mean": `total / weight` over all tokens; "min" and "max":
+        `total` is the extreme over sequences of their share (infinite where there is no sequence). Names are
+        `clip_ratio/{low,high,region}_mean`, `clip_ratio/low_min`, `clip_ratio/high_max`, `importance_ratio/mean` and,
+        for "cispo", `cispo_clip_ratio` in place of those of `clip_ratio`.
+
+    Raises:
+        ValueError: As `policy_gradient_loss`.
+
+    >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
+    >>> clip_statistics(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]]))["clip_ratio/high_mean"]
+    (tensor(1.), tensor(2.), 'mean')
+    """
+    masks = clip_masks(
+        token_logps,
+        old_token_logps,
+        advantages,
+        mask,
+        loss=loss,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        importance_level=importance_level,
+        delta=delta,
+    )
+    mask = mask.bool()
+    tokens = mask.sum().to(token_logps.dtype)
+    ratio = torch.where(mask, masks.ratio, 0.0).sum()
+
+    def mean(clipped: Tensor) -> tuple[Tensor, Tensor, str]:
+        return clipped.sum().to(tokens.dtype), tokens, "mean"
+
+    statistics = {"importance_ratio/mean": (ratio, tokens, "mean")}
+    if loss == "cispo":
+        return statistics | {"cispo_clip_ratio": mean(masks.high)}
+    filled = mask.any(dim=1)
+    nothing = token_logps.new_full((1,), torch.inf)
+    lowest = torch.cat([masked_mean(masks.low.to(tokens.dtype), mask)[filled], nothing]).amin()
+    highest = torch.cat([masked_mean(masks.high.to(tokens.dtype), mask)[filled], -nothing]).amax()
+    return statistics | {
+        "clip_ratio/low_mean": mean(masks.low),
+        "clip_ratio/high_mean": mean(masks.high),
+        "clip_ratio/region_mean": mean(masks.region),
+        "clip_ratio/low_min": (lowest, tokens, "min"),
+        "clip_ratio/high_max": (highest, tokens, "max"),
+    }
+
+
+def check_policy_gradient_options(
+    *, loss: str, epsilon: float, epsilon_high: float | None, importance_level: str, delta: float | None
+) -> float:
+    """Check the options of `policy_gradient_loss` without tensors, for example when a module is built.
+
+    Args:
+        loss: A key of `LOSS_REDUCTIONS`.
+        epsilon: Clip range below 1, in [0, 1].
+        epsilon_high: Clip range above 1, >= 0, or None for `epsilon`.
+        importance_level: One of `IMPORTANCE_LEVELS`.
+        delta: Upper bound of the unclipped ratio, > 1 + `epsilon_high`, or None.
+
+    Returns:
+        The clip range above 1.
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or without effect.
+    """
+    check_choice("loss", loss, LOSS_REDUCTIONS)
+    check_choice("importance_level", importance_level, IMPORTANCE_LEVELS)
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+    high = epsilon if epsilon_high is None else epsilon_high
+    if not high >= 0:
+        raise ValueError(f"epsilon_high must be >= 0, got {epsilon_high}")
+    if delta is not None and loss == "cispo":
+        raise ValueError(f"delta has no effect with loss='cispo' and must be None, got {delta}")
+    if delta is not None and not delta > 1 + high:
+        raise ValueError(f"delta must be > 1 + epsilon_high = {1 + high:g}, got {delta}")
+    return high
+
+
+def _per_token(advantages: Tensor, token_logps: Tensor) -> Tensor:
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand(-1, token_logps.shape[-1])
+    if advantages.shape != token_logps.shape:
+        raise ValueError(
+            f"advantages must be [batch] or [batch, time] of token_logps, {tuple(token_logps.shape)}, "
+            f"got {tuple(advantages.shape)}"
+        )
+    return advantages.detach()

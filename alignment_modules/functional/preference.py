@@ -1,0 +1,309 @@
+"""Preference losses on pairs of completions, unreduced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignment_modules.functional.checks import check_choice, check_positive, check_same_shape
+from alignment_modules.functional.kl import exp_bounded
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+"""Names that `preference_loss` takes as `f_divergence`."""
+
+BATCH_COUPLED_LOSSES = frozenset({"aot", "aot_unpaired"})
+"""Losses that sort over the batch: they depend on which pairs share a micro-batch, so on how a step is split."""
+
+
+class _Pairs(NamedTuple):
+    """One batch of pairs, all `[batch]`."""
+
+    chosen: Tensor  # log p - log p_ref, or another f-divergence's score of it
+    rejected: Tensor
+    policy_chosen: Tensor
+    policy_margin: Tensor
+    reference_margin: Tensor
+    chosen_lengths: Tensor | None
+    rejected_lengths: Tensor | None
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+
+
+def preference_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    f_divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    discopop_tau: float = 0.05,
+) -> Tensor:
+    """Loss of each pair of completions.
+
+    With `w` and `l` the log-ratios `log p - log p_ref` of the chosen and the rejected completion, `h = w - l` and `s`
+    the sigmoid; `e` is `label_smoothing`:
+
+    | loss | formula | source |
+    |---|---|---|
+    | `sigmoid` | `-(1 - e) log s(beta h) - e log s(-beta h)` | DPO, arXiv:2305.18290, conservative with e > 0 |
+    | `robust` | `(-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e)` | arXiv:2403.00409 |
+    | `ipo` | `(w / len_w - l / len_l - 1 / (2 beta))^2`, beta is its tau | arXiv:2310.12036, eq. 17 |
+    | `hinge` | `max(0, 1 - beta h)` | SLiC, arXiv:2305.10425 |
+    | `exo_pair` | `KL([s(beta h), s(-beta h)] from [1 - e, e])`, e > 0 | arXiv:2402.00856, eq. 16 |
+    | `nca_pair` | `-log s(beta w) - (log s(-beta w) + log s(-beta l)) / 2` | arXiv:2402.05369 |
+    | `bco_pair` | `-log s(beta w) - log s(-beta l)` | arXiv:2404.04656, without its running mean |
+    | `sppo_hard` | `(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2` | arXiv:2405.00675, eq. 4.7 |
+    | `apo_zero` | `1 - s(beta w) + s(beta l)` | arXiv:2408.06266, eq. 7 |
+    | `apo_down` | `s(beta w) + 1 - s(beta h)` | arXiv:2408.06266, eq. 8 |
+    | `aot` | sigmoid of sorted policy margins less sorted reference margins | arXiv:2406.05882 |
+    | `aot_unpaired` | sigmoid of sorted w less sorted l | arXiv:2406.05882 |
+    | `discopop` | `(1 - m)(-log s(beta h)) + m exp(-beta h)`, `m = s(beta h / tau)` | arXiv:2406.08414, eq. 5 |
+    | `sigmoid_norm` | `sigmoid` of `w / len_w - l / len_l` | length-normalised DPO, arXiv:2411.15124 |
+    | `sft` | `-log p(chosen) / len_w` | |
+
+    Args:
+        policy_chosen_logps: `[batch]`, the chosen completions' log-probabilities, summed over tokens, in nats.
+        policy_rejected_logps: `[batch]`, the rejected ones'.
+        reference_chosen_logps: `[batch]`, under the reference; treated as constant.
+        reference_rejected_logps: `[batch]`.
+        loss: One of `PREFERENCE_LOSSES`.
+        beta: Strength of the pull to the reference, > 0.
+        label_smoothing: Assumed share of wrong labels, in [0, 0.5).
+        chosen_lengths: `[batch]`, tokens of each chosen completion, for `ipo`, `sigmoid_norm` and `sft`. None: their
+            log-probabilities are taken as they are, averages or sums.
+        rejected_lengths: `[batch]`, likewise.
+        f_divergence: One of `F_DIVERGENCES` (arXiv:2309.16240): replaces `w` and `l` by its score where the formula
+            has them through their difference.
+        alpha: Coefficient of the alpha-divergence; 1 is `reverse_kl`, 0 is `forward_kl`.
+        discopop_tau: Temperature of `discopop`, > 0.
+
+    Returns:
+        `[batch]`.
+
+    Raises:
+        ValueError: If shapes differ, or an option is unknown, out of range, or without effect on this loss.
+
+    >>> zero = torch.zeros(1)
+    >>> preference_loss(zero, zero, zero, zero)
+    tensor([0.6931])
+    """
+    check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence)
+    check_positive("discopop_tau", discopop_tau)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
+        if lengths is not None:
+            check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
+    if (chosen_lengths is None) != (rejected_lengths is None) and loss != "sft":
+        raise ValueError("chosen_lengths and rejected_lengths must be given together")
+    reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
+    pairs = _Pairs(
+        chosen=_divergence_score(policy_chosen_logps - reference_chosen, f_divergence, alpha),
+        rejected=_divergence_score(policy_rejected_logps - reference_rejected, f_divergence, alpha),
+        policy_chosen=policy_chosen_logps,
+        policy_margin=policy_chosen_logps - policy_rejected_logps,
+        reference_margin=reference_chosen - reference_rejected,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+    )
+    return _LOSSES[loss](pairs)
+
+
+def check_preference_options(
+    *, loss: str, beta: float, label_smoothing: float = 0.0, f_divergence: str = "reverse_kl"
+) -> None:
+    """Check the options of `preference_loss` without tensors, for example when a module is built.
+
+    Args:
+        loss: One of `PREFERENCE_LOSSES`.
+        beta: > 0.
+        label_smoothing: In [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such term.
+        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or without effect on this loss.
+    """
+    check_choice("loss", loss, PREFERENCE_LOSSES)
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
+    check_positive("beta", beta)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and loss not in _SMOOTHED:
+        raise ValueError(
+            f"label_smoothing must be 0 for loss={loss!r}, which has no such term, got {label_smoothing}; "
+            f"it is used by {', '.join(sorted(_SMOOTHED))}"
+        )
+    if loss == "exo_pair" and not label_smoothing:
+        raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
+    if f_divergence != "reverse_kl" and loss not in _DIVERGENT:
+        raise ValueError(
+            f"f_divergence must be 'reverse_kl' for loss={loss!r}, got {f_divergence!r}; "
+            f"others are used by {', '.join(sorted(_DIVERGENT))}"
+        )
+
+
+def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: float) -> Tensor:
+    """Log-probabilities in which the tokens beyond the pair's shorter completion count less (LD-DPO, arXiv:2409.06411).
+
+    Use the result in place of the sums that `preference_loss` takes, for the policy and the reference alike.
+
+    Args:
+        token_logps: `[batch, time]`, in nats.
+        mask: `[batch, time]`, bool or 0/1.
+        shared_lengths: `[batch]`, the smaller of the pair's two numbers of tokens.
+        ld_alpha: Weight of the tokens beyond, in [0, 1]; 1 is the plain sum.
+
+    Returns:
+        `[batch]`.
+
+    Raises:
+        ValueError: If shapes differ or `ld_alpha` is outside [0, 1].
+
+    >>> length_desensitized_logps(-torch.ones(1, 4), torch.ones(1, 4), torch.tensor([2]), ld_alpha=0.25)
+    tensor([-2.5000])
+    """
+    check_same_shape(token_logps=token_logps, mask=mask)
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+    mask = mask.bool()
+    shared = mask.cumsum(dim=1) <= shared_lengths[:, None]
+    weights = torch.where(shared, 1.0, ld_alpha).to(token_logps.dtype)
+    return (token_logps.masked_fill(~mask, 0) * weights).sum(dim=1)
+
+
+def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
+    """`f'(p / p_ref)` up to a constant that drops out of differences."""
+    if f_divergence == "forward_kl":
+        f_divergence, alpha = "alpha", 0.0
+    if f_divergence == "js":
+        return math.log(2) + F.logsigmoid(log_ratio)
+    if f_divergence == "alpha" and abs(alpha - 1) > 1e-6:
+        return (exp_bounded((alpha - 1) * log_ratio, 60.0) - 1) / (alpha - 1)
+    return log_ratio
+
+
+def _per_token(logps: Tensor, lengths: Tensor | None) -> Tensor:
+    return logps if lengths is None else logps / lengths.clamp(min=1)
+
+
+def _mean_margin(pairs: _Pairs) -> Tensor:
+    return _per_token(pairs.chosen, pairs.chosen_lengths) - _per_token(pairs.rejected, pairs.rejected_lengths)
+
+
+def _logistic(logits: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def _sigmoid(pairs: _Pairs) -> Tensor:
+    return _logistic(pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing)
+
+
+def _robust(pairs: _Pairs) -> Tensor:
+    logits, flipped = pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing
+    return (-(1 - flipped) * F.logsigmoid(logits) + flipped * F.logsigmoid(-logits)) / (1 - 2 * flipped)
+
+
+def _ipo(pairs: _Pairs) -> Tensor:
+    return (_mean_margin(pairs) - 1 / (2 * pairs.beta)).square()
+
+
+def _hinge(pairs: _Pairs) -> Tensor:
+    return F.relu(1 - pairs.beta * (pairs.chosen - pairs.rejected))
+
+
+def _exo_pair(pairs: _Pairs) -> Tensor:
+    logits = pairs.beta * (pairs.chosen - pairs.rejected)
+    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-pairs.label_smoothing))
+    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(pairs.label_smoothing))
+    return wins + losses
+
+
+def _nca_pair(pairs: _Pairs) -> Tensor:
+    chosen, rejected = pairs.beta * pairs.chosen, pairs.beta * pairs.rejected
+    return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
+
+
+def _bco_pair(pairs: _Pairs) -> Tensor:
+    return -F.logsigmoid(pairs.beta * pairs.chosen) - F.logsigmoid(-pairs.beta * pairs.rejected)
+
+
+def _sppo_hard(pairs: _Pairs) -> Tensor:
+    target = 0.5 / pairs.beta
+    return (pairs.chosen - target).square() + (pairs.rejected + target).square()
+
+
+def _apo_zero(pairs: _Pairs) -> Tensor:
+    return torch.sigmoid(-pairs.beta * pairs.chosen) + torch.sigmoid(pairs.beta * pairs.rejected)
+
+
+def _apo_down(pairs: _Pairs) -> Tensor:
+    return torch.sigmoid(pairs.beta * pairs.chosen) + torch.sigmoid(-pairs.beta * (pairs.chosen - pairs.rejected))
+
+
+def _aot(pairs: _Pairs) -> Tensor:
+    margin = pairs.policy_margin.sort(dim=0).values - pairs.reference_margin.sort(dim=0).values
+    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+
+
+def _aot_unpaired(pairs: _Pairs) -> Tensor:
+    margin = pairs.chosen.sort(dim=0).values - pairs.rejected.sort(dim=0).values
+    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+
+
+def _discopop(pairs: _Pairs) -> Tensor:
+    logits = pairs.beta * (pairs.chosen - pairs.rejected)
+    modulation = logits / pairs.discopop_tau
+    # The product m * exp(-logits) in one exponent: alone, the second factor overflows while the first vanishes.
+    exponential = exp_bounded(F.logsigmoid(modulation) - logits, 60.0)
+    return -F.logsigmoid(logits) * torch.sigmoid(-modulation) + exponential
+
+
+def _sigmoid_norm(pairs: _Pairs) -> Tensor:
+    return _logistic(pairs.beta * _mean_margin(pairs), pairs.label_smoothing)
+
+
+def _sft(pairs: _Pairs) -> Tensor:
+    return -_per_token(pairs.policy_chosen, pairs.chosen_lengths)
+
+
+_LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
+    "sigmoid": _sigmoid,
+    "robust": _robust,
+    "ipo": _ipo,
+    "hinge": _hinge,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "bco_pair": _bco_pair,
+    "sppo_hard": _sppo_hard,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
+    "discopop": _discopop,
+    "sigmoid_norm": _sigmoid_norm,
+    "sft": _sft,
+}
+_SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
+_DIVERGENT = {"sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "exo_pair", "discopop"}
+
+PREFERENCE_LOSSES = tuple(_LOSSES)
+"""Names that `preference_loss` takes."""

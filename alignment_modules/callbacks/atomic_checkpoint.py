@@ -1,0 +1,175 @@
+"""Checkpoints that are whole or absent, and that cannot run code when they are read."""
+
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read; the message names the file and what is wrong with it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a failed or interrupted write leaves the previous file as it was.
+
+    Give it to the Trainer as a plugin: `Trainer(plugins=[AtomicCheckpointIO()])`. The new file is complete on disk
+    before it takes the old one's place; meanwhile there must be space for both. Reading always uses
+    `weights_only=True`, and a checkpoint that could not be read so is reported when it is written. Remote paths are
+    written by Lightning's own code.
+    """
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            checkpoint: What to save.
+            path: Where to.
+            storage_options: Not used; must be None.
+
+        Raises:
+            OSError: If it cannot be written; a previous file at `path` is untouched.
+        """
+        target = _local(path)
+        if storage_options is not None or target is None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._warn_if_unreadable(temporary, target)
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            kept = "the previous file there is untouched" if target.exists() else "nothing was left there"
+            raise OSError(f"cannot write checkpoint {str(target)!r}: {_reason(error)}; {kept}") from error
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def _warn_if_unreadable(self, written: Path, target: Path) -> None:
+        """Reads back the structure, not the tensors' values, so that a run does not learn at resume what it lacks."""
+        if self._warned:
+            return
+        try:
+            torch.load(written, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            self._warned = True
+            rank_zero_warn(
+                f"checkpoint {str(target)!r} {_python_objects(error)}: resuming from it will be refused. Keep such "
+                "objects out of save_hyperparameters and out of the state of callbacks and loaders."
+            )
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint of tensors and plain values.
+
+        Args:
+            path: The file.
+            map_location: Where tensors go; the default keeps them on the CPU.
+            weights_only: None or True.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is truncated, holds other Python objects, or is no checkpoint of a Trainer.
+            ValueError: If `weights_only=False` is asked for.
+        """
+        if weights_only is False:
+            raise ValueError(
+                "weights_only=False must be True or None: reading arbitrary Python objects can run code; "
+                "for a file you trust, use Lightning's TorchCheckpointIO"
+            )
+        local = _local(path)
+        if local is not None and local.is_dir():
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} is a folder: a sharded checkpoint is read only by the strategy that wrote it"
+            )
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"checkpoint {str(path)!r} {_diagnosis(local, error)}") from error
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else type(checkpoint)
+            raise CheckpointError(f"checkpoint {str(path)!r} lacks 'state_dict': no Trainer wrote it; it holds {found}")
+        return checkpoint
+
+
+def _local(path: _PATH) -> Path | None:
+    """The path on this machine's file system; None for a remote one."""
+    filesystem, plain = url_to_fs(str(path))
+    return Path(plain) if "file" in filesystem.protocol else None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable, where the operating system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's own words, which torch wraps."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _python_objects(error: Exception) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    what = f" ({found[1]})" if found else ""
+    return f"holds Python objects{what} beside tensors and plain values, which can run code when read"
+
+
+def _diagnosis(path: Path | None, error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return f"{_python_objects(error)}: refused"
+    if path is None:
+        return f"cannot be read: {_reason(error)}"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as problem:
+        return f"cannot be read: {_reason(problem)}"
+    if size == 0:
+        return "is empty (0 bytes): its write was interrupted; use an earlier checkpoint"
+    if start == b"PK\x03\x04":
+        if not zipfile.is_zipfile(path):
+            return f"is truncated at {size:,} bytes: its write was interrupted; use an earlier checkpoint"
+        return f"is damaged or no checkpoint: {_reason(error)}"
+    return f"is not a checkpoint: {size:,} bytes that start with {start!r}"

@@ -1,0 +1,109 @@
+"""Predictions as JSONL, written while they come."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import lightning as L
+from lightning.pytorch import Callback
+
+from alignment_modules.callbacks.jsonl import to_json_line
+
+
+class CompletionWriter(Callback):
+    """Writes what `predict_step` returns (a list of rows, or a dictionary of lists of equal length), one line a row.
+
+    Every batch is flushed, so an interrupted run leaves what it had. With several processes each writes a part beside
+    the file (`NAME.rank1` and so on), and rank 0 joins them at the end, by the rows' `index` where all have one.
+
+    Args:
+        path: The JSONL file; None: `predictions.jsonl` in the Trainer's `default_root_dir`. It is overwritten.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def _target(self, trainer: L.Trainer) -> Path:
+        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the file."""
+        target = self._target(trainer)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
+        self._file = open(part, "w", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes one batch.
+
+        Raises:
+            TypeError: If `predict_step` returned something else than rows.
+        """
+        if self._file is not None:
+            self._file.writelines(to_json_line(row) for row in _rows(outputs))
+            self._file.flush()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the file; joins the ranks' parts."""
+        self._close()
+        if trainer.world_size > 1:
+            trainer.strategy.barrier("completion_writer")
+            if trainer.is_global_zero:
+                _join(self._target(trainer), trainer.world_size)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Closes the file."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _part(target: Path, rank: int) -> Path:
+    return target.with_name(f"{target.name}.rank{rank}")
+
+
+def _rows(outputs: Any) -> Iterator[dict[str, Any]]:
+    if outputs is None:
+        return
+    if isinstance(outputs, dict):
+        columns = {name: values.tolist() if hasattr(values, "tolist") else values for name, values in outputs.items()}
+        if all(isinstance(values, list | tuple) for values in columns.values()):
+            lengths = {name: len(values) for name, values in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise TypeError(f"predict_step must return lists of one length; found {lengths}")
+            for entries in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, entries, strict=True))
+            return
+    if not isinstance(outputs, list | tuple) or not all(isinstance(row, dict) for row in outputs):
+        raise TypeError(
+            f"predict_step must return a list of dictionaries or a dictionary of lists for CompletionWriter; "
+            f"it returned {type(outputs).__name__}"
+        )
+    yield from outputs
+
+
+def _join(target: Path, world_size: int) -> None:
+    lines: list[str] = []
+    parts = [_part(target, rank) for rank in range(world_size)]
+    for part in parts:
+        if part.exists():  # another machine's part lies on that machine's disk
+            lines += part.read_text(encoding="utf-8").splitlines(keepends=True)
+    keys = [json.loads(line).get("index") for line in lines]
+    if all(isinstance(key, int) for key in keys):
+        lines = [lines[row] for row in sorted(range(len(lines)), key=keys.__getitem__)]
+    target.write_text("".join(lines), encoding="utf-8")
+    for part in parts:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""The trained policy as a folder that any other tool reads."""
+
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class ExportPolicy(Callback):
+    """Writes the policy at the end of `fit`, by the module's `export(directory, lora=...)`, on rank 0.
+
+    Nothing is written after an exception, nor in a `fast_dev_run`.
+
+    Args:
+        directory: Where to; None: `export` in the Trainer's `default_root_dir`.
+        lora: "merge" folds adapters into the weights; "adapter" writes them alone.
+        enabled: False writes nothing.
+
+    Raises:
+        ValueError: If `lora` is neither "merge" nor "adapter".
+    """
+
+    def __init__(
+        self,
+        directory: str | None = None,
+        lora: Literal["merge", "adapter"] = "merge",
+        enabled: bool = True,
+    ) -> None:
+        if lora not in ("merge", "adapter"):
+            raise ValueError(f"lora={lora!r} must be 'merge' or 'adapter'")
+        self.directory = directory
+        self.lora = lora
+        self.enabled = enabled
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses a module that cannot export before it has been trained for hours.
+
+        Raises:
+            TypeError: If the module has no `export` method.
+        """
+        if stage == "fit" and self.enabled and not callable(getattr(pl_module, "export", None)):
+            raise TypeError(f"ExportPolicy needs {type(pl_module).__name__}.export(directory, lora=...); it has none")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Exports."""
+        if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        directory = Path(self.directory) if self.directory else Path(trainer.default_root_dir) / "export"
+        if trainer.is_global_zero:
+            pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
+            rank_zero_info(f"exported the policy to {directory}")
+        trainer.strategy.barrier("export_policy")

@@ -1,0 +1,39 @@
+"""ExportPolicy: when it exports, where to, and when not."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from alignment_modules.callbacks import ExportPolicy
+
+
+def test_exports_once_at_the_end_into_the_root_folder(tmp_path, boring, make_trainer, loader):
+    module = boring()
+    make_trainer(ExportPolicy(), max_epochs=2).fit(module, loader)
+    assert module.exported == [(tmp_path / "export", "merge")]
+
+
+def test_directory_and_adapter(boring, make_trainer, loader):
+    module = boring(manual=2)
+    make_trainer(ExportPolicy(directory="some/where", lora="adapter")).fit(module, loader)
+    assert module.exported == [(Path("some/where"), "adapter")]
+
+
+def test_nothing_after_a_failure_a_rehearsal_or_when_off(boring, make_trainer, loader):
+    broken = boring()
+    broken.training_step = lambda batch, batch_idx: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(ExportPolicy()).fit(broken, loader)
+    rehearsal, off, validated = boring(), boring(), boring()
+    make_trainer(ExportPolicy(), fast_dev_run=True).fit(rehearsal, loader)
+    make_trainer(ExportPolicy(enabled=False)).fit(off, loader)
+    make_trainer(ExportPolicy()).validate(validated, loader, verbose=False)
+    assert broken.exported == rehearsal.exported == off.exported == validated.exported == []
+
+
+def test_mistakes(make_trainer, loader):
+    with pytest.raises(ValueError, match="lora='both' must be 'merge' or 'adapter'"):
+        ExportPolicy(lora="both")
+    with pytest.raises(TypeError, match=r"ExportPolicy needs BoringModel.export\(directory, lora=...\)"):
+        make_trainer(ExportPolicy()).fit(BoringModel(), loader)

@@ -1,0 +1,409 @@
+"""What the data modules share: sources, the tokenizer, row formats, lengths, counts and loaders."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+from . import formats
+from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, pack
+from .chat import Chat
+from .encoding import Encoder, LossOn, load_tokenizer, read_chat_template
+from .formats import Example
+from .loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from .sources import RenamedRows, Rows, is_hub_id, load_from_hub, open_source
+from .tables import PromptTable, ReferenceText
+
+logger = logging.getLogger(__name__)
+
+Source = str | Dataset | Sequence[dict[str, Any]] | None
+SPLITS = ("train", "validation", "test", "predict")
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+_CHUNK = 1024  # rows tokenised in one call
+# Keys of a batch that a source's own column must not take.
+RESERVED = ("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "rewards", "old_logprobs")
+
+
+class AlignmentDataModule(LightningDataModule):
+    """Base of the data modules; use one of its subclasses.
+
+    A subclass says which row formats it takes (`accepts`) and how it makes a table of them (`build`).
+
+    Args:
+        train: Source of the training rows: a path, a hub id, a map-style Dataset of dict rows, or a list of dict rows.
+        validation: Source of the validation rows.
+        test: Source of the test rows.
+        predict: Source of the rows to predict.
+        tokenizer: A tokenizer, its folder or its hub id; None takes the `tokenizer` attribute of a source.
+        max_length: Most tokens of a row.
+        batch_size: Rows in a batch of one process.
+        eval_batch_size: The same for validation, test and predict; None takes `batch_size`.
+        overflow: What happens to a row longer than `max_length`.
+        shuffle: Draw a new order of the training rows each epoch.
+        seed: Seed of these orders.
+        drop_last: Leave out a last training batch that is not full.
+        num_workers: Worker processes of each loader.
+        chat_template: Replaces the tokenizer's chat template: "plain", a file, or the template itself.
+        as_chat: Turn plain prompts and completions into chat messages.
+        columns: New names for columns of the sources, such as {"question": "prompt"}.
+    """
+
+    accepts: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        train: Source = None,
+        validation: Source = None,
+        test: Source = None,
+        predict: Source = None,
+        tokenizer: str | object | None = None,
+        max_length: int = 1024,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        overflow: str = "truncate",
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        chat_template: str | None = None,
+        as_chat: bool = False,
+        columns: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        allowed = self._overflow_policies()
+        if overflow not in allowed:
+            raise ValueError(f"overflow={overflow!r}; allowed: {', '.join(map(repr, allowed))}")
+        for name, value, least in (
+            ("max_length", max_length, 2),
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}; must be at least {least}")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.max_length, self.overflow = max_length, overflow
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.shuffle, self.seed, self.drop_last, self.num_workers = shuffle, seed, drop_last, num_workers
+        self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
+        self.reports: dict[str, dict[str, Any]] = {}
+        self._given_tokenizer = tokenizer
+        self._tokenizer: Any = None
+        self._encoder: Encoder | None = None
+        self._tables: dict[str, tuple[Table, Callable[[list[Any]], Any]]] = {}
+
+    @staticmethod
+    def _overflow_policies() -> tuple[str, ...]:
+        return ("truncate", "drop", "error")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for.
+
+        Raises:
+            ValueError: None was given and no source has one, or the given one cannot be loaded.
+        """
+        if self._tokenizer is None:
+            given = self._given_tokenizer
+            if given is None:
+                found = [getattr(source, "tokenizer", None) for source in self.sources.values()]
+                given = next((tokenizer for tokenizer in found if tokenizer is not None), None)
+            if given is None:
+                raise ValueError(
+                    "tokenizer=None, and no source has a `tokenizer` attribute; give a tokenizer, its folder or hub id"
+                )
+            tokenizer: Any = load_tokenizer(given) if isinstance(given, str) else given
+            if self.chat_template is not None:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.chat_template = read_chat_template(self.chat_template)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @property
+    def encoder(self) -> Encoder:
+        """Turns text into ids with this module's tokenizer."""
+        if self._encoder is None:
+            self._encoder = Encoder(self.tokenizer)
+        return self._encoder
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: the end-of-sequence token and the chat template's end of turn."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return (self.encoder.eos,)
+        return Chat(self.tokenizer).stop_token_ids()
+
+    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+        """Make the table of a split and the function that makes batches of its rows.
+
+        Args:
+            split: Name of the split.
+            rows: Its rows.
+            kind: Their format, one of `accepts`.
+        """
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Download hub data sets once per machine."""
+        for split, source in self.sources.items():
+            if isinstance(source, str) and is_hub_id(source):
+                load_from_hub(source, split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise the splits that a stage needs, each once.
+
+        Args:
+            stage: "fit", "validate", "test", "predict", or None for all that have a source.
+
+        Raises:
+            ValueError: A source cannot be read or used; the message names split, place and what is needed.
+        """
+        for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
+            if self.sources[split] is not None and split not in self._tables:
+                self._tables[split] = self._make(split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of this rank, resumable (see `ResumableLoader`)."""
+        table, collate = self._table("train")
+        replicas, rank = self._ranks()
+        sampler = ResumableSampler(
+            table,
+            batch_size=self.batch_size,
+            num_replicas=replicas,
+            rank=rank,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+        )
+        loader = ResumableLoader(
+            table, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loader_options()
+        )
+        trainer = self.trainer
+        if trainer is not None:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Validation batches in the order of the source, each row on one rank; an empty list without a source."""
+        return self._evaluation_loader("validation") if self.sources["validation"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches: prompts (with the other columns) where the rows have one, else the training format."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches to predict, in the format of `test_dataloader`."""
+        return self._evaluation_loader("predict")
+
+    def _table(self, split: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+        if self.sources[split] is None:
+            raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
+        if split not in self._tables:
+            self._tables[split] = self._make(split)
+        return self._tables[split]
+
+    def _ranks(self) -> tuple[int, int]:
+        options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (int(options["num_replicas"]), int(options["rank"])) if options else (1, 0)
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),
+        }
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        table, collate = self._table(split)
+        size = self.eval_batch_size or self.batch_size
+        replicas, rank = self._ranks()
+        if replicas == 1:
+            return DataLoader(table, batch_size=size, collate_fn=collate, **self._loader_options())
+        if len(table) < replicas:
+            logger.warning("%s: %d rows for %d processes, so some rows count twice", split, len(table), replicas)
+        sampler = EvaluationSampler(table, batch_size=size, num_replicas=replicas, rank=rank)
+        return DataLoader(table, batch_size=None, sampler=sampler, collate_fn=collate, **self._loader_options())
+
+    def _make(self, split: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+        rows = open_source(self.sources[split], split)
+        if self.columns:
+            rows = RenamedRows(rows, self.columns)
+        kind = formats.recognise(rows[0])
+        self.reports[split] = {"rows": len(rows), "format": kind}
+        prompts = split in ("test", "predict") and kind not in (None, formats.TEXT)
+        accepted = tuple(k for k in formats.COLUMNS if k != formats.TEXT) if prompts else self.accepts
+        if kind is None or kind not in accepted:
+            found = f"; that is the format '{kind}'" if kind else ""
+            raise ValueError(
+                f"{split}: {rows.where(0)} has the columns {sorted(formats.present(rows[0]))}{found}; "
+                f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
+            )
+        made = self._build_prompts(split, rows, kind) if prompts else self.build(split, rows, kind)
+        self._log(split, rows.name)
+        return made
+
+    def _normalise(self, row: Mapping[str, Any], kind: str) -> Example | None:
+        chat = self.as_chat or (kind == formats.ALPACA and getattr(self.tokenizer, "chat_template", None) is not None)
+        return formats.normalise(row, kind, as_chat=chat)
+
+    def examples(self, split: str, rows: Rows, kind: str) -> Iterator[tuple[int, Example]]:
+        """The rows of a split in canonical form, with their numbers; ties of scored completions are counted, not given.
+
+        Raises:
+            ValueError: A row does not fit the format; the message says which row and why.
+        """
+        for index, row in enumerate(rows):
+            try:
+                example = self._normalise(row, kind)
+            except ValueError as error:
+                raise ValueError(f"{split}: {rows.where(index)}: {error}") from None
+            if example is None:
+                self.count(split, "ties")
+            else:
+                yield index, example
+
+    def encoded(
+        self, split: str, rows: Rows, kind: str, encode: Callable[[Sequence[Example]], Sequence[Any]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Rows passed through `encode` in chunks; an error inside names the row."""
+        examples = self.examples(split, rows, kind)
+        while chunk := list(islice(examples, _CHUNK)):
+            try:
+                results = encode([example for _, example in chunk])
+            except ValueError:
+                results = [self._encode_one(split, rows, index, example, encode) for index, example in chunk]
+            yield from zip((index for index, _ in chunk), results, strict=True)
+
+    @staticmethod
+    def _encode_one(split: str, rows: Rows, index: int, example: Example, encode: Callable[..., Any]) -> Any:
+        try:
+            return encode([example])[0]
+        except ValueError as error:
+            raise ValueError(f"{split}: {rows.where(index)}: {error}") from error
+
+    def count(self, split: str, what: str, number: int = 1) -> None:
+        """Add to a count of the split's report."""
+        report = self.reports[split]
+        report[what] = report.get(what, 0) + number
+
+    def too_long(self, split: str, place: str, length: int) -> bool:
+        """Whether a row of `length` tokens is left out; counts it either way.
+
+        Raises:
+            ValueError: The row is too long and `overflow="error"`.
+        """
+        report = self.reports[split]
+        report["longest"] = max(report.get("longest", 0), length)
+        if length <= self.max_length:
+            return False
+        if self.overflow == "error":
+            raise ValueError(
+                f"{split}: {place} has {length} tokens, max_length={self.max_length}; raise it, or set "
+                "overflow='truncate' or overflow='drop'"
+            )
+        self.count(split, "dropped_too_long" if self.overflow == "drop" else "truncated")
+        return self.overflow == "drop"
+
+    def token_rows(self, split: str, rows: Rows, kind: str, loss_on: LossOn) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and masks of language-modelling rows that fit `max_length` and have a target."""
+        for index, (ids, mask) in self.encoded(split, rows, kind, lambda e: self.encoder.supervised(e, loss_on)):
+            if self.overflow != "split":
+                if self.too_long(split, rows.where(index), len(ids)):
+                    continue
+                ids, mask = cut_row(ids, mask, self.max_length, self.encoder.first)
+            if mask.any():
+                yield ids, mask
+            else:
+                self.count(split, "dropped_without_target")
+
+    def token_table(
+        self, split: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool
+    ) -> tuple[Table, Callable[[list[Any]], Any]]:
+        """A table of these rows, packed to `max_length` if asked, and its collate function."""
+        kept = list(pairs)
+        self.check_not_empty(split, len(kept))
+        ids, masks = Ragged([a for a, _ in kept]), Ragged([b for _, b in kept], np.bool_)
+        self.reports[split].update(documents=len(ids), tokens=len(ids.values), targets=int(masks.values.sum()))
+        bins = pack(ids.lengths, self.max_length) if packing else None
+        table = TokenTable(ids, masks, bins)
+        self.reports[split]["kept"] = len(table)
+        return table, TokenCollate(self.encoder.pad)
+
+    def check_not_empty(self, split: str, kept: int) -> None:
+        """Refuse a split of which nothing is left.
+
+        Raises:
+            ValueError: No row is left; the message says why.
+        """
+        report = self.reports[split]
+        report["kept"] = kept
+        if kept:
+            return
+        if report.get("dropped_too_long", 0) == report["rows"]:
+            raise ValueError(
+                f"{split}: every row is longer than max_length={self.max_length} (the longest has "
+                f"{report['longest']} tokens), so overflow='drop' leaves none; raise max_length or set "
+                "overflow='truncate'"
+            )
+        raise ValueError(f"{split}: no row is left to use: {self._describe(report)}")
+
+    def _build_prompts(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+        prompts, index, names, used = [], [], dict[str, None](), set[str]()
+        has_reference = False
+
+        def encode(examples: Sequence[Example]) -> list[np.ndarray]:
+            nonlocal has_reference
+            for example in examples:
+                used.update(example.used)
+                has_reference |= example.completion is not None
+            plain = iter(self.encoder.prompts([e.prompt or "" for e in examples if not isinstance(e.prompt, list)]))
+            return [self.encoder.prompt(e) if isinstance(e.prompt, list) else next(plain) for e in examples]
+
+        for number, ids in self.encoded(split, rows, kind, encode):
+            if self.too_long(split, rows.where(number), len(ids)):
+                continue
+            if len(ids) == 0:
+                raise ValueError(f"{split}: {rows.where(number)}: the prompt has no token")
+            prompts.append(cut_left(ids, self.max_length, self.encoder.first))
+            index.append(number)
+        for row in rows:
+            names.update(dict.fromkeys(row))
+        columns = [name for name in names if name not in used]
+        clash = sorted(set(columns) & set(RESERVED))
+        if clash:
+            raise ValueError(
+                f"{split}: {rows.name} has the columns {clash}, which batches use themselves; rename them, as in "
+                f"columns={{'{clash[0]}': '{clash[0]}_column'}}"
+            )
+        self.check_not_empty(split, len(prompts))
+        table = PromptTable(
+            Ragged(prompts),
+            np.asarray(index, dtype=np.int64),
+            rows,
+            [name for name in columns if not (has_reference and name == "completion")],
+            ReferenceText(self._normalise, rows, kind) if has_reference else None,
+        )
+        self.reports[split]["tokens"] = len(table.prompts.values)
+        return table, PromptCollate(self.encoder.pad)
+
+    @rank_zero_only
+    def _log(self, split: str, name: str) -> None:
+        report = self.reports[split]
+        lost = [key for key in report if key.startswith("dropped") or key in ("truncated", "ties")]
+        logger.log(logging.WARNING if lost else logging.INFO, "%s from %s: %s", split, name, self._describe(report))
+
+    @staticmethod
+    def _describe(report: Mapping[str, Any]) -> str:
+        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.items())

@@ -1,0 +1,169 @@
+"""Plain text and examples to token ids, in batches, with the stop token and the tokenizer's own first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .chat import PLAIN_TEMPLATE, Chat
+from .formats import Example
+
+LossOn = Literal["completion", "last_turn", "all"]
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a tokenizer from a folder or by hub id; code from the repository is never run.
+
+    Raises:
+        ValueError: The folder does not exist, or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"tokenizer={path!r}: no such folder (looked in {Path.cwd()})")
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        found = sorted(file.name for file in folder.iterdir())
+        raise ValueError(f"tokenizer={path!r}: the folder holds no tokenizer (tokenizer.json); it holds {found}")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError ...
+        raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def read_chat_template(chat_template: str) -> str:
+    """A template given as "plain", as the path of a file, or as the template itself."""
+    if chat_template == "plain":
+        return PLAIN_TEMPLATE
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template={chat_template!r}: neither 'plain', nor a template, nor a file that exists")
+    return path.read_text(encoding="utf-8")
+
+
+class Encoder:
+    """Turns texts and examples into token ids (int32 arrays `[time]`).
+
+    Args:
+        tokenizer: A `transformers` tokenizer with an end-of-sequence token. A pad token is not needed.
+
+    Raises:
+        ValueError: The tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no eos_token, so a model could never learn to stop; set tokenizer.eos_token"
+            )
+        self.tokenizer = tokenizer
+        self.eos = int(tokenizer.eos_token_id)
+        pad = tokenizer.pad_token_id
+        self.pad = int(self.eos if pad is None else pad)
+        self.first = self._first_tokens()
+        self._chat: Chat | None = None
+
+    @property
+    def chat(self) -> Chat:
+        """The chat template's encoder.
+
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
+        if self._chat is None:
+            self._chat = Chat(self.tokenizer)
+        return self._chat
+
+    def _first_tokens(self) -> np.ndarray:
+        """What the tokenizer writes before any text (a begin-of-sequence token, or nothing)."""
+        empty = list(self.tokenizer("")["input_ids"])
+        while empty and empty[-1] == self.eos and empty[-1] != self.tokenizer.bos_token_id:
+            empty.pop()  # an end token is ours to place
+        return np.asarray(empty, dtype=np.int32)
+
+    def texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text alone, nothing added."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """First tokens, text, end-of-sequence token."""
+        return [self._close(np.concatenate((self.first, ids))) for ids in self.texts(texts)]
+
+    def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """First tokens, text."""
+        return [np.concatenate((self.first, ids)) for ids in self.texts(texts)]
+
+    def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Prompt and completion ids, the completion closed by the end-of-sequence token.
+
+        Both are tokenised as one text where that leaves the prompt's own tokens as they are (what a sampler sees);
+        else the completion is tokenised alone, so that no token lies across the boundary.
+        """
+        joint = self.texts([*prompts, *(p + c for p, c in zip(prompts, completions, strict=True))])
+        heads, wholes = joint[: len(prompts)], joint[len(prompts) :]
+        merged = [i for i, (h, w) in enumerate(zip(heads, wholes, strict=True)) if not np.array_equal(w[: len(h)], h)]
+        alone = dict(zip(merged, self.texts([completions[i] for i in merged]), strict=True))
+        return [
+            (np.concatenate((self.first, head)), self._close(alone.get(i, whole[len(head) :])))
+            for i, (head, whole) in enumerate(zip(heads, wholes, strict=True))
+        ]
+
+    def _close(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) and int(ids[-1]) == self.eos:
+            return ids
+        return np.append(ids, np.int32(self.eos))
+
+    def prompt(self, example: Example) -> np.ndarray:
+        """Ids of an example's prompt, ready to be continued."""
+        if isinstance(example.prompt, list):
+            return self.chat.encode_prompt(example.prompt, example.tools)
+        return self.prompts([example.prompt or ""])[0]
+
+    def completion(self, example: Example, side: str) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and completion ids of an example; `side` is "completion", "chosen" or "rejected"."""
+        prompt, completion = example.prompt, getattr(example, side)
+        if isinstance(prompt, list):
+            return self.chat.encode_completion(prompt, completion, example.tools)
+        return self.pairs([prompt or ""], [completion])[0]
+
+    def supervised(self, examples: Sequence[Example], loss_on: LossOn) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and loss mask (int32 and bool `[time]`) of texts, prompt/completion pairs and conversations.
+
+        The first token of a row is never a target, since nothing comes before it.
+        """
+        texts = iter(self.documents([e.text for e in examples if e.text is not None]))
+        plain = [e for e in examples if isinstance(e.prompt, str) and e.messages is None and e.text is None]
+        pairs = iter(self.pairs([str(e.prompt) for e in plain], [str(e.completion) for e in plain]))
+        rows = []
+        for example in examples:
+            if example.text is not None:
+                ids = next(texts)
+                mask = np.ones(len(ids), dtype=bool)
+            elif example.messages is not None or isinstance(example.prompt, list):
+                ids, mask = self._conversation(example, loss_on)
+            else:
+                prompt, completion = next(pairs)
+                ids = np.concatenate((prompt, completion))
+                mask = np.arange(len(ids)) >= (0 if loss_on == "all" else len(prompt))
+            mask[:1] = False
+            rows.append((ids, mask))
+        return rows
+
+    def _conversation(self, example: Example, loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
+        last = loss_on == "last_turn"
+        if example.messages is not None:
+            ids, mask = self.chat.encode(example.messages, last_only=last, tools=example.tools)
+        else:
+            prompt: list[Any] = list(example.prompt or [])
+            completion: list[Any] = list(example.completion or [])
+            messages = [*prompt, *completion]
+            ids, mask = self.chat.encode(messages, first=len(prompt), last_only=last, tools=example.tools)
+        return ids, np.ones_like(mask) if loss_on == "all" else mask

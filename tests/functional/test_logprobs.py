@@ -28,7 +28,8 @@ def plain(hidden, weight, targets, bias=None, temperature=1.0, logit_scale=1.0, 
         logits = softcap * torch.tanh(logits / softcap)
     log_p = F.log_softmax(logits / temperature, dim=-1)
     chosen = log_p.gather(1, targets[:, None])[:, 0]
-    return chosen, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == targets
+    correct = log_p.argmax(-1) == targets
+    return chosen, -(log_p.exp() * log_p).sum(-1), correct, (logits / temperature).logsumexp(-1), log_p.mean(-1)
 
 
 def head(rows=7, width=5, vocabulary=11, dtype=torch.float64, seed=0):
@@ -117,30 +118,35 @@ def test_linear_matches_plain(settings, with_bias, max_chunk_bytes):
         max_chunk_bytes=max_chunk_bytes,
         with_entropy=True,
         with_correct=True,
+        with_normalizer=True,
+        with_mean_logp=True,
         **settings,
     )
     assert isinstance(scores, LinearTokenScores)
     expected = plain(hidden, weight, targets, bias, **settings)
     for ours, theirs in zip(scores, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    upstream = torch.randn(2, hidden.shape[0], dtype=torch.float64)
-    ours = torch.autograd.grad((upstream[0] * scores[0] + upstream[1] * scores[1]).sum(), inputs)
-    theirs = torch.autograd.grad((upstream[0] * expected[0] + upstream[1] * expected[1]).sum(), inputs)
+    upstream = torch.randn(5, hidden.shape[0], dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(sum((upstream[i] * outputs[i]).sum() for i in (0, 1, 3, 4)), inputs)
+        for outputs in (scores, expected)
+    )
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("max_chunk_bytes", [2 * 6 * 8, 2**20])
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_linear_gradcheck(settings, max_chunk_bytes, with_entropy):
+@pytest.mark.parametrize("extra", [None, "entropy", "normalizer", "mean_logp"])
+def test_linear_gradcheck(settings, max_chunk_bytes, extra):
     hidden, weight, bias, targets = head(rows=5, width=3, vocabulary=6)
 
     def function(hidden, weight, bias):
+        asked = {} if extra is None else {f"with_{extra}": True}
         scores = linear_token_scores(
-            hidden, weight, targets, bias=bias, max_chunk_bytes=max_chunk_bytes, with_entropy=with_entropy, **settings
+            hidden, weight, targets, bias=bias, max_chunk_bytes=max_chunk_bytes, **asked, **settings
         )
-        return scores[:2] if with_entropy else scores.token_logps
+        return scores.token_logps if extra is None else (scores.token_logps, getattr(scores, extra))
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
@@ -176,10 +182,11 @@ def test_linear_backward_twice_gives_the_same():
     torch.testing.assert_close(first, second)
 
 
-def test_linear_entropy_alone_is_differentiable():
+@pytest.mark.parametrize(("name", "index"), [("entropy", 1), ("normalizer", 3), ("mean_logp", 4)])
+def test_linear_extra_alone_is_differentiable(name, index):
     hidden, weight, _, targets = head()
-    ours = linear_token_scores(hidden, weight, targets, with_entropy=True).entropy
-    theirs = plain(hidden, weight, targets)[1]
+    ours = getattr(linear_token_scores(hidden, weight, targets, **{f"with_{name}": True}), name)
+    theirs = plain(hidden, weight, targets)[index]
     torch.testing.assert_close(
         torch.autograd.grad(ours.sum(), [hidden, weight]), torch.autograd.grad(theirs.sum(), [hidden, weight])
     )

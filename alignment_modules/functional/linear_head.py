@@ -1,0 +1,253 @@
+"""The autograd function behind `linear_token_log_probs`: a linear head and a log-softmax in the fewest passes.
+
+Only one `[rows, vocabulary]` buffer exists. The forward pass fills it with logits and reduces them block by block; the
+backward pass overwrites it, block by block, with the gradient that the two matrix products need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class LinearTokenScores(NamedTuple):
+    """What `linear_token_scores` knows of each row; None for what was not asked for.
+
+    Attributes:
+        token_logps: `[n]` float32 (float64 for float64 inputs), log-probability of the target in nats.
+        entropy: `[n]` same dtype, entropy of the whole distribution in nats, differentiable.
+        correct: `[n]` bool, whether the target is the most probable token.
+        normalizer: `[n]` same dtype as `token_logps`, logsumexp of the logits, differentiable.
+        mean_logp: `[n]` same dtype, mean log-probability over the vocabulary, differentiable.
+    """
+
+    token_logps: Tensor
+    entropy: Tensor | None
+    correct: Tensor | None
+    normalizer: Tensor | None
+    mean_logp: Tensor | None
+
+
+class HeadSettings(NamedTuple):
+    """How logits come from the matrix product, and what to compute of them."""
+
+    alpha: float  # multiplies the product, inside the matrix multiplication
+    cap: float | None  # logits = cap * tanh(product), None without soft-capping
+    max_chunk_bytes: int
+    with_entropy: bool
+    with_correct: bool
+    with_normalizer: bool
+    with_mean_logp: bool
+    needs_grad: bool = False
+
+
+def apply_linear_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+) -> LinearTokenScores:
+    """Score each row's target, in autocast's dtype where autocast is on.
+
+    Args:
+        hidden: `[n, d]`.
+        weight: `[vocabulary, d]`.
+        bias: `[vocabulary]` or None.
+        targets: `[n]` int64.
+        settings: What to compute, and how.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    with torch.autocast(device_type, enabled=False):
+        outputs = _LinearHead.apply(hidden, weight, bias, targets, settings._replace(needs_grad=needs_grad))
+    return LinearTokenScores(*outputs)
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of reductions: float64 stays, all else becomes float32."""
+    return tensor.to(_reduction_dtype(tensor.dtype))
+
+
+class _LinearHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
+    ) -> tuple[Tensor | None, ...]:
+        rows = hidden.shape[0]
+        token_logps = torch.empty(rows, dtype=_reduction_dtype(hidden.dtype), device=hidden.device)
+        normalizer = torch.empty_like(token_logps)
+        entropy = torch.empty_like(token_logps) if settings.with_entropy else None
+        correct = torch.empty_like(token_logps, dtype=torch.bool) if settings.with_correct else None
+        mean_logp = torch.empty_like(token_logps) if settings.with_mean_logp else None
+        chunk = _chunk_rows(hidden, weight, settings)
+        buffer = hidden.new_empty(min(chunk, rows), weight.shape[0])
+        for span in _spans(rows, chunk):
+            product = _project(hidden[span], weight, bias, settings.alpha, buffer)
+            for block, part in _blocks(product, span):
+                logits = _logits(product[block], settings.cap)
+                index = targets[part, None]
+                log_p = torch.log_softmax(logits, dim=-1)
+                token_logps[part] = log_p.gather(1, index)[:, 0]
+                normalizer[part] = logits.gather(1, index)[:, 0] - token_logps[part]
+                if mean_logp is not None:
+                    mean_logp[part] = log_p.mean(dim=-1)
+                if correct is not None:
+                    correct[part] = logits.argmax(dim=-1) == targets[part]
+                if entropy is not None:
+                    entropy[part] = log_p.exp().mul_(log_p).sum(dim=-1).neg_()
+        ctx.settings = settings
+        ctx.chunk = chunk
+        ctx.product = buffer if settings.needs_grad and chunk >= rows else None
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
+        ctx.set_materialize_grads(False)
+        if correct is not None:
+            ctx.mark_non_differentiable(correct)
+        return token_logps, entropy, correct, normalizer.clone() if settings.with_normalizer else None, mean_logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        _: Tensor | None,
+        grad_normalizer: Tensor | None,
+        grad_mean: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
+        alpha, cap = ctx.settings.alpha, ctx.settings.cap
+        # The kept product is overwritten below, so a second backward through the same graph computes it again.
+        product, ctx.product = ctx.product, None
+        target = torch.zeros_like(normalizer) if grad_logps is None else grad_logps
+        softmax = -target
+        if grad_normalizer is not None:
+            softmax = softmax + grad_normalizer
+        if grad_mean is not None:
+            softmax = softmax - grad_mean
+        uniform = None if grad_mean is None else grad_mean / weight.shape[0]
+        upstream = _Upstream(target, softmax, uniform, grad_entropy)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        spans = list(_spans(hidden.shape[0], ctx.chunk))
+        dtype = hidden.dtype if len(spans) == 1 else normalizer.dtype
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
+        grad_bias = normalizer.new_zeros(weight.shape[0]) if needs_bias else None
+        buffer = hidden.new_empty(min(ctx.chunk, hidden.shape[0]), weight.shape[0]) if product is None else product
+        with torch.autocast(hidden.device.type, enabled=False):
+            for span in spans:
+                gradient = product if product is not None else _project(hidden[span], weight, bias, alpha, buffer)
+                for block, part in _blocks(gradient, span):
+                    _overwrite_with_gradient(
+                        gradient[block],
+                        cap,
+                        targets[part, None],
+                        normalizer[part, None],
+                        None if entropy is None else entropy[part, None],
+                        upstream.columns(part),
+                    )
+                if grad_hidden is not None:
+                    grad_hidden[span].addmm_(gradient, weight, beta=0, alpha=alpha)
+                if grad_weight is not None:
+                    _accumulate_product(grad_weight, gradient.t(), hidden[span], alpha, first=span.start == 0)
+                if grad_bias is not None:
+                    grad_bias.add_(gradient.sum(dim=0, dtype=grad_bias.dtype), alpha=alpha)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+class _Upstream(NamedTuple):
+    """Incoming gradients of each row, by what they multiply in the gradient of the logits."""
+
+    target: Tensor  # one-hot of the target
+    softmax: Tensor  # the probabilities
+    uniform: Tensor | None  # every entry alike
+    entropy: Tensor | None  # -p (log p + entropy)
+
+    def columns(self, part: slice) -> _Upstream:
+        uniform = None if self.uniform is None else self.uniform[part, None]
+        entropy = None if self.entropy is None else self.entropy[part, None]
+        return _Upstream(self.target[part, None], self.softmax[part, None], uniform, entropy)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, buffer: Tensor) -> Tensor:
+    """Write `alpha * (hidden @ weight.T + bias)` into the first rows of `buffer`."""
+    out = buffer[: hidden.shape[0]]
+    if bias is None:
+        return out.addmm_(hidden, weight.t(), beta=0, alpha=alpha)
+    return torch.addmm(bias, hidden, weight.t(), beta=alpha, alpha=alpha, out=out)
+
+
+def _logits(product: Tensor, cap: float | None) -> Tensor:
+    """Logits in the reduction's dtype; a view of `product` where nothing has to be converted or capped."""
+    product = upcast(product)
+    return product if cap is None else torch.tanh(product).mul_(cap)
+
+
+def _overwrite_with_gradient(
+    product: Tensor,
+    cap: float | None,
+    index: Tensor,
+    normalizer: Tensor,
+    entropy: Tensor | None,
+    upstream: _Upstream,
+) -> None:
+    """Overwrite `product` with the gradient with respect to it; all but `product` are columns `[rows, 1]`."""
+    logits = _logits(product, cap)
+    # d(cap * tanh(x)) / dx = cap * (1 - tanh(x)^2), written with the logits themselves.
+    slope = None if cap is None else (logits * logits).mul_(-1.0 / cap).add_(cap)
+    log_p = logits.sub_(normalizer)
+    if upstream.entropy is None or entropy is None:
+        gradient = log_p.exp_().mul_(upstream.softmax)
+    else:
+        factor = (log_p + entropy).mul_(-upstream.entropy).add_(upstream.softmax)
+        gradient = log_p.exp_().mul_(factor)
+    if upstream.uniform is not None:
+        gradient.add_(upstream.uniform)
+    gradient.scatter_add_(1, index, upstream.target)
+    if slope is not None:
+        gradient.mul_(slope)
+    if gradient.data_ptr() != product.data_ptr():
+        product.copy_(gradient)
+
+
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, alpha: float, *, first: bool) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if first else 1, alpha=alpha)
+    else:  # chunks of a bfloat16 head are summed in float32
+        total.add_(left @ right, alpha=alpha)
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> int:
+    row_bytes = weight.shape[0] * hidden.element_size()
+    limit = settings.max_chunk_bytes
+    if not settings.needs_grad and hidden.device.type == "cpu":
+        limit = min(limit, 32 * 2**20)  # nothing has to be kept, and a CPU gains nothing from larger products
+    return max(1, limit // row_bytes)
+
+
+def _blocks(matrix: Tensor, span: slice) -> Iterator[tuple[slice, slice]]:
+    """Rows to reduce at a time, counted in `matrix` and in all rows: a CPU's cache holds them, or they fill a GPU."""
+    limit = (2 if matrix.device.type == "cpu" else 64) * 2**20
+    size = max(1, limit // (matrix.shape[1] * torch.finfo(_reduction_dtype(matrix.dtype)).bits // 8))
+    for block in _spans(matrix.shape[0], size):
+        yield block, slice(span.start + block.start, span.start + block.stop)
+
+
+def _spans(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

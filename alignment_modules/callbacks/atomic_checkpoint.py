@@ -117,7 +117,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
             raise CheckpointError(f"checkpoint {str(path)!r} {_diagnosis(local, error)}") from error
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        # launchers that fork or spawn bring the weights home from rank 0 in a bare file of this name
+        from_launcher = local is not None and local.name == ".temp.ckpt"
+        if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and not from_launcher):
             found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else type(checkpoint)
             raise CheckpointError(f"checkpoint {str(path)!r} lacks 'state_dict': no Trainer wrote it; it holds {found}")
         return checkpoint

@@ -108,6 +108,9 @@ def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:
     if lora == "adapter":
         note["format"] = "adapter"
         policy.save_pretrained(str(folder), selected_adapters=[policy.active_adapter], save_embedding_layers=False)
+        for file in (folder / policy.active_adapter).glob("*"):  # peft puts all but "default" in a folder of its own
+            file.rename(folder / file.name)
+        shutil.rmtree(folder / policy.active_adapter, ignore_errors=True)
         _edit_json(folder / "adapter_config.json", {"base_model_name_or_path": _base_path(policy)})
     elif has_adapter(policy):
         note["format"] = "merged"

@@ -62,6 +62,8 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
         if policy.config is not None:
             logger.warning("lora on a fresh model: the adapters are trained on top of random weights that stay frozen.")
         model = add_lora(model, policy.lora)
+    if policy.gradient_checkpointing:
+        _free_embedding_output(model)
     return model.train()
 
 
@@ -224,6 +226,7 @@ def _architecture(options: dict[str, Any]) -> Any:
             f"policy.config.model_type={model_type!r} is not a model type that transformers "
             f"{transformers.__version__} knows.{hint}"
         )
+    given = list(options)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options.setdefault(name, None)  # a type's default ids belong to somebody else's vocabulary
     try:
@@ -232,7 +235,7 @@ def _architecture(options: dict[str, Any]) -> Any:
     except Exception as error:  # strict configurations raise errors of their own, others divide by zero
         raise ValueError(f"policy.config for model_type={model_type!r} is not valid: {error}") from error
     # A configuration keeps any key it is given; one that its type does not know would have no effect.
-    unknown = [key for key in options if key in vars(config) and not hasattr(default, key)]
+    unknown = [key for key in given if key in vars(config) and not hasattr(default, key)]
     if unknown:
         known = sorted(key for key in {*vars(default), *type(default).attribute_map} if not key.startswith("_"))
         close = difflib.get_close_matches(unknown[0], known, n=1)
@@ -256,9 +259,14 @@ def _enable_checkpointing(model: nn.Module) -> None:
         raise ValueError(
             f"policy.gradient_checkpointing=True: {type(model).__name__} does not support it ({error})."
         ) from error
+    _free_embedding_output(model)
+
+
+def _free_embedding_output(model: nn.Module) -> None:
+    """Undoes what transformers and peft do for reentrant checkpointing, which alone needs that gradient."""
     disable: Any = getattr(model, "disable_input_require_grads", None)
     if disable is not None:
-        disable()  # only the reentrant variant needs gradients of the embedding's output
+        disable()
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

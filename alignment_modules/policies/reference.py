@@ -118,6 +118,8 @@ def disable_dropout(policy: nn.Module) -> None:
         run = layer._gradient_checkpointing_func
         if not (isinstance(run, functools.partial) and run.func is _checkpoint_in_eval):
             layer._gradient_checkpointing_func = functools.partial(_checkpoint_in_eval, layer, run)
+            layer.register_forward_pre_hook(_enter_without_gradients)
+            layer.register_forward_hook(_leave, always_call=True)
         layer.training = True
 
 
@@ -141,7 +143,7 @@ def _checkpointed(policy: nn.Module) -> list[Any]:
 def _checkpoint_in_eval(
     layer: nn.Module, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    if any(child.training for child in layer.children()):  # the policy is back in training mode
+    if _in_training(layer):
         return checkpoint(function, *args, **kwargs)
 
     def in_eval(*inputs: Any, **options: Any) -> Any:
@@ -152,6 +154,21 @@ def _checkpoint_in_eval(
             layer.training = True
 
     return checkpoint(in_eval, *args, **kwargs)
+
+
+def _in_training(layer: nn.Module) -> bool:
+    """Whether the policy is back in training mode as a whole, so that the layer's flag means what it says."""
+    return any(child.training for child in layer.children())
+
+
+def _enter_without_gradients(layer: nn.Module, _: Any) -> None:
+    if layer.training and not torch.is_grad_enabled() and not _in_training(layer):  # nothing will be checkpointed
+        layer.training, layer._resume_training = False, True  # type: ignore[assignment]
+
+
+def _leave(layer: nn.Module, _: Any, __: Any) -> None:
+    if layer.__dict__.pop("_resume_training", False):
+        layer.training = True
 
 
 def fingerprint(module: nn.Module) -> str:

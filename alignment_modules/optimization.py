@@ -25,13 +25,7 @@ __all__ = [
     "parameter_groups",
 ]
 
-_NORM_TYPES = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
+_NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -203,11 +197,6 @@ class ConstantSchedule(Schedule):
 
     needs_total_steps = False
 
-    def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, last_epoch: int = -1
-    ) -> None:
-        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
-
     def decay(self, step: int) -> float:
         """Always 1."""
         return 1.0
@@ -217,7 +206,12 @@ class _FlooredSchedule(Schedule):
     """A schedule that falls to `floor` times the base rate."""
 
     def __init__(
-        self, optimizer: Optimizer, warmup_steps: int, total_steps: int | None, floor: float, last_epoch: int
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        floor: float = 0.0,
+        last_epoch: int = -1,
     ) -> None:
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"floor={floor} must lie between 0 and 1: it is a share of the base learning rate")
@@ -243,16 +237,6 @@ class LinearSchedule(_FlooredSchedule):
         last_epoch: torch's start index; leave it at -1.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        floor: float = 0.0,
-        last_epoch: int = -1,
-    ) -> None:
-        super().__init__(optimizer, warmup_steps, total_steps, floor, last_epoch)
-
     def decay(self, step: int) -> float:
         """`floor + (1 - floor) * (total - s) / (total - warmup)`."""
         return self.floor + (1.0 - self.floor) * self._remaining(step, self.warmup_steps)
@@ -268,16 +252,6 @@ class CosineSchedule(_FlooredSchedule):
         floor: Share of the base rate at the end, within [0, 1].
         last_epoch: torch's start index; leave it at -1.
     """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        floor: float = 0.0,
-        last_epoch: int = -1,
-    ) -> None:
-        super().__init__(optimizer, warmup_steps, total_steps, floor, last_epoch)
 
     def decay(self, step: int) -> float:
         """`floor + (1 - floor) * (1 + cos(pi * (s - warmup) / (total - warmup))) / 2`."""

@@ -1,10 +1,13 @@
 """`align fit | validate | test | predict --config ...`: LightningCLI with both packages in reach."""
 
+import logging
 import sys
+import warnings
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import alignment_modules  # noqa: F401  (makes `--model DPOModule` known)
@@ -13,6 +16,15 @@ from alignment_modules.base import AlignmentModule
 from alignment_modules.callbacks import AtomicCheckpointIO, ExactResume, ExportPolicy, FiniteGuard, Throughput
 
 DEFAULT_ROOT = "runs/default"
+
+
+class FitConfigCallback(SaveConfigCallback):
+    """Saves the resolved configuration of a `fit` beside its results; other subcommands leave it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves at the start of `fit` only."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class AlignCLI(LightningCLI):
@@ -40,15 +52,11 @@ class AlignCLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config.trainer
         if trainer.get("logger") in (None, True):
-            trainer.logger = _namespace(
-                "lightning.pytorch.loggers.TensorBoardLogger", save_dir=trainer.default_root_dir, name="", version=""
-            )
-        if trainer.get("plugins") is None:
-            trainer.plugins = []
-        policy_path = _policy_path(config.get("model"))
-        data = (config.get("data") or {}).get("init_args")
-        if data is not None and data.get("tokenizer") is None and policy_path and _accepts_tokenizer(data):
-            data.tokenizer = policy_path
+            folder = Namespace(save_dir=trainer.default_root_dir, name="", version="")
+            trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
+        data = (config.get("data") or {}).get("init_args") or {}
+        if "tokenizer" in data and data["tokenizer"] is None:
+            data["tokenizer"] = _policy_path(config.model.init_args.policy)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the checkpoint writer that never leaves a half-written file."""
@@ -58,28 +66,46 @@ class AlignCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs, plugins=plugins)
 
 
-def main(args: ArgsType = None, run: bool = True) -> AlignCLI:
-    """Entry point of `align`.
+def _policy_path(policy: Any) -> str | None:
+    """Where the policy's weights, and so its tokenizer, come from; None for a fresh model."""
+    return policy if isinstance(policy, str) else policy.get("path") if isinstance(policy, Namespace) else None
+
+
+def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
+    """Parses the arguments, builds trainer, module and datamodule, and runs the subcommand.
 
     Args:
         args: Command-line arguments; None: those of the process.
-        run: Whether to run the subcommand; False only builds trainer, module and datamodule.
+        run: Whether there is a subcommand to run; False only builds.
 
     Returns:
         The CLI object, with `trainer`, `model` and `datamodule`.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    return AlignCLI(
+        AlignmentModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=FitConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs={"prog": "align"} if run else {},
+        args=args,
+        run=run,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point of `align`; exits with 143 when the run was stopped by SIGTERM."""
     try:
-        return AlignCLI(
-            AlignmentModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_kwargs={"prog": "align"} if run else {},
-            args=args,
-            run=run,
-        )
+        run_cli(args)
     except SIGTERMException:
         sys.exit(143)  # 128 + SIGTERM: a scheduler must not take a preempted run for a finished one
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "For seamless cloud" not in record.getMessage()

@@ -66,11 +66,11 @@ class GenerationSteps(L.LightningModule):
             self._eval_meters.update(self.objective(batch).statistics)
             return
         config, verifier = self.evaluation, RewardSet([self.evaluation.verifier or ExactMatch()])
-        greedy = self.generate(batch, self._parameters(greedy=True), seed=config.seed)
+        greedy = self.generate(batch, self.evaluation_parameters(greedy=True), seed=config.seed)
         table, _ = self.judge(verifier, batch, greedy, 1)
         self._eval_meters.update({"exact_match": _mean(_correct(table)), **length_statistics(greedy)})
         if config.num_samples:
-            samples = self.generate(batch, self._parameters(), num_samples=config.num_samples, seed=config.seed)
+            samples = self.generate(batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed)
             table, _ = self.judge(verifier, batch, samples, config.num_samples)
             correct = _correct(table).view(-1, config.num_samples)
             self._eval_meters.update({
@@ -84,7 +84,7 @@ class GenerationSteps(L.LightningModule):
             raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
         config, samples = self.evaluation, max(self.evaluation.num_samples, 1)
         completions = self.generate(
-            batch, self._parameters(greedy=not config.num_samples), num_samples=samples, seed=config.seed
+            batch, self.evaluation_parameters(greedy=not config.num_samples), num_samples=samples, seed=config.seed
         )
         texts = self.decode(completions)
         rows: list[dict[str, Any]] = [{"index": index} for index in batch["index"]] if "index" in batch else []
@@ -126,6 +126,15 @@ class GenerationSteps(L.LightningModule):
                 tokenizer=self.tokenizer,
             )
 
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: end-of-sequence tokens of tokenizer and policy, and the data's end of turn."""
+        configured = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        found = [*found, getattr(self.tokenizer, "eos_token_id", None)]
+        datamodule = getattr(self._trainer, "datamodule", None)
+        found.extend(getattr(datamodule, "stop_token_ids", ()))
+        return tuple(sorted({int(token) for token in found if token is not None}))
+
     def judge(
         self, rewards: RewardSet, batch: Mapping[str, Any], completions: Completions, num_samples: int
     ) -> tuple[RewardTable, list[str]]:
@@ -151,14 +160,15 @@ class GenerationSteps(L.LightningModule):
         return self.tokenizer.batch_decode([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)],
                                            skip_special_tokens=True)
 
-    def _parameters(self, greedy: bool = False) -> SamplingParameters:
+    def evaluation_parameters(self, greedy: bool = False) -> SamplingParameters:
+        """How `test` and `predict` sample."""
         config = self.evaluation
         filters = {} if greedy else {"top_p": config.top_p, "top_k": config.top_k, "min_p": config.min_p}
         return SamplingParameters(
             max_completion_length=config.max_completion_length,
             temperature=1.0 if greedy else config.temperature,
             greedy=greedy,
-            stop_token_ids=stop_token_ids(self.policy, self.tokenizer),
+            stop_token_ids=self.stop_token_ids(),
             stop_strings=tuple(config.stop_strings),
             **filters,  # type: ignore[arg-type]
         )
@@ -174,13 +184,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, training in modes:
             child.training = training
-
-
-def stop_token_ids(policy: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a completion: the tokenizer's end-of-sequence token and those of the policy's generation config."""
-    configured = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(i) for i in (*ids, getattr(tokenizer, "eos_token_id", None)) if i is not None}))
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional import (
+    ADVANTAGE_SCALES,
     LOSS_REDUCTIONS,
     aggregate,
     check_policy_gradient_options,
@@ -87,6 +88,8 @@ class GRPOModule(OnlineModule):
             num_generations=self.num_generations, num_iterations=num_iterations, minibatches=minibatches,
             micro_batch_size=1 if micro_batch_size is None else micro_batch_size,
         )
+        if scale_rewards not in ADVANTAGE_SCALES:
+            raise ValueError(f"scale_rewards={scale_rewards!r} must be one of {', '.join(ADVANTAGE_SCALES)}")
         if beta < 0:
             raise ValueError(f"beta={beta} must be 0 or more")
         if beta == 0 and reference is not None:
@@ -161,7 +164,8 @@ class GRPOModule(OnlineModule):
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The clipped policy-gradient loss of a piece of a rollout, summed as the loss's reduction says."""
-        scores, token_logps = self._score_active(rollout)
+        scores = self._score_active(rollout)
+        token_logps = scores.token_logps
         mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
         old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
         clipping = {
@@ -183,6 +187,10 @@ class GRPOModule(OnlineModule):
         if self.logging_due:
             statistics |= clip_statistics(token_logps.detach(), old_logps, advantages, mask, **clipping)
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
+            if rollout.on_policy:  # how far decoding and scoring disagree; NaN where the batch brought the responses
+                difference = (rollout.old_logps.flatten(0, 1) - token_logps.detach()).abs()
+                known = scores.mask & ~difference.isnan()
+                statistics["sampling/sampling_logp_difference/mean"] = _token_mean(difference.nan_to_num(), known)
         return Objective(total, weight, statistics)
 
     def describe(self) -> dict[str, str]:
@@ -202,19 +210,25 @@ class GRPOModule(OnlineModule):
             "updates": f"{self.num_iterations} passes of {self.minibatches} optimizer steps a rollout",
         }
 
-    def _score_active(self, rollout: Rollout) -> tuple[Scores, Tensor]:
+    def _score_active(self, rollout: Rollout) -> Scores:
         """Scores [P * G, T] of a piece; groups that cannot move the policy are left out of the forward pass."""
-        active = torch.ones_like(rollout.advantages[:, 0], dtype=torch.bool)
-        if not (self.beta and self.kl_placement == "loss") and not self.entropy_coef:
-            active = (rollout.advantages != 0).any(dim=1)
-        whole = bool(active.all())
-        scores = self._score(self.policy, rollout if whole else rollout.select(active), entropy=bool(self.entropy_coef))
-        if whole:
-            return scores, scores.token_logps
-        # Their advantage is 0; a ratio of 1 keeps the arithmetic finite.
-        rest = torch.zeros_like(rollout.old_logps) if rollout.on_policy else rollout.old_logps.clone()
-        rest[active] = scores.token_logps.view(-1, *rest.shape[1:])
-        return scores, rest.flatten(0, 1)
+        if self.entropy_coef or (self.beta and self.kl_placement == "loss"):
+            return self._score(self.policy, rollout)
+        active = (rollout.advantages != 0).any(dim=1)
+        if bool(active.all()):
+            return self._score(self.policy, rollout)
+        scores, shape = self._score(self.policy, rollout.select(active)), rollout.loss_mask.shape
+
+        def spread(values: Tensor, rest: Tensor) -> Tensor:
+            return rest.index_put((active,), values.view(-1, *shape[1:])).flatten(0, 1)
+
+        # The others' advantage is 0; a ratio of 1 keeps the arithmetic finite.
+        unscored = torch.zeros_like(rollout.old_logps)
+        return Scores(
+            token_logps=spread(scores.token_logps, unscored if rollout.on_policy else rollout.old_logps),
+            mask=spread(scores.mask, torch.zeros_like(rollout.loss_mask)),
+            entropy=None if scores.entropy is None else spread(scores.entropy, unscored),
+        )
 
     def _score_rollout(self, rollout: Rollout, *, reference: bool) -> Tensor:
         """Log-probabilities [P, G, T] of a whole rollout without a graph, in micro-batches."""
@@ -223,16 +237,16 @@ class GRPOModule(OnlineModule):
         with reference_mode(self.policy, self.reference if reference else self.policy) as model:
             for start in range(0, len(rollout), size):
                 piece = rollout.select(slice(start, start + size))
-                scored = self._score(model, piece, entropy=False).token_logps
+                scored = self._score(model, piece).token_logps
                 results[start : start + size] = scored.view(results[start : start + size].shape)
         return results
 
-    def _score(self, model: nn.Module, rollout: Rollout, *, entropy: bool) -> Scores:
+    def _score(self, model: nn.Module, rollout: Rollout) -> Scores:
         segments = Segments.from_prompts(
             rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids.flatten(0, 1),
             rollout.completion_mask.flatten(0, 1), rollout.loss_mask.flatten(0, 1),
         )
-        details = entropy or (torch.is_grad_enabled() and self.logging_due)
+        details = torch.is_grad_enabled() and (bool(self.entropy_coef) or self.logging_due)
         return score(model, segments, temperature=self.sampling.temperature, entropy=details)
 
 

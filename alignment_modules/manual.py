@@ -39,25 +39,24 @@ class ManualOptimizationModule(AlignmentModule):
         steps, limit = self.trainer.estimated_stepping_batches * self.optimizer_steps_per_batch, self.trainer.max_steps
         return steps if limit == -1 else min(steps, limit)
 
-    def setup(self, stage: str) -> None:
-        """Refuses the Trainer's options that manual optimization would ignore.
+    def configure_callbacks(self) -> list[Any]:
+        """Adds none; it is the only hook that runs before Lightning's own check, whose error knows no way out.
 
         Raises:
-            ValueError: If the Trainer accumulates or clips gradients.
+            ValueError: If the Trainer accumulates or clips gradients, which manual optimization would ignore.
         """
-        if stage == "fit":
-            name = type(self).__name__
-            if self.trainer.accumulate_grad_batches != 1:
-                raise ValueError(
-                    f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) is not allowed with {name}, "
-                    "which accumulates by itself: leave it at 1 and set micro_batch_size on the module"
-                )
-            if self.trainer.gradient_clip_val:
-                raise ValueError(
-                    f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) is not allowed with {name}, "
-                    "which clips by itself: remove it and set max_grad_norm on the module"
-                )
-        super().setup(stage)
+        trainer, name = self.trainer, type(self).__name__
+        if trainer.training and trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not allowed with {name}, "
+                "which accumulates by itself: leave it at 1 and set micro_batch_size on the module"
+            )
+        if trainer.training and trainer.gradient_clip_val:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) is not allowed with {name}, "
+                "which clips by itself: remove it and set max_grad_norm on the module"
+            )
+        return []
 
     def optimizer_step_over(self, micro_batches: Sequence[Any], empty: Any) -> None:
         """One optimizer step: the gradients of all micro-batches, normalised, clipped, applied; then the schedule.

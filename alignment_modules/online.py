@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment_modules.evaluation import length_statistics, prompt_texts, stop_token_ids
+from alignment_modules.evaluation import length_statistics, prompt_texts
 from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.objective import Statistic
-from alignment_modules.rewards import RewardSet, RewardTable
+from alignment_modules.rewards import RewardSet
 from alignment_modules.rollouts import Completions, SamplingParameters
 
 
@@ -69,7 +69,7 @@ class OnlineModule(ManualOptimizationModule):
 
     def sample_completions(self, batch: Mapping[str, Any]) -> Completions:
         """G completions of each prompt, row-major; the batch's own `responses` where it brings them."""
-        parameters = self._parameters_now()
+        parameters = self.rollout_parameters()
         if "responses" not in batch:
             return self.generate(
                 batch, parameters, num_samples=self.num_generations, seed=self.seed, step=self.global_step
@@ -103,13 +103,14 @@ class OnlineModule(ManualOptimizationModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Judges one greedy completion of each prompt."""
-        completions = self.generate(batch, self._parameters_now(greedy=True))
+        completions = self.generate(batch, self.rollout_parameters(greedy=True))
         table, _ = self.judge(self.rewards, batch, completions, 1)
         reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
         statistics = reward_statistics(list(table.names), table.values) | length_statistics(completions)
         self._eval_meters.update({"reward": reward, **statistics})
 
-    def _parameters_now(self, greedy: bool = False) -> SamplingParameters:
+    def rollout_parameters(self, greedy: bool = False) -> SamplingParameters:
+        """How rollouts (greedy: validation completions) are sampled."""
         sampling = self.sampling
         return SamplingParameters(
             max_completion_length=sampling.max_completion_length,
@@ -118,7 +119,7 @@ class OnlineModule(ManualOptimizationModule):
             top_k=0 if greedy else sampling.top_k,
             min_p=0.0 if greedy else sampling.min_p,
             greedy=greedy,
-            stop_token_ids=stop_token_ids(self.policy, self.tokenizer),
+            stop_token_ids=self.stop_token_ids(),
             stop_strings=sampling.stop_strings,
         )
 

@@ -1,0 +1,192 @@
+"""GRPO: manual optimization, ratios, sampling and what it refuses."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim.lr_scheduler import LambdaLR
+
+from alignment_modules import GRPOModule
+from alignment_modules.optimization import LinearSchedule
+from alignment_modules.policies.reference import fingerprint
+
+
+class Digits:
+    """A tokenizer of ids: enough to decode."""
+
+    eos_token_id, pad_token_id = 7, 0
+
+    def __len__(self):
+        return 40
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def threes(completions):
+    return [float(text.count("3")) for text in completions]
+
+
+def prompts(count=4):
+    ids = torch.randint(1, 40, (count, 3), generator=torch.Generator().manual_seed(count))
+    return {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids), "index": list(range(count))}
+
+
+@pytest.fixture
+def make(tiny_llama):
+    def factory(**options):
+        defaults = {
+            "policy": copy.deepcopy(tiny_llama), "rewards": threes, "num_generations": 4, "max_completion_length": 6,
+            "tokenizer": Digits(), "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1),
+        }
+        return GRPOModule(**(defaults | options))
+
+    return factory
+
+
+def test_sampled_log_probs_are_those_of_scoring_and_the_first_ratio_is_one(make, train):
+    trainer = train(make(), [prompts()])
+    metrics = trainer.callback_metrics
+    assert metrics["train/sampling/sampling_logp_difference/mean"] < 1e-5
+    assert metrics["train/clip_ratio/region_mean"] == 0
+
+
+def test_first_loss_is_minus_the_mean_advantage_over_tokens(make, train):
+    module = make(loss="dapo")
+    trainer = train(module, [prompts()])
+    lengths = torch.tensor([len(text.split()) for text in module.last_rollout["completion"]])
+    advantages = torch.tensor(module.last_rollout["advantage"])
+    expected = -(advantages * lengths).sum() / lengths.sum()
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_attention_dropout_is_off_everywhere(make, train, tiny_llama):
+    policy = copy.deepcopy(tiny_llama)
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    metrics = train(make(policy=policy), [prompts()]).callback_metrics
+    assert metrics["train/sampling/sampling_logp_difference/mean"] < 1e-5
+
+
+@pytest.mark.parametrize(("iterations", "minibatches"), [(1, 1), (2, 2), (3, 1)])
+def test_optimizer_steps_and_learning_rates(make, train, iterations, minibatches):
+    rates = []
+
+    class Spy(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = make(
+        num_iterations=iterations, minibatches=minibatches,
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    )
+    trainer = train(module, [prompts(), prompts(3)], callbacks=[Spy()])
+    steps = 2 * iterations * minibatches
+    assert trainer.global_step == steps
+    assert rates == pytest.approx([0.1 / (1 + step) for step in range(steps)])
+
+
+def test_a_schedule_gets_the_true_total(make, train):
+    module = make(num_iterations=2, minibatches=2, lr_scheduler=lambda optimizer: LinearSchedule(optimizer))
+    train(module, [prompts(), prompts(3)])
+    assert module.lr_schedulers().total_steps == 8
+
+
+def test_max_steps_is_exact(make, train):
+    assert train(make(num_iterations=4), [prompts()] * 5, max_steps=10, max_epochs=-1).global_step == 10
+
+
+@pytest.mark.parametrize("option", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}])
+def test_the_trainers_own_switches_are_refused_by_name(make, train, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        train(make(), [prompts()], **option)
+
+
+def test_clipping_is_right_under_16_mixed(make, train, monkeypatch):
+    """The norm that is clipped must be that of the unscaled gradients, or the update is far too small."""
+
+    def norms(**options):
+        module = make(max_grad_norm=1e-3, policy=copy.deepcopy(policy))
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        trainer = train(module, [prompts()], **options)
+        change = torch.cat([(p.detach() - before[name]).flatten() for name, p in module.named_parameters()])
+        return float(trainer.callback_metrics["train/grad_norm"]), float(change.norm())
+
+    policy = make().policy
+    exact, step = norms()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    mixed, mixed_step = norms(plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert step == pytest.approx(0.1 * 1e-3, rel=1e-2)
+    assert mixed_step == pytest.approx(step, rel=1e-2)
+    assert mixed == pytest.approx(exact, rel=0.2)
+
+
+def test_reference_never_changes(make, train):
+    module = make(beta=0.1)
+    before = fingerprint(module.reference)
+    train(module, [prompts()] * 3)
+    assert fingerprint(module.reference) == before
+    assert fingerprint(module.policy) != before
+    assert not module.train().reference.training
+    assert not any(key.startswith("reference") for key in module.state_dict())
+
+
+def test_equal_rewards_leave_the_policy_alone(make, train):
+    module = make(rewards=lambda completions: [0.3] * len(completions))
+    before = fingerprint(module.policy)
+    metrics = train(module, [prompts()]).callback_metrics
+    assert fingerprint(module.policy) == before
+    assert metrics["train/frac_reward_zero_std"] == 1
+
+
+def test_kl_in_the_reward_lowers_it_by_the_divergence(make, train, tiny_llama):
+    reference = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.2)
+    options = {"beta": 0.5, "kl_estimator": "k1", "reference": reference, "rewards": lambda completions: [1.0] * len(completions)}
+    metrics = train(make(kl_placement="reward", **options), [prompts()]).callback_metrics
+    assert metrics["train/reward_std"] > 0
+    with pytest.raises(ValueError, match="k1"):
+        make(kl_placement="loss", **options)
+
+
+def test_a_piece_without_rows_gives_a_connected_zero(make, train):
+    module = make()
+    pieces = []
+    original = module.objective
+
+    def spy(rollout):
+        objective = original(rollout)
+        empty = original(rollout.empty())
+        pieces.append((objective, empty))
+        return objective
+
+    module.objective = spy
+    train(module, [prompts()])
+    (objective, empty), = pieces
+    assert float(empty.total) == 0
+    assert float(empty.weight) == 0
+    assert empty.total.requires_grad
+    assert empty.statistics.keys() == objective.statistics.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_generations": 1}, "num_generations=1"),
+        ({"num_iterations": 0}, "num_iterations=0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"beta": -1.0}, "beta"),
+        ({"loss": "gpro"}, "'gpro'"),
+        ({"scale_rewards": "groups"}, "scale_rewards"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"reference": torch.nn.Linear(1, 1)}, "reference"),
+        ({"reward_weights": [1.0, 2.0]}, "weights"),
+    ],
+)
+def test_refuses(make, options, named):
+    with pytest.raises(ValueError, match=named):
+        make(**options)

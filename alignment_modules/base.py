@@ -112,7 +112,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
-        bind_total_steps(scheduler, self.total_optimizer_steps)
+        bind_total_steps(scheduler, self.total_optimizer_steps, strict=not self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property

@@ -13,7 +13,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import alignment_modules  # noqa: F401  (makes `--model DPOModule` known)
 import datamodules  # noqa: F401  (makes `--data PreferenceDataModule` known)
 from alignment_modules.base import AlignmentModule
-from alignment_modules.callbacks import AtomicCheckpointIO, ExactResume, ExportPolicy, FiniteGuard, Throughput
+from alignment_modules.callbacks import (
+    AtomicCheckpointIO,
+    CompletionWriter,
+    ExactResume,
+    ExportPolicy,
+    FiniteGuard,
+    Throughput,
+)
 
 DEFAULT_ROOT = "runs/default"
 
@@ -40,6 +47,7 @@ class AlignCLI(LightningCLI):
         parser.add_lightning_class_args(FiniteGuard, "finite_guard")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ExportPolicy, "export")
+        parser.add_lightning_class_args(CompletionWriter, "predictions")
         parser.set_defaults({"trainer.default_root_dir": DEFAULT_ROOT})
 
     def _parse_ckpt_path(self) -> None:

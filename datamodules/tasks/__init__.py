@@ -1,0 +1,15 @@
+"""Data that the package makes itself, so that everything runs without a network."""
+
+from .addition import AdditionCorpus, AdditionInstructions, AdditionPrompts, AdditionTask
+from .characters import character_tokenizer
+from .problems import split_of, write_sums
+
+__all__ = [
+    "AdditionCorpus",
+    "AdditionInstructions",
+    "AdditionPrompts",
+    "AdditionTask",
+    "character_tokenizer",
+    "split_of",
+    "write_sums",
+]

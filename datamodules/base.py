@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from . import formats
-from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, pack
 from .chat import Chat
-from .encoding import Encoder, LossOn, load_tokenizer, read_chat_template
-from .formats import Example
+from .encoding import Encoder, load_tokenizer, read_chat_template
 from .loader import EvaluationSampler, ResumableLoader, ResumableSampler
-from .sources import RenamedRows, Rows, is_hub_id, load_from_hub, open_source
-from .tables import PromptTable, ReferenceText
+from .reading import Batches, SplitReader
+from .sources import RenamedRows, is_hub_id, load_from_hub, open_source
 
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
 SPLITS = ("train", "validation", "test", "predict")
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
-_CHUNK = 1024  # rows tokenised in one call
-# Keys of a batch that a source's own column must not take.
-RESERVED = ("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "rewards", "old_logprobs")
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -100,7 +93,9 @@ class AlignmentDataModule(LightningDataModule):
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
-        self._tables: dict[str, tuple[Table, Callable[[list[Any]], Any]]] = {}
+        self._tables: dict[str, Batches] = {}
+        if validation is None:  # Lightning runs no validation loop where the hook is its own
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @staticmethod
     def _overflow_policies() -> tuple[str, ...]:
@@ -143,13 +138,11 @@ class AlignmentDataModule(LightningDataModule):
             return (self.encoder.eos,)
         return Chat(self.tokenizer).stop_token_ids()
 
-    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def build(self, reader: SplitReader) -> Batches:
         """Make the table of a split and the function that makes batches of its rows.
 
         Args:
-            split: Name of the split.
-            rows: Its rows.
-            kind: Their format, one of `accepts`.
+            reader: The rows of the split, of a format in `accepts`.
         """
         raise NotImplementedError
 
@@ -194,9 +187,9 @@ class AlignmentDataModule(LightningDataModule):
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
         return loader
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation batches in the order of the source, each row on one rank; an empty list without a source."""
-        return self._evaluation_loader("validation") if self.sources["validation"] is not None else []
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches in the order of the source, each row on one rank."""
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches: prompts (with the other columns) where the rows have one, else the training format."""
@@ -206,7 +199,7 @@ class AlignmentDataModule(LightningDataModule):
         """Batches to predict, in the format of `test_dataloader`."""
         return self._evaluation_loader("predict")
 
-    def _table(self, split: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def _table(self, split: str) -> Batches:
         if self.sources[split] is None:
             raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
         if split not in self._tables:
@@ -236,12 +229,11 @@ class AlignmentDataModule(LightningDataModule):
         sampler = EvaluationSampler(table, batch_size=size, num_replicas=replicas, rank=rank)
         return DataLoader(table, batch_size=None, sampler=sampler, collate_fn=collate, **self._loader_options())
 
-    def _make(self, split: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def _make(self, split: str) -> Batches:
         rows = open_source(self.sources[split], split)
         if self.columns:
             rows = RenamedRows(rows, self.columns)
         kind = formats.recognise(rows[0])
-        self.reports[split] = {"rows": len(rows), "format": kind}
         prompts = split in ("test", "predict") and kind not in (None, formats.TEXT)
         accepted = tuple(k for k in formats.COLUMNS if k != formats.TEXT) if prompts else self.accepts
         if kind is None or kind not in accepted:
@@ -250,160 +242,19 @@ class AlignmentDataModule(LightningDataModule):
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(rows[0]))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
             )
-        made = self._build_prompts(split, rows, kind) if prompts else self.build(split, rows, kind)
-        self._log(split, rows.name)
+        as_chat = self.as_chat or (
+            kind == formats.ALPACA and getattr(self.tokenizer, "chat_template", None) is not None
+        )
+        reader = SplitReader(
+            split, rows, kind, self.encoder, max_length=self.max_length, overflow=self.overflow, as_chat=as_chat
+        )
+        self.reports[split] = reader.report
+        made = reader.prompt_table() if prompts else self.build(reader)
+        self._log(reader)
         return made
 
-    def _normalise(self, row: Mapping[str, Any], kind: str) -> Example | None:
-        chat = self.as_chat or (kind == formats.ALPACA and getattr(self.tokenizer, "chat_template", None) is not None)
-        return formats.normalise(row, kind, as_chat=chat)
-
-    def examples(self, split: str, rows: Rows, kind: str) -> Iterator[tuple[int, Example]]:
-        """The rows of a split in canonical form, with their numbers; ties of scored completions are counted, not given.
-
-        Raises:
-            ValueError: A row does not fit the format; the message says which row and why.
-        """
-        for index, row in enumerate(rows):
-            try:
-                example = self._normalise(row, kind)
-            except ValueError as error:
-                raise ValueError(f"{split}: {rows.where(index)}: {error}") from None
-            if example is None:
-                self.count(split, "ties")
-            else:
-                yield index, example
-
-    def encoded(
-        self, split: str, rows: Rows, kind: str, encode: Callable[[Sequence[Example]], Sequence[Any]]
-    ) -> Iterator[tuple[int, Any]]:
-        """Rows passed through `encode` in chunks; an error inside names the row."""
-        examples = self.examples(split, rows, kind)
-        while chunk := list(islice(examples, _CHUNK)):
-            try:
-                results = encode([example for _, example in chunk])
-            except ValueError:
-                results = [self._encode_one(split, rows, index, example, encode) for index, example in chunk]
-            yield from zip((index for index, _ in chunk), results, strict=True)
-
-    @staticmethod
-    def _encode_one(split: str, rows: Rows, index: int, example: Example, encode: Callable[..., Any]) -> Any:
-        try:
-            return encode([example])[0]
-        except ValueError as error:
-            raise ValueError(f"{split}: {rows.where(index)}: {error}") from error
-
-    def count(self, split: str, what: str, number: int = 1) -> None:
-        """Add to a count of the split's report."""
-        report = self.reports[split]
-        report[what] = report.get(what, 0) + number
-
-    def too_long(self, split: str, place: str, length: int) -> bool:
-        """Whether a row of `length` tokens is left out; counts it either way.
-
-        Raises:
-            ValueError: The row is too long and `overflow="error"`.
-        """
-        report = self.reports[split]
-        report["longest"] = max(report.get("longest", 0), length)
-        if length <= self.max_length:
-            return False
-        if self.overflow == "error":
-            raise ValueError(
-                f"{split}: {place} has {length} tokens, max_length={self.max_length}; raise it, or set "
-                "overflow='truncate' or overflow='drop'"
-            )
-        self.count(split, "dropped_too_long" if self.overflow == "drop" else "truncated")
-        return self.overflow == "drop"
-
-    def token_rows(self, split: str, rows: Rows, kind: str, loss_on: LossOn) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and masks of language-modelling rows that fit `max_length` and have a target."""
-        for index, (ids, mask) in self.encoded(split, rows, kind, lambda e: self.encoder.supervised(e, loss_on)):
-            if self.overflow != "split":
-                if self.too_long(split, rows.where(index), len(ids)):
-                    continue
-                ids, mask = cut_row(ids, mask, self.max_length, self.encoder.first)
-            if mask.any():
-                yield ids, mask
-            else:
-                self.count(split, "dropped_without_target")
-
-    def token_table(
-        self, split: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool
-    ) -> tuple[Table, Callable[[list[Any]], Any]]:
-        """A table of these rows, packed to `max_length` if asked, and its collate function."""
-        kept = list(pairs)
-        self.check_not_empty(split, len(kept))
-        ids, masks = Ragged([a for a, _ in kept]), Ragged([b for _, b in kept], np.bool_)
-        self.reports[split].update(documents=len(ids), tokens=len(ids.values), targets=int(masks.values.sum()))
-        bins = pack(ids.lengths, self.max_length) if packing else None
-        table = TokenTable(ids, masks, bins)
-        self.reports[split]["kept"] = len(table)
-        return table, TokenCollate(self.encoder.pad)
-
-    def check_not_empty(self, split: str, kept: int) -> None:
-        """Refuse a split of which nothing is left.
-
-        Raises:
-            ValueError: No row is left; the message says why.
-        """
-        report = self.reports[split]
-        report["kept"] = kept
-        if kept:
-            return
-        if report.get("dropped_too_long", 0) == report["rows"]:
-            raise ValueError(
-                f"{split}: every row is longer than max_length={self.max_length} (the longest has "
-                f"{report['longest']} tokens), so overflow='drop' leaves none; raise max_length or set "
-                "overflow='truncate'"
-            )
-        raise ValueError(f"{split}: no row is left to use: {self._describe(report)}")
-
-    def _build_prompts(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
-        prompts, index, names, used = [], [], dict[str, None](), set[str]()
-        has_reference = False
-
-        def encode(examples: Sequence[Example]) -> list[np.ndarray]:
-            nonlocal has_reference
-            for example in examples:
-                used.update(example.used)
-                has_reference |= example.completion is not None
-            plain = iter(self.encoder.prompts([e.prompt or "" for e in examples if not isinstance(e.prompt, list)]))
-            return [self.encoder.prompt(e) if isinstance(e.prompt, list) else next(plain) for e in examples]
-
-        for number, ids in self.encoded(split, rows, kind, encode):
-            if self.too_long(split, rows.where(number), len(ids)):
-                continue
-            if len(ids) == 0:
-                raise ValueError(f"{split}: {rows.where(number)}: the prompt has no token")
-            prompts.append(cut_left(ids, self.max_length, self.encoder.first))
-            index.append(number)
-        for row in rows:
-            names.update(dict.fromkeys(row))
-        columns = [name for name in names if name not in used]
-        clash = sorted(set(columns) & set(RESERVED))
-        if clash:
-            raise ValueError(
-                f"{split}: {rows.name} has the columns {clash}, which batches use themselves; rename them, as in "
-                f"columns={{'{clash[0]}': '{clash[0]}_column'}}"
-            )
-        self.check_not_empty(split, len(prompts))
-        table = PromptTable(
-            Ragged(prompts),
-            np.asarray(index, dtype=np.int64),
-            rows,
-            [name for name in columns if not (has_reference and name == "completion")],
-            ReferenceText(self._normalise, rows, kind) if has_reference else None,
-        )
-        self.reports[split]["tokens"] = len(table.prompts.values)
-        return table, PromptCollate(self.encoder.pad)
-
     @rank_zero_only
-    def _log(self, split: str, name: str) -> None:
-        report = self.reports[split]
-        lost = [key for key in report if key.startswith("dropped") or key in ("truncated", "ties")]
-        logger.log(logging.WARNING if lost else logging.INFO, "%s from %s: %s", split, name, self._describe(report))
-
-    @staticmethod
-    def _describe(report: Mapping[str, Any]) -> str:
-        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.items())
+    def _log(self, reader: SplitReader) -> None:
+        lost = [key for key in reader.report if key.startswith("dropped") or key in ("truncated", "ties")]
+        level = logging.WARNING if lost else logging.INFO
+        logger.log(level, "%s from %s: %s", reader.split, reader.rows.name, reader.describe())

@@ -97,10 +97,6 @@ class Encoder:
         """First tokens, text, end-of-sequence token."""
         return [self._close(np.concatenate((self.first, ids))) for ids in self.texts(texts)]
 
-    def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """First tokens, text."""
-        return [np.concatenate((self.first, ids)) for ids in self.texts(texts)]
-
     def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Prompt and completion ids, the completion closed by the end-of-sequence token.
 
@@ -121,18 +117,26 @@ class Encoder:
             return ids
         return np.append(ids, np.int32(self.eos))
 
-    def prompt(self, example: Example) -> np.ndarray:
-        """Ids of an example's prompt, ready to be continued."""
-        if isinstance(example.prompt, list):
-            return self.chat.encode_prompt(example.prompt, example.tools)
-        return self.prompts([example.prompt or ""])[0]
+    def prompts(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Ids of each example's prompt, ready to be continued."""
+        plain = iter(self.texts([e.prompt or "" for e in examples if not isinstance(e.prompt, list)]))
+        return [
+            self.chat.encode_prompt(example.prompt, example.tools)
+            if isinstance(example.prompt, list)
+            else np.concatenate((self.first, next(plain)))
+            for example in examples
+        ]
 
-    def completion(self, example: Example, side: str) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and completion ids of an example; `side` is "completion", "chosen" or "rejected"."""
-        prompt, completion = example.prompt, getattr(example, side)
-        if isinstance(prompt, list):
-            return self.chat.encode_completion(prompt, completion, example.tools)
-        return self.pairs([prompt or ""], [completion])[0]
+    def completions(self, examples: Sequence[Example], side: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Prompt and completion ids of each example; `side` is "completion", "chosen" or "rejected"."""
+        plain = [example for example in examples if not isinstance(example.prompt, list)]
+        pairs = iter(self.pairs([str(e.prompt or "") for e in plain], [getattr(e, side) for e in plain]))
+        return [
+            self.chat.encode_completion(example.prompt, getattr(example, side), example.tools)
+            if isinstance(example.prompt, list)
+            else next(pairs)
+            for example in examples
+        ]
 
     def supervised(self, examples: Sequence[Example], loss_on: LossOn) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and loss mask (int32 and bool `[time]`) of texts, prompt/completion pairs and conversations.

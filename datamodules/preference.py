@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from . import formats
 from .base import AlignmentDataModule
 from .batching import Ragged, SidesCollate, Table, cut_left, room
 from .formats import Example
-from .sources import Rows
+from .reading import Batches, SplitReader
 
 
 class SidesTable(Table):
@@ -115,36 +115,37 @@ class PreferenceDataModule(AlignmentDataModule):
             columns=columns,
         )
 
-    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def build(self, reader: SplitReader) -> Batches:
         """Tokenise the pairs (or labelled completions) of a split."""
-        unpaired = kind == formats.UNPAIRED
+        unpaired = reader.kind == formats.UNPAIRED
         names = ("completion",) if unpaired else ("chosen", "rejected")
         kept: list[tuple[np.ndarray, ...]] = []
         index, labels = [], []
 
         def encode(examples: Sequence[Example]) -> list[tuple[tuple[np.ndarray, ...], bool]]:
-            return [(self._encode_sides(example, names), bool(example.label)) for example in examples]
+            sides = zip(*(self.encoder.completions(examples, name) for name in names), strict=True)
+            return [(self._join(row), bool(example.label)) for row, example in zip(sides, examples, strict=True)]
 
-        for number, (sides, label) in self.encoded(split, rows, kind, encode):
+        for number, (sides, label) in reader.encoded(encode):
             longest = max(len(side) for side in sides[1:])
-            if self.too_long(split, rows.where(number), len(sides[0]) + longest):
+            if reader.too_long(number, len(sides[0]) + longest):
                 continue
             before, after = room(len(sides[0]), longest, self.max_length)
             cut = (cut_left(sides[0], before, self.encoder.first), *(side[:after] for side in sides[1:]))
             if not unpaired and np.array_equal(cut[1], cut[2]):
-                self.count(split, "dropped_identical")
+                reader.count("dropped_identical")
                 continue
             kept.append(cut)
             index.append(number)
             labels.append(label)
-        self.check_not_empty(split, len(kept))
+        reader.check_not_empty(len(kept))
         tables = {name: Ragged(row[i] for row in kept) for i, name in enumerate(("prompt", *names))}
-        self.reports[split]["tokens"] = sum(len(table.values) for table in tables.values())
+        reader.report["tokens"] = sum(len(table.values) for table in tables.values())
         table = SidesTable(tables, np.asarray(index, dtype=np.int64), np.asarray(labels) if unpaired else None)
         return table, SidesCollate(self.encoder.pad, ("prompt", *names))
 
-    def _encode_sides(self, example: Example, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
-        encoded = [self.encoder.completion(example, name) for name in names]
+    @staticmethod
+    def _join(encoded: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
         prompt = encoded[0][0]
         if any(not np.array_equal(prompt, other) for other, _ in encoded[1:]):
             raise ValueError("the chat template gives the chosen and the rejected reply different prompts")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +10,7 @@ from torch.utils.data import Dataset
 
 from . import formats
 from .base import AlignmentDataModule
-from .batching import Table
-from .sources import Rows
+from .reading import Batches, SplitReader
 
 
 class PretrainDataModule(AlignmentDataModule):
@@ -88,17 +87,17 @@ class PretrainDataModule(AlignmentDataModule):
     def _overflow_policies() -> tuple[str, ...]:
         return ("split", "truncate", "drop", "error")
 
-    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def build(self, reader: SplitReader) -> Batches:
         """Tokenise, split and pack the documents of a split."""
-        return self.token_table(split, self._pieces(split, rows, kind), self.packing)
+        return reader.token_table(self._pieces(reader), self.packing)
 
-    def _pieces(self, split: str, rows: Rows, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, mask in self.token_rows(split, rows, kind, "all"):
+    def _pieces(self, reader: SplitReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, mask in reader.token_rows("all"):
             cuts = list(range(self.max_length, len(ids), self.max_length))
+            if cuts:
+                reader.count("split")
             if cuts and len(ids) - cuts[-1] == 1 and self.max_length > 2:
                 cuts[-1] -= 1  # a piece of one token would have no target
-            if cuts:
-                self.count(split, "split")
             for piece, targets in zip(np.split(ids, cuts), np.split(mask, cuts), strict=True):
                 targets = targets.copy()
                 targets[0] = False

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
 from . import formats
 from .base import AlignmentDataModule
-from .batching import Table
-from .sources import Rows
+from .reading import Batches, SplitReader
 
 
 class PromptDataModule(AlignmentDataModule):
@@ -82,6 +81,6 @@ class PromptDataModule(AlignmentDataModule):
             columns=columns,
         )
 
-    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def build(self, reader: SplitReader) -> Batches:
         """Tokenise the prompts of a split."""
-        return self._build_prompts(split, rows, kind)
+        return reader.prompt_table()

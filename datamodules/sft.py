@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
 from . import formats
 from .base import AlignmentDataModule
-from .batching import Table
 from .encoding import LossOn
-from .sources import Rows
+from .reading import Batches, SplitReader
 
 
 class SFTDataModule(AlignmentDataModule):
@@ -94,6 +93,6 @@ class SFTDataModule(AlignmentDataModule):
         self.loss_on: LossOn = loss_on
         self.packing = packing
 
-    def build(self, split: str, rows: Rows, kind: str) -> tuple[Table, Callable[[list[Any]], Any]]:
+    def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
-        return self.token_table(split, self.token_rows(split, rows, kind, self.loss_on), self.packing)
+        return reader.token_table(reader.token_rows(self.loss_on), self.packing)

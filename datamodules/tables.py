@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .batching import Ragged, Table
-from .formats import Example
 from .sources import Rows
 
 
@@ -40,18 +39,3 @@ class PromptTable(Table):
         if self.reference is not None:
             row["completion"] = self.reference(source)
         return row
-
-
-class ReferenceText:
-    """The text of a row's own completion (its messages' contents joined, for a conversation)."""
-
-    def __init__(self, normalise: Callable[[Mapping[str, Any], str], Example | None], rows: Rows, kind: str) -> None:
-        self.normalise, self.rows, self.kind = normalise, rows, kind
-
-    def __call__(self, index: int) -> str | None:
-        """Text of the completion of row `index`, or None."""
-        example = self.normalise(self.rows[index], self.kind)
-        completion = None if example is None else example.completion
-        if isinstance(completion, list):
-            return "".join(str(message.get("content", "")) for message in completion)
-        return completion

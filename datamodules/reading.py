@@ -1,0 +1,198 @@
+"""One split on its way from rows to a table of token ids: recognised, encoded, fitted to a length, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from . import formats
+from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, pack
+from .encoding import Encoder, LossOn
+from .formats import Example
+from .sources import Rows
+from .tables import PromptTable
+
+Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
+_CHUNK = 1024  # rows tokenised in one call
+# Keys of a batch that a source's own column must not take.
+RESERVED = ("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "rewards", "old_logprobs")
+
+
+class SplitReader:
+    """Reads the rows of one split and keeps count of what becomes of them.
+
+    Args:
+        split: Name of the split.
+        rows: Its rows.
+        kind: Their format.
+        encoder: Turns text into ids.
+        max_length: Most tokens of a row.
+        overflow: "truncate", "drop", "error" or (for documents) "split".
+        as_chat: Turn plain prompts and completions into messages.
+
+    Attributes:
+        report: Counts by name: rows read and kept, tokens, and whatever was cut or left out.
+    """
+
+    def __init__(
+        self, split: str, rows: Rows, kind: str, encoder: Encoder, *, max_length: int, overflow: str, as_chat: bool
+    ) -> None:
+        self.split, self.rows, self.kind, self.encoder = split, rows, kind, encoder
+        self.max_length, self.overflow, self.as_chat = max_length, overflow, as_chat
+        self.report: dict[str, Any] = {"rows": len(rows), "format": kind}
+
+    def examples(self, columns: dict[str, None] | None = None) -> Iterator[tuple[int, Example]]:
+        """Rows in canonical form, with their numbers; ties of scored completions are counted and left out.
+
+        Args:
+            columns: Collects the names of all columns that occur.
+
+        Raises:
+            ValueError: A row does not fit the format; the message says which row and why.
+        """
+        for index, row in enumerate(self.rows):
+            if columns is not None:
+                columns.update(dict.fromkeys(row))
+            try:
+                example = formats.normalise(row, self.kind, as_chat=self.as_chat)
+            except ValueError as error:
+                raise ValueError(f"{self.place(index)}: {error}") from None
+            if example is None:
+                self.count("ties")
+            else:
+                yield index, example
+
+    def encoded(
+        self, encode: Callable[[Sequence[Example]], Sequence[Any]], columns: dict[str, None] | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Rows passed through `encode` in chunks, with their numbers; an error inside names the row."""
+        examples = self.examples(columns)
+        while chunk := list(islice(examples, _CHUNK)):
+            try:
+                results = encode([example for _, example in chunk])
+            except ValueError:
+                results = [self._encode_one(encode, index, example) for index, example in chunk]
+            yield from zip((index for index, _ in chunk), results, strict=True)
+
+    def _encode_one(self, encode: Callable[[Sequence[Example]], Sequence[Any]], index: int, example: Example) -> Any:
+        try:
+            return encode([example])[0]
+        except ValueError as error:
+            raise ValueError(f"{self.place(index)}: {error}") from error
+
+    def place(self, index: int) -> str:
+        """Split and place of a row, in words."""
+        return f"{self.split}: {self.rows.where(index)}"
+
+    def count(self, what: str) -> None:
+        """Add one to a count of the report."""
+        self.report[what] = self.report.get(what, 0) + 1
+
+    def too_long(self, index: int, length: int) -> bool:
+        """Whether row `index`, of `length` tokens, is left out; a row that is or that must be cut is counted.
+
+        Raises:
+            ValueError: The row is too long and `overflow="error"`.
+        """
+        self.report["longest"] = max(self.report.get("longest", 0), length)
+        if length <= self.max_length:
+            return False
+        if self.overflow == "error":
+            raise ValueError(
+                f"{self.place(index)} has {length} tokens, max_length={self.max_length}; raise it, or set "
+                "overflow='truncate' or overflow='drop'"
+            )
+        self.count("dropped_too_long" if self.overflow == "drop" else "truncated")
+        return self.overflow == "drop"
+
+    def check_not_empty(self, kept: int) -> None:
+        """Refuse a split of which nothing is left.
+
+        Raises:
+            ValueError: No row is left; the message says why.
+        """
+        self.report["kept"] = kept
+        if kept:
+            return
+        if self.report.get("dropped_too_long", 0) == self.report["rows"]:
+            raise ValueError(
+                f"{self.split}: every row is longer than max_length={self.max_length} (the longest has "
+                f"{self.report['longest']} tokens), so overflow='drop' leaves none; raise max_length or set "
+                "overflow='truncate'"
+            )
+        raise ValueError(f"{self.split}: no row is left to use: {self.describe()}")
+
+    def describe(self) -> str:
+        """The report in words."""
+        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
+
+    def token_rows(self, loss_on: LossOn) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split)."""
+        for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on)):
+            if self.overflow != "split":
+                if self.too_long(index, len(ids)):
+                    continue
+                ids, mask = cut_row(ids, mask, self.max_length, self.encoder.first)
+            if mask.any():
+                yield ids, mask
+            else:
+                self.count("dropped_without_target")
+
+    def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
+        """A table of ids and masks, packed to `max_length` if asked."""
+        kept = list(pairs)
+        self.check_not_empty(len(kept))
+        ids, masks = Ragged([a for a, _ in kept]), Ragged([b for _, b in kept], np.bool_)
+        self.report.update(documents=len(ids), tokens=len(ids.values), targets=int(masks.values.sum()))
+        table = TokenTable(ids, masks, pack(ids.lengths, self.max_length) if packing else None)
+        self.report["kept"] = len(table)
+        return table, TokenCollate(self.encoder.pad)
+
+    def prompt_table(self) -> Batches:
+        """A table of the rows' prompts, with all other columns."""
+        prompts, index = list[np.ndarray](), list[int]()
+        names, used, has_reference = dict[str, None](), set[str](), False
+        if self.kind == formats.SCORED:  # the prompt alone counts here, also where all completions are equally good
+            self.kind, used = formats.PROMPT, {"completions", "rewards"}
+
+        def encode(examples: Sequence[Example]) -> list[np.ndarray]:
+            nonlocal has_reference
+            for example in examples:
+                used.update(example.used)
+                has_reference |= example.completion is not None
+            return self.encoder.prompts(examples)
+
+        for number, ids in self.encoded(encode, names):
+            if len(ids) == 0:
+                raise ValueError(f"{self.place(number)}: the prompt has no token")
+            if not self.too_long(number, len(ids)):
+                prompts.append(cut_left(ids, self.max_length, self.encoder.first))
+                index.append(number)
+        clash = sorted((set(names) - used) & set(RESERVED))
+        if clash:
+            raise ValueError(
+                f"{self.split}: {self.rows.name} has the columns {clash}, which batches use themselves; rename them, "
+                f"as in columns={{'{clash[0]}': '{clash[0]}_column'}}"
+            )
+        self.check_not_empty(len(prompts))
+        columns = [name for name in names if name not in used and not (has_reference and name == "completion")]
+        table = PromptTable(
+            Ragged(prompts),
+            np.asarray(index, dtype=np.int64),
+            self.rows,
+            columns,
+            self.reference if has_reference else None,
+        )
+        self.report["tokens"] = len(table.prompts.values)
+        return table, PromptCollate(self.encoder.pad)
+
+    def reference(self, index: int) -> str | None:
+        """Text of the completion that row `index` brings, its messages' contents joined; None without one."""
+        example = formats.normalise(self.rows[index], self.kind, as_chat=self.as_chat)
+        completion = None if example is None else example.completion
+        if isinstance(completion, list):
+            return "".join(str(message.get("content", "")) for message in completion)
+        return completion

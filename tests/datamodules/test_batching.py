@@ -1,0 +1,202 @@
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
+from datamodules.batching import Ragged, cut_left, cut_row, pack, pad
+
+
+def test_pad_both_sides():
+    arrays = [np.array([1, 2, 3]), np.array([1])]
+    values, mask = pad(arrays, 1)
+    assert values.tolist() == [[1, 2, 3], [1, 1, 1]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    values, mask = pad(arrays, 9, side="left")
+    assert values.tolist() == [[1, 2, 3], [9, 9, 1]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    with pytest.raises(ValueError, match="side='up'"):
+        pad(arrays, 0, side="up")
+
+
+def test_ragged():
+    ragged = Ragged([np.array([1, 2]), np.array([], dtype=int), np.array([3])])
+    assert [ragged[i].tolist() for i in range(len(ragged))] == [[1, 2], [], [3]]
+    assert ragged.values.dtype == np.int32
+    assert ragged.checksum() != Ragged([np.array([1]), np.array([2]), np.array([3])]).checksum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pack_keeps_every_document_once(seed):
+    lengths = np.random.default_rng(seed).integers(1, 33, size=200)
+    rows = pack(lengths, 32)
+    assert sorted(i for row in rows for i in row) == list(range(200))
+    fills = [int(lengths[row].sum()) for row in rows]
+    assert max(fills) <= 32
+    assert sum(fills) / (32 * len(rows)) > 0.9
+    with pytest.raises(ValueError, match="40 tokens does not fit into a row of 32"):
+        pack([40], 32)
+
+
+def test_cuts():
+    bos = np.array([7])
+    assert cut_left(np.array([7, 1, 2, 3]), 2, bos).tolist() == [7, 3]
+    assert cut_left(np.array([1, 2, 3]), 2, bos).tolist() == [2, 3]
+    ids, mask = cut_row(np.arange(10), np.arange(10) >= 6, 6, bos)
+    assert ids.tolist() == [3, 4, 5, 6, 7, 8]  # the prompt keeps half of the length, the rest is the completion's
+    assert mask.tolist() == [False] * 3 + [True] * 3
+
+
+def unpack(batch):
+    """Documents of a packed batch, told apart by position_ids that restart."""
+    documents = []
+    for ids, positions, mask, labels in zip(
+        batch["input_ids"], batch["position_ids"], batch["attention_mask"], batch["labels"], strict=True
+    ):
+        size = int(mask.sum())
+        starts = [*torch.nonzero(positions[:size] == 0).flatten().tolist(), size]
+        for start, end in itertools.pairwise(starts):
+            assert positions[start:end].tolist() == list(range(end - start))
+            assert labels[start] == -100  # nothing before it in its document
+            assert torch.equal(labels[start + 1 : end], ids[start + 1 : end])
+            documents.append(tuple(ids[start:end].tolist()))
+    return documents
+
+
+def test_packing_loses_no_token_and_keeps_documents_apart(tokenizer):
+    texts = ["".join(np.random.default_rng(i).choice(list("abcdef"), size=3 + 7 * i)) for i in range(12)]
+    data = PretrainDataModule(train=[{"text": t} for t in texts], tokenizer=tokenizer, max_length=32, batch_size=3)
+    found = [d for batch in data.train_dataloader() for d in unpack(batch)]
+    pieces = []
+    for text in texts:
+        ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], 0]
+        cuts = list(range(0, len(ids), 32))
+        if len(ids) % 32 == 1 and len(ids) > 1:
+            cuts[-1] -= 1
+        pieces += [tuple(ids[a:b]) for a, b in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
+    assert sorted(found) == sorted(pieces)
+    report = data.reports["train"]
+    assert report["tokens"] == sum(map(len, pieces)) == sum(len(t) + 1 for t in texts)
+    assert report["targets"] == report["tokens"] - report["documents"]
+    assert max(map(len, found)) <= 32
+
+
+def test_packed_demonstrations_keep_their_targets(tokenizer):
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(20)]
+    plain = SFTDataModule(train=rows, tokenizer=tokenizer, batch_size=20)
+    packed = SFTDataModule(train=rows, tokenizer=tokenizer, batch_size=20, packing=True, max_length=24)
+    count = [int((next(iter(d.train_dataloader()))["labels"] != -100).sum()) for d in (plain, packed)]
+    assert count[0] == count[1] == plain.reports["train"]["targets"]
+    assert len(packed.train_dataloader().dataset) < 20
+
+
+def test_pad_and_end_token_may_be_the_same(make_tokenizer):
+    for pad_token in (None, "<eos>"):
+        rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1234", "completion": "5678"}]
+        data = SFTDataModule(train=rows, tokenizer=make_tokenizer(pad=pad_token), shuffle=False)
+        batch = next(iter(data.train_dataloader()))
+        assert batch["attention_mask"].sum(1).tolist() == [3, 9]
+        assert batch["labels"][0].tolist() == [-100, 7, 0, *[-100] * 6]
+        assert batch["labels"][1, -1] == 0
+
+
+def test_first_token_stays_when_a_prompt_is_cut(make_tokenizer, read):
+    tokenizer = make_tokenizer(bos=True)
+    data = PromptDataModule(train=[{"prompt": "abcdef"}], tokenizer=tokenizer, max_length=4)
+    batch = next(iter(data.train_dataloader()))
+    assert read(tokenizer, batch["prompts"][0]) == "<bos>def"
+    rows = [{"prompt": "ab", "completion": "c"}]
+    batch = next(iter(SFTDataModule(train=rows, tokenizer=tokenizer).train_dataloader()))
+    assert read(tokenizer, batch["input_ids"][0]) == "<bos>abc<eos>"
+
+
+def test_a_merge_across_prompt_and_completion_is_taken_apart():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "1", "=", "2", "=2"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("=", "2")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert tokenizer("1=2")["input_ids"] == [1, 4]
+    data = SFTDataModule(train=[{"prompt": "1=", "completion": "2"}], tokenizer=tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, 0]]
+
+
+LONG = [{"prompt": "aaaa", "completion": "bb"}, {"prompt": "a" * 10, "completion": "b" * 10}]
+
+
+def test_overflow_truncates(tokenizer, caplog):
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        data = SFTDataModule(train=LONG, tokenizer=tokenizer, max_length=12, shuffle=False)
+        data.setup("fit")
+        data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["attention_mask"].sum(1).tolist() == [7, 12]
+    assert (batch["labels"][1] != -100).sum() == 6
+    assert len([r for r in caplog.records if "truncated 1" in r.getMessage()]) == 1  # said once
+
+
+def test_overflow_drops(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="datamodules"):
+        data = SFTDataModule(train=LONG, tokenizer=tokenizer, max_length=12, overflow="drop")
+        assert len(data.train_dataloader()) == 1
+    assert data.reports["train"]["dropped_too_long"] == 1
+    assert "dropped too long 1" in caplog.text
+
+
+def test_overflow_is_an_error(tokenizer):
+    data = SFTDataModule(train=LONG, tokenizer=tokenizer, max_length=12, overflow="error")
+    with pytest.raises(ValueError, match=r"row 1 .* has 21 tokens, max_length=12"):
+        data.setup("fit")
+
+
+def test_preference_pairs_fit(tokenizer):
+    rows = [
+        {"prompt": "a" * 10, "chosen": "b" * 3, "rejected": "c" * 20},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    data = PreferenceDataModule(train=rows, tokenizer=tokenizer, max_length=12, shuffle=False)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["prompt_attention_mask"].sum(1).tolist() == [6, 1]
+    assert batch["prompt_attention_mask"][1].tolist() == [0, 0, 0, 0, 0, 1]  # prompts on the right edge
+    assert batch["chosen_attention_mask"].sum(1).tolist() == [4, 2]
+    assert batch["rejected_attention_mask"].sum(1).tolist() == [6, 2]
+    assert batch["chosen_input_ids"][0, 3] == 0  # whole, so it ends with the stop token
+    assert batch["rejected_input_ids"][0, 5] != 0  # cut, so it does not
+    assert batch["index"] == [0, 1]
+
+
+def test_preference_counts(tokenizer):
+    rows = [
+        {"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]},
+        {"prompt": "a", "completions": ["b", "b"], "rewards": [0, 1]},
+        {"prompt": "a", "completions": ["b", "c", "d"], "rewards": [0.5, 2, -1]},
+    ]
+    data = PreferenceDataModule(train=rows, tokenizer=tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["index"] == [2]
+    assert tokenizer.convert_ids_to_tokens(batch["chosen_input_ids"][0].tolist()) == ["c", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(batch["rejected_input_ids"][0].tolist()) == ["d", "<eos>"]
+    assert (data.reports["train"]["ties"], data.reports["train"]["dropped_identical"]) == (1, 1)
+
+
+def test_unpaired(tokenizer):
+    rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
+    batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
+    assert batch["label"].tolist() == [True, False]
+    assert batch["completion_input_ids"].shape == (2, 2)
+
+
+def test_prompt_columns(tokenizer):
+    rows = [{"prompt": "12", "answer": 3}, {"prompt": "1", "answer": 4, "level": "x"}]
+    data = PromptDataModule(train=rows, validation=rows, predict=rows, tokenizer=tokenizer, shuffle=False)
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        batch = next(iter(loader))
+        assert batch["prompts"].tolist() == [[6, 7], [0, 6]]
+        assert batch["prompt_attention_mask"].tolist() == [[1, 1], [0, 1]]
+        assert (batch["index"], batch["answer"], batch["level"]) == ([0, 1], [3, 4], [None, "x"])
+        assert "prompt" not in batch

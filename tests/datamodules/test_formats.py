@@ -1,0 +1,122 @@
+import pytest
+
+from datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule, formats
+from datamodules.formats import normalise, recognise
+
+USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("assistant", "c")])
+
+ROWS = [
+    ({"text": "a"}, formats.TEXT),
+    ({"prompt": "a", "completion": "b", "label": "hard"}, formats.PROMPT_COMPLETION),
+    ({"prompt": [USER], "completion": [REPLY]}, formats.PROMPT_COMPLETION),
+    ({"messages": [USER, REPLY]}, formats.MESSAGES),
+    ({"instruction": "a", "input": "", "output": "b"}, formats.ALPACA),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, formats.SHAREGPT),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, formats.PREFERENCE),
+    ({"prompt": "a", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, formats.PREFERENCE),
+    ({"chosen": "a b", "rejected": "a c", "prompt": None}, formats.IMPLICIT_PREFERENCE),
+    ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, formats.IMPLICIT_PREFERENCE),
+    ({"prompt": "a", "completions": ["c", "b"], "rewards": [0.0, 1]}, formats.SCORED),
+    ({"prompt": "a", "completion": "b", "label": True}, formats.UNPAIRED),
+    ({"prompt": "a", "answer": 3}, formats.PROMPT),
+    ({"foo": 1}, None),
+]
+
+
+@pytest.mark.parametrize(("row", "name"), ROWS)
+def test_recognised(row, name):
+    assert recognise(row) == name
+
+
+def test_canonical_form():
+    conversational = [{"role": "user", "content": "a"}]
+    for row in ({"messages": [USER, REPLY]}, {"conversations": [{"from": "human", "value": "a"}, REPLY]}):
+        example = normalise(row, recognise(row))
+        assert example.messages == [USER, REPLY]
+        assert example.prompt == conversational
+        assert example.completion == [REPLY]
+    assert normalise({"prompt": "a", "chosen": [REPLY], "rejected": [OTHER]}, formats.PREFERENCE).prompt == [USER]
+    explicit = normalise(ROWS[7][0], formats.PREFERENCE)
+    assert (explicit.prompt, explicit.chosen, explicit.rejected) == ([USER], [REPLY], [OTHER])
+    scored = normalise(ROWS[10][0], formats.SCORED)
+    assert (scored.prompt, scored.chosen, scored.rejected) == ("a", "b", "c")
+    assert normalise({"prompt": "a", "completions": ["b", "c"], "rewards": [1, 1]}, formats.SCORED) is None
+    assert normalise(ROWS[11][0], formats.UNPAIRED).label is True
+    chat = normalise({"prompt": "a", "completion": "b"}, formats.PROMPT_COMPLETION, as_chat=True)
+    assert (chat.prompt, chat.completion) == ([USER], [REPLY])
+
+
+def test_alpaca():
+    row = {"instruction": "add", "input": "1 2", "output": "3", "system": "be short", "history": [["q", "r"]]}
+    example = normalise(row, formats.ALPACA, as_chat=True)
+    assert [m["content"] for m in example.prompt] == ["be short", "q", "r", "add\n\n1 2"]
+    assert example.completion == [{"role": "assistant", "content": "3"}]
+    plain = normalise({"instruction": "add", "input": "1 2", "output": "3"}, formats.ALPACA)
+    assert plain.prompt == "### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("2+2 is four", "2+2 is five", "2+2 is"),
+        ("2+2 is four", "2+2 is fo", "2+2 is"),
+        ("\n\nHuman: q\n\nAssistant: I do", "\n\nHuman: q\n\nAssistant: I can", "\n\nHuman: q\n\nAssistant:"),
+        ("yes", "no", ""),
+    ],
+)
+def test_implicit_prompt(chosen, rejected, prompt):
+    example = normalise({"chosen": chosen, "rejected": rejected}, formats.IMPLICIT_PREFERENCE)
+    assert example.prompt == prompt
+    assert (prompt + example.chosen, prompt + example.rejected) == (chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "message"),
+    [
+        ({"prompt": "a"}, formats.PROMPT_COMPLETION, r"needs column completion .*found \['prompt'\]"),
+        (
+            {"prompt": 3, "completion": "b"},
+            formats.PROMPT_COMPLETION,
+            r"prompt must be a string .*found int: 3",
+        ),
+        ({"text": ["a"]}, formats.TEXT, "column text must be a string, found list"),
+        ({"messages": []}, formats.MESSAGES, "messages is an empty list"),
+        ({"messages": [{"content": "a"}]}, formats.MESSAGES, r"message 0 needs a role, found the keys \['content'\]"),
+        ({"messages": [{"role": "user"}]}, formats.MESSAGES, "message 0 needs a content"),
+        ({"messages": ["a"]}, formats.MESSAGES, "message 0 must be a mapping, found 'a'"),
+        ({"conversations": [{"from": "cat", "value": ""}]}, formats.SHAREGPT, "is from 'cat'; known: "),
+        ({"prompt": "a", "completion": "b", "label": 3}, formats.UNPAIRED, "label must be true or false, found 3"),
+        ({"chosen": "a", "rejected": [REPLY]}, formats.IMPLICIT_PREFERENCE, "both be strings or both"),
+        ({"chosen": [REPLY], "rejected": [OTHER]}, formats.IMPLICIT_PREFERENCE, "share no first message"),
+        ({"prompt": "a", "completions": ["b"], "rewards": [1, 2]}, formats.SCORED, "same length of at least 2"),
+        (
+            {"prompt": "a", "completions": ["b", "c"], "rewards": [1, None]},
+            formats.SCORED,
+            "must hold numbers",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, formats.ALPACA, "needs a tokenizer with a chat"),
+        ({"messages": [USER, REPLY], "tools": "{"}, formats.MESSAGES, "tools is not valid JSON"),
+    ],
+)
+def test_wrong_rows(row, name, message):
+    with pytest.raises(ValueError, match=message):
+        normalise(row, name)
+
+
+@pytest.mark.parametrize(("row", "name"), [(row, name) for row, name in ROWS if name])
+def test_every_format_reaches_a_batch(make_tokenizer, row, name):
+    """Each format goes through the module it is for, and (but for text) gives prompts."""
+    tokenizer = make_tokenizer("boundaries")
+    module = SFTDataModule if name in SFTDataModule.accepts else PreferenceDataModule
+    module = PromptDataModule if name == formats.PROMPT else module
+    data = module(train=[row], test=[row], tokenizer=tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    assert data.reports["train"]["format"] == name
+    assert data.reports["train"]["kept"] == 1
+    ends = [key for key in ("labels", "chosen_input_ids", "completion_input_ids") if key in batch]
+    for key in ends:
+        assert batch[key][0, -1] in (0, 4)  # the stop token is always there
+    test = next(iter(data.test_dataloader()))
+    assert ("prompts" in test) == (name != formats.TEXT)
+    if name in (formats.PROMPT_COMPLETION, formats.MESSAGES, formats.SHAREGPT, formats.ALPACA):
+        assert test["completion"] == ["b"]

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+from torch.utils.data import Dataset
+
+from datamodules.sources import JsonlRows, is_hub_id, open_source
+
+ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b\n", "n": 2, "extra": [1]}]
+
+
+class Own(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return ROWS[index]
+
+
+def jsonl(path, rows=ROWS, between="\n"):
+    path.write_text(between.join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_jsonl_stays_on_disk(tmp_path):
+    rows = open_source(str(jsonl(tmp_path / "a.jsonl", between="\n\n")), "train")
+    assert isinstance(rows, JsonlRows)
+    assert [rows[1], rows[0]] == ROWS[::-1]
+    assert list(rows) == ROWS
+    assert rows.where(1).endswith("a.jsonl:3")
+
+
+@pytest.mark.parametrize("kind", ["json", "json lines", "parquet", "saved", "saved dict", "folder", "dataset", "list"])
+def test_every_kind_of_source(tmp_path, kind):
+    import datasets
+
+    same = [{"prompt": "a", "n": "1"}, {"prompt": "b", "n": "2"}]
+    table = datasets.Dataset.from_list(same)
+    source = str(tmp_path / "data")
+    if kind == "json":
+        source += ".json"
+        (tmp_path / "data.json").write_text(json.dumps(same, indent=1))
+    elif kind == "json lines":
+        source += ".json"
+        jsonl(tmp_path / "data.json", same)
+    elif kind == "parquet":
+        source += ".parquet"
+        table.to_parquet(source)
+    elif kind == "saved":
+        table.save_to_disk(source)
+    elif kind == "saved dict":
+        datasets.DatasetDict({"train": table.select([0]), "validation": table}).save_to_disk(source)
+    elif kind == "folder":
+        (tmp_path / "data").mkdir()
+        jsonl(tmp_path / "data" / "0.jsonl", same[:1])
+        jsonl(tmp_path / "data" / "1.jsonl", same[1:])
+    elif kind == "dataset":
+        source = table
+    else:
+        source = same
+    rows = open_source(source, "validation")
+    assert [rows[0], rows[1]] == list(rows) == same
+    if kind == "saved dict":
+        assert len(open_source(source, "train")) == 1
+        assert len(open_source(source + ":validation", "train")) == 2
+        with pytest.raises(ValueError, match=r"has no split 'test'; it has \['train', 'validation'\]"):
+            open_source(source, "test")
+
+
+def test_csv_values_stay_strings(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,answer\n"1,0",007\n\nb,1.0\n')
+    rows = open_source(str(tmp_path / "a.csv"), "train")
+    assert list(rows) == [{"prompt": "1,0", "answer": "007"}, {"prompt": "b", "answer": "1.0"}]
+
+
+def test_text_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert list(open_source(str(tmp_path / "a.txt"), "train")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_torch_dataset():
+    rows = open_source(Own(), "train")
+    assert list(rows) == ROWS
+    assert rows.where(1) == "row 1 of the Own given as train"
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    assert is_hub_id("owner/name")
+    assert is_hub_id("owner/name@config:test")
+    assert not is_hub_id("./name")
+    assert not is_hub_id("data/rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    assert not is_hub_id("owner")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 1', r"a\.jsonl:3: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: holds a JSON list; each line must hold one JSON object"),
+        ("a.jsonl", b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
+        ("a.jsonl", b"\n", "a.jsonl' has no rows"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', r"a\.json:2: not valid JSON"),
+        ("a.json", b"3", "holds a JSON int; a list of objects is needed"),
+        ("a.json", b"[3]", "row 0 of .* is a int; every row must be a mapping"),
+        ("a.csv", b"a,b\n1,2\n1\n", r"a\.csv:3: 1 fields, the header has 2"),
+        ("a.csv", b"a,b\n", "has no rows"),
+        ("a.parquet", b"PAR1", "is not a readable Parquet file"),
+        ("a.xlsx", b"", r"unknown kind of file '\.xlsx'; known: \.jsonl"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(open_source(str(tmp_path / name), "train"))
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(ValueError, match=r"train='./none.jsonl': no such file or folder"):
+        open_source("./none.jsonl", "train")
+    with pytest.raises(ValueError, match="train='nobody/nothing' is no file or folder here, and loading it as a hub"):
+        open_source("nobody/nothing", "train")
+    with pytest.raises(ValueError, match="train=generator cannot be used: a source needs __len__"):
+        open_source((row for row in ROWS), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"hold data files of one kind .* found none"):
+        open_source(str(tmp_path / "empty"), "train")
+    with pytest.raises(ValueError, match="has no rows"):
+        open_source([], "train")

@@ -158,7 +158,8 @@ class TestDPO:
 
         margin = logps(tiny_llama, "chosen") - logps(tiny_llama, "rejected")
         with torch.no_grad():
-            margin = margin - logps(module.reference, "chosen") + logps(module.reference, "rejected")
+            reference_margin = logps(module.reference, "chosen") - logps(module.reference, "rejected")
+        margin = margin - reference_margin
         (-F.logsigmoid(0.5 * margin)).mean().backward()
         expected = {f"policy.{name}": -p.grad for name, p in tiny_llama.named_parameters()}
         assert_same(expected, update(make(DPOModule, beta=0.5), [batch]))

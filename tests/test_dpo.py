@@ -1,0 +1,182 @@
+"""DPO: the reference, the first loss, checkpoints, the cache and LoRA."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from alignment_modules import DPOModule, LoraConfig, PolicyConfig, SFTModule
+from alignment_modules.policies.reference import fingerprint
+
+
+def pairs(count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch = {"index": list(range(count))}
+    for name, width in (("prompt", 3), ("chosen", 5), ("rejected", 7)):
+        batch[f"{name}_input_ids"] = torch.randint(1, 40, (count, width), generator=generator)
+        lengths = torch.randint(1, width + 1, (count, 1), generator=generator)
+        batch[f"{name}_attention_mask"] = (torch.arange(width)[None] < lengths).long()
+    return batch
+
+
+@pytest.fixture
+def make(tiny_llama):
+    def factory(**options):
+        defaults = {"policy": copy.deepcopy(tiny_llama), "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.5)}
+        return DPOModule(**(defaults | options))
+
+    return factory
+
+
+def test_first_loss_is_exactly_ln_2(make, train, tiny_llama):
+    policy = copy.deepcopy(tiny_llama)
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # must not make policy and reference differ
+    metrics = train(make(policy=policy), [pairs()]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
+    assert float(metrics["train/rewards/margins"]) == 0
+    assert float(metrics["train/rewards/accuracies"]) == 0
+
+
+def test_learning_raises_the_margin(make, train):
+    metrics = train(make(), [pairs()] * 12).callback_metrics
+    assert metrics["train/rewards/accuracies"] == 1
+    assert metrics["train/rewards/margins"] > 0
+    assert metrics["train/loss"] < math.log(2)
+
+
+def test_reference_is_frozen_for_ever(make, train):
+    module = make()
+    before = fingerprint(module.reference)
+    trainer = train(module, [pairs()] * 3)
+    assert fingerprint(module.reference) == before
+    assert fingerprint(module.policy) != before
+    trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not any(id(p) in trained or p.requires_grad for p in module.reference.parameters())
+    module.eval().train()
+    assert not any(child.training for child in module.reference.modules())
+
+
+def test_reference_shares_nothing_with_the_policy(make):
+    module = make()
+    mine = {p.data_ptr() for p in module.policy.parameters()}
+    assert not mine & {p.data_ptr() for p in module.reference.parameters()}
+
+
+def test_state_dict_drops_exactly_the_reference_and_stays_strict(make):
+    module = make()
+    state = module.state_dict()
+    assert state
+    assert all(key.startswith("policy.") for key in state)
+    make().load_state_dict(state)
+    renamed = {key.replace("layers.0", "layer.0"): value for key, value in state.items()}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        make().load_state_dict(renamed)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+    assert not any("reference" in key for key in Holder().state_dict())
+
+
+def test_checkpoint_without_reference_resumes(make, train, tmp_path):
+    trainer = train(make(), [pairs()] * 2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert not any("reference" in key for key in held["state_dict"])
+    module = make()
+    initial = fingerprint(module.reference)
+    import lightning as L
+
+    resumed = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    resumed.fit(module, torch.utils.data.DataLoader([pairs()] * 2, batch_size=None), ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.global_step == 4
+    assert fingerprint(module.reference) == initial
+
+
+@pytest.mark.parametrize("kind", ["paradigm", "reference"])
+def test_foreign_checkpoints_are_refused(make, train, tmp_path, tiny_llama, kind):
+    train(make(), [pairs()]).save_checkpoint(tmp_path / "a.ckpt")
+    other = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    module = SFTModule(policy=other) if kind == "paradigm" else make(reference=other)
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=kind):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_cached_reference_gives_the_same_losses(make, train, monkeypatch):
+    batches = [pairs(seed=0), pairs(seed=0)]
+    plain = train(make(), batches, max_epochs=2).callback_metrics
+    module = make(cache_reference=True)
+    calls = []
+    original = module.reference.forward
+    module.reference.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    cached = train(module, batches, max_epochs=2).callback_metrics
+    assert float(cached["train/loss"]) == pytest.approx(float(plain["train/loss"]), abs=1e-6)
+    assert set(module._reference_cache) == {0, 1, 2, 3}
+
+
+def test_lora_reference_is_the_adapter_switched_off(train, tiny_llama_config):
+    torch.manual_seed(0)
+    policy = PolicyConfig(config=tiny_llama_config, lora=LoraConfig(r=4, dropout=0.3))
+    module = DPOModule(policy=policy, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2))
+    assert module.reference is None
+    metrics = train(module, [pairs()]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
+    assert train(module, [pairs()] * 8).callback_metrics["train/loss"] < math.log(2)
+
+
+def test_label_smoothing_is_conservative_dpo(make, train):
+    """The second step's loss, against the formula on the logged log-probabilities."""
+    module = make(label_smoothing=0.2, beta=0.5)
+    margins = []
+    original = module.statistics
+
+    def spy(total, counted, logps, reference_logps):
+        margins.append((float(total), 0.5 * ((logps - reference_logps)[:, 0] - (logps - reference_logps)[:, 1])))
+        return original(total, counted, logps, reference_logps)
+
+    module.statistics = spy
+    train(module, [pairs()] * 2)
+    total, margin = margins[1]
+    expected = (-0.8 * F.logsigmoid(margin) - 0.2 * F.logsigmoid(-margin)).sum()
+    assert total == pytest.approx(float(expected), abs=1e-5)
+    assert float(margin.abs().max()) > 1e-3
+
+
+def test_a_pair_without_a_completion_is_not_counted(make, train):
+    batch = pairs()
+    whole = train(make(beta=0.5), [{k: v[:3] for k, v in batch.items()}] * 3).callback_metrics
+    batch["rejected_attention_mask"][3] = 0
+    assert train(make(beta=0.5), [batch] * 3).callback_metrics["train/loss"] == pytest.approx(float(whole["train/loss"]), abs=1e-6)
+
+
+def test_plain_module_without_transformers(train):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+            self.mixer = nn.GRU(16, 16, batch_first=True)
+
+        def forward(self, input_ids):
+            return self.head(self.mixer(self.embedding(input_ids))[0])
+
+    module = DPOModule(policy=Model(), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5))
+    metrics = train(module, [pairs()]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"beta": 0.0}, "beta"), ({"loss": "dpo"}, "'dpo'"), ({"label_smoothing": 0.6}, "label_smoothing"), ({"nll_coef": -1.0}, "nll_coef")],
+)
+def test_refuses(make, options, named):
+    with pytest.raises(ValueError, match=named):
+        make(**options)

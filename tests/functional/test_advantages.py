@@ -1,0 +1,193 @@
+"""Advantages: what each group normaliser optimises (exact enumeration), rounding, NaN, and GAE by loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from alignment_modules.functional import ADVANTAGE_SCALES, generalized_advantages, group_advantages
+
+PROBABILITIES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
+GROUP = 8
+
+
+def update_weight(p, **options):
+    """w(p) of the expected update w(p) * dp: the mean of A * dlog p over all outcomes of a group."""
+    weight = 0.0
+    for wins in range(GROUP + 1):
+        chance = math.comb(GROUP, wins) * p**wins * (1 - p) ** (GROUP - wins)
+        rewards = torch.tensor([[1.0] * wins + [0.0] * (GROUP - wins)], dtype=torch.float64)
+        advantages = group_advantages(rewards, **options)[0]
+        # d log p(win) = dp / p, d log p(loss) = -dp / (1 - p)
+        scores = rewards[0] / p - (1 - rewards[0]) / (1 - p)
+        weight += chance * (advantages * scores).mean().item()
+    return round(weight, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"scale": "leave_one_out"}, (1, 1, 1, 1, 1, 1, 1)),
+        ({"scale": "none"}, (0.875,) * 7),
+        ({"scale": "group"}, (2.313, 2.177, 1.895, 1.736, 1.895, 2.177, 2.313)),
+        ({"scale": "group", "ddof": 0}, (2.473, 2.328, 2.026, 1.856, 2.026, 2.328, 2.473)),
+        ({"scale": "mean"}, (6.033, 5.217, 3.466, 1.984, 1.333, 1.111, 1.053)),
+    ],
+)
+def test_what_each_scale_optimises(options, expected):
+    assert tuple(update_weight(p, **options) for p in PROBABILITIES) == expected
+
+
+def test_probability_that_a_group_has_signal():
+    chances = []
+    for p in PROBABILITIES:
+        chance = 0.0
+        for wins in range(GROUP + 1):
+            rewards = torch.tensor([[1.0] * wins + [0.0] * (GROUP - wins)])
+            if group_advantages(rewards).any():
+                chance += math.comb(GROUP, wins) * p**wins * (1 - p) ** (GROUP - wins)
+        chances.append(round(chance, 3))
+    assert chances == [0.337, 0.570, 0.900, 0.992, 0.900, 0.570, 0.337]
+
+
+def by_loops(rewards, scale):
+    everything = torch.tensor([r for row in rewards for r in row], dtype=torch.float64)
+    result = []
+    for row in rewards:
+        group = torch.tensor(row, dtype=torch.float64)
+        for i, r in enumerate(row):
+            others = [x for j, x in enumerate(row) if j != i]
+            centred = r - group.mean().item()
+            result.append(
+                {
+                    "group": lambda c=centred, g=group: c / g.std().item(),
+                    "batch": lambda c=centred: c / everything.std().item(),
+                    "none": lambda c=centred: c,
+                    "leave_one_out": lambda r=r, o=others: r - sum(o) / len(o),
+                    "mean": lambda c=centred, g=group: c / g.mean().item() if g.mean() > 0 else 0.0,
+                }[scale]()
+            )
+    return torch.tensor(result, dtype=torch.float64).view(len(rewards), -1)
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+def test_by_loops(scale):
+    rewards = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, scale=scale), by_loops(rewards.tolist(), scale))
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+@pytest.mark.parametrize("size", range(2, 17))
+def test_equal_rewards_give_exactly_zero(scale, size):
+    """Float32 means of equal rewards leave residues of order 1 after division by their deviation."""
+    for value in (0.1, 0.3, 0.7, 0.9, 1 / 3, 12345.678):
+        rewards = torch.full((2, size), value)
+        assert (group_advantages(rewards, scale=scale) == 0).all()
+        spread = torch.cat([rewards[:1], torch.arange(size)[None].float()])
+        assert (group_advantages(spread, scale=scale)[0] == 0).all()
+
+
+def test_rewards_equal_up_to_rounding_count_as_equal():
+    assert (group_advantages(torch.tensor([[0.3, 0.3 + 1e-7, 0.3]], dtype=torch.float64)) == 0).all()
+    assert (group_advantages(torch.tensor([[0.3, 0.3 + 1e-5, 0.3]], dtype=torch.float64)) != 0).any()
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+def test_nan_is_left_out_of_its_group(scale):
+    rewards = torch.tensor([[1.0, torch.nan, 0.0, 0.5], [torch.nan, 2.0, 1.0, 4.0]])
+    result = group_advantages(rewards, scale=scale)
+    assert torch.isfinite(result).all()
+    assert (result[rewards.isnan()] == 0).all()
+    kept = torch.stack([rewards[0, [0, 2, 3]], rewards[1, 1:]])
+    expected = group_advantages(kept, scale=scale)
+    torch.testing.assert_close(result[0, [0, 2, 3]], expected[0])
+    torch.testing.assert_close(result[1, 1:], expected[1])
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+def test_groups_with_one_or_no_reward(scale):
+    nan = torch.nan
+    assert (group_advantages(torch.tensor([[nan, nan, nan], [3.0, nan, nan]]), scale=scale) == 0).all()
+    assert group_advantages(torch.zeros(0, 4), scale=scale).shape == (0, 4)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, torch.float64), (torch.long, torch.float32)])
+def test_dtype(dtype, expected):
+    assert group_advantages(torch.tensor([[0, 1]], dtype=dtype)).dtype == expected
+
+
+def test_eps_is_added_to_the_deviation():
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    expected = (rewards - 0.5) / (rewards.std() + 0.1)
+    torch.testing.assert_close(group_advantages(rewards, eps=0.1), expected)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "message"),
+    [
+        (torch.zeros(3, 1), {}, r"rewards must be \[prompts, G\] with G >= 2.*got G=1"),
+        (torch.zeros(3), {}, r"rewards must be \[prompts, G\], got shape \(3,\)"),
+        (torch.tensor([[1.0, torch.inf]]), {}, "rewards must be finite"),
+        (torch.zeros(3, 2), {"scale": "std"}, "scale must be one of 'group', .*, got 'std'"),
+        (torch.zeros(3, 2), {"ddof": 2}, "ddof must be 0 or 1, got 2"),
+    ],
+)
+def test_refuses(rewards, options, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(rewards, **options)
+
+
+def gae_by_loops(rewards, values, gamma, lam, last):
+    steps = len(rewards)
+    following = [*values[1:], last]
+    deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(steps)]
+    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, steps)) for t in range(steps)]
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.9, 0.0)])
+@pytest.mark.parametrize("bootstrapped", [False, True])
+def test_generalized_advantages_by_loops(gamma, lam, bootstrapped):
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(6, 9, generator=generator) < 0.6
+    mask[4] = False
+    last = torch.randn(6, generator=generator, dtype=torch.float64) if bootstrapped else None
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=last)
+    assert (advantages[~mask] == 0).all()
+    assert (returns[~mask] == 0).all()
+    for row in range(6):
+        kept = mask[row]
+        end = last[row].item() if bootstrapped else 0.0
+        expected = gae_by_loops(rewards[row][kept].tolist(), values[row][kept].tolist(), gamma, lam, end)
+        assert advantages[row][kept].tolist() == pytest.approx(expected, abs=1e-12)
+        assert returns[row][kept].tolist() == pytest.approx(
+            [a + v for a, v in zip(expected, values[row][kept].tolist(), strict=True)], abs=1e-12
+        )
+
+
+def test_rubbish_outside_the_mask_is_ignored():
+    rewards, values = torch.zeros(1, 4), torch.ones(1, 4)
+    mask = torch.tensor([[0, 1, 1, 0]])
+    expected = generalized_advantages(rewards, values, mask)
+    for tensor in (rewards, values):
+        tensor[0, [0, 3]] = torch.nan
+    torch.testing.assert_close(generalized_advantages(rewards, values, mask), expected)
+
+
+def test_targets_have_no_gradient():
+    values = torch.randn(2, 3, requires_grad=True)
+    advantages, returns = generalized_advantages(torch.ones(2, 3), values, torch.ones(2, 3))
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+
+
+def test_generalized_advantages_refuse():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], got 1.5"):
+        generalized_advantages(x, x, x, gamma=1.5)
+    with pytest.raises(ValueError, match="values must have the shape of rewards"):
+        generalized_advantages(x, x[:1], x)
+    with pytest.raises(ValueError, match="bootstrap"):
+        generalized_advantages(x, x, x, bootstrap=torch.zeros(3))

@@ -1,7 +1,8 @@
 """The one question every paradigm asks: how probable are these tokens under this policy?
 
-`score` answers it for any policy. Where the policy can read `Segments` (see `capabilities`) nothing is padded, shared prompts are
-computed once, and the head sees the predicting tokens alone; elsewhere the same numbers come from right-padded rows.
+`score` answers it for any policy. Where the policy can read `Segments` (see `capabilities`) nothing is padded, shared
+prompts are computed once and the head sees the predicting tokens alone; elsewhere right-padded rows give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ from alignment_modules.policies.segments import Segments
 
 logger = logging.getLogger(__name__)
 
+# How far two orders of the same sum may lie apart, relative to the largest entry.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# What a model may raise that does not know our keywords or shapes.
+_REFUSALS = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """What the policy thinks of the targets.
+    """What the policy thinks of the targets, in the padded shape that the segments were made from.
 
     Attributes:
-        token_logps: `[rows, time]` log-probabilities in nats, float32 (float64 for a float64 policy), 0 where not scored.
+        token_logps: `[rows, time]` log-probabilities in nats, float32 (float64 for a float64 policy), 0 where not
+            scored.
         mask: `[rows, time]` bool, where scored.
-        entropy: `[rows, time]` entropy of the distribution each target was drawn from, in nats, 0 where not scored; None if not asked.
-        correct: `[rows, time]` bool, whether the target is the most probable token; None if not asked.
+        entropy: `[rows, time]` entropy in nats of the distribution that each target is one draw of, 0 where not scored;
+            None if not asked for.
+        correct: `[rows, time]` bool, whether the target is the most probable token; None if not asked for.
     """
 
     token_logps: Tensor
@@ -47,11 +55,11 @@ class Capabilities:
     """What a policy can do.
 
     Attributes:
-        packed: Reads segments, so nothing is padded.
+        packed: Reads segments, so that nothing is padded.
         shared_prefix: Computes a shared prompt once.
-        hidden_states: Its head is a plain linear map that can be applied to the predicting tokens' hidden states alone.
+        hidden_states: The head is a plain linear map that can be applied to the predicting tokens' hidden states alone.
         reason: Why, in a sentence.
-        window: Longest context that may be packed, in tokens, for models with a sliding window; None for no limit.
+        window: Longest context in tokens that may be packed, for models with a sliding window; None for no limit.
     """
 
     packed: bool
@@ -69,8 +77,13 @@ class _Head:
     scale: float
     softcap: float | None
 
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-_CAPABILITIES: weakref.WeakKeyDictionary[nn.Module, Capabilities] = weakref.WeakKeyDictionary()
+
+# By policy: the attention implementation it was found with (ours once it is packed), and what was found.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[str | None, Capabilities]] = weakref.WeakKeyDictionary()
 
 
 def score(
@@ -83,20 +96,20 @@ def score(
 ) -> Scores:
     """Log-probabilities of the targets of `segments` under `policy`, differentiable in all its parameters.
 
-    Equal to the padded computation `log_softmax(policy(input_ids).logits / temperature)` up to rounding. The policy's train or
-    eval mode is the caller's business, as is `torch.no_grad`. With no target at all the result is zero but still hangs on the
+    Equal up to rounding to the padded computation `log_softmax(policy(input_ids).logits / temperature)`. Train or eval
+    mode is the caller's business, as is `torch.no_grad`. Without any target the result is zero but still hangs on the
     parameters, so that every rank of a distributed run takes part in the backward pass.
 
     Args:
-        policy: A causal language model of transformers, also with peft adapters, or any module that maps `input_ids`
-            `[batch, time]` to logits `[batch, time, vocabulary]` (a tensor, or an object with `.logits`).
+        policy: A causal language model of transformers, also with peft adapters, or any causal module that maps
+            `input_ids` `[batch, time]` to logits `[batch, time, vocabulary]` (a tensor, or an object with `.logits`).
         segments: What to score.
         temperature: Divides the logits, > 0. Use the temperature that the tokens were sampled with.
-        entropy: Also compute the entropies.
+        entropy: Also compute the entropies, differentiable too.
         accuracy: Also compute whether each target is the most probable token.
 
     Returns:
-        The scores, in the padded shape that the segments were made from.
+        The scores.
 
     Raises:
         ValueError: If `temperature` is not positive, or the policy's output has no logits of the expected shape.
@@ -106,15 +119,20 @@ def score(
     ability = capabilities(policy)
     if segments.tokens == 0:
         segments = _one_token(segments)
+    model = _language_model(policy)
+    head = _find_head(model) if ability.hidden_states else None
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
-        states = _packed_states(policy, segments, hidden=ability.hidden_states)
+        states = _packed_states(model, segments, hidden=head is not None)
     else:
-        states = _padded_states(policy, segments, hidden=ability.hidden_states)
+        states = _padded_states(policy, segments, hidden=head is not None)
+
     targets = segments.target_ids
     correct = entropies = None
-    if ability.hidden_states:
-        head = _find_head(policy)
-        assert head is not None
+    if head is None:
+        logps = token_log_probs(states, targets, temperature)
+        entropies = token_entropy(states, temperature) if entropy else None
+        correct = states.argmax(-1) == targets if accuracy else None
+    else:
         scores = linear_token_scores(
             states,
             head.linear.weight,
@@ -127,12 +145,6 @@ def score(
             with_correct=accuracy,
         )
         logps, entropies, correct = scores.token_logps, scores.entropy, scores.correct
-    else:
-        logps = token_log_probs(states, targets, temperature)
-        if entropy:
-            entropies = token_entropy(states, temperature)
-        if accuracy:
-            correct = states.argmax(-1) == targets
     return Scores(
         token_logps=_place(logps, segments),
         mask=segments.mask(),
@@ -142,24 +154,26 @@ def score(
 
 
 def capabilities(policy: nn.Module) -> Capabilities:
-    """Finds out what the policy can do, by its structure and by a small forward pass; remembered per module and logged once.
+    """Finds out what the policy can do, from its structure and a small forward pass; remembered and logged once.
 
     Args:
         policy: As in `score`.
 
     Returns:
-        The capabilities. A policy that can be packed has its attention implementation set to `segments`, which is `sdpa` in all
-        but `score`'s own forward passes.
+        The capabilities. A policy that can be packed has its attention implementation changed from `sdpa` to
+        `segments`, which is `sdpa` in all but `score`'s own forward passes. Any other implementation is kept, and the
+        policy padded; set another one later and it is tested anew.
     """
-    known = _CAPABILITIES.get(policy)
     model = _language_model(policy)
-    if known is not None and not (known.packed and model is not None and _attention_name(model) != ATTENTION_NAME):
-        return known
-    found = Capabilities(False, False, False, "not a transformers model: padded rows")
-    if model is not None:
+    name, found = _KNOWN.get(policy, (None, None))
+    if found is not None and name == _attention_name(model):
+        return found
+    if model is None:
+        found = Capabilities(False, False, False, "padded rows (not a causal language model of transformers)")
+    else:
         found = _probe(policy, model)
-    _CAPABILITIES[policy] = found
-    logger.info("%s: %s", type(policy).__name__, found.reason)
+    _KNOWN[policy] = (_attention_name(model), found)
+    logger.info("%s is scored in %s", type(policy).__name__, found.reason)
     return found
 
 
@@ -169,58 +183,56 @@ def _place(values: Tensor, segments: Segments) -> Tensor:
 
 
 def _one_token(segments: Segments) -> Segments:
-    """A stand-in for a batch without targets, so that the policy still runs and its parameters stay in the graph."""
+    """A stand-in for a batch without targets: the policy still runs, and its parameters stay in the graph."""
     zero = segments.token_ids.new_zeros(1)
     return replace(segments, token_ids=zero, position_ids=zero, lengths=(1,), parents=(-1,))
 
 
-def _packed_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Tensor:
+def _packed_states(model: Any, segments: Segments, *, hidden: bool) -> Tensor:
     """Hidden states `[targets, d]` of the predicting tokens, or their logits `[targets, vocabulary]`."""
-    model = _language_model(policy)
-    assert model is not None
+    plan = plan_attention(segments)
+    source = plan.position[segments.source]
     inputs: dict[str, Any] = {
-        "input_ids": segments.token_ids[None],
-        # A mask of four dimensions is handed on as it is: no [tokens, tokens] mask is built, and ours is not read.
+        "input_ids": segments.token_ids[plan.gather][None],
+        # A mask of four dimensions is handed on as it is, so no [row, row] mask is built; our attention reads none.
         "attention_mask": segments.token_ids.new_zeros((1, 1, 0, 0), dtype=torch.bool),
-        "position_ids": segments.position_ids[None],
+        "position_ids": segments.position_ids[plan.gather][None],
         "use_cache": False,
-        "segment_plan": plan_attention(segments),
+        "segment_plan": plan,
     }
     if hidden:
-        return model.base_model(**inputs).last_hidden_state[0].index_select(0, segments.source)
-    return model(**inputs, logits_to_keep=segments.source).logits[0]
+        return model.base_model(**inputs).last_hidden_state[0].index_select(0, source)
+    return model(**inputs, logits_to_keep=source).logits[0]
 
 
 def _padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Tensor:
     """The same from right-padded rows."""
     input_ids, attention_mask, row, column = segments.padded()
     model = _language_model(policy)
-    if hidden:
-        assert model is not None
-        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return output.last_hidden_state[row, column]
     inputs: dict[str, Any] = {}
-    accepted = inspect.signature(policy.forward).parameters
-    if model is not None or "attention_mask" in accepted:
+    # Causal policies see no padding on the right: the mask is a courtesy to those that have a name for it.
+    if model is not None or "attention_mask" in inspect.signature(policy.forward).parameters:
         inputs["attention_mask"] = attention_mask
     if model is not None:
         inputs["use_cache"] = False
+    if model is not None and hidden:
+        return model.base_model(input_ids=input_ids, **inputs).last_hidden_state[row, column]
     output = policy(input_ids, **inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != input_ids.shape[0]:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+    if logits is None or logits.dim() != 3 or len(logits) != len(input_ids) or logits.shape[1] < input_ids.shape[1]:
+        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
         raise ValueError(
             f"policy {type(policy).__name__} gave {found} for input_ids of shape {tuple(input_ids.shape)}; "
-            "expected logits [batch, time, vocabulary], or an object with such `.logits`"
+            "expected logits [batch, time, vocabulary], or an object that has them as .logits"
         )
-    extra = logits.shape[1] - input_ids.shape[1]  # prompt tuning puts virtual tokens in front
-    return logits[row, column + extra]
+    virtual = logits.shape[1] - input_ids.shape[1]  # prompt tuning puts tokens of its own in front
+    return logits[row, column + virtual]
 
 
 def _language_model(policy: nn.Module) -> Any:
     """The transformers model inside the policy, or None."""
     transformers, peft = sys.modules.get("transformers"), sys.modules.get("peft")
-    if transformers is None:
+    if transformers is None:  # then no object can be one of its models
         return None
     if peft is not None and isinstance(policy, peft.PeftModel):
         if policy.active_peft_config.is_prompt_learning:
@@ -230,118 +242,114 @@ def _language_model(policy: nn.Module) -> Any:
 
 
 def _attention_name(model: Any) -> str | None:
-    return getattr(model.config.get_text_config(), "_attn_implementation", None)
+    return None if model is None else model.config.get_text_config()._attn_implementation
 
 
-def _find_head(policy: nn.Module) -> _Head | None:
-    """The policy's head, if it is a plain linear map."""
-    model = _language_model(policy)
-    head = None if model is None else model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
+def _find_head(model: Any) -> _Head | None:
+    """The model's head, if it is a plain linear map behind a backbone that can be called on its own."""
+    linear = model.get_output_embeddings()
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or model.base_model is model:
         return None
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return _Head(head, scale, getattr(config, "final_logit_softcapping", None))
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return _Head(linear, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _probe(policy: nn.Module, model: Any) -> Capabilities:
-    """Tries the packed and the padded path on a few random tokens."""
+    """Tries the backbone with our head, then the packed against the padded pass, on a few random tokens."""
     name = _attention_name(model)
     with _quiet(policy):
-        hidden, why_not = _try_head(policy, model)
-        head = "the head reads the predicting tokens alone" if hidden else f"the head is called as it is ({why_not})"
-        window, refusal = _structure(model, name)
+        objection = _object_to_head(model)
+        hidden = objection is None
+        window, refusal = _refuse_by_structure(model, name)
         if refusal is None:
             register_attention()
             model.set_attn_implementation(ATTENTION_NAME)
-            refusal = _try_packed(policy, model, hidden)
+            refusal = _refuse_by_numbers(policy, model, hidden=hidden)
             if refusal is not None:
-                model.set_attn_implementation(name)
+                model.set_attn_implementation("sdpa")
+    head = "head on the predicting tokens alone" if hidden else f"head called as it is ({objection})"
     if refusal is not None:
-        return Capabilities(False, False, hidden, f"padded rows ({refusal}); {head}")
+        return Capabilities(False, False, hidden, f"padded rows ({refusal}), {head}")
     limit = "" if window is None else f" up to {window} tokens of context"
-    return Capabilities(
-        True, True, hidden, f"packed rows with shared prompts{limit}, attention `{name}` replaced by ours; {head}", window
-    )
+    reason = f"packed rows with shared prompts{limit} (attention implementation set from {name} to segments), {head}"
+    return Capabilities(True, True, hidden, reason, window)
 
 
-def _structure(model: Any, name: str | None) -> tuple[int | None, str | None]:
-    """Longest context that is plain causal attention, and the reason why the model cannot be packed."""
+def _refuse_by_structure(model: Any, name: str | None) -> tuple[int | None, str | None]:
+    """Longest context that sees plain causal attention, and why the model cannot be packed (None: it may)."""
     config = model.config.get_text_config()
     if name not in ("sdpa", ATTENTION_NAME):
-        return None, f"attention implementation `{name}` is kept; set `sdpa` to have it packed"
+        return None, f"attention implementation {name} is kept; only sdpa is replaced by packed attention"
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
-        return None, "the model has no attention interface"
+        return None, "no attention interface"
     if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "is_causal", True) is False:
-        return None, "the model is not causal"
+        return None, "not a causal decoder"
     kinds = set(getattr(config, "layer_types", None) or ())
-    if foreign := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
-        return None, f"layers of type {sorted(foreign)}"
+    if foreign := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
+        return None, f"layers of type {', '.join(foreign)}"
     windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
     return min((int(window) for window in windows if window), default=None), None
 
 
-def _try_head(policy: nn.Module, model: Any) -> tuple[bool, str]:
-    """Whether our product with the head's weight gives the model's own logits."""
-    if _find_head(policy) is None:
-        return False, "it is not a plain linear layer"
+def _object_to_head(model: Any) -> str | None:
+    """None if backbone and our own product with the head's weight give the model's logits, else why not."""
+    head = _find_head(model)
+    if head is None:
+        return "not a plain linear layer"
+    input_ids = _random_ids(model, 6)[None]
     try:
-        input_ids = _random_ids(model, 6)[None]
-        expected = model(input_ids=input_ids, use_cache=False).logits[0]
-        states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
-        head = _find_head(policy)
-        assert head is not None
-        logits = head.linear(states) * head.scale
-        if head.softcap is not None:
-            logits = torch.tanh(logits / head.softcap) * head.softcap
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        return False, f"the backbone could not be called: {error}"
-    return _close(logits, expected), "the model does more than its linear layer"
+        expected = model(input_ids=input_ids, use_cache=False).logits
+        logits = head(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+    except _REFUSALS as error:
+        return _first_line(error)
+    return None if _close(logits, expected) else "the model does more than this linear layer"
 
 
-def _try_packed(policy: nn.Module, model: Any, hidden: bool) -> str | None:
-    """None if the packed pass equals the padded one, else the reason why not."""
-    ids = _random_ids(model, 18)
+def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> str | None:
+    """None if the packed pass equals the padded one, else why not."""
     lengths, parents = (5, 3, 4, 6), (-1, 0, 0, -1)
-    position = torch.cat([torch.arange(n) + (5 if p >= 0 else 0) for n, p in zip(lengths, parents, strict=True)])
-    everywhere = torch.arange(18, device=ids.device)
-    segments = Segments(ids, position.to(ids.device), lengths, parents, everywhere, ids, everywhere, (1, 18))
-    plan = plan_attention(segments)
+    ids = _random_ids(model, sum(lengths))
+    starts = [5 if parent >= 0 else 0 for parent in parents]
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    every = torch.arange(len(ids), device=ids.device)
+    segments = Segments(ids, positions.to(ids.device), lengths, parents, every, ids, every, (1, len(ids)))
     try:
-        packed = _packed_states(policy, segments, hidden=hidden)
+        packed = _packed_states(model, segments, hidden=hidden)
         padded = _padded_states(policy, segments, hidden=hidden)
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if plan.calls != layers:
-        return f"{plan.calls} of {layers} layers read the segments"
-    return None if _close(packed, padded) else "packed and padded passes differ"
+    except _REFUSALS as error:
+        return _first_line(error)
+    calls, layers = plan_attention(segments).calls, model.config.get_text_config().num_hidden_layers
+    if calls != layers:  # numbers alone would not show it where a layer's output projection starts at zero
+        return f"{calls} of {layers} layers read the segments"
+    return None if _close(packed, padded) else "packed and padded rows differ"
 
 
 def _random_ids(model: Any, count: int) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (count,), generator=generator).to(model.device)
+    weight = model.get_input_embeddings().weight
+    return torch.randint(weight.shape[0], (count,), generator=torch.Generator().manual_seed(0)).to(weight.device)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to the rounding of their dtype."""
     if one.shape != other.shape:
         return False
-    tolerance = 50 * torch.finfo(other.dtype).eps ** (1.0 if other.dtype == torch.float64 else 0.9)
-    difference = (one.double() - other.double()).abs().max()
-    return bool(difference <= max(tolerance, 1e-9) * other.double().abs().max().clamp_min(1e-3))
+    tolerance = max(_TOLERANCES.get(tensor.dtype, 1e-4) for tensor in (one, other))
+    one, other = one.double(), other.double()
+    return bool((one - other).abs().max() <= tolerance * other.abs().max().clamp_min(1e-3))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def _quiet(policy: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and autocast; every module's own mode is given back."""
+    """Evaluation mode without gradients and autocast; every module gets its own mode back."""
     modes = [(module, module.training) for module in policy.modules()]
+    device = next((parameter.device.type for parameter in policy.parameters()), "cpu")
     policy.eval()
-    device_type = next((parameter.device.type for parameter in policy.parameters()), "cpu")
     try:
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for module, mode in modes:

@@ -1,12 +1,12 @@
 """One padding-free layout for every paradigm: a flat row of tokens cut into segments, with shared prompts.
 
-A batch of padded rows becomes one row of tokens. Each *segment* is a run of consecutive tokens; a segment with a parent continues
-it, so that the completions of one prompt share the prompt's tokens: `prompt | completion 1 | completion 2 | prompt | ...`.
-What is asked of the policy is a list of *targets*: the token whose hidden state predicts it, its id, and where its log-probability
-belongs in the padded output.
+A batch of padded rows becomes one row of tokens. Each *segment* is a run of consecutive tokens; a segment with a parent
+continues it, so that the completions of one prompt share its tokens: `prompt | completion 1 | completion 2 | prompt |
+...`. What is asked of the policy is a list of *targets*: the token whose hidden state predicts each, its id, and
+where its log-probability belongs in the padded output.
 
-Only tokens on which some target depends are kept. Under causal attention a token after the last predicting one of its segment
-(the final token of every row, for instance) changes nothing, nor does a row without targets, so they cost nothing either.
+Only tokens on which some target depends are kept. Under causal attention a token after the last predicting one of its
+segment (the final token of every row, for instance) changes nothing, nor does a row without targets: they cost nothing.
 """
 
 from __future__ import annotations
@@ -52,15 +52,17 @@ class Segments:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Segments:
-        """Builds the segments of pretraining and SFT batches; entry `[b, t]` of the output is `log p(labels[b, t] | before)`.
+        """Builds the segments of pretraining and SFT batches.
+
+        Entry `[b, t]` of the output is `log p(labels[b, t] | the real tokens before t)`.
 
         Args:
             input_ids: `[batch, time]` token ids, padded on either side or in between.
-            labels: `[batch, time]` ids to be scored, -100 where not supervised. The label at `t` is the target *of* token `t`
-                (it is predicted by the real token before it), as Hugging Face has it. The first token of a document is never scored.
+            labels: `[batch, time]` ids to be scored, -100 where not supervised. As in Hugging Face, the label at `t`
+                stands for token `t` and is predicted by the real token before it; a document's first is never scored.
             attention_mask: `[batch, time]`, nonzero at real tokens; all are real where it is None.
-            position_ids: `[batch, time]`; a real token at position 0 inside a row starts a new document, which sees nothing of the
-                one before it (packing). Otherwise only the order of the real tokens counts.
+            position_ids: `[batch, time]`; a real token at position 0 inside a row starts a new document, which
+                sees nothing of the one before it (packing). Otherwise only the order of the real tokens counts.
 
         Returns:
             The segments, one for each document that has a target.
@@ -110,18 +112,20 @@ class Segments:
         completion_mask: Tensor,
         target_mask: Tensor | None = None,
     ) -> Segments:
-        """Builds the segments of completions that share prompts; entry `[n, t]` of the output is completion `n`'s token `t`.
+        """Builds the segments of completions that share prompts.
+
+        Entry `[n, t]` of the output is the log-probability of completion `n`'s token `t`.
 
         Args:
             prompt_ids: `[prompts, prompt_time]` token ids, padded anywhere.
             prompt_mask: `[prompts, prompt_time]`, nonzero at real tokens.
             completion_ids: `[prompts * K, time]`, prompt 0's K completions first.
             completion_mask: `[prompts * K, time]`, nonzero at real tokens.
-            target_mask: `[prompts * K, time]`, nonzero where a real completion token is to be scored; all real ones where None.
+            target_mask: `[prompts * K, time]`, nonzero where a real completion token is to be scored; None: all.
 
         Returns:
-            The segments: a prompt, its completions, the next prompt ... The first token of a completion whose prompt is empty has
-            nothing to be predicted from and is not scored.
+            The segments: a prompt, its completions, the next prompt ... The first token of a completion whose prompt is
+            empty has nothing to be predicted from and is not scored.
 
         Raises:
             ValueError: If shapes do not fit together, or the completions are not a multiple of the prompts.
@@ -202,8 +206,8 @@ class Segments:
         """The same question as right-padded rows, for policies that cannot read segments; prompts are repeated.
 
         Returns:
-            `input_ids` and `attention_mask` `[sequences, longest]` int64 (padded with id 0), and for each target the `row` and the
-            `column` of the token that predicts it, `[targets]` int64.
+            `input_ids` and `attention_mask` `[sequences, longest]` int64 (padded with id 0), and for each target the
+            `row` and the `column` of the token that predicts it, `[targets]` int64.
         """
         device = self.token_ids.device
         parents = torch.tensor(self.parents, dtype=torch.int64)
@@ -238,7 +242,7 @@ def _check_shape(name: str, value: Tensor, like: Tensor | None) -> Tensor:
     if value.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [batch, time]")
     if like is not None and value.shape != like.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(like.shape)}, the shape of its token ids")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected its token ids' shape {tuple(like.shape)}")
     return value
 
 

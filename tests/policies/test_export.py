@@ -178,9 +178,10 @@ def test_an_export_is_replaced_only_by_a_complete_one(tiny_llama, tokenizer, tmp
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "save_pretrained", full, raising=False)
-        export_policy(tiny_llama, folder, tokenizer)
+        with pytest.raises(OSError, match="No space left"):
+            export_policy(tiny_llama, folder, tokenizer)
     rename = Path.rename
 
     def fails_for_new(self, target):
@@ -188,9 +189,10 @@ def test_an_export_is_replaced_only_by_a_complete_one(tiny_llama, tokenizer, tmp
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fails_for_new)
-        export_policy(tiny_llama, folder, tokenizer)
+        with pytest.raises(OSError, match="Input/output"):
+            export_policy(tiny_llama, folder, tokenizer)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert os.listdir(tmp_path) == ["export"]
 

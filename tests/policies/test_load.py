@@ -178,7 +178,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32}
     ],
 )
 def test_what_is_refused(policy, says):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         build_policy(policy)
     for part in says:
         assert part in str(caught.value)
@@ -202,7 +202,7 @@ def test_quantization_without_bitsandbytes(monkeypatch, llama_folder):
 
 def test_broken_folders(llama_folder, tmp_path):
     def refused(*says):
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             build_policy(str(llama_folder))
         assert all(part in str(caught.value) for part in (str(llama_folder), *says)), caught.value
 
@@ -230,7 +230,7 @@ def test_broken_folders(llama_folder, tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="a file, not a folder"):
         build_policy(str(file))
-    with pytest.raises(ValueError, match="policy.revision='main' has no effect for the local folder"):
+    with pytest.raises(ValueError, match=r"policy.revision='main' has no effect for the local folder"):
         build_policy(PolicyConfig(path=str(llama_folder), revision="main"))
 
 

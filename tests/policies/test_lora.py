@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 
@@ -37,7 +38,7 @@ def test_only_adapters_are_trainable_and_the_head_has_none(tiny_llama_config):
     assert names
     assert all("lora_A" in name or "lora_B" in name for name in names)
     assert not any("lm_head" in name or "embed" in name for name in names)
-    assert {tuple(p.shape)[0] for n, p in model.named_parameters() if "lora_A" in n} == {4}
+    assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {4}
 
 
 def test_the_update_is_alpha_over_r(tiny_llama_config):
@@ -63,10 +64,15 @@ def test_adapter_off_is_the_base_and_restores_every_flag(tiny_llama_config):
     frozen.requires_grad_(False)  # an odd choice that must survive
     before = [p.requires_grad for p in model.parameters()]
     adapted = logits(model)
-    with pytest.raises(RuntimeError, match="stop"), adapter_off(model) as off:
-        assert off is model
-        assert torch.equal(logits(model), logits(base))
-        raise RuntimeError("stop")
+
+    def block():
+        with adapter_off(model) as off:
+            assert off is model
+            assert torch.equal(logits(model), logits(base))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        block()
     assert [p.requires_grad for p in model.parameters()] == before
     assert torch.equal(logits(model), adapted)
     assert not torch.equal(adapted, logits(base))
@@ -155,7 +161,7 @@ def test_gpt2_keeps_its_transposed_layers(recwarn):
     ],
 )
 def test_contradictions(tiny_llama_config, options, says):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         policy(tiny_llama_config, **options)
     for part in says:
         assert part in str(caught.value)
@@ -195,7 +201,7 @@ def test_broken_adapter_folders(adapter_folder, llama_folder):
 
     def refused(*says, **changes):
         file.write_text(json.dumps({**good, **changes}))
-        with pytest.raises(ValueError, match=".") as caught:
+        with pytest.raises(ValueError, match=r".") as caught:
             build_policy(str(folder))
         assert all(part in str(caught.value) for part in (str(folder), *says)), caught.value
 
@@ -218,3 +224,21 @@ def test_an_adapter_is_not_merged_into_quantized_weights(adapter_folder, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda *a: object())
     with pytest.raises(ValueError, match=r"policy.quantization='4bit'.*adapter"):
         build_policy(PolicyConfig(path=str(adapter_folder[0]), quantization="4bit", lora=LoraConfig()))
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantized_base(llama_folder, tiny_llama, quantization, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    source = {"path": str(llama_folder), "quantization": quantization, "dtype": "bfloat16"}
+    model = build_policy(PolicyConfig(**source, lora=LoraConfig(r=2)))
+    device = next(model.parameters()).device
+    model(TOKENS.to(device)).logits.float().square().mean().backward()
+    assert all("lora" in name for name, p in model.named_parameters() if p.grad is not None)
+    exact = logits(tiny_llama)
+    with torch.no_grad():
+        error = (model.eval()(TOKENS.to(device)).logits.float().cpu() - exact).norm() / exact.norm()
+    assert 1e-3 < error < 0.5  # quantized, and still the same model
+    with pytest.raises(ValueError, match=r"lora='merge': the base is quantized"):
+        export_policy(model, tmp_path / "export")
+    export_policy(model, tmp_path / "adapter", lora="adapter")
+    torch.testing.assert_close(logits(build_policy(str(tmp_path / "adapter"))), exact)

@@ -86,7 +86,7 @@ def test_a_module_is_frozen_in_place(tiny_llama):
 
 
 def test_what_is_refused(tiny_llama, tiny_llama_config, llama_folder):
-    with pytest.raises(ValueError, match="reference shares .* with the policy"):
+    with pytest.raises(ValueError, match=r"reference shares .* with the policy"):
         build_reference(tiny_llama, tiny_llama)
     with pytest.raises(ValueError, match=r"reference shares 'embed_tokens.weight'"):
         build_reference(tiny_llama.model, tiny_llama)

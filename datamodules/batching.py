@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -20,14 +22,19 @@ class Ragged:
     """Many arrays of different lengths in one flat buffer (4 bytes a token), cheap to share with workers.
 
     Args:
-        arrays: The arrays `[time_i]`.
+        arrays: The arrays `[time_i]`; an iterator is read once, and never held as many small arrays.
         dtype: Type of the buffer.
     """
 
     def __init__(self, arrays: Iterable[np.ndarray], dtype: Any = np.int32) -> None:
-        parts = [np.asarray(array, dtype=dtype) for array in arrays]
-        self.values = np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
-        self.offsets = np.concatenate(([0], np.cumsum([len(part) for part in parts], dtype=np.int64)))
+        lengths = array("q")
+        blocks: list[np.ndarray] = []
+        arrays = iter(arrays)
+        while parts := [np.asarray(part, dtype=dtype) for part in islice(arrays, 4096)]:
+            lengths.extend(map(len, parts))
+            blocks.append(np.concatenate(parts))
+        self.values = np.concatenate(blocks) if blocks else np.zeros(0, dtype=dtype)
+        self.offsets = np.concatenate(([0], np.cumsum(np.asarray(lengths, dtype=np.int64))))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -132,32 +139,35 @@ class Table(Dataset[Any]):
         return [self.row(i) for i in index] if isinstance(index, list) else self.row(index)
 
 
+def mark(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Ids and mask in one array: a token that is no target is stored as its complement, a negative number."""
+    return np.where(mask, ids, ~ids)
+
+
 class TokenTable(Table):
     """Rows of token ids with targets, single or packed.
 
     Args:
-        ids: Token ids of each document.
-        masks: True where the token is a target.
+        tokens: Each document's ids and targets, as `mark` joins them.
         packing: Documents of each row; None for one document a row.
     """
 
-    def __init__(self, ids: Ragged, masks: Ragged, packing: list[list[int]] | None = None) -> None:
-        self.ids, self.masks = ids, masks
-        self.bins = None if packing is None else Ragged([np.asarray(row) for row in packing], np.int64)
-        checksum = masks.checksum(ids.checksum())
+    def __init__(self, tokens: Ragged, packing: list[list[int]] | None = None) -> None:
+        self.tokens = tokens
+        self.bins = None if packing is None else Ragged((np.asarray(row) for row in packing), np.int64)
+        checksum = tokens.checksum()
         self.fingerprint = f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
 
     def __len__(self) -> int:
-        return len(self.ids) if self.bins is None else len(self.bins)
+        return len(self.tokens) if self.bins is None else len(self.bins)
 
     def row(self, index: int) -> dict[str, Any]:
         """`input_ids`, `labels` and, for packed rows, `position_ids` that restart at each document: arrays `[time]`."""
-        documents = [index] if self.bins is None else self.bins[index].tolist()
-        ids = np.concatenate([self.ids[i] for i in documents])
-        labels = np.where(np.concatenate([self.masks[i] for i in documents]), ids, IGNORE)
-        row = {"input_ids": ids, "labels": labels}
+        documents = [self.tokens[i] for i in ([index] if self.bins is None else self.bins[index].tolist())]
+        tokens = np.concatenate(documents)
+        row = {"input_ids": np.where(tokens < 0, ~tokens, tokens), "labels": np.where(tokens < 0, IGNORE, tokens)}
         if self.bins is not None:
-            row["position_ids"] = np.concatenate([np.arange(len(self.ids[i])) for i in documents])
+            row["position_ids"] = np.concatenate([np.arange(len(document)) for document in documents])
         return row
 
 
@@ -175,12 +185,12 @@ def pad(arrays: Sequence[np.ndarray], value: int, *, side: str = "right") -> tup
     """
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}; allowed: 'left', 'right'")
-    longest = max((len(array) for array in arrays), default=0)
+    longest = max((len(row) for row in arrays), default=0)
     values = np.full((len(arrays), longest), value, dtype=np.int64)
     mask = np.zeros((len(arrays), longest), dtype=np.int64)
-    for number, array in enumerate(arrays):
-        place = slice(0, len(array)) if side == "right" else slice(longest - len(array), longest)
-        values[number, place] = array
+    for number, row in enumerate(arrays):
+        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        values[number, place] = row
         mask[number, place] = 1
     return torch.from_numpy(values), torch.from_numpy(mask)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import formats
-from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, pack
+from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
 from .encoding import Encoder, LossOn
 from .formats import Example
 from .sources import Rows
@@ -143,12 +143,12 @@ class SplitReader:
 
     def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
         """A table of ids and masks, packed to `max_length` if asked."""
-        kept = list(pairs)
-        self.check_not_empty(len(kept))
-        ids, masks = Ragged([a for a, _ in kept]), Ragged([b for _, b in kept], np.bool_)
-        self.report.update(documents=len(ids), tokens=len(ids.values), targets=int(masks.values.sum()))
-        table = TokenTable(ids, masks, pack(ids.lengths, self.max_length) if packing else None)
-        self.report["kept"] = len(table)
+        tokens = Ragged(mark(ids, mask) for ids, mask in pairs)
+        self.check_not_empty(len(tokens))
+        self.report.update(tokens=len(tokens.values), targets=int((tokens.values >= 0).sum()))
+        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None)
+        if packing:
+            self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)
 
     def prompt_table(self) -> Batches:

@@ -79,7 +79,7 @@ def test_packing_loses_no_token_and_keeps_documents_apart(tokenizer):
     assert sorted(found) == sorted(pieces)
     report = data.reports["train"]
     assert report["tokens"] == sum(map(len, pieces)) == sum(len(t) + 1 for t in texts)
-    assert report["targets"] == report["tokens"] - report["documents"]
+    assert report["targets"] == report["tokens"] - report["kept"]
     assert max(map(len, found)) <= 32
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,55 @@ class StepClock:
     Loading and moving the batch, logging and everything else that the trainer does between two steps is inside.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: int, timer: Callable[[], float] = time.perf_counter) -> None:
         self.times: list[float] = []
+        self.timer = timer
+        self.warmup = warmup
+        self.neighbours = Neighbours()
+        self.others = 0.0  # share of the machine that other processes took in the measured steps
 
     def start(self) -> None:
         """The clock starts just before the first step."""
-        self.times.append(time.perf_counter())
+        self.tick()
 
     def tick(self) -> None:
         """An optimizer step is over."""
-        self.times.append(time.perf_counter())
+        self.times.append(self.timer())
+        if len(self.times) == self.warmup + 1:
+            self.neighbours.start()
+        elif len(self.times) > self.warmup:
+            self.others = self.neighbours.share()
 
     @property
     def seconds(self) -> list[float]:
         """Seconds of each step so far."""
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+class Neighbours:
+    """How busy other processes kept the machine: their share of all cores' time between `start` and `share`.
+
+    A neighbour slows a process with spinning OpenMP threads by far more than its own share of the cores, so a run with
+    a busy neighbour says nothing. Linux only; elsewhere the share is 0.
+    """
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.before = self._read()
+
+    def share(self) -> float:
+        """Share of all cores' time that others used since `start`, 0 to 1."""
+        wall, busy, own = (after - before for after, before in zip(self._read(), self.before, strict=True))
+        return max(busy - own, 0.0) / (wall * (os.cpu_count() or 1)) if wall > 0 else 0.0
+
+    def _read(self) -> tuple[float, float, float]:
+        """Seconds: wall clock, busy time of all cores, processor time of this process."""
+        own = os.times()
+        busy = 0.0
+        if Path("/proc/stat").exists():
+            user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+            busy = (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")  # irq, softirq, steal
+        return time.perf_counter(), busy, own.user + own.system
 
 
 class Profile:
@@ -139,6 +174,7 @@ def report(
         "tokens_per_second": sum(tokens[options.warmup :]) / sum(measured),
         "peak_mb": peak_rss(),
         "baseline_mb": baseline_mb,
+        "other_processes": round(clock.others, 3),
         "seconds": [round(value, 4) for value in seconds],
         "tokens": list(tokens),
         "losses": list(losses),

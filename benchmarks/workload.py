@@ -118,14 +118,16 @@ def padding_share(rows: Sequence[dict[str, str]]) -> float:
 
 
 def even_words(completions: list[str], **_: Any) -> list[float]:
-    """The GRPO reward of both libraries: the share of words with an even number, minus 1/10 for no word at all.
+    """The GRPO reward of both libraries: even-numbered words per thousand words; -100 for no word at all.
 
-    Continuous, so that almost no group is without a signal: neither library can skip work.
+    Continuous, so that almost no group is without a signal and neither library can skip work. Per thousand, so that the
+    1e-4 which TRL adds to a group's standard deviation is lost in rounding: advantages do not depend on the unit.
     """
     scores = []
     for completion in completions:
         words = [word for word in completion.split() if word[:1] == "w"]
-        scores.append(sum(int(word[1:]) % 2 == 0 for word in words) / len(words) if words else -0.1)
+        even = sum(int(word[1:]) % 2 == 0 for word in words)
+        scores.append(1000 * even / len(words) if words else -100.0)
     return scores
 
 

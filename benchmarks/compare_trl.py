@@ -1,0 +1,260 @@
+"""This library against TRL: same model, data, order, seeds and hyperparameters, in turn, in one call.
+
+    python -m venv .venv-trl && .venv-trl/bin/pip install -e .[trl]
+    python benchmarks/compare_trl.py --trl-python .venv-trl/bin/python
+
+Every measurement is a process of its own (`run_trl.py`, `run_ours.py`). In each round every variant runs once, TRL's
+and ours in turn; printed are medians over the rounds with their ranges, ratios within each round, and losses side by
+side. GRPO samples, and its samples differ between libraries, so its numbers are compared on given completions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import floor
+import measure
+import workload
+
+TOLERANCE = 1e-4  # of losses, absolute
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to measure."""
+
+    library: str  # "trl", "ours" or "bare"
+    method: str
+    variant: str = "default"
+    beta: float = 0.0
+
+    @property
+    def case(self) -> str:
+        """The method, with its KL coefficient where it has one."""
+        return f"grpo beta={self.beta:g}" if self.method == "grpo" else self.method
+
+    def command(self, options: argparse.Namespace, *extra: str) -> list[str]:
+        """The command line of a measured process."""
+        python = options.trl_python if self.library == "trl" else sys.executable
+        script = HERE / ("run_trl.py" if self.library == "trl" else "run_ours.py")
+        words = [python, script, self.method, "--variant", self.variant, "--beta", self.beta]
+        words += ["--folder", options.folder, "--threads", options.threads]
+        words += ["--bare"] if self.library == "bare" else []
+        return [*map(str, words), *extra]
+
+
+def plan(options: argparse.Namespace) -> list[Entry]:
+    """What one round measures, TRL's variants and ours in turn."""
+    trl = {
+        "sft": ("default", "no_checkpointing", "padding_free", "packing"),
+        "dpo": ("default", "no_checkpointing", "precomputed"),
+        "grpo": ("default", "no_checkpointing"),
+    }
+    ours = {"sft": ("default",), "dpo": ("default", "cached"), "grpo": ("default",)}
+    entries = []
+    for method in options.methods:
+        for beta in options.betas if method == "grpo" else [0.0]:
+            theirs = [Entry("trl", method, name, beta) for name in trl[method]]
+            own = [Entry("ours", method, name, beta) for name in ours[method]]
+            own += [Entry("bare", method, "default", beta)] if options.bare else []
+            for i in range(max(len(theirs), len(own))):
+                entries += theirs[i : i + 1] + own[i : i + 1]
+    return entries
+
+
+def execute(command: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run a measured process; returns what it printed.
+
+    Raises:
+        SystemExit: it failed; the end of its output is in the message.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    for line in done.stdout.splitlines():
+        if line.startswith(measure.MARK):
+            return json.loads(line.removeprefix(measure.MARK))
+    raise SystemExit(
+        f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    )
+
+
+def timed(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
+    """One timed process; repeated while other processes kept the machine busy, and the quietest is returned."""
+    steps = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
+    results = []
+    for _ in range(1 + options.retries):
+        results.append(execute(entry.command(options, *steps), options))
+        if results[-1]["other_processes"] <= options.quiet:
+            break
+    return min(results, key=lambda result: result["other_processes"])
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """Median and range."""
+    values = sorted(values)
+    return f"{statistics.median(values):.{digits}f} [{values[0]:.{digits}f}, {values[-1]:.{digits}f}]"
+
+
+def speed_table(results: dict[Entry, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    """Seconds, tokens per second and memory of every entry, with its share of the arithmetic floor's speed."""
+    rate = floor.matrix_speed(options.threads)
+    lines = [
+        f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads",
+        "| case | library | variant | s/step | tokens/s | peak MB | of floor speed | others' CPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry, runs in results.items():
+        seconds = statistics.median(run["seconds_per_step"] for run in runs)
+        share = "" if entry.variant == "packing" else f"{floor_seconds(entry, runs, rate, options) / seconds:.0%}"
+        columns = [
+            entry.case,
+            entry.library,
+            entry.variant,
+            spread(run["seconds_per_step"] for run in runs),
+            spread((run["tokens_per_second"] for run in runs), 0),
+            spread((run["peak_mb"] for run in runs), 0),
+            share,
+            f"{max(run['other_processes'] for run in runs):.0%}",
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def floor_seconds(entry: Entry, runs: Sequence[dict[str, Any]], rate: float, options: argparse.Namespace) -> float:
+    """Seconds of a step at the arithmetic floor."""
+    steps = options.warmup + options.steps
+    rows = workload.load_rows(Path(options.folder), entry.method, steps)[
+        options.warmup * workload.BATCH[entry.method] :
+    ]
+    samples = workload.BATCH["grpo"] * workload.GROUP
+    lengths = [count / samples for run in runs for count in run["completion_tokens"][options.warmup :]]
+    cached = entry.variant in ("cached", "precomputed")
+    sampled = statistics.mean(lengths) if lengths else 0.0
+    return floor.step_operations(entry.method, rows, beta=entry.beta, cached=cached, sampled=sampled) / rate
+
+
+def ratio_table(results: dict[Entry, list[dict[str, Any]]]) -> str:
+    """Ours over TRL: tokens per second and peak memory, within each round."""
+    lines = ["| case | ours | TRL | tokens/s, ours / TRL | peak memory, ours / TRL |", "|---|---|---|---|---|"]
+    for own, own_runs in results.items():
+        for other, other_runs in results.items():
+            if own.library == "trl" or other.library != "trl" or own.case != other.case:
+                continue
+            if (own.variant == "cached") != (other.variant == "precomputed"):
+                continue  # a cached reference is compared with a precomputed one, and only with that
+            pairs = list(zip(own_runs, other_runs, strict=True))
+            name = own.variant if own.library == "ours" else "default, without the Trainer"
+            speed = spread(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+            memory = spread(a["peak_mb"] / b["peak_mb"] for a, b in pairs)
+            lines.append(f"| {own.case} | {name} | {other.variant} | {speed} | {memory} |")
+    return "\n".join(lines)
+
+
+def compare_losses(title: str, theirs: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Print losses (and gradient norms where both have them) side by side; whether all agree to the tolerance."""
+    difference = max(abs(a - b) for a, b in zip(theirs["losses"], own["losses"], strict=True))
+    good = difference <= TOLERANCE
+    print(
+        f"\n{title}: largest loss difference {difference:.1e}, allowed {TOLERANCE:.0e}: {'agree' if good else 'DIFFER'}"
+    )
+    columns = [("loss", theirs["losses"], own["losses"])]
+    if theirs["grad_norms"] and len(theirs["grad_norms"]) == len(own["grad_norms"]):
+        columns.append(("gradient norm", theirs["grad_norms"], own["grad_norms"]))
+    for name, left, right in columns:
+        print(f"  {name:<13} TRL  {' '.join(f'{value:10.6f}' for value in left)}")
+        print(f"  {'':<13} ours {' '.join(f'{value:10.6f}' for value in right)}")
+    return good
+
+
+def check(options: argparse.Namespace) -> bool:
+    """Losses and gradient norms of both libraries on the same batches and, for GRPO, the same completions."""
+    good = True
+    steps = ["--check", "--warmup", "0", "--steps", str(options.check_steps)]
+    for method in options.methods:
+        for beta in options.betas if method == "grpo" else [0.0]:
+            theirs, own = (
+                execute(entry.command(options, *steps), options)
+                for entry in (Entry("trl", method, "no_checkpointing", beta), Entry("ours", method, "default", beta))
+            )
+            good &= compare_losses(f"check {Entry('ours', method, beta=beta).case}", theirs, own)
+    return good
+
+
+def print_profiles(options: argparse.Namespace) -> None:
+    """The costliest operators of ours and of TRL's default, for each case."""
+    steps = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--profile", str(options.profile)]
+    for entry in plan(options):
+        if entry.variant != "default" or entry.library == "bare":
+            continue
+        result = execute(entry.command(options, *steps), options)
+        print(f"\nprofile {entry.case}, {entry.library}, {options.steps} steps")
+        for row in result["profile"]:
+            print(f"  {row['share']:6.1%} {row['seconds']:8.3f} s {row['calls']:7d} x {row['operator']}")
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=measure.METHODS, default=list(measure.METHODS))
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04], help="GRPO's KL coefficients")
+    parser.add_argument("--rounds", type=int, default=3, help="0: only compare numbers")
+    parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps of each process")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--check-steps", type=int, default=8, help="steps whose losses are compared; 0: none")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter of the environment with TRL")
+    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
+    parser.add_argument("--bare", action="store_true", help="also measure ours without the Trainer")
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="also profile; print ROWS operators")
+    parser.add_argument("--quiet", type=float, default=0.05, help="largest share of the CPU others may take in a run")
+    parser.add_argument("--retries", type=int, default=2, help="repetitions of a run that was not quiet")
+    parser.add_argument("--json", help="write all results to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, measure in turn, print."""
+    options = parse()
+    workload_ready = measure.rows_folder(options)
+    good = check(options) if options.check_steps else True
+    entries = plan(options)
+    results: dict[Entry, list[dict[str, Any]]] = {entry: [] for entry in entries} if options.rounds else {}
+    for number in range(options.rounds):
+        for entry in entries:
+            result = timed(entry, options)
+            results[entry].append(result)
+            print(
+                f"round {number + 1}: {entry.case}, {entry.library} {entry.variant}: "
+                f"{result['seconds_per_step']:.2f} s/step, {result['tokens_per_second']:.0f} tokens/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    for entry, runs in results.items():
+        if entry.library == "ours" and entry.variant == "default" and entry.method != "grpo":
+            for other in [e for e in results if e.library == "trl" and e.case == entry.case and e.variant != "packing"]:
+                good &= compare_losses(f"timed {entry.case}, TRL {other.variant}", results[other][0], runs[0])
+    if options.json:
+        rows = [run for runs in results.values() for run in runs]
+        Path(options.json).write_text(json.dumps({"folder": str(workload_ready), "results": rows}, indent=1))
+    if results:
+        print(
+            f"\n{options.rounds} rounds of {options.steps} steps after {options.warmup}: median [smallest, largest]\n"
+        )
+        print(speed_table(results, options), ratio_table(results), sep="\n\n")
+    if options.profile:
+        print_profiles(options)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""One measured training run with this library: `run_ours.py sft|dpo|grpo --variant V`. Prints one line of JSON.
+
+Goes through `lightning.Trainer`, the modules and the datamodules, as a user's script would; logger, progress bar and
+logging interval are as a user finds them. `--bare` runs the same objective in a plain loop without the Trainer: the
+difference is what the Trainer costs.
+
+Variants, beside `default`:
+
+- `cached` (DPO): the reference's log-probabilities are in the cache before the first measured step, as after a first
+  epoch; what filling it costs is in `setup_seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning as L
+import measure
+import torch
+import workload
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn.utils.rnn import pad_sequence
+
+VARIANTS = {"sft": ("default",), "dpo": ("default", "cached"), "grpo": ("default",)}
+
+
+def make_optimizer(method: str) -> Any:
+    """AdamW as the workload says."""
+    return lambda groups: torch.optim.AdamW(groups, lr=workload.LEARNING_RATE[method], **workload.ADAM)
+
+
+def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = False) -> Any:
+    """The module of a method, with hooks that keep every step's unrounded loss."""
+    import alignment_modules
+
+    base = alignment_modules.get_module_class(options.method)
+    common = {"policy": str(folder / "model"), "optimizer": make_optimizer(options.method)}
+    common["tokenizer"] = str(folder / "model")
+    if options.method == "dpo":
+        common |= {"beta": workload.DPO_BETA, "cache_reference": options.variant == "cached"}
+    if options.method == "grpo":
+        common |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
+        common |= {"rewards": workload.even_words, "seed": workload.SEED, "max_grad_norm": workload.MAX_GRAD_NORM}
+        # TRL's KL term is the k3 estimator times the ratio
+        common |= {"beta": options.beta, "kl_estimator": "k3+score"}
+
+    class Measured(base):  # type: ignore[misc,valid-type]
+        """Keeps losses and gradient norms through the hooks that the library offers."""
+
+        def __init__(self) -> None:
+            super().__init__(**common)
+            self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self.published: list[dict[str, float]] = []
+
+        def extra_metrics(self, batch: Any, objective: Any) -> dict[str, Any]:
+            self.steps.append((objective.total.detach(), objective.weight))
+            return super().extra_metrics(batch, objective)
+
+        def publish(self, values: Any, stage: Any) -> None:
+            self.published.append(dict(values))
+            super().publish(values, stage)
+
+    class Bare(Measured):
+        """The same without a Trainer."""
+
+        logging_due = False
+
+        def reduce(self, values: torch.Tensor, how: str) -> torch.Tensor:
+            return values
+
+    return (Bare if bare else Measured)()
+
+
+def build_data(options: argparse.Namespace, folder: Path) -> Any:
+    """The datamodule of a method, reading the workload's file in its order."""
+    import datamodules
+
+    classes = {"sft": "SFTDataModule", "dpo": "PreferenceDataModule", "grpo": "PromptDataModule"}
+    return getattr(datamodules, classes[options.method])(
+        train=str(folder / f"{options.method}.jsonl"),
+        tokenizer=str(folder / "model"),
+        batch_size=workload.BATCH[options.method],
+        max_length=workload.MAX_LENGTH,
+        shuffle=False,
+    )
+
+
+def fixed_batches(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """GRPO batches that bring the workload's completions and rewards, for a check."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    steps, size = options.warmup + options.steps, workload.BATCH["grpo"]
+    rows = workload.load_rows(folder, "grpo", steps)
+    for step in range(steps):
+        prompts = [row["prompt"] for row in rows[step * size : (step + 1) * size]]
+        encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        completions = [torch.tensor(ids) for ids in workload.fixed_completions(step)]
+        yield {
+            "prompts": encoded["input_ids"],
+            "prompt_attention_mask": encoded["attention_mask"],
+            "responses": pad_sequence(completions, batch_first=True, padding_value=workload.PAD),
+            "response_mask": pad_sequence([torch.ones_like(ids) for ids in completions], batch_first=True),
+            "rewards": torch.tensor(workload.fixed_rewards(step)),
+        }
+
+
+def batch_tokens(batch: dict[str, Any]) -> int:
+    """Real tokens of a batch by the workload's rule; of GRPO's batches the prompts' part."""
+    if "prompts" in batch:
+        return workload.GROUP * int(batch["prompt_attention_mask"].sum())
+    if "chosen_input_ids" in batch:
+        counts = {name: int(batch[f"{name}_attention_mask"].sum()) for name in ("prompt", "chosen", "rejected")}
+        return 2 * counts["prompt"] + counts["chosen"] + counts["rejected"]
+    return int(batch["attention_mask"].sum())
+
+
+class Watch(L.Callback):
+    """Ticks the clock and counts tokens; fills DPO's cache before the first step where it is asked to."""
+
+    def __init__(self, options: argparse.Namespace, clock: measure.StepClock, profile: measure.Profile) -> None:
+        self.options, self.clock, self.profile = options, clock, profile
+        self.tokens: list[int] = []
+        self.fill_seconds = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock, after the cache was filled."""
+        if self.options.variant == "cached":
+            began = time.perf_counter()
+            fill_cache(pl_module, trainer.datamodule.train_dataloader(), self.options.warmup + self.options.steps)  # type: ignore[attr-defined]
+            self.fill_seconds = time.perf_counter() - began
+        self.clock.start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts what goes into the step."""
+        self.tokens.append(batch_tokens(batch))
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """The step is over."""
+        self.clock.tick()
+        if trainer.global_step == self.options.warmup:
+            self.profile.start()
+
+
+@torch.no_grad()
+def fill_cache(module: Any, loader: Any, batches: int) -> None:
+    """Scores the reference on the first batches, as a first epoch would."""
+    for _, batch in zip(range(batches), loader, strict=False):
+        module.reference_logps(batch, module.segments(batch))
+
+
+def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **changes: Any) -> None:
+    """Trains through the Trainer; `changes` are further keywords for it."""
+    keywords = {
+        "accelerator": "cpu",
+        "max_steps": options.warmup + options.steps,
+        "logger": TensorBoardLogger(options.folder, name="ours"),
+        "log_every_n_steps": 1 if options.check else 10,  # 10 is TRL's default; Lightning's is 50
+        "enable_checkpointing": False,
+        "callbacks": [watch],
+        # GRPO clips by itself
+        "gradient_clip_val": None if options.method == "grpo" else workload.MAX_GRAD_NORM,
+    }
+    trainer = L.Trainer(**(keywords | changes))
+    if isinstance(data, L.LightningDataModule):
+        trainer.fit(module, datamodule=data)
+    else:
+        trainer.fit(module, data)
+
+
+def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> None:
+    """Trains in a plain loop: forward, backward, clip, step."""
+    from alignment_modules.optimization import parameter_groups
+
+    if isinstance(data, L.LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+        data = data.train_dataloader()
+    module.train()
+    optimizer = module.make_optimizer(parameter_groups(module))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    watch.clock.start()
+    steps = options.warmup + options.steps
+    for step, batch in zip(range(1, steps + 1), data, strict=False):
+        watch.tokens.append(batch_tokens(batch))
+        objective = module.objective(module.roll_out(batch) if options.method == "grpo" else batch)
+        module.extra_metrics(batch, objective)
+        (objective.total / objective.weight).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.clock.tick()
+        if step == options.warmup:
+            watch.profile.start()
+
+
+def main() -> None:
+    """Run, measure, print."""
+    parser = measure.arguments(__doc__ or "", VARIANTS)
+    parser.add_argument("--bare", action="store_true", help="a plain loop in place of the Trainer")
+    options = parser.parse_args()
+    if options.variant not in VARIANTS[options.method]:
+        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(VARIANTS[options.method])}")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    torch.set_num_threads(options.threads)
+    L.seed_everything(workload.SEED)
+    folder = measure.rows_folder(options)
+    import transformers  # noqa: F401  (the baseline of memory is that of the imports)
+
+    import alignment_modules
+    import datamodules
+
+    del alignment_modules, datamodules
+    baseline = measure.peak_rss()
+    clock, profile = measure.StepClock(options.warmup), measure.Profile(options.profile)
+    began = time.perf_counter()
+    module = build_module(options, folder, bare=options.bare)
+    fixed = options.check and options.method == "grpo"
+    if fixed:
+        data: Any = torch.utils.data.DataLoader(list(fixed_batches(options, folder)), batch_size=None)  # type: ignore[arg-type]
+    else:
+        data = build_data(options, folder)
+    setup = time.perf_counter() - began
+    watch = Watch(options, clock, profile)
+    (loop if options.bare else fit)(module, data, options, watch)
+    tokens, completion_tokens = watch.tokens, []
+    if options.method == "grpo":
+        completion_tokens = [int(weight) for _, weight in module.steps]  # the loss is a mean over completion tokens
+        tokens = [prompts + own for prompts, own in zip(tokens, completion_tokens, strict=True)]
+    measure.report(
+        options,
+        library="bare" if options.bare else "ours",
+        clock=clock,
+        tokens=tokens,
+        losses=[(total / weight).item() for total, weight in module.steps],
+        baseline_mb=baseline,
+        profile=profile.stop(),
+        grad_norms=[values["grad_norm"] for values in module.published if "grad_norm" in values],
+        completion_tokens=completion_tokens,
+        setup_seconds=setup + watch.fill_seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

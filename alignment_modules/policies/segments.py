@@ -206,8 +206,8 @@ class Segments:
         """The same question as right-padded rows, for policies that cannot read segments; prompts are repeated.
 
         Returns:
-            `input_ids` and `attention_mask` `[sequences, longest]` int64 (padded with id 0), and for each target the
-            `row` and the `column` of the token that predicts it, `[targets]` int64.
+            `input_ids` and `attention_mask` `[sequences, longest]` int64 (padded by repeating the last token), and for
+            each target the `row` and the `column` of the token that predicts it, `[targets]` int64.
         """
         device = self.token_ids.device
         parents = torch.tensor(self.parents, dtype=torch.int64)
@@ -225,7 +225,7 @@ class Segments:
         index = torch.where(shifted < 0, starts[parents[leaves].clamp_min(0)][:, None] + column, 0)
         index = torch.where(shifted >= 0, starts[leaves][:, None] + shifted, index)
         mask = column < totals[:, None]
-        index = torch.where(mask, index, 0)
+        index = torch.where(mask, index, (starts + lengths)[leaves][:, None] - 1)
 
         row_of_segment = torch.full((count,), len(leaves))
         row_of_segment[leaves] = torch.arange(len(leaves))
@@ -233,7 +233,7 @@ class Segments:
         row_of_segment.scatter_reduce_(0, parents[shared], row_of_segment[shared], "amin")
         row_of_token = row_of_segment.repeat_interleave(lengths).to(device)
         mask = mask.to(device)
-        input_ids = torch.where(mask, self.token_ids[index.to(device)], 0) if count else self.token_ids.view(0, 0)
+        input_ids = self.token_ids[index.to(device)]
         return input_ids, mask.long(), row_of_token[self.source], self.position_ids[self.source]
 
 

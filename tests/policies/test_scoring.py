@@ -1,0 +1,527 @@
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from alignment_modules.policies import scoring
+from alignment_modules.policies.attention import ATTENTION_NAME
+from alignment_modules.policies.scoring import capabilities, score
+from alignment_modules.policies.segments import Segments
+
+VOCABULARY = 40
+BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MODELS = {
+    "llama": {"model_type": "llama", **GROUPED, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", **GROUPED},
+    "gpt2": {"model_type": "gpt2", **NO_DROPOUT},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "mistral": {"model_type": "mistral", "sliding_window": None, **GROUPED},
+    "mistral_window": {"model_type": "mistral", "sliding_window": 6, **GROUPED},
+    "gemma2": {"model_type": "gemma2", **GROUPED, "sliding_window": 4, "final_logit_softcapping": 5.0},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **GROUPED,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "cohere": {"model_type": "cohere", "num_key_value_heads": 2, "logit_scale": 0.25},
+    "granite": {"model_type": "granite", "num_key_value_heads": 2, "logits_scaling": 3.0},
+    "falcon": {"model_type": "falcon"},
+}
+PACKED = {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "mistral_window", "gemma3", "cohere", "granite"}
+# Layer norms and rotations that models force into float32 round differently when sums are ordered differently.
+GRADIENT = 3e-6
+# Gemma 2's eager attention takes its softmax in float32.
+LOGPS = {"gemma2": 5e-6}
+
+
+def build(name, dtype=torch.float64, **extra):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**BASE, **SPECIAL, **MODELS[name], **extra}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).to(dtype)
+    with torch.no_grad():  # biases and norms away from their neutral values
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+class Plain(nn.Module):
+    """A causal module without transformers: what an existing Lightning project brings."""
+
+    def __init__(self, returns="tensor"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.mixer = nn.Embedding(VOCABULARY, 12), nn.GRU(12, 12, batch_first=True)
+        self.head, self.returns = nn.Linear(12, VOCABULARY), returns
+
+    def forward(self, input_ids):
+        logits = self.head(self.mixer(self.embedding(input_ids))[0])
+        return logits if self.returns == "tensor" else type("Output", (), {"logits": logits})()
+
+
+class Wrong(nn.Module):
+    def forward(self, input_ids):
+        return input_ids.double()
+
+
+def prompts_batch(seed=0, prompts=3, samples=2, empty=True):
+    g = torch.Generator().manual_seed(seed)
+    batch = {
+        "prompt_ids": torch.randint(VOCABULARY, (prompts, 5), generator=g),
+        "prompt_mask": torch.rand(prompts, 5, generator=g) < 0.8,
+        "completion_ids": torch.randint(VOCABULARY, (prompts * samples, 6), generator=g),
+        "completion_mask": torch.rand(prompts * samples, 6, generator=g) < 0.8,
+    }
+    if empty:
+        batch["prompt_mask"][0] = False
+        batch["completion_mask"][-1] = False
+    return batch
+
+
+def labels_batch(seed=0, rows=4, time=9, side="right"):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (rows, time), generator=g)
+    lengths = torch.randint(2, time + 1, (rows, 1), generator=g)
+    column = torch.arange(time)[None]
+    mask = column < lengths if side == "right" else column >= time - lengths
+    labels = torch.where(mask & (torch.rand(rows, time, generator=g) < 0.7), ids, -100)
+    return ids, labels, mask
+
+
+def logits_of(policy, ids):
+    output = policy(ids)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def naive_sequence(policy, tokens, temperature=1.0):
+    """Log-probabilities and entropies of tokens 1 .. n-1 of one sequence, from all its logits."""
+    log_p = (logits_of(policy, tokens[None])[0, :-1] / temperature).log_softmax(-1)
+    chosen = log_p.gather(1, tokens[1:, None])[:, 0]
+    return chosen, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == tokens[1:]
+
+
+def naive_prompts(policy, batch, temperature=1.0):
+    rows, time = batch["completion_ids"].shape
+    samples = rows // len(batch["prompt_ids"])
+    dtype = next(policy.parameters()).dtype
+    outputs = [
+        torch.zeros(rows, time, dtype=dtype),
+        torch.zeros(rows, time, dtype=dtype),
+        torch.zeros(rows, time).bool(),
+    ]
+    for n in range(rows):
+        prompt = batch["prompt_ids"][n // samples][batch["prompt_mask"][n // samples]]
+        places = batch["completion_mask"][n].nonzero()[:, 0]
+        places = places if len(prompt) else places[1:]
+        tokens = torch.cat((prompt, batch["completion_ids"][n][batch["completion_mask"][n]]))
+        if not len(places):
+            continue
+        for output, values in zip(outputs, naive_sequence(policy, tokens, temperature), strict=True):
+            output[n, places] = values[-len(places) :]
+    return outputs
+
+
+def naive_labels(policy, ids, labels, mask):
+    dtype = next(policy.parameters()).dtype
+    output = torch.zeros(ids.shape, dtype=dtype)
+    for b in range(len(ids)):
+        places = mask[b].nonzero()[:, 0]
+        if len(places) > 1:
+            log_p = logits_of(policy, ids[b][places][None])[0, :-1].log_softmax(-1)
+            wanted = labels[b][places[1:]]
+            values = log_p.gather(1, wanted.clamp_min(0)[:, None])[:, 0]
+            output[b, places[1:]] = torch.where(wanted == -100, 0.0, values)
+    return output
+
+
+def gradients(policy, value):
+    policy.zero_grad()
+    weight = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+    (value * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_and_every_gradient_equal_the_naive_computation(name):
+    policy, batch = build(name), prompts_batch()
+    expected, expected_entropy, expected_correct = naive_prompts(policy, batch)
+    atol = 1e-10 if name in {"gpt2", "falcon"} else GRADIENT
+    expected_gradients = gradients(policy, expected)
+    assert capabilities(policy).packed == (name in PACKED)
+    assert capabilities(policy).hidden_states
+
+    scores = score(policy, Segments.from_prompts(**batch), entropy=True, accuracy=True)
+    torch.testing.assert_close(scores.token_logps, expected, rtol=0, atol=LOGPS.get(name, 1e-11))
+    torch.testing.assert_close(scores.entropy, expected_entropy, rtol=0, atol=LOGPS.get(name, 1e-11))
+    assert torch.equal(scores.correct, expected_correct)
+    assert_same_gradients(gradients(policy, scores.token_logps), expected_gradients, atol)
+
+    ids, labels, mask = labels_batch()
+    expected = naive_labels(policy, ids, labels, mask)
+    expected_gradients = gradients(policy, expected)
+    found = score(policy, Segments.from_labels(ids, labels, mask)).token_logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGPS.get(name, 1e-11))
+    assert_same_gradients(gradients(policy, found), expected_gradients, atol)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_float32_agrees_to_a_hundred_thousandth(name):
+    policy, batch = build(name, torch.float32), prompts_batch()
+    expected = naive_prompts(policy, batch)[0]
+    expected_gradients = gradients(policy, expected)
+    found = score(policy, Segments.from_prompts(**batch)).token_logps
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    scale = max(gradient.abs().max() for gradient in expected_gradients.values())
+    assert_same_gradients(gradients(policy, found), expected_gradients, 1e-5 * float(scale.clamp_min(1)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_padded_transformers_forward_gives_the_same(name):
+    policy = build(name, torch.float32)
+    ids, labels, mask = labels_batch(side="left")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    log_p = policy(ids, attention_mask=mask.long(), position_ids=positions).logits[:, :-1].log_softmax(-1)
+    first = mask.int().argmax(1, keepdim=True) == torch.arange(ids.shape[1])[None]
+    wanted = torch.where(mask & ~first, labels, -100)[:, 1:]
+    expected = torch.where(wanted == -100, 0.0, log_p.gather(2, wanted.clamp_min(0)[..., None])[..., 0])
+    scores = score(policy, Segments.from_labels(ids, labels, mask))
+    torch.testing.assert_close(scores.token_logps[:, 1:], expected, rtol=0, atol=1e-5)
+    assert torch.equal(scores.mask[:, 1:], wanted != -100)
+
+
+@pytest.mark.parametrize("returns", ["tensor", "object"])
+def test_a_plain_module(returns):
+    policy, batch = Plain(returns).double(), prompts_batch()
+    expected = naive_prompts(policy, batch, temperature=0.7)
+    expected_gradients = gradients(policy, expected[0])
+    scores = score(policy, Segments.from_prompts(**batch), temperature=0.7, entropy=True, accuracy=True)
+    torch.testing.assert_close(scores.token_logps, expected[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores.entropy, expected[1], rtol=0, atol=1e-12)
+    assert torch.equal(scores.correct, expected[2])
+    assert_same_gradients(gradients(policy, scores.token_logps), expected_gradients, 1e-12)
+    assert not capabilities(policy).packed
+
+
+def test_a_module_that_gives_no_logits_is_named():
+    segments = Segments.from_prompts(**prompts_batch())
+    with pytest.raises(ValueError, match=r"policy Wrong gave logits of shape .* expected logits"):
+        score(Wrong(), segments)
+    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        score(Plain(), segments, temperature=0)
+
+
+def lora(model, targets, **options):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules=targets, **options))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return policy.eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_lora(targets):
+    policy = lora(build("llama", tie_word_embeddings=False), targets)
+    batch = prompts_batch()
+    expected = naive_prompts(policy, batch)[0]
+    expected_gradients = gradients(policy, expected)
+    segments = Segments.from_prompts(**batch)
+    found = score(policy, segments).token_logps
+    assert capabilities(policy).packed
+    assert capabilities(policy).hidden_states == (targets == "all-linear")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert_same_gradients(gradients(policy, found), expected_gradients, GRADIENT)
+    with policy.disable_adapter(), torch.no_grad():
+        reference = score(policy, segments).token_logps
+        torch.testing.assert_close(reference, naive_prompts(policy, batch)[0], rtol=0, atol=1e-11)
+    assert (reference - found).abs().max() > 1e-3
+
+
+def test_prompt_tuning_is_padded():
+    from peft import PromptTuningConfig, get_peft_model
+
+    policy = get_peft_model(build("llama"), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).double()
+    batch = prompts_batch()
+    policy.eval()
+    found = score(policy, Segments.from_prompts(**batch)).token_logps
+    full = torch.cat(
+        (batch["prompt_ids"][1][batch["prompt_mask"][1]], batch["completion_ids"][2][batch["completion_mask"][2]])
+    )
+    log_p = policy(full[None]).logits[0, 3:-1].log_softmax(-1)
+    count = int(batch["completion_mask"][2].sum())
+    expected = log_p.gather(1, full[1:, None])[-count:, 0]
+    torch.testing.assert_close(found[2][batch["completion_mask"][2]], expected, rtol=0, atol=1e-11)
+    assert not capabilities(policy).packed
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_sharing_a_prompt_changes_no_gradient(samples):
+    policy, batch = build("llama"), prompts_batch(prompts=2, samples=samples, empty=False)
+    shared = score(policy, Segments.from_prompts(**batch)).token_logps
+    alone = {
+        "prompt_ids": batch["prompt_ids"].repeat_interleave(samples, 0),
+        "prompt_mask": batch["prompt_mask"].repeat_interleave(samples, 0),
+    }
+    single = score(policy, Segments.from_prompts(**{**batch, **alone})).token_logps
+    torch.testing.assert_close(shared, single, rtol=0, atol=1e-12)
+    assert_same_gradients(gradients(policy, shared), gradients(policy, single), GRADIENT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_row_order_padding_amount_and_split_change_nothing(side):
+    policy = build("llama")
+    ids, labels, mask = labels_batch(rows=6, side=side)
+    whole = score(policy, Segments.from_labels(ids, labels, mask)).token_logps
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = score(policy, Segments.from_labels(ids[order], labels[order], mask[order])).token_logps
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-12)
+    pad = (4, 0) if side == "left" else (0, 4)
+    wide = [nn.functional.pad(part, pad, value=fill) for part, fill in ((ids, 7), (labels, 3), (mask, False))]
+    widened = score(policy, Segments.from_labels(*wide)).token_logps
+    torch.testing.assert_close(widened.sum(1), whole.sum(1), rtol=0, atol=1e-12)
+    parts = [score(policy, Segments.from_labels(ids[i : i + 2], labels[i : i + 2], mask[i : i + 2])) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat([part.token_logps for part in parts]), whole, rtol=0, atol=1e-12)
+
+
+def test_packed_documents_see_nothing_of_each_other():
+    policy = build("llama")
+    ids = torch.randint(VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
+    before = score(policy, Segments.from_labels(ids, ids, position_ids=position_ids)).token_logps
+    for start, end in ((0, 5), (5, 9), (9, 12)):
+        alone = score(policy, Segments.from_labels(ids[:, start:end], ids[:, start:end])).token_logps
+        torch.testing.assert_close(before[:, start:end], alone, rtol=0, atol=1e-12)
+    changed = ids.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % VOCABULARY
+    after = score(policy, Segments.from_labels(changed, changed, position_ids=position_ids)).token_logps
+    assert torch.equal(after[:, 5:], before[:, 5:])
+    assert not torch.equal(after[:, 2:5], before[:, 2:5])
+    assert (before[0, [0, 5, 9]] == 0).all()  # a document's first token has nothing before it
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "plain"])
+@pytest.mark.parametrize("empty", ["rows", "batch", "targets"])
+def test_nothing_to_score_is_zero_and_still_reaches_every_parameter(name, empty):
+    policy = Plain() if name == "plain" else build(name)
+    batch = prompts_batch()
+    if empty == "batch":
+        batch = {key: value[:0] for key, value in batch.items()}
+    elif empty == "rows":
+        batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    else:
+        batch["target_mask"] = torch.zeros_like(batch["completion_mask"])
+    scores = score(policy, Segments.from_prompts(**batch), entropy=True, accuracy=True)
+    assert scores.token_logps.shape == batch["completion_ids"].shape
+    assert (scores.token_logps == 0).all()
+    assert not scores.mask.any()
+    scores.token_logps.sum().backward()
+    for key, parameter in policy.named_parameters():
+        assert parameter.grad is not None, key
+        assert (parameter.grad == 0).all(), key
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_temperature_divides_the_capped_logits(temperature):
+    for name in ("llama", "gemma2"):
+        policy, batch = build(name), prompts_batch()
+        expected = naive_prompts(policy, batch, temperature)
+        scores = score(policy, Segments.from_prompts(**batch), temperature=temperature, entropy=True)
+        torch.testing.assert_close(scores.token_logps, expected[0], rtol=0, atol=LOGPS.get(name, 1e-11))
+        torch.testing.assert_close(scores.entropy, expected[1], rtol=0, atol=LOGPS.get(name, 1e-11))
+
+
+def test_entropy_is_differentiable():
+    policy, batch = build("llama"), prompts_batch()
+    expected = gradients(policy, naive_prompts(policy, batch)[1])
+    found = gradients(policy, score(policy, Segments.from_prompts(**batch), entropy=True).entropy)
+    assert_same_gradients(found, expected, GRADIENT)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_takes_the_same_path(use_reentrant):
+    policy, segments = build("llama"), Segments.from_prompts(**prompts_batch())
+    plain = score(policy, segments).token_logps
+    expected = gradients(policy, plain)
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    policy.enable_input_require_grads()
+    policy.train()
+    found = score(policy, segments).token_logps
+    with torch.no_grad():
+        policy(torch.randint(VOCABULARY, (2, 4)))  # whatever runs before the backward pass must not matter
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-12)
+    assert_same_gradients(gradients(policy, found), expected, GRADIENT)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_bfloat16_autocast(name):
+    policy, batch = build(name, torch.float32), prompts_batch()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score(policy, Segments.from_prompts(**batch))
+    assert scores.token_logps.dtype == torch.float32
+    torch.testing.assert_close(scores.token_logps, naive_prompts(policy, batch)[0], rtol=0.05, atol=0.1)
+    scores.token_logps.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in policy.parameters())
+
+
+def test_bfloat16_weights():
+    policy = build("llama", torch.bfloat16)
+    scores = score(policy, Segments.from_prompts(**prompts_batch()))
+    assert capabilities(policy).packed
+    assert scores.token_logps.dtype == torch.float32
+    assert scores.token_logps.isfinite().all()
+
+
+def test_frozen_parts_get_no_gradient_and_the_rest_the_same():
+    policy, batch = build("llama"), prompts_batch()
+    policy.model.embed_tokens.weight.requires_grad_(False)
+    policy.model.layers[0].requires_grad_(False)
+    expected = gradients(policy, naive_prompts(policy, batch)[0])
+    found = gradients(policy, score(policy, Segments.from_prompts(**batch)).token_logps)
+    assert "model.embed_tokens.weight" not in found
+    assert_same_gradients(found, expected, GRADIENT)
+
+
+def test_logits_of_all_positions_are_never_built(monkeypatch):
+    policy, batch = build("llama"), prompts_batch()
+    segments = Segments.from_prompts(**batch)
+    capabilities(policy)
+    rows = []
+    original = scoring.linear_token_scores
+    monkeypatch.setattr(
+        scoring, "linear_token_scores", lambda hidden, *a, **k: rows.append(len(hidden)) or original(hidden, *a, **k)
+    )
+    monkeypatch.setattr(policy.lm_head, "forward", lambda _: pytest.fail("the head was called on all positions"))
+    score(policy, segments)
+    assert rows == [len(segments.target_ids)]
+    assert rows[0] < segments.tokens
+
+
+def test_a_head_that_is_not_linear_sees_the_predicting_tokens_alone():
+    policy = lora(build("llama", tie_word_embeddings=False), ["lm_head"])
+    segments = Segments.from_prompts(**prompts_batch())
+    capabilities(policy)
+    shapes = []
+    policy.get_base_model().lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
+    score(policy, segments)
+    assert shapes == [(1, len(segments.target_ids), VOCABULARY)]
+
+
+def test_a_scored_policy_is_used_as_before(tmp_path, caplog):
+    policy = build("llama", torch.float32)
+    untouched = copy.deepcopy(policy)
+    with caplog.at_level(logging.INFO, logger="alignment_modules"):
+        for _ in range(2):
+            score(policy, Segments.from_prompts(**prompts_batch()))
+    assert [record.message.count("packed rows") for record in caplog.records] == [1]  # said once
+    ids, mask = torch.randint(VOCABULARY, (3, 6)), torch.ones(3, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    assert torch.equal(policy(ids, attention_mask=mask).logits, untouched(ids, attention_mask=mask).logits)
+    packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    assert torch.equal(policy(**packed).logits, untouched(**packed).logits)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(policy.generate(ids, **options), untouched.generate(ids, **options))
+    policy.save_pretrained(tmp_path)
+    assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()
+    clone = copy.deepcopy(policy)
+    assert capabilities(clone).packed
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_probe_leaves_modes_and_random_numbers_alone(training):
+    policy = build("gpt2", resid_pdrop=0.1)
+    policy.train(training)
+    policy.transformer.h[0].eval()
+    modes = [module.training for module in policy.modules()]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    capabilities(policy)
+    assert [module.training for module in policy.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_attention_implementation_is_kept():
+    policy, batch = build("llama"), prompts_batch()
+    policy.set_attn_implementation("eager")
+    expected = naive_prompts(policy, batch)[0]
+    found = score(policy, Segments.from_prompts(**batch)).token_logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert policy.config._attn_implementation == "eager"
+    assert "eager is kept" in capabilities(policy).reason
+    policy.set_attn_implementation("sdpa")
+    assert capabilities(policy).packed
+    policy.set_attn_implementation("eager")
+    assert not capabilities(policy).packed
+
+
+def test_contexts_longer_than_the_window_are_padded():
+    policy = build("mistral_window")
+    assert capabilities(policy).window == 6
+    short = {**prompts_batch(empty=False)}
+    short["prompt_mask"][:, 2:] = False
+    short["completion_mask"][:, 4:] = False
+    segments = Segments.from_prompts(**short)
+    assert segments.longest <= 6
+    torch.testing.assert_close(score(policy, segments).token_logps, naive_prompts(policy, short)[0], rtol=0, atol=1e-11)
+    long = {**prompts_batch(empty=False)}
+    assert Segments.from_prompts(**long).longest > 6
+    found = score(policy, Segments.from_prompts(**long)).token_logps
+    torch.testing.assert_close(found, naive_prompts(policy, long)[0], rtol=0, atol=1e-11)
+
+
+def test_a_model_whose_numbers_differ_when_packed_is_padded(monkeypatch):
+    policy, batch = build("llama"), prompts_batch()
+    original = policy.model.forward
+
+    def mixes_neighbours(*args, **kwargs):  # such as a convolution over the row
+        output = original(*args, **kwargs)
+        states = output.last_hidden_state
+        output.last_hidden_state = states + torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), 1)
+        return output
+
+    monkeypatch.setattr(policy.model, "forward", mixes_neighbours)
+    found = score(policy, Segments.from_prompts(**batch)).token_logps
+    assert "packed and padded rows differ" in capabilities(policy).reason
+    assert policy.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, naive_prompts(policy, batch)[0], rtol=0, atol=1e-11)
+
+
+def test_inference_mode_and_then_training_on_the_same_segments():
+    policy = build("llama")
+    segments = Segments.from_prompts(**prompts_batch())
+    with torch.inference_mode():
+        first = score(policy, segments).token_logps
+    second = score(policy, segments).token_logps
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+    second.sum().backward()

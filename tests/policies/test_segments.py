@@ -1,0 +1,190 @@
+import pytest
+import torch
+
+from alignment_modules.policies.segments import Segments
+
+
+def reference_labels(input_ids, labels, mask=None, position_ids=None):
+    """Context and id of every target by plain loops: {slot: (tokens before, target id)}."""
+    found = {}
+    for b in range(input_ids.shape[0]):
+        before = []
+        for t in range(input_ids.shape[1]):
+            if mask is not None and not mask[b, t]:
+                continue
+            if position_ids is not None and position_ids[b, t] == 0:
+                before = []
+            if before and labels[b, t] != -100:
+                found[b * input_ids.shape[1] + t] = (tuple(before), int(labels[b, t]))
+            before.append(int(input_ids[b, t]))
+    return found
+
+
+def reference_prompts(prompt_ids, prompt_mask, completion_ids, completion_mask, target_mask=None):
+    found = {}
+    samples = len(completion_ids) // max(len(prompt_ids), 1)
+    time = completion_ids.shape[1]
+    for n in range(len(completion_ids)):
+        before = prompt_ids[n // samples][prompt_mask[n // samples].bool()].tolist()
+        for t in range(time):
+            if not completion_mask[n, t]:
+                continue
+            if before and (target_mask is None or target_mask[n, t]):
+                found[n * time + t] = (tuple(before), int(completion_ids[n, t]))
+            before.append(int(completion_ids[n, t]))
+    return found
+
+
+def contents(segments):
+    """The same, read from the segments; also checks that the parts fit together."""
+    assert len(segments.lengths) == len(segments.parents)
+    assert sum(segments.lengths) == segments.tokens == len(segments.position_ids)
+    assert 0 not in segments.lengths
+    tokens = segments.token_ids.split(list(segments.lengths))
+    owner = torch.arange(len(segments.lengths)).repeat_interleave(torch.tensor(segments.lengths, dtype=torch.int64))
+    found, position = {}, segments.position_ids.tolist()
+    starts = [sum(segments.lengths[:i]) for i in range(len(segments.lengths))]
+    for index, parent in enumerate(segments.parents):
+        assert parent < index
+        assert parent < 0 or segments.parents[parent] < 0
+        first = segments.lengths[parent] if parent >= 0 else 0
+        start = starts[index]
+        assert position[start : start + segments.lengths[index]] == list(range(first, first + segments.lengths[index]))
+    for source, target, slot in zip(
+        segments.source.tolist(), segments.target_ids.tolist(), segments.slot.tolist(), strict=True
+    ):
+        index = int(owner[source])
+        parent = segments.parents[index]
+        before = tokens[parent].tolist() if parent >= 0 else []
+        before += tokens[index].tolist()[: source - starts[index] + 1]
+        assert slot not in found
+        found[slot] = (tuple(before), target)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_from_labels_equals_plain_loops(seed, masked, packed):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(50, (4, 9), generator=g)
+    labels = torch.where(torch.rand(4, 9, generator=g) < 0.5, torch.randint(50, (4, 9), generator=g), -100)
+    mask = (torch.rand(4, 9, generator=g) < 0.7) if masked else None
+    position_ids = None
+    if packed:
+        position_ids = torch.zeros(4, 9, dtype=torch.int64)
+        for t in range(1, 9):
+            restart = torch.rand(4, generator=g) < 0.3
+            position_ids[:, t] = torch.where(restart, 0, position_ids[:, t - 1] + 1)
+    if masked:
+        mask[1] = False
+    segments = Segments.from_labels(ids, labels, mask, position_ids)
+    expected = reference_labels(ids, labels, mask, position_ids)
+    assert contents(segments) == expected
+    assert segments.shape == (4, 9)
+    assert segments.mask().flatten().nonzero().squeeze(1).tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_from_prompts_equals_plain_loops(seed, with_targets):
+    g = torch.Generator().manual_seed(seed)
+    samples = 1 + seed % 4
+    prompt_ids, completion_ids = (
+        torch.randint(50, (3, 5), generator=g),
+        torch.randint(50, (3 * samples, 6), generator=g),
+    )
+    prompt_mask, completion_mask = torch.rand(3, 5, generator=g) < 0.6, torch.rand(3 * samples, 6, generator=g) < 0.6
+    prompt_mask[seed % 3] &= seed % 2 == 0  # an empty prompt in every second case
+    completion_mask[(seed + 1) % (3 * samples)] = False
+    target_mask = (torch.rand(3 * samples, 6, generator=g) < 0.3) if with_targets else None
+    given = (prompt_ids, prompt_mask.long(), completion_ids, completion_mask, target_mask)
+    segments = Segments.from_prompts(*given)
+    expected = reference_prompts(*given)
+    assert contents(segments) == expected
+    assert segments.shape == (3 * samples, 6)
+
+
+def test_a_shared_prompt_is_stored_once_and_a_single_completion_joins_it():
+    prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3)
+    completions = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    shared = Segments.from_prompts(prompt, mask, completions, torch.ones(2, 3))
+    assert shared.token_ids.tolist() == [1, 2, 3, 4, 5, 7, 8]  # the last token of a row predicts nothing
+    assert (shared.lengths, shared.parents) == ((3, 2, 2), (-1, 0, 0))
+    single = Segments.from_prompts(prompt, mask, completions[:1], torch.ones(1, 3))
+    assert (single.lengths, single.parents) == ((5,), (-1,))
+    one_left = Segments.from_prompts(prompt, mask, completions, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    assert (one_left.lengths, one_left.parents) == ((5,), (-1,))
+
+
+def test_nothing_is_kept_that_no_target_depends_on():
+    ids = torch.arange(12).view(2, 6)
+    labels = torch.full((2, 6), -100)
+    labels[0, 2] = 2
+    segments = Segments.from_labels(ids, labels)
+    assert segments.token_ids.tolist() == [0, 1]
+    no_advantage = torch.tensor([[0, 0], [0, 0], [1, 1], [1, 1]])
+    groups = Segments.from_prompts(
+        torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2), torch.tensor([[5, 6]] * 4), torch.ones(4, 2), no_advantage
+    )
+    assert groups.token_ids.tolist() == [3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_and_amount_change_nothing_but_the_slots(side):
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    plain = Segments.from_labels(ids, torch.where(mask == 1, ids, -100), mask)
+    pad = (3, 0) if side == "left" else (0, 3)
+    wide, wide_mask = torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(mask, pad)
+    padded = Segments.from_labels(wide, torch.where(wide_mask == 1, wide, -100), wide_mask)
+    for name in ("token_ids", "position_ids", "source", "target_ids"):
+        assert torch.equal(getattr(plain, name), getattr(padded, name))
+    assert plain.lengths == padded.lengths
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty_batches(shape):
+    ids = torch.zeros(shape, dtype=torch.int64)
+    segments = Segments.from_labels(ids, ids)
+    assert segments.tokens == 0
+    assert segments.lengths == ()
+    assert segments.mask().shape == shape
+    prompts = Segments.from_prompts(ids, ids, ids, ids)
+    assert prompts.tokens == 0
+    assert prompts.shape == shape
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_padded_rows_ask_the_same(seed):
+    g = torch.Generator().manual_seed(seed)
+    given = (
+        torch.randint(1, 50, (3, 5), generator=g),
+        torch.rand(3, 5, generator=g) < 0.7,
+        torch.randint(1, 50, (9, 6), generator=g),
+        torch.rand(9, 6, generator=g) < 0.5,
+    )
+    segments = Segments.from_prompts(*given)
+    input_ids, mask, row, column = segments.padded()
+    assert (mask.diff(dim=1) <= 0).all()  # right-padded
+    assert input_ids.shape[1] == segments.longest == mask.sum(1).max()
+    found = {
+        slot: (tuple(input_ids[r, : c + 1].tolist()), target)
+        for slot, r, c, target in zip(
+            segments.slot.tolist(), row.tolist(), column.tolist(), segments.target_ids.tolist(), strict=True
+        )
+    }
+    assert all(mask[r, c] for r, c in zip(row.tolist(), column.tolist(), strict=True))
+    assert found == reference_prompts(*given)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 4\).*\(2, 3\)"):
+        Segments.from_labels(ids, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):
+        Segments.from_labels(ids[0], ids[0])
+    with pytest.raises(ValueError, match="completion_mask has shape"):
+        Segments.from_prompts(ids, ids, ids, ids[:1])
+    with pytest.raises(ValueError, match="3 rows, which is not a multiple of the 2 rows"):
+        Segments.from_prompts(ids, ids, ids.new_zeros(3, 4), ids.new_zeros(3, 4))

@@ -237,8 +237,12 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> int:
 
 
 def _blocks(matrix: Tensor, span: slice) -> Iterator[tuple[slice, slice]]:
-    """Rows to reduce at a time, counted in `matrix` and in all rows: a CPU's cache holds them, or they fill a GPU."""
-    limit = (2 if matrix.device.type == "cpu" else 64) * 2**20
+    """Rows to reduce at a time, counted in `matrix` and in all rows.
+
+    They bound the memory of temporaries. Smaller blocks would stay in a CPU's cache, but each costs its threads a
+    barrier, which on busy cores takes longer than the memory traffic that it saves.
+    """
+    limit = (8 if matrix.device.type == "cpu" else 64) * 2**20
     size = max(1, limit // (matrix.shape[1] * torch.finfo(_reduction_dtype(matrix.dtype)).bits // 8))
     for block in _spans(matrix.shape[0], size):
         yield block, slice(span.start + block.start, span.start + block.stop)

@@ -152,8 +152,8 @@ def test_linear_gradcheck(settings, max_chunk_bytes, extra):
 
 
 def test_linear_blocks_within_a_chunk():
-    # 2 MiB of float64 hold five rows of this vocabulary: 12 rows are three blocks.
-    hidden, weight, _, targets = head(rows=12, width=2, vocabulary=50_000)
+    # 8 MiB of float64 hold five rows of this vocabulary: 12 rows are three blocks.
+    hidden, weight, _, targets = head(rows=12, width=2, vocabulary=200_000)
     result = linear_token_log_probs(hidden, weight, targets)
     expected = plain(hidden, weight, targets)[0]
     torch.testing.assert_close(result, expected)

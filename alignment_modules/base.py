@@ -46,6 +46,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     paradigm: ClassVar[str] = "base"
     compares_log_probs: ClassVar[bool] = False
     """Whether log-probabilities of two models are compared, so that dropout must be off."""
+    batch_keys: ClassVar[tuple[str, ...]] = ()
+    """What a batch must hold to be trained or validated on."""
 
     def __init__(
         self,
@@ -135,6 +137,28 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         width = max(map(len, lines := self.describe()))
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuses a batch of another paradigm."""
+        self.check_batch(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses a batch of another paradigm."""
+        self.check_batch(batch)
+
+    def check_batch(self, batch: Any) -> None:
+        """Checks that a batch is what this paradigm takes.
+
+        Raises:
+            ValueError: If it is not a dictionary or lacks a key.
+        """
+        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        missing = [key for key in self.batch_keys if not isinstance(batch, Mapping) or key not in batch]
+        if missing:
+            raise ValueError(
+                f"a batch for {type(self).__name__} must hold {', '.join(self.batch_keys)}; this one lacks "
+                f"{', '.join(missing)}: it holds {found}. Does the data module belong to another paradigm?"
+            )
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the summed objective; the gradients are normalised before the optimizer step."""
         return self.record(batch).total
@@ -158,6 +182,14 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         window = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32)
                               for v in (self._window_weight, self._window_tokens)])
         weight, tokens = self.reduce(window, "sum").unbind()
+        # Elsewhere than on the CPU looking at the weight waits for the device, so only steps that wait anyway look.
+        looks = self.logging_due or self.device.type == "cpu"
+        if self.automatic_optimization and looks and not weight:
+            raise ValueError(
+                f"optimizer step {self.global_step + 1} has nothing to learn from: not one target in the batches of all "
+                "its micro-batches and ranks (labels all -100, or empty completions). Look at the data's masks; a "
+                "single batch without targets is fine, a whole step is not"
+            )
         # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
         windows = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
         scale = torch.where(weight > 0, windows * self.trainer.world_size / weight.clamp(min=1e-30), 0.0)

@@ -49,13 +49,14 @@ class CheckpointContract(L.LightningModule):
         found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
         if entry is None or entry["paradigm"] != self.paradigm:
             raise ValueError(
-                f"this checkpoint was written by {found}; {type(self).__name__} resumes only paradigm "
+                f"{self._checkpoint_name()} was written by {found}; {type(self).__name__} resumes only paradigm "
                 f"{self.paradigm!r}. To start from its weights, give the exported folder as `policy`."
             )
-        if entry["reference"] != self._reference_fingerprint():
+        if entry["reference"] != (now := self._reference_fingerprint()):
             raise ValueError(
-                "the reference's weights differ from those the checkpoint was trained against: pass the same "
-                "`reference` (or, where it is a copy of the policy, the same `policy`) as in the first run"
+                f"{self._checkpoint_name()} was trained against {_describe(entry['reference'])}, this run has "
+                f"{_describe(now)}: pass the same `reference` (or, where it is a copy of the policy, the same "
+                "`policy`) as in the first run"
             )
         self._num_tokens = entry["num_tokens"]
         self.load_extra_state(entry["extra"])
@@ -69,8 +70,24 @@ class CheckpointContract(L.LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads strictly; only the reference's keys may be absent."""
-        return super().load_state_dict({**dict(self._reference_items()), **state_dict}, strict=strict, assign=assign)
+        """Loads strictly; only the reference's keys may be absent.
+
+        Raises:
+            RuntimeError: If `strict` and the keys differ otherwise, or shapes differ; nothing was loaded then.
+        """
+        whole = {**dict(self._reference_items()), **state_dict}
+        own = super().state_dict()
+        missing, unknown = [key for key in own if key not in whole], [key for key in whole if key not in own]
+        if strict and (missing or unknown):
+            raise RuntimeError(
+                f"{self._checkpoint_name()} does not fit {type(self).__name__}: {_some(missing)} of its weights are "
+                f"missing, {_some(unknown)} are unknown. Build the module as in the run that wrote the checkpoint."
+            )
+        return super().load_state_dict(whole, strict=strict, assign=assign)
+
+    def _checkpoint_name(self) -> str:
+        path = None if self._trainer is None else getattr(self._trainer, "ckpt_path", None)
+        return f"checkpoint {str(path)!r}" if path else "this checkpoint"
 
     def _reference_items(self) -> Iterator[tuple[str, Any]]:
         if self.reference is not None:
@@ -87,3 +104,11 @@ class CheckpointContract(L.LightningModule):
     def _saves_shards(self) -> bool:
         trainer = self._trainer
         return trainer is not None and getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+
+
+def _describe(reference: str | None) -> str:
+    return "no reference" if reference is None else f"a reference with fingerprint {reference[:12]}"
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"

@@ -1,8 +1,11 @@
 """`align fit | validate | test | predict --config ...`: LightningCLI with both packages in reach."""
 
 import logging
+import os
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -10,8 +13,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import alignment_modules  # noqa: F401  (makes `--model DPOModule` known)
-import datamodules  # noqa: F401  (makes `--data PreferenceDataModule` known)
+import alignment_modules  # makes `--model DPOModule` known
+import datamodules  # makes `--data PreferenceDataModule` known
 from alignment_modules.base import AlignmentModule
 from alignment_modules.callbacks import (
     AtomicCheckpointIO,
@@ -21,6 +24,7 @@ from alignment_modules.callbacks import (
     FiniteGuard,
     Throughput,
 )
+from alignment_modules.cli_errors import AlignArgumentParser, find_cause
 
 DEFAULT_ROOT = "runs/default"
 
@@ -54,17 +58,25 @@ class AlignCLI(LightningCLI):
         """Leaves the configuration as typed: Lightning would override it with the checkpoint's hyperparameters."""
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what follows from other options: the logger's folder, the tokenizer, the atomic checkpoint writer."""
+        """Fills in what follows from other options: the logger's folder and the tokenizer."""
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         trainer = config.trainer
+        _check_exists(config.get("ckpt_path"))
         if trainer.get("logger") in (None, True):
             folder = Namespace(save_dir=trainer.default_root_dir, name="", version="")
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
         data = (config.get("data") or {}).get("init_args") or {}
         if "tokenizer" in data and data["tokenizer"] is None:
             data["tokenizer"] = _policy_path(config.model.init_args.policy)
+
+    def instantiate_classes(self) -> None:
+        """Builds module, datamodule and Trainer; an error of theirs comes as they raised it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise (find_cause(error, _is_deliberate) or error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the checkpoint writer that never leaves a half-written file."""
@@ -89,12 +101,15 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
     Returns:
         The CLI object, with `trainer`, `model` and `datamodule`.
     """
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # a file with the user's own rewards lies beside the configuration
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     return AlignCLI(
         AlignmentModule,
         LightningDataModule,
+        parser_class=AlignArgumentParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -108,11 +123,43 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
 
 
 def main(args: ArgsType = None) -> None:
-    """Entry point of `align`; exits with 143 when the run was stopped by SIGTERM."""
+    """Entry point of `align`; exits with 143 when the run was stopped by SIGTERM, with 1 when an input was refused.
+
+    What this library raises on purpose is printed without the calls that led there, unless `ALIGN_TRACEBACK` is set.
+    """
     try:
         run_cli(args)
     except SIGTERMException:
         sys.exit(143)  # 128 + SIGTERM: a scheduler must not take a preempted run for a finished one
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
+        if os.environ.get("ALIGN_TRACEBACK") or not _is_deliberate(error):
+            raise
+        sys.stderr.write(f"align: error: {error}\n  (set ALIGN_TRACEBACK=1 to see where it was raised)\n")
+        sys.exit(1)
+
+
+def _check_exists(checkpoint: str | None) -> None:
+    """Finds a mistyped path before anything is loaded; "last", "best" and remote paths are Lightning's business."""
+    is_file = checkpoint is not None and ("/" in checkpoint or checkpoint.endswith(".ckpt"))
+    if checkpoint is None or not is_file or "://" in checkpoint:
+        return
+    path = Path(checkpoint)
+    if not path.exists():
+        folder = path.parent.absolute()
+        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        found = f"{folder} holds {there[:10]}" if folder.is_dir() else f"there is no folder {folder} either"
+        raise ValueError(f"ckpt_path={checkpoint!r}: there is no such file; {found}")
+
+
+def _is_deliberate(error: BaseException) -> bool:
+    """Whether the error comes from a `raise` in this library, so that its message says all there is to say."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return False
+    raised = frames[-1]
+    packages = {os.path.dirname(os.path.abspath(str(package.__file__))) for package in (alignment_modules, datamodules)}
+    inside = any(os.path.abspath(raised.filename).startswith(package + os.sep) for package in packages)
+    return inside and (raised.line or "").startswith("raise ")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -38,6 +38,10 @@ class DPOModule(AlignmentModule):
     """
 
     paradigm = "dpo"
+    batch_keys = (
+        "prompt_input_ids", "prompt_attention_mask", "chosen_input_ids", "chosen_attention_mask", "rejected_input_ids",
+        "rejected_attention_mask",
+    )
     compares_log_probs = True
 
     def __init__(

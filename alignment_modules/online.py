@@ -37,6 +37,7 @@ class OnlineModule(ManualOptimizationModule):
     """
 
     compares_log_probs = True
+    batch_keys = ("prompts", "prompt_attention_mask")
 
     def __init__(
         self,

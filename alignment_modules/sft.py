@@ -28,6 +28,7 @@ class SFTModule(AlignmentModule):
     """
 
     paradigm = "sft"
+    batch_keys = ("input_ids", "labels")
 
     def __init__(
         self,

@@ -1,0 +1,337 @@
+"""Short answers to mistakes on the command line: the option, its value, what is allowed, and where to read more.
+
+jsonargparse tells which alternative of which union failed, below the usage of every option there is. Here the one line
+that matters is picked out of that and completed with what would have been accepted and what comes close to it.
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+_LONGEST = 300  # characters of a value or of a list of what is allowed
+
+_NO_OPTION = re.compile(
+    r"(?:Subcommand '.+' does not accept option|Option|Group '.+' does not accept option) '([^']+)'"
+)
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'(?:\. Got value: .*)?")
+_NO_MODULE = re.compile(r"No module named '([^']+)'")
+_NO_SUBCLASS = re.compile(r"Import path (?:\S+ )?does not correspond to a subclass of (\w+)")
+_NO_PATH = re.compile(r"Expected a dot import path string: (.+)")
+_TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
+_CALLABLE = re.compile(r"(?:Type .+ expects a function or a callable class: )(.+)")
+_GOT_CLASS = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
+_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but")
+
+
+class AlignArgumentParser(LightningArgumentParser):
+    """Parser whose errors take a few lines. Options must be written out: an abbreviation may become ambiguous later."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self._given: list[str] = []
+
+    def add_subclass_arguments(self, baseclass: Any, nested_key: str, *args: Any, **keywords: Any) -> Any:
+        """Adds the options of a class; a data module's sources are paths of data, not of more configuration.
+
+        jsonargparse would read any file given for a class-typed option as YAML, and put its content in place of its
+        name.
+        """
+        result = super().add_subclass_arguments(baseclass, nested_key, *args, **keywords)
+        for action in self._actions:
+            if action.dest == nested_key == "data":
+                action.sub_add_kwargs = action.sub_add_kwargs | {"sub_configs": False}
+        return result
+
+    def parse_args(self, args: Any = None, *more: Any, **keywords: Any) -> Any:
+        """Parses, and remembers what was given, to name it in an error."""
+        self._given = [str(argument) for argument in (sys.argv[1:] if args is None else args)]
+        return super().parse_args(args, *more, **keywords)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what was wrong, what is allowed and where to read more, and exits with 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        if parser is self and (action := getattr(self, "_subcommands_action", None)):
+            parser = next((action.choices[name] for name in self._given if name in action.choices), self)
+        if message.startswith("Problems parsing config"):
+            files = [second for first, second in pairwise(self._given) if first in ("-c", "--config")]
+            message = f"--config={', '.join(files)}: is not valid YAML: {message}" if files else message
+        sys.stderr.write(f"{_program(parser)}: error: {explain(parser, message)}\n  help: {_program(parser)} --help\n")
+        sys.exit(2)
+
+
+def find_cause(error: BaseException, wanted: Callable[[BaseException], bool]) -> BaseException | None:
+    """The error that was raised inside a class's constructor, which jsonargparse wraps in the unions it tried.
+
+    Args:
+        error: What jsonargparse raised.
+        wanted: Whether an error is one to look for.
+
+    Returns:
+        The innermost error that is wanted, or that says what the wrapping says; None if nothing is wrapped.
+    """
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    found = next((link for link in reversed(chain) if wanted(link)), None)
+    if found is None and str(error).startswith(_NOISE[0]):
+        causes, _ = _read(str(error))
+        told = [cause.text for cause in causes if not cause.text.startswith("Expected a")]
+        found = ValueError(told[0]) if told else None
+    return found
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """One line of jsonargparse's message and what it is nested in."""
+
+    keys: tuple[str, ...]  # of the option, from the outside in
+    owner: str  # import path of the class whose option it is; "" on the command line itself
+    text: str
+
+
+def explain(parser: ArgumentParser, message: str) -> str:
+    """The message's decisive part, with what is allowed and what comes close.
+
+    Args:
+        parser: The parser that refused.
+        message: What it said.
+
+    Returns:
+        A few lines; the message as it is where its form is not known.
+    """
+    subcommand = re.search(r"invalid choice: '(\S+)' \(choose from (.+)\)", message)
+    if subcommand:
+        choices = re.findall(r"[\w-]+", subcommand[2])
+        return f"{subcommand[1]!r} is not a subcommand{_close(subcommand[1], choices)}{_allowed(choices)}"
+    if message.startswith("unrecognized arguments: "):
+        given = message.removeprefix("unrecognized arguments: ")
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        name = given.split("=")[0].split(" ")[0]
+        hint = _close(name, options) if name.startswith("--") else "; every option starts with --"
+        return f"{_cut(given)}: there is no such option{hint}"
+    causes, value = _read(message)
+    if not causes:
+        return message
+    cause = max(causes, key=lambda cause: (_weight(cause.text), len(cause.keys)))
+    peers = [other for other in causes if other.keys == cause.keys]
+    return (
+        _option_error(parser, cause, value)
+        or _class_error(parser, cause, value)
+        or _type_error(peers, value)
+        or message
+    )
+
+
+def _read(message: str) -> tuple[list[_Cause], str]:
+    """The causes of a nested message, and the value that was given at its outermost level."""
+    causes: list[_Cause] = []
+    value, stack = "", list[tuple[int, str, str]]()
+    for line in message.splitlines():
+        text = line.lstrip(" ").removeprefix("- ")
+        indent = len(line) - len(text)
+        if not text or text.startswith(_NOISE):
+            continue
+        while stack and stack[-1][0] >= indent:
+            stack.pop()
+        key = re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', text)
+        owner = re.fullmatch(r"Problem with given class_path '([^']+)':", text)
+        if text.startswith("Given value: "):
+            value = text.removeprefix("Given value: ")
+        elif owner:
+            stack.append((indent, "owner", owner[1]))
+        elif key and not key[2]:
+            stack.append((indent, "key", key[1]))
+        else:
+            keys = [name for _, kind, name in stack if kind == "key"] + ([key[1]] if key else [])
+            owners = [name for _, kind, name in stack if kind == "owner"]
+            text = key[2] if key else text
+            called = _CALLABLE.fullmatch(text)
+            if called:
+                got = _GOT_CLASS.search(text)
+                text, owners = called[1], [*owners, got[1]] if got else owners
+            causes.append(_Cause(tuple(keys), owners[-1] if owners else "", text))
+    return causes, value
+
+
+def _weight(text: str) -> int:
+    """How much a line says: the branch of a union that got furthest is the one that was meant."""
+    if "NoneType" in text:
+        return 0
+    ranks = ((_NO_OPTION, 5), (_REQUIRED, 5), (_NO_ATTRIBUTE, 4), (_NO_MODULE, 4), (_NO_SUBCLASS, 3), (_NO_PATH, 2))
+    return next((rank for pattern, rank in ranks if pattern.match(text)), 2 if "Got value" in text else 1)
+
+
+def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
+    unknown, required = _NO_OPTION.match(cause.text), _REQUIRED.match(cause.text)
+    owner = cause.owner.rpartition(".")[2]
+    more = f"\n  help: {_program(parser)} --{cause.keys[0]}.help {owner}" if owner and len(cause.keys) == 1 else ""
+    if required:
+        names = [".".join([*cause.keys, name]) for name in required[1].split(", ")]
+        names = [f"--{re.sub('^(fit|validate|test|predict)[.]', '', name)}" for name in names]
+        return f"{', '.join(names)}: required{f' by {owner}' if owner else ''}, but not given{more}"
+    if not unknown:
+        return None
+    name = unknown[1]
+    if owner:
+        options = _options(_import(cause.owner), skip_first="Got value" in cause.text)
+        where, said = ".".join([*cause.keys, name]), f"{owner} has no option {name!r}"
+        return f"--{where}{_shown(_find(value, name))}: {said}{_close(name, options)}{_allowed(options)}{more}"
+    siblings = [action.dest for action in parser._actions]
+    parent = name.rpartition(".")[0]
+    options = [dest for dest in siblings if dest.rpartition(".")[0] == parent and not dest.endswith("help")]
+    options = [dest.rpartition(".")[2] for dest in options]
+    said = f"there is no such option{f' of {parent}' if parent else ''}"
+    return f"--{name}: {said}{_close(name.rpartition('.')[2], options)}{_allowed(options)}"
+
+
+def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
+    attribute, missing = _NO_ATTRIBUTE.match(cause.text), _NO_MODULE.match(cause.text)
+    path, subclass = _NO_PATH.match(cause.text), _NO_SUBCLASS.match(cause.text)
+    option = "--" + ".".join(cause.keys)
+    if attribute:
+        names = [name for name in dir(importlib.import_module(attribute[1])) if not name.startswith("_")]
+        said = f"module {attribute[1]!r} has no {attribute[2]!r}"
+        return f"{option}={attribute[1]}.{attribute[2]}: {said}{_close(attribute[2], names)}"
+    if missing:
+        given = cause.owner or _find(value, cause.keys[-1])
+        hint = "a file of your own must lie in the current folder or on PYTHONPATH"
+        return f"{option}{_shown(given)}: there is no module {missing[1]!r}; {hint}"
+    if not (path or subclass):
+        return None
+    given = path[1] if path else _find(value, cause.keys[-1])
+    classes = sorted(_subclasses(_bases(_typehint(parser, cause))), key=lambda name: name.lower())
+    wanted = f"a subclass of {subclass[1]}" if subclass else "a class that this option takes"
+    own = [name for name in classes if not _is_foreign(name)] or classes
+    names = [name.rpartition(".")[2] for name in own]
+    close = _close(given.rpartition(".")[2], [name.rpartition(".")[2] for name in classes])
+    return f"{option}{_shown(given)}: not the name or import path of {wanted}{close}{_allowed(names)}"
+
+
+def _type_error(causes: list[_Cause], value: str) -> str | None:
+    matches = [match for cause in causes if (match := _TYPE.match(cause.text))]
+    if not matches:
+        cause = causes[0]
+        return f"--{'.'.join(cause.keys)}: {cause.text}" if len(causes) == 1 and cause.keys else None
+    keys = causes[0].keys
+    given = next((match[2] for match in matches if match[2]), None) or _find(value, keys[-1] if keys else "")
+    kinds = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", match[1]).replace("NoneType", "null") for match in matches]
+    kinds = [re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", kind) for kind in dict.fromkeys(kinds)]
+    return f"--{'.'.join(keys)}{_shown(given)}: must be {' or '.join(kinds)}"
+
+
+def _find(value: str, name: str) -> str:
+    """The value given to option `name`, from jsonargparse's rendering of what it was given; "" if it cannot be told."""
+    nested = re.fullmatch(r"NestedArg\(key='([^']*)', val='?(.*?)'?\)", value)
+    if nested:
+        return nested[2] if nested[1].rpartition(".")[2] == name else ""
+    try:
+        return _search(ast.literal_eval(value), name)
+    except (ValueError, SyntaxError):
+        plain = re.match(r"[\w(){}\[\]]+\(", value)
+        return "" if plain else value
+
+
+def _search(tree: Any, name: str) -> str:
+    if isinstance(tree, dict):
+        if name in tree:
+            return str(tree[name])
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return next((found for branch in tree if (found := _search(branch, name))), "")
+    return ""
+
+
+def _program(parser: ArgumentParser) -> str:
+    return parser.prog.replace(" [options]", "")
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _options(owner: Any, *, skip_first: bool) -> list[str]:
+    """Names of the options of a class; an optimizer's parameters, which come later, are none."""
+    if not inspect.isclass(owner):
+        return list(inspect.signature(owner).parameters)
+    return ArgumentParser(exit_on_error=False).add_class_arguments(
+        owner, fail_untyped=False, skip={1} if skip_first and _takes_parameters(owner) else None
+    )
+
+
+def _takes_parameters(owner: type) -> bool:
+    return next(iter(inspect.signature(owner).parameters), "") in ("params", "optimizer")
+
+
+def _typehint(parser: ArgumentParser, cause: _Cause) -> Any:
+    if cause.owner and len(cause.keys) > 1:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(_import(cause.owner), fail_untyped=False)
+        wanted = cause.keys[-1]
+    else:
+        wanted = cause.keys[0]
+    return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == wanted), None)
+
+
+def _bases(typehint: Any) -> set[type]:
+    """The classes in a type; of a callable, those in what it returns."""
+    if inspect.isclass(typehint) and typing.get_origin(typehint) is None:
+        return set() if typehint.__module__ in ("builtins", "collections.abc") else {typehint}
+    arguments = typing.get_args(typehint)
+    if typing.get_origin(typehint) not in (typing.Union, types.UnionType, list):
+        arguments = arguments[-1:]
+    return set().union(*(_bases(argument) for argument in arguments if argument is not typehint))
+
+
+def _subclasses(bases: Iterable[type]) -> set[str]:
+    """Import paths of all known subclasses that have a public name."""
+    found = set[type]()
+    waiting: list[type] = []
+    for base in bases:
+        waiting.extend(() if base.__name__ == "Module" else base.__subclasses__())
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(current.__subclasses__())
+    return {
+        f"{c.__module__}.{c.__name__}" for c in found if not c.__name__.startswith("_") and not inspect.isabstract(c)
+    }
+
+
+def _is_foreign(path: str) -> bool:
+    return path.startswith(("lightning.", "torch.", "jsonargparse."))
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    folded = {candidate.lower(): candidate for candidate in names}
+    found = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    return f"; did you mean {folded[found[0]]!r}?" if found else ""
+
+
+def _allowed(names: Iterable[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return f"\n  allowed: {_cut(', '.join(names))}" if names else ""
+
+
+def _shown(value: str) -> str:
+    return f"={_cut(value)}" if value else ""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

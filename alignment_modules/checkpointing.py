@@ -80,8 +80,9 @@ class CheckpointContract(L.LightningModule):
         missing, unknown = [key for key in own if key not in whole], [key for key in whole if key not in own]
         if strict and (missing or unknown):
             raise RuntimeError(
-                f"{self._checkpoint_name()} does not fit {type(self).__name__}: {_some(missing)} of its weights are "
-                f"missing, {_some(unknown)} are unknown. Build the module as in the run that wrote the checkpoint."
+                f"{self._checkpoint_name()} does not fit {type(self).__name__}. Missing key(s) in state_dict: "
+                f"{_some(missing)}. Unexpected key(s) in state_dict: {_some(unknown)}. Build the module as in the run "
+                "that wrote the checkpoint."
             )
         return super().load_state_dict(whole, strict=strict, assign=assign)
 

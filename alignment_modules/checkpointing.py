@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.policies.reference import fingerprint
@@ -40,10 +41,11 @@ class CheckpointContract(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses checkpoints of another paradigm or against another reference.
+        """Refuses checkpoints of another paradigm, against another reference or of another optimizer.
 
         Raises:
-            ValueError: If the checkpoint was not written by this paradigm, or its reference had other weights.
+            ValueError: If the checkpoint was not written by this paradigm, its reference had other weights, or the
+                command line now names another optimizer.
         """
         entry = checkpoint.get(_KEY)
         found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
@@ -58,6 +60,7 @@ class CheckpointContract(L.LightningModule):
                 f"{_describe(now)}: pass the same `reference` (or, where it is a copy of the policy, the same "
                 "`policy`) as in the first run"
             )
+        self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
         self.load_extra_state(entry["extra"])
 
@@ -86,6 +89,23 @@ class CheckpointContract(L.LightningModule):
             )
         return super().load_state_dict(whole, strict=strict, assign=assign)
 
+    def _keep_typed_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Lets the optimizer options of the command line win over those that its saved state would bring back."""
+        then = checkpoint.get("hyper_parameters", {}).get("optimizer")
+        now = self.hparams.get("optimizer")
+        if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
+            return
+        if then.get("class_path") != now.get("class_path"):
+            raise ValueError(
+                f"{self._checkpoint_name()} holds the state of optimizer {then.get('class_path')}, but optimizer="
+                f"{now.get('class_path')}: resume with the same, or give the exported folder as `policy`"
+            )
+        old, new = then.get("init_args") or {}, now.get("init_args") or {}
+        for option in [option for option in new if option in old and old[option] != new[option]]:
+            rank_zero_info(f"optimizer.{option}: {new[option]} as given now; the checkpoint had {old[option]}")
+            for state in [*checkpoint.get("optimizer_states", ()), *checkpoint.get("lr_schedulers", ())]:
+                _replace(state, option, old[option], new[option])
+
     def _checkpoint_name(self) -> str:
         path = None if self._trainer is None else getattr(self._trainer, "ckpt_path", None)
         return f"checkpoint {str(path)!r}" if path else "this checkpoint"
@@ -113,3 +133,15 @@ def _describe(reference: str | None) -> str:
 
 def _some(keys: list[str]) -> str:
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+
+
+def _replace(state: dict[str, Any], option: str, old: Any, new: Any) -> None:
+    """Puts a new value of an option into the saved state of an optimizer or a schedule."""
+    for group in state.get("param_groups", ()):
+        if option == "lr":  # a schedule has moved it away from what was given
+            group["lr"] = new if group["lr"] == old else group["lr"] * new / old
+            group.update({"initial_lr": new} if "initial_lr" in group else {})
+        elif group.get(option) == old or group.get(option) == tuple(old if isinstance(old, list) else [old]):
+            group[option] = new  # not where the group has its own value, as vectors have for weight decay
+    if option == "lr" and "base_lrs" in state:
+        state["base_lrs"] = [new] * len(state["base_lrs"])

@@ -1,0 +1,128 @@
+"""A run killed in the middle of an epoch and resumed ends where the uninterrupted run ends, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("killed_runs.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+RESUMED_AT = {"sft": 4, "grpo": 16}  # optimizer steps
+
+
+@pytest.fixture(scope="module")
+def runs(workplace, tmp_path_factory):
+    """All runs of the script; `runs(name)` gives one run's folder."""
+    results = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(SCRIPT), str(results)]
+    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    codes = json.loads((results / "codes.json").read_text())
+    logs = {path.parent.name: path.read_text()[-2000:] for path in results.glob("*/log.txt")}
+
+    def find(name, code=0):
+        assert codes[name] == code, logs[name]
+        return results / name
+
+    return find
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def num_tokens(folder, step):
+    checkpoint = torch.load(folder / "checkpoints" / f"step={step}.ckpt", weights_only=True)
+    return checkpoint["alignment_module"]["num_tokens"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("paradigm", ["sft", "grpo"])
+class TestAfterSIGKILL:
+    def test_same_weights(self, runs, workplace, paradigm, workers):
+        runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL)
+        whole, resumed = weights(runs(f"{paradigm}_whole")), weights(runs(f"{paradigm}_resumed_{workers}"))
+        start = load_file(workplace / "policy" / "model.safetensors")
+        assert not any(torch.equal(value, start[key]) for key, value in whole.items())
+        assert equal(whole, resumed)
+
+    def test_same_rows_in_the_same_order(self, runs, paradigm, workers):
+        whole, resumed = rows(runs(f"{paradigm}_whole")), rows(runs(f"{paradigm}_resumed_{workers}"))
+        killed = rows(runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL))
+        position = next(i for i, batch in enumerate(whole) if batch["step"] == RESUMED_AT[paradigm])
+        assert whole[position]["epoch"] == 1
+        assert whole[position - 1]["epoch"] == 1  # the middle of an epoch
+        assert killed == whole[: len(killed)]
+        assert len(killed) > position + 1  # work after the checkpoint was lost, and is done again
+        assert resumed == whole[position:]
+
+    def test_tokens_are_counted_on(self, runs, paradigm, workers):
+        whole, resumed = runs(f"{paradigm}_whole"), runs(f"{paradigm}_resumed_{workers}")
+        later = RESUMED_AT[paradigm] + 4
+        assert num_tokens(whole, later) > num_tokens(whole, RESUMED_AT[paradigm]) > 0
+        assert num_tokens(resumed, later) == num_tokens(whole, later)
+
+    def test_nothing_half_written(self, runs, paradigm, workers):
+        folder = runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL) / "checkpoints"
+        assert not list(folder.glob("*.tmp"))
+        for path in folder.iterdir():
+            assert torch.load(path, weights_only=True)["alignment_module"]["paradigm"] == paradigm
+
+
+def test_random_numbers_matter(runs):
+    """With another seed after the checkpoint the policy's dropout differs, and so do the weights."""
+    assert not equal(weights(runs("sft_whole")), weights(runs("sft_other_seed")))
+    assert rows(runs("sft_other_seed")) == rows(runs("sft_resumed_0"))
+
+
+def test_the_checkpoint_that_sigterm_leaves_resumes_exactly(runs):
+    runs("sft_stopped", code=143)
+    assert equal(weights(runs("sft_whole")), weights(runs("sft_after_stop")))
+    seen = rows(runs("sft_stopped", code=143)) + rows(runs("sft_after_stop"))
+    assert [batch["rows"] for batch in seen] == [batch["rows"] for batch in rows(runs("sft_whole"))]
+
+
+def test_sigterm_ends_the_command_with_143(workplace, tmp_path):
+    """The scheduler's signal, to the command as a user runs it."""
+    noted = tmp_path / "rows.jsonl"
+    callbacks = json.dumps([{"class_path": "my_callbacks.Rows", "init_args": {"path": str(noted)}}])
+    command = [
+        sys.executable,
+        "-m",
+        "alignment_modules",
+        "fit",
+        "--config",
+        "sft.yaml",
+        "--trainer.max_steps",
+        "100000",
+    ]
+    command += ["--trainer.max_epochs", "-1", "--trainer.callbacks", callbacks]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.enable_checkpointing", "false"]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=workplace, env=ENVIRONMENT, stdout=log, stderr=log)
+    try:
+        limit = time.monotonic() + 120
+        while not (noted.exists() and noted.stat().st_size) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=60) == 143, (tmp_path / "log.txt").read_text()[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "run" / "export").exists()

@@ -139,10 +139,11 @@ class _LinearHead(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
         grad_bias = normalizer.new_zeros(weight.shape[0]) if needs_bias else None
         buffer = hidden.new_empty(min(ctx.chunk, hidden.shape[0]), weight.shape[0]) if product is None else product
+        temporaries = hidden.dtype != normalizer.dtype or cap is not None or grad_entropy is not None
         with torch.autocast(hidden.device.type, enabled=False):
             for span in spans:
                 gradient = product if product is not None else _project(hidden[span], weight, bias, alpha, buffer)
-                for block, part in _blocks(gradient, span):
+                for block, part in _blocks(gradient, span, temporaries=temporaries):
                     _overwrite_with_gradient(
                         gradient[block],
                         cap,
@@ -236,15 +237,17 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> int:
     return max(1, limit // row_bytes)
 
 
-def _blocks(matrix: Tensor, span: slice) -> Iterator[tuple[slice, slice]]:
-    """Rows to reduce at a time, counted in `matrix` and in all rows.
+def _blocks(matrix: Tensor, span: slice, *, temporaries: bool = True) -> Iterator[tuple[slice, slice]]:
+    """Rows to reduce at a time, counted in `matrix` and in all rows: all of them where that needs no temporaries.
 
-    They bound the memory of temporaries. Smaller blocks would stay in a CPU's cache, but each costs its threads a
-    barrier, which on busy cores takes longer than the memory traffic that it saves.
+    Smaller blocks would stay in a CPU's cache, but each costs its threads a barrier, which on busy cores takes longer
+    than the memory traffic that it saves.
     """
-    limit = (8 if matrix.device.type == "cpu" else 64) * 2**20
-    size = max(1, limit // (matrix.shape[1] * torch.finfo(_reduction_dtype(matrix.dtype)).bits // 8))
-    for block in _spans(matrix.shape[0], size):
+    size = matrix.shape[0]
+    if temporaries:
+        limit = (8 if matrix.device.type == "cpu" else 64) * 2**20
+        size = limit // (matrix.shape[1] * torch.finfo(_reduction_dtype(matrix.dtype)).bits // 8)
+    for block in _spans(matrix.shape[0], max(size, 1)):
         yield block, slice(span.start + block.start, span.start + block.stop)
 
 

@@ -178,7 +178,7 @@ def _weight(text: str) -> int:
 
 def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
     unknown, required = _NO_OPTION.match(cause.text), _REQUIRED.match(cause.text)
-    owner = cause.owner.rpartition(".")[2]
+    owner = _last(cause.owner)
     more = f"\n  help: {_program(parser)} --{cause.keys[0]}.help {owner}" if owner and len(cause.keys) == 1 else ""
     if required:
         names = [".".join([*cause.keys, name]) for name in required[1].split(", ")]
@@ -214,11 +214,16 @@ def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | Non
     if not (path or subclass):
         return None
     given = path[1] if path else _find(value, cause.keys[-1])
-    classes = sorted(_subclasses(_bases(_typehint(parser, cause))), key=lambda name: name.lower())
+    bases = _bases(_typehint(parser, cause))
+    classes = sorted(_subclasses(bases), key=str.lower)
     wanted = f"a subclass of {subclass[1]}" if subclass else "a class that this option takes"
-    own = [name for name in classes if not _is_foreign(name)] or classes
-    names = [name.rpartition(".")[2] for name in own]
-    close = _close(given.rpartition(".")[2], [name.rpartition(".")[2] for name in classes])
+    close = _close(_last(given), map(_last, classes))
+    # Ours where there are any, else those that come with the base class; not what other packages derive from it.
+    at_home = {base.__module__.partition(".")[0] for base in bases}
+    for packages in ({"alignment_modules", "datamodules"}, at_home):
+        names = [_last(path) for path in classes if path.partition(".")[0] in packages]
+        if names:
+            break
     return f"{option}{_shown(given)}: not the name or import path of {wanted}{close}{_allowed(names)}"
 
 
@@ -314,8 +319,8 @@ def _subclasses(bases: Iterable[type]) -> set[str]:
     }
 
 
-def _is_foreign(path: str) -> bool:
-    return path.startswith(("lightning.", "torch.", "jsonargparse."))
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _close(name: str, names: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ def wants_a_column(completions, solution):
     return [0.0] * len(completions)
 
 class FailsLater:
-    """Fails on the row whose prompt is the last of the data."""
+    """Fails on the last of the prompts."""
 
     def __call__(self, completions, prompts):
         if any("2+3" in prompt for prompt in prompts):
@@ -57,6 +57,12 @@ class Rows(Callback):
         rows = batch["index"] if "index" in batch else batch["input_ids"].tolist()
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": trainer.global_step, "epoch": trainer.current_epoch, "rows": rows}) + "\\n")
+
+class Marks(Callback):
+    """Leaves a file when a batch has been trained on."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        open(os.path.join(trainer.default_root_dir, "trained"), "w").close()
 
 class KillAt(Callback):
     """Ends its own process in the middle of an epoch."""
@@ -120,6 +126,7 @@ def workplace(tmp_path_factory):
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "log_every_n_steps": 1,
+        "callbacks": [{"class_path": "my_callbacks.Marks"}],
     }
     modules = {
         "sft": ("SFTModule", {}, "SFTDataModule", {"train": "sft.jsonl", "batch_size": 4}),

@@ -1,0 +1,372 @@
+"""Bad input, through the command line: one table. Each message names the thing, its value and what is allowed."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+PARSING, BUILDING, TRAINING = "parsing", "before training", "training"
+
+
+@dataclass
+class Case:
+    """`align fit -c PARADIGM.yaml ARGUMENTS` fails at the moment `when` with a message that holds all of `parts`."""
+
+    paradigm: str
+    arguments: list[str]
+    parts: list[str]
+    when: str = BUILDING
+
+
+CALLBACK = ["--trainer.callbacks+=ModelCheckpoint"]
+CASES = {
+    # options and classes
+    "unknown option of a module": Case(
+        "dpo",
+        ["--model.betta", "0.3"],
+        ["align fit: error", "--model.betta=0.3", "DPOModule has no option", "did you mean 'beta'?", "label_smoothing"],
+        PARSING,
+    ),
+    "unknown option in a file": Case(
+        "dpo", ["-c", "bad/option.yaml"], ["--model.betta=0.3", "DPOModule", "'beta'", "label_smoothing"], PARSING
+    ),
+    "unknown option of a data module": Case(
+        "sft", ["--data.batchsize=3"], ["--data.batchsize=3", "SFTDataModule", "'batch_size'", "max_length"], PARSING
+    ),
+    "unknown option of an optimizer": Case(
+        "sft", ["--model.optimizer.lrate", "1"], ["--model.optimizer.lrate=1", "AdamW", "allowed: lr, betas"], PARSING
+    ),
+    "unknown option of a schedule": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup", "3"],
+        ["--model.lr_scheduler.warmup=3", "CosineSchedule", "did you mean 'warmup_steps'?", "floor"],
+        PARSING,
+    ),
+    "unknown option of the policy": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.rank", "8"],
+        ["--model.policy.lora.rank=8", "LoraConfig has no option 'rank'", "allowed: r, alpha"],
+        PARSING,
+    ),
+    "unknown option of the Trainer": Case(
+        "sft", ["--trainer.max_epoch", "3"], ["--trainer.max_epoch 3", "did you mean '--trainer.max_epochs'?"], PARSING
+    ),
+    "unknown option of the Trainer in a file": Case(
+        "sft", ["-c", "bad/trainer.yaml"], ["--trainer.max_epoch", "did you mean 'max_epochs'?", "accelerator"], PARSING
+    ),
+    "unknown option of the command": Case(
+        "sft", ["--ckpt", "x.ckpt"], ["--ckpt x.ckpt: there is no such option", "'--ckpt_path'"], PARSING
+    ),
+    "a stray word": Case("sft", ["beta=1"], ["beta=1", "every option starts with --"], PARSING),
+    "unknown module": Case(
+        "sft", ["--model", "DPOModul"], ["--model=DPOModul", "did you mean 'DPOModule'?", "GRPOModule"], PARSING
+    ),
+    "a class that is no module": Case(
+        "sft", ["--model", "torch.nn.Linear"], ["--model=torch.nn.Linear", "subclass of AlignmentModule"], PARSING
+    ),
+    "a module of a package that is not there": Case(
+        "sft",
+        ["--model", "my_modules.SFT"],
+        ["--model=my_modules.SFT", "no module 'my_modules'"],
+        PARSING,
+    ),
+    "unknown data module": Case(
+        "sft", ["--data", "SFTData"], ["--data=SFTData", "did you mean 'SFTDataModule'?", "PromptDataModule"], PARSING
+    ),
+    "unknown optimizer": Case(
+        "sft", ["--model.optimizer", "AdamX"], ["--model.optimizer=AdamX", "did you mean 'Adam", "SGD"], PARSING
+    ),
+    "unknown callback": Case(
+        "sft", ["--trainer.callbacks+=SampleTabel"], ["SampleTabel", "did you mean 'SampleTable'?"], PARSING
+    ),
+    "unknown built-in reward": Case(
+        "grpo",
+        ["--model.rewards", '[{"class_path": "alignment_modules.rewards.ExactMach"}]'],
+        ["--model.rewards=alignment_modules.rewards.ExactMach", "did you mean 'ExactMatch'?"],
+        PARSING,
+    ),
+    "no number": Case("dpo", ["--model.beta", "big"], ["--model.beta=big", "must be float"], PARSING),
+    "no such choice": Case(
+        "grpo", ["--model.kl_placement", "los"], ["--model.kl_placement=los", "'loss', 'reward'"], PARSING
+    ),
+    "a number of epochs that is none": Case(
+        "sft", ["--trainer.max_epochs", "few"], ["--trainer.max_epochs=few", "int or null"], PARSING
+    ),
+    "a configuration that is not there": Case(
+        "sft", ["-c", "nowhere.yaml"], ["--config", "does not exist", "nowhere.yaml"], PARSING
+    ),
+    "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
+    "unknown loss": Case("dpo", ["--model.loss", "sigmod"], ["loss", "'sigmod'", "'sigmoid', 'robust'"]),
+    "a model type that is not known": Case(
+        "sft",
+        ["--model.policy", "null", "--model.policy.config", '{"model_type": "lama"}', "--data.tokenizer", "policy"],
+        ["policy.config.model_type='lama'", "llama"],
+    ),
+    # folders and tokenizers
+    "missing policy": Case(
+        "sft", ["--model.policy", "runs/sft/export"], ["policy.path='runs/sft/export'", "Hugging Face format"]
+    ),
+    "policy in an empty folder": Case("sft", ["--model.policy", "bad/empty"], ["'bad/empty'", "config.json"]),
+    "missing tokenizer": Case("sft", ["--data.tokenizer", "./none"], ["tokenizer='./none'", "no such folder"]),
+    "folder without tokenizer": Case(
+        "sft", ["--model.policy", "other"], ["tokenizer='other'", "holds no tokenizer", "config.json"]
+    ),
+    "a vocabulary that does not fit": Case(
+        "sft", ["--model.policy", "small", "--data.tokenizer", "policy"], ["42 ids", "embeddings for 10", "vocab_size"]
+    ),
+    "missing reference": Case(
+        "dpo", ["--model.reference", "runs/sft/export"], ["'runs/sft/export'", "Hugging Face format"]
+    ),
+    # data
+    "missing data": Case("sft", ["--data.train", "none.jsonl"], ["train='none.jsonl'", "no such file or folder"]),
+    "a kind of file that is not known": Case(
+        "sft", ["--data.train", "policy/model.safetensors"], ["'.safetensors'", "known: .jsonl"]
+    ),
+    "a line that does not parse": Case(
+        "sft", ["--data.train", "bad/line.jsonl"], ["bad/line.jsonl:3", "not valid JSON", "one JSON object"]
+    ),
+    "a line that is no object": Case(
+        "sft", ["--data.train", "bad/number.jsonl"], ["bad/number.jsonl:2", "JSON object"]
+    ),
+    "rows without the columns": Case(
+        "dpo",
+        ["--data.train", "sft.jsonl"],
+        ["sft.jsonl:1", "['completion', 'prompt']", "PreferenceDataModule needs [prompt, chosen, rejected]"],
+    ),
+    "a later row without a column": Case(
+        "sft", ["--data.train", "bad/column.jsonl"], ["bad/column.jsonl:2", "needs column completion", "['prompt']"]
+    ),
+    "an empty file": Case("sft", ["--data.train", "bad/empty.jsonl"], ["train='bad/empty.jsonl'", "no rows"]),
+    "no source": Case("sft", ["--data.train", "null"], ["train=None", "SFTDataModule a source for train"]),
+    "every row longer than the limit": Case(
+        "sft",
+        ["--data.max_length", "3", "--data.overflow", "drop"],
+        ["every row is longer than max_length=3", "longest has", "raise max_length or"],
+    ),
+    "every row longer than the limit, as an error": Case(
+        "sft",
+        ["--data.max_length", "3", "--data.overflow", "error"],
+        ["sft.jsonl:1", "max_length=3", "'drop'"],
+    ),
+    "no supervised token in the data": Case(
+        "pretrain",
+        ["--data.train", "bad/no_target.jsonl"],
+        ["no row is left to use", "dropped without target 2"],
+    ),
+    "a batch without a supervised token": Case(
+        "sft",
+        ["--data", "my_data.Masked", "--data.tokenizer", "policy"],
+        ["optimizer step 2 has nothing to learn from", "labels all -100"],
+        TRAINING,
+    ),
+    "batches of another paradigm": Case(
+        "grpo",
+        ["--data", "SFTDataModule", "--data.train", "sft.jsonl"],
+        ["GRPOModule must hold prompts", "it holds ['attention_mask', 'input_ids', 'labels']"],
+    ),
+    "unknown overflow policy": Case(
+        "sft", ["--data.overflow", "cut"], ["--data.overflow=cut", "'truncate', 'drop', 'error'"], PARSING
+    ),
+    # options that contradict each other or a value that is not allowed
+    "one generation": Case("grpo", ["--model.num_generations", "1"], ["num_generations=1", "at least 2"]),
+    "no micro-batch": Case("grpo", ["--model.micro_batch_size", "0"], ["micro_batch_size=0", "at least 1"]),
+    "a reference that nothing reads": Case(
+        "grpo", ["--model.reference", "other"], ["reference is given but beta=0", "KL penalty"]
+    ),
+    "accumulation by the Trainer": Case(
+        "grpo",
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["accumulate_grad_batches=2", "micro_batch_size"],
+    ),
+    "clipping by the Trainer": Case(
+        "grpo", ["--trainer.gradient_clip_val", "0.5"], ["gradient_clip_val=0.5", "GRPOModule", "max_grad_norm"]
+    ),
+    "a KL estimator without a gradient": Case(
+        "grpo", ["--model.beta", "0.1", "--model.kl_estimator", "k1"], ["'k1' must not stand in the loss", "'k3'"]
+    ),
+    "unknown KL estimator": Case(
+        "grpo", ["--model.beta", "0.1", "--model.kl_estimator", "k9"], ["'k9'", "'k1', 'k2', 'k3'"]
+    ),
+    "label smoothing that a loss does not have": Case(
+        "dpo", ["--model.loss", "ipo", "--model.label_smoothing", "0.1"], ["label_smoothing", "'ipo'", "0.1", "robust"]
+    ),
+    "a negative beta": Case("dpo", ["--model.beta", "-1"], ["beta", "-1.0", "> 0"]),
+    "temperature of zero": Case("grpo", ["--model.temperature", "0"], ["temperature", "0.0", "> 0"]),
+    "too many weights": Case(
+        "grpo", ["--model.reward_weights", "[1, 2]"], ["weights=[1.0, 2.0]", "one factor for each of the 1 rewards"]
+    ),
+    "a path and an architecture": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.config", '{"model_type": "llama"}'],
+        ["exactly one of 'path'", "'config'", "both are given"],
+    ),
+    "more warmup than steps": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup_steps", "500"],
+        ["warmup_steps=500", "total_steps=6"],
+    ),
+    "adapters for layers that are not there": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.target_modules", "query"],
+        ["lora.target_modules='query'", "q_proj", "'all-linear'"],
+    ),
+    # rewards
+    "a reward that is not there": Case(
+        "grpo", ["--model.rewards", "my_rewards.digit"], ["rewards[0]='my_rewards.digit'", "no attribute 'digit'"]
+    ),
+    "a reward's module that is not there": Case(
+        "grpo",
+        ["--model.rewards", "my_reward.digits"],
+        ["rewards[0]=", "no module named 'my_reward'"],
+    ),
+    "a reward that raises": Case(
+        "grpo", ["--model.rewards", "my_rewards.raises"], ["reward 'raises' raised in row 0", "ZeroDivisionError"]
+    ),
+    "a reward of the wrong count": Case(
+        "grpo", ["--model.rewards", "my_rewards.too_few"], ["reward 'too_few' returned 1 values for 12 completions"]
+    ),
+    "a reward of NaN": Case(
+        "grpo", ["--model.rewards", "my_rewards.never_a_number"], ["row 0", "never_a_number", "NaN"]
+    ),
+    "a reward that is no number": Case(
+        "grpo", ["--model.rewards", "my_rewards.a_word"], ["'a_word' returned str 'good' in row 0", "must be a number"]
+    ),
+    "a reward's column that is not there": Case(
+        "grpo",
+        ["--model.rewards", "my_rewards.wants_a_column"],
+        ["'wants_a_column' asks for 'solution'", "found: answer, completion_ids"],
+    ),
+    # checkpoints (more of them in test_checkpoints.py)
+    "a checkpoint that is not there": Case(
+        "sft", ["--ckpt_path", "runs/last.ckpt"], ["ckpt_path='runs/last.ckpt'", "no such file"]
+    ),
+    "a checkpoint of another paradigm": Case(
+        "sft", ["--ckpt_path", "bad/other.ckpt"], ["'bad/other.ckpt'", "paradigm 'dpo'", "only paradigm 'sft'"]
+    ),
+    "a truncated checkpoint": Case(
+        "sft", ["--ckpt_path", "bad/short.ckpt"], ["'bad/short.ckpt'", "truncated at 300 bytes", "earlier checkpoint"]
+    ),
+    "a checkpoint with a pickle inside": Case(
+        "sft", ["--ckpt_path", "bad/pickle.ckpt"], ["'bad/pickle.ckpt'", "Python objects", "refused"]
+    ),
+    "a misspelt metric": Case(
+        "sft",
+        [*CALLBACK, "--trainer.callbacks.monitor", "val/los", "--data.validation", "sft.jsonl"],
+        ["'val/los'", "'val/loss'"],
+        TRAINING,
+    ),
+}
+
+MASKED = '''
+from datamodules import SFTDataModule
+
+class Masked(SFTDataModule):
+    """From the second batch on nothing is supervised."""
+
+    def __init__(self, tokenizer: str):
+        super().__init__(train="sft.jsonl", tokenizer=tokenizer, batch_size=4)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.global_step:
+            batch["labels"].fill_(-100)
+        return batch
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bad(workplace):
+    """The files that the table names."""
+    folder = workplace / "bad"
+    (folder / "empty").mkdir(parents=True)
+    row = json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n"
+    files = {
+        "option.yaml": "model: {init_args: {betta: 0.3}}\n",
+        "trainer.yaml": "trainer: {max_epoch: 3}\n",
+        "broken.yaml": "trainer: {max_epochs: [\n",
+        "line.jsonl": row * 2 + '{"prompt": "1+1=", "comp\n' + row,
+        "number.jsonl": row + "12\n",
+        "column.jsonl": row + '{"prompt": "1+1="}\n',
+        "empty.jsonl": "",
+        "no_target.jsonl": '{"text": ""}\n' * 2,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    (workplace / "my_data.py").write_text(MASKED)
+    checkpoint = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "alignment_module": {"paradigm": "dpo"}}
+    torch.save(checkpoint, folder / "other.ckpt")
+    torch.save(checkpoint | {"callbacks": {"mine": Case("", [], [])}}, folder / "pickle.ckpt")
+    (folder / "short.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:300])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(align, name):
+    case = CASES[name]
+    result = align("fit", "-c", f"{case.paradigm}.yaml", "--trainer.max_epochs", "1", *case.arguments)
+    message = result.text if result.error is None else f"{result.text}\n{result.error}"
+    assert result.code == (2 if case.when == PARSING else 1), message
+    missing = [part for part in case.parts if part not in message]
+    assert not missing, message
+    assert (result.root / "trained").exists() == (case.when == TRAINING)
+    if case.when == PARSING:
+        assert message.endswith("help: align fit --help\n")
+        assert len(message.splitlines()) <= 6, message
+    else:
+        assert not list(result.root.rglob("*.safetensors"))  # nothing is exported
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
+        ([], ["subcommand", "fit", "align --help"]),
+        (["fit"], ["--data", "--model", "required"]),
+        (["fit", "--model", "DPOModule", "--data", "PreferenceDataModule"], ["--model.policy: required by DPOModule"]),
+    ],
+)
+def test_incomplete_commands(align, arguments, parts):
+    result = align(*arguments)
+    assert result.code == 2
+    assert [part for part in parts if part not in result.text] == [], result.text
+    assert len(result.text.splitlines()) <= 4
+
+
+def test_the_whole_traceback_on_demand(align, monkeypatch):
+    monkeypatch.setenv("ALIGN_TRACEBACK", "1")
+    result = align("fit", "-c", "grpo.yaml", "--model.num_generations", "1")
+    assert isinstance(result.error, ValueError)
+    assert result.error.__traceback__ is not None
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(align, monkeypatch):
+    monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: int("x"))
+    result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
+    assert isinstance(result.error, ValueError)
+    assert "invalid literal for int()" in str(result.error)
+
+
+class TestNothingLost:
+    def test_predictions_before_a_failure_are_there(self, align):
+        evaluation = ["--model.evaluation.num_samples", "1", "--model.evaluation.verifier", "my_rewards.FailsLater"]
+        evaluation += ["--model.evaluation.max_completion_length", "4"]
+        result = align("predict", "-c", "sft.yaml", "--data.predict", "prompts.jsonl", *evaluation)
+        assert result.code == 1
+        assert "reward 'FailsLater' raised in row 3" in result.text
+        assert "ZeroDivisionError: no reward for 2+3" in result.text
+        rows = [json.loads(line) for line in (result.root / "predictions.jsonl").read_text().splitlines()]
+        assert [row["index"] for row in rows] == list(range(8))  # two batches of four; the third failed
+
+    def test_checkpoints_before_a_failure_resume(self, align):
+        every = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}}
+        common = ["--data.shuffle", "false", "--trainer.max_epochs", "1"]
+        rewards = ["--model.rewards", "my_rewards.FailsLater", "--trainer.callbacks", json.dumps([every])]
+        failed = align("fit", "-c", "grpo.yaml", *common, *rewards)
+        assert failed.code == 1
+        assert "ZeroDivisionError: no reward for 2+3" in failed.text
+        paths = sorted(failed.root.rglob("*.ckpt"))
+        assert [torch.load(path, weights_only=True)["global_step"] for path in paths] == [1, 2]
+        resumed = align("fit", "-c", "grpo.yaml", *common, "--ckpt_path", paths[-1])
+        assert resumed.code == 0, resumed.text
+        (last,) = resumed.root.rglob("*.ckpt")
+        assert torch.load(last, weights_only=True)["global_step"] == 3

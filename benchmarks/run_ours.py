@@ -222,7 +222,7 @@ def main() -> None:
 
     del alignment_modules, datamodules
     baseline = measure.peak_rss()
-    clock, profile = measure.StepClock(options.warmup), measure.Profile(options.profile)
+    clock, profile = measure.StepClock(options.warmup, measure.CLOCKS[options.clock]), measure.Profile(options.profile)
     began = time.perf_counter()
     module = build_module(options, folder, bare=options.bare)
     fixed = options.check and options.method == "grpo"

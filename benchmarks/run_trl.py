@@ -151,7 +151,7 @@ def main() -> None:
     import trl  # noqa: F401  (the baseline of memory is that of the imports)
 
     baseline = measure.peak_rss()
-    clock, profile = measure.StepClock(options.warmup), measure.Profile(options.profile)
+    clock, profile = measure.StepClock(options.warmup, measure.CLOCKS[options.clock]), measure.Profile(options.profile)
     began = time.perf_counter()
     trainer = build(options, folder)
     setup = time.perf_counter() - began

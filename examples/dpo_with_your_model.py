@@ -49,7 +49,8 @@ def main() -> None:
     )
     trainer = L.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False, log_every_n_steps=8)
     trainer.fit(module, DataLoader(AscendingPairs(), batch_size=16, shuffle=True))
-    print({name: round(float(value), 3) for name, value in trainer.callback_metrics.items() if "rewards" in name})
+    accuracy, margin = (float(trainer.callback_metrics[f"train/rewards/{name}"]) for name in ("accuracies", "margins"))
+    print(f"chosen preferred in {accuracy:.0%} of the pairs, margin {margin:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pure functions inside your own LightningModule: fine-tuning written by hand, with exact reductions."""
+"""The pure functions inside your own LightningModule: the loss of `SFTModule`, written by hand."""
 
 import lightning as L
 import torch
@@ -9,7 +9,7 @@ from alignment_modules.functional import aggregate, token_log_probs
 
 
 class YourModule(L.LightningModule):
-    """Token-averaged fine-tuning written by hand, with exact log-probabilities and reductions from the library."""
+    """Any LightningModule of yours: log-probabilities and reductions come from the library, the rest is yours."""
 
     def __init__(self, vocabulary: int = 32, width: int = 64) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class YourModule(L.LightningModule):
         logits = self.head(self.mixer(self.embedding(ids[:, :-1]))[0])
         token_logps = token_log_probs(logits, ids[:, 1:])
         supervised = torch.arange(ids.shape[1] - 1, device=ids.device).expand_as(token_logps) >= ids.shape[1] // 2
-        total, weight = aggregate(-token_logps, supervised, reduction="token_mean")
+        total, weight = aggregate(-token_logps, supervised, reduction="token_mean")  # the sum, and the number of tokens
         loss = total / weight
         self.log("train/loss", loss, prog_bar=True)
         return loss

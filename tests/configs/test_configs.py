@@ -1,0 +1,214 @@
+"""Every shipped configuration runs: recipes with the user's model and data, overlays on recipes, the quickstart."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = {path.stem: path for path in sorted((CONFIGS / "recipes").glob("*.yaml"))}
+OVERLAYS = {path.stem: path for path in sorted((CONFIGS / "strategies").glob("*.yaml"))}
+QUICKSTART = {path.stem: path for path in sorted((CONFIGS / "quickstart").glob("*.yaml"))}
+QUIET = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+SHORT = {"grpo": ("--model.max_completion_length=4",)}
+
+
+@pytest.fixture
+def recipe(model_folder, data):
+    """Arguments of a recipe as its header gives them, with overlays stacked on it."""
+
+    def arguments(name, *overlays):
+        configs = [f"--config={path}" for path in (RECIPES[name], *(OVERLAYS[overlay] for overlay in overlays))]
+        return [*configs, f"--model.policy.path={model_folder}", f"--data.train={data[name]}", *SHORT.get(name, ())]
+
+    return arguments
+
+
+def printed(align, *arguments):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
+        align(*arguments, "--print_config")
+    assert stopped.value.code == 0
+    return out.getvalue()
+
+
+def test_there_is_a_recipe_for_every_paradigm():
+    assert set(RECIPES) == {"pretrain", "sft", "dpo", "grpo"}
+    assert {"lora", "ddp", "bf16"} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("path", [*RECIPES.values(), *OVERLAYS.values()], ids=lambda path: path.stem)
+def test_header_gives_the_launch_command(path):
+    header = "".join(line.lstrip("#").strip(" ") for line in path.read_text().splitlines(True) if line.startswith("#"))
+    command = header[header.index("align fit") :].split("\n\n")[0]
+    assert f"--config configs/{path.parent.name}/{path.name}" in command
+    assert "--model.policy.path MODEL" in command
+    assert "--data.train data.jsonl" in command
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_option_of_a_recipe_is_explained(name):
+    lines = RECIPES[name].read_text().splitlines()
+    for line in lines[next(i for i, line in enumerate(lines) if not line.startswith("#")) :]:
+        option = line.strip(" -")
+        if option and not option.startswith("#") and not option.endswith(":") and "class_path" not in option:
+            assert "#" in option, f"{name}.yaml: no comment on {option!r}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("overlays", [(), *((overlay,) for overlay in OVERLAYS), tuple(OVERLAYS)], ids="+".join)
+def test_recipe_and_overlays_run(align, recipe, name, overlays):
+    cli = align("fit", *recipe(name, *overlays), *QUIET, "--trainer.fast_dev_run=1")
+    assert cli.trainer.global_step == 1
+    trained = [name for name, p in cli.model.policy.named_parameters() if p.requires_grad]
+    assert all("lora" in name for name in trained) == ("lora" in overlays)
+    if "bf16" in overlays:
+        assert cli.trainer.precision == "bf16-mixed"
+    if "ddp" in overlays:
+        assert type(cli.trainer.strategy).__name__ == "DDPStrategy"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_printed_configuration_says_the_same_again(align, recipe, name, tmp_path):
+    first = printed(align, "fit", *recipe(name, "lora"), *QUIET)
+    assert yaml.safe_load(first)["model"]["init_args"]["policy"]["lora"]["r"] == 16
+    (tmp_path / "all.yaml").write_text(first)
+    assert printed(align, "fit", f"--config={tmp_path / 'all.yaml'}") == first
+
+
+def test_the_command_line_wins_over_files(align, recipe):
+    options = ("--model.beta=0.3", "--model.optimizer.lr=0.5", "--trainer.max_steps=7")
+    config = yaml.safe_load(printed(align, "fit", *recipe("dpo"), *options))
+    assert config["model"]["init_args"]["beta"] == 0.3
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0.0  # the recipe's
+    assert config["trainer"]["max_steps"] == 7
+
+
+def test_fit_resume_chain_and_evaluate(align, recipe, data):
+    """What a user does with one recipe after the other, and what lies where afterwards."""
+    fit = ["fit", *recipe("sft"), f"--data.validation={data['sft']}", *QUIET, "--trainer.log_every_n_steps=1"]
+    first = align(*fit, "--trainer.max_epochs=1").trainer
+    checkpoint = first.checkpoint_callback.best_model_path
+    assert Path(checkpoint).parent == Path("runs/sft/checkpoints")
+    resumed = align(*fit, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}").trainer
+    assert (first.global_step, resumed.global_step) == (3, 6)
+    assert resumed.callback_metrics["train/num_tokens"] == 2 * first.callback_metrics["train/num_tokens"]
+    assert "val/loss" in resumed.callback_metrics
+    assert (align.folder / "runs/sft/export/config.json").exists()
+
+    chained = ["--model.policy.path=runs/sft/export", *QUIET]
+    evaluation = ["--model.evaluation.max_completion_length=4", "--model.evaluation.num_samples=2"]
+    base = [f"--config={RECIPES['dpo']}", *chained]
+    validated = align("validate", *base, f"--data.validation={data['dpo']}").trainer.callback_metrics
+    assert float(validated["val/loss"]) == pytest.approx(0.6931, abs=1e-4)
+    tested = align("test", *base, *evaluation, f"--data.test={data['grpo']}").trainer.callback_metrics
+    assert 0 <= tested["test/exact_match"] <= 1
+    assert {"test/exact_match", "test/pass@2", "test/completions/mean_length"} <= tested.keys()
+    align("predict", *base, *evaluation, f"--data.predict={data['grpo']}")
+    rows = [json.loads(line) for line in (align.folder / "runs/dpo/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == len(Path(data["grpo"]).read_text().splitlines())
+    assert all(len(row["completions"]) == len(row["rewards"]) == 2 for row in rows)
+
+
+@pytest.mark.distributed
+def test_ddp_overlay_on_two_processes(recipe, tmp_path):
+    command = [sys.executable, "-m", "alignment_modules", "fit", *recipe("sft", "ddp"), *QUIET, "--trainer.devices=2"]
+    with subprocess.Popen(
+        [*command, "--trainer.max_epochs=1"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=300)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the second process too
+    assert process.returncode == 0, errors[-4000:]
+    assert (tmp_path / "runs/sft/export/model.safetensors").exists()
+    [checkpoint] = (tmp_path / "runs/sft/checkpoints").iterdir()
+    assert "step=2" in checkpoint.name  # 24 rows in batches of 8 on each of two processes
+
+
+# The quickstart's configurations start from what the stage before left in `runs/`.
+
+
+def strings(tree):
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from strings(value)
+    elif isinstance(tree, str):
+        yield tree
+
+
+def chain_order():
+    """Names of the quickstart's configurations, each after those whose folders it reads."""
+    configs = {name: yaml.safe_load(path.read_text()) for name, path in QUICKSTART.items()}
+    made_by = {config["trainer"]["default_root_dir"]: name for name, config in configs.items()}
+    needs = {
+        name: {made_by[f] for text in strings({**config, "trainer": None}) for f in made_by if text.startswith(f + "/")}
+        for name, config in configs.items()
+    }
+    order = []
+    while len(order) < len(needs):
+        ready = [name for name in needs if name not in order and needs[name] <= set(order)]
+        assert ready, f"the quickstart's configurations need each other in a circle: {needs}"
+        order += ready
+    return order
+
+
+def small(name):
+    """The subcommand of a quickstart's configuration, and arguments that make its task small."""
+    sources = yaml.safe_load(QUICKSTART[name].read_text())["data"]["init_args"]
+    made = [split for split, source in sources.items() if isinstance(source, dict) and "size" in source["init_args"]]
+    sizes = [f"--data.{split}.init_args.size=16" for split in made]
+    command = "fit" if "train" in sources else "predict"
+    return command, [f"--config={QUICKSTART[name]}", *QUIET, *sizes]
+
+
+@pytest.fixture(scope="module")
+def chained(align):
+    """Runs every stage for one step, so that each leaves what the next one reads; each question gets a right answer."""
+    for name in chain_order():
+        command, arguments = small(name)
+        if command == "fit":
+            arguments += ["--model.lr_scheduler=null", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+        align(command, *arguments)
+        predictions = align.folder / "runs/quickstart" / name / "predictions.jsonl"
+        if predictions.exists():  # an untrained policy gives ties, and no pairs can be made of those
+            rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+            rows = [row | {"rewards": [1.0, *row["rewards"][1:]]} for row in rows]
+            rows = [row | {"completions": [row["answer"], *row["completions"][1:]]} for row in rows]
+            predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return align
+
+
+@pytest.mark.parametrize("name", QUICKSTART)
+def test_quickstart_runs(chained, name):
+    command, arguments = small(name)
+    trainer = chained(command, *arguments, "--trainer.fast_dev_run=1").trainer
+    assert trainer.state.finished
+    assert command != "fit" or trainer.global_step == 1
+
+
+@pytest.mark.parametrize("name", [name for name in QUICKSTART if "test:" in QUICKSTART[name].read_text()])
+def test_quickstart_tests(chained, name):
+    _, arguments = small(name)
+    metrics = chained("test", *arguments).trainer.callback_metrics
+    assert {"test/exact_match", "test/pass@8"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", QUICKSTART)
+def test_quickstart_prints_its_configuration(align, name):
+    command, arguments = small(name)
+    assert yaml.safe_load(printed(align, command, *arguments))["seed_everything"] == 0

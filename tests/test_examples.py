@@ -1,0 +1,54 @@
+"""The example scripts are short, run as a user runs them, and learn."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ("dpo_with_your_model", "pieces_in_your_module", "two_processes")
+
+
+def run(name, folder):
+    """What a script prints; a hang, of a second process too, is a failure."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=300)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_at_most_60_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+
+
+def test_dpo_with_your_model_learns_to_prefer(tmp_path):
+    found = re.search(r"chosen preferred in (\d+)% of the pairs, margin (\S+)", run("dpo_with_your_model", tmp_path))
+    assert int(found[1]) == 100
+    assert float(found[2]) > 1
+
+
+@pytest.mark.parametrize(
+    "name", ["pieces_in_your_module", pytest.param("two_processes", marks=pytest.mark.distributed)]
+)
+def test_the_loss_falls(name, tmp_path):
+    found = re.findall(r"^loss (\S+)$", run(name, tmp_path), flags=re.MULTILINE)
+    assert len(found) == 1  # rank 0 alone reports
+    assert float(found[0]) < 0.2  # guessing among 32 tokens costs 3.47

@@ -110,7 +110,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
-        optimizer = self.make_optimizer(parameter_groups(self))  # type: ignore[arg-type]
+        optimizer = self.make_optimizer(parameter_groups(self))
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
@@ -179,8 +179,12 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the weight of the whole window. Lightning clips after this, on unscaled gradients."""
-        window = torch.stack([torch.as_tensor(v, device=self.device, dtype=torch.float32)
-                              for v in (self._window_weight, self._window_tokens)])
+        window = torch.stack(
+            [
+                torch.as_tensor(v, device=self.device, dtype=torch.float32)
+                for v in (self._window_weight, self._window_tokens)
+            ]
+        )
         weight, tokens = self.reduce(window, "sum").unbind()
         # Elsewhere than on the CPU looking at the weight waits for the device, so only steps that wait anyway look.
         looks = self.logging_due or self.device.type == "cpu"
@@ -198,7 +202,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         norm = self.clip(gradients)
         if self.logging_due:
             norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
-            self._train_meters.update({"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)})
+            self._train_meters.update(
+                {"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)}
+            )
             self._train_meters.update({"learning_rate": Statistic(torch.tensor(optimizer.param_groups[0]["lr"]))})
         self._num_tokens = self._num_tokens + tokens
         self._window_weight = self._window_tokens = 0.0
@@ -230,7 +236,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         return self._is_logged(self.global_step + 1)
 
     def _is_logged(self, step: int) -> bool:
-        interval = self.trainer.log_every_n_steps or 0
+        interval = self.trainer.log_every_n_steps or 0  # type: ignore[attr-defined]
         return interval > 0 and (step == 1 or step % interval == 0)
 
     def publish(self, values: Mapping[str, float], stage: Literal["train", "val", "test"]) -> None:

@@ -23,6 +23,9 @@ class CheckpointContract(L.LightningModule):
     paradigm: ClassVar[str]
     reference: nn.Module | None
     _num_tokens: Tensor | float
+    _window_weight: Tensor | float
+    _window_tokens: Tensor | float
+    _restored_window: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
         """More state for the checkpoint, of plain types and tensors."""
@@ -38,6 +41,7 @@ class CheckpointContract(L.LightningModule):
             "num_tokens": float(self._num_tokens),
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
+            "window": self._open_window(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -62,7 +66,34 @@ class CheckpointContract(L.LightningModule):
             )
         self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
+        self._restored_window = entry.get("window")
         self.load_extra_state(entry["extra"])
+
+    def on_train_start(self) -> None:
+        """Puts back the gradients of an optimizer step that was half accumulated."""
+        window, self._restored_window = self._restored_window, None
+        if window is None:
+            return
+        self._window_weight, self._window_tokens = window["weight"], window["tokens"]
+        for name, parameter in self.named_parameters():
+            if name in window["gradients"]:
+                parameter.grad = window["gradients"][name].to(parameter)
+
+    def _open_window(self) -> dict[str, Any] | None:
+        """The gradients accumulated so far where a checkpoint falls between the micro-batches of a step.
+
+        That happens at a validation in between, and at a signal. Ranks hold different gradients and one of them writes
+        the checkpoint, so with several this is left out.
+        """
+        alone = self._trainer is not None and self._trainer.world_size == 1
+        if not alone or not self.automatic_optimization or not float(self._window_weight):
+            return None
+        gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+        return {
+            "weight": float(self._window_weight),
+            "tokens": float(self._window_tokens),
+            "gradients": gradients,
+        }
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights but the reference's (a sharded, distributed checkpoint keeps them: its loader demands it)."""

@@ -39,7 +39,11 @@ class DPOModule(AlignmentModule):
 
     paradigm = "dpo"
     batch_keys = (
-        "prompt_input_ids", "prompt_attention_mask", "chosen_input_ids", "chosen_attention_mask", "rejected_input_ids",
+        "prompt_input_ids",
+        "prompt_attention_mask",
+        "chosen_input_ids",
+        "chosen_attention_mask",
+        "rejected_input_ids",
         "rejected_attention_mask",
     )
     compares_log_probs = True
@@ -73,9 +77,15 @@ class DPOModule(AlignmentModule):
         lengths = scores.mask.sum(dim=1).view(-1, 2)
         reference_logps = self.reference_logps(batch, segments)
         losses = preference_loss(
-            logps[:, 0], logps[:, 1], reference_logps[:, 0], reference_logps[:, 1],
-            loss=self.loss, beta=self.beta, label_smoothing=self.label_smoothing,
-            chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1],
+            logps[:, 0],
+            logps[:, 1],
+            reference_logps[:, 0],
+            reference_logps[:, 1],
+            loss=self.loss,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
         )
         if self.nll_coef:
             losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
@@ -83,8 +93,7 @@ class DPOModule(AlignmentModule):
         counted = lengths.amin(dim=1) > 0
         total = (losses * counted).sum()
         statistics = self.statistics(total, counted, logps.detach(), reference_logps)
-        if details:
-            statistics |= _token_statistics(scores)
+        statistics |= _token_statistics(scores)
         return Objective(total, counted.sum(), statistics)
 
     def segments(self, batch: dict[str, Any]) -> Segments:
@@ -110,7 +119,9 @@ class DPOModule(AlignmentModule):
             self._reference_cache.update(zip(keys, logps.unbind(), strict=True))
         return logps
 
-    def statistics(self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor) -> dict[str, Statistic]:
+    def statistics(
+        self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor
+    ) -> dict[str, Statistic]:
         """Rewards `beta * (log pi - log ref)`, their margins and accuracies, and the policy's log-probabilities."""
         rewards = self.beta * (logps - reference_logps)
         values = {
@@ -133,14 +144,17 @@ class DPOModule(AlignmentModule):
             "loss": f"{self.loss}, beta {self.beta}, label smoothing {self.label_smoothing}, nll_coef {self.nll_coef}"
             + (coupled if self.loss in BATCH_COUPLED_LOSSES else ""),
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
-            "reference": "the policy, adapter off" if self.reference is None
+            "reference": "the policy, adapter off"
+            if self.reference is None
             else f"{type(self.reference).__name__}, frozen{', log-probabilities cached' * self.cache_reference}",
         }
 
 
 def _token_statistics(scores: Scores) -> dict[str, Statistic]:
+    if scores.correct is None or scores.entropy is None:
+        return {}
     chosen, mask = scores.correct[0::2], scores.mask[0::2]
     return {
         "mean_token_accuracy": Statistic((chosen & mask).sum(), mask.sum()),
-        "entropy": Statistic((scores.entropy.detach() * scores.mask).sum(), scores.mask.sum()),
+        "entropy": Statistic(scores.entropy.detach().sum(), scores.mask.sum()),
     }

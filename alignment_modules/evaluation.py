@@ -70,13 +70,17 @@ class GenerationSteps(L.LightningModule):
         table, _ = self.judge(verifier, batch, greedy, 1)
         self._eval_meters.update({"exact_match": _mean(_correct(table)), **length_statistics(greedy)})
         if config.num_samples:
-            samples = self.generate(batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed)
+            samples = self.generate(
+                batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed
+            )
             table, _ = self.judge(verifier, batch, samples, config.num_samples)
             correct = _correct(table).view(-1, config.num_samples)
-            self._eval_meters.update({
-                f"pass@{config.num_samples}": _mean(correct.amax(dim=1)),
-                "sample_accuracy": _mean(correct),
-            })
+            self._eval_meters.update(
+                {
+                    f"pass@{config.num_samples}": _mean(correct.amax(dim=1)),
+                    "sample_accuracy": _mean(correct),
+                }
+            )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`."""
@@ -140,10 +144,13 @@ class GenerationSteps(L.LightningModule):
     ) -> tuple[RewardTable, list[str]]:
         """Scores completions; returns the table of rewards and the completions' texts."""
         texts = self.decode(completions)
-        prompt_ids = [row[mask.bool()].tolist() for row, mask in zip(
-            batch["prompts"].cpu(), batch["prompt_attention_mask"].cpu(), strict=True)]
-        completion_ids = [row[mask].tolist() for row, mask in zip(
-            completions.ids.cpu(), completions.mask.cpu(), strict=True)]
+        prompt_ids = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(batch["prompts"].cpu(), batch["prompt_attention_mask"].cpu(), strict=True)
+        ]
+        completion_ids = [
+            row[mask].tolist() for row, mask in zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)
+        ]
         columns = {name: _repeat(values, num_samples) for name, values in _columns(batch).items() if name != "prompt"}
         table = rewards(
             prompts=_repeat(prompt_texts(self.tokenizer, batch), num_samples),
@@ -157,8 +164,9 @@ class GenerationSteps(L.LightningModule):
     def decode(self, completions: Completions) -> list[str]:
         """The completions as text, without special tokens."""
         ids, mask = completions.ids.cpu(), completions.mask.cpu()
-        return self.tokenizer.batch_decode([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)],
-                                           skip_special_tokens=True)
+        return self.tokenizer.batch_decode(
+            [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
 
     def evaluation_parameters(self, greedy: bool = False) -> SamplingParameters:
         """How `test` and `predict` sample."""

@@ -85,7 +85,9 @@ class GRPOModule(OnlineModule):
             loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, importance_level=importance_level
         )
         _check_counts(
-            num_generations=self.num_generations, num_iterations=num_iterations, minibatches=minibatches,
+            num_generations=self.num_generations,
+            num_iterations=num_iterations,
+            minibatches=minibatches,
             micro_batch_size=1 if micro_batch_size is None else micro_batch_size,
         )
         if scale_rewards not in ADVANTAGE_SCALES:
@@ -140,7 +142,8 @@ class GRPOModule(OnlineModule):
             old_logps=completions.token_logps.view(prompts, group, -1),
             on_policy="old_logprobs" not in batch,
         )
-        if "responses" in batch and rollout.on_policy and self.optimizer_steps_per_batch > 1:
+        read_later = self.optimizer_steps_per_batch > 1 or self.kl_placement == "reward"
+        if "responses" in batch and rollout.on_policy and read_later:
             rollout = replace(rollout, old_logps=self._score_rollout(rollout, reference=False))
         if self.beta:
             reference_logps = self._score_rollout(rollout, reference=True)
@@ -168,24 +171,31 @@ class GRPOModule(OnlineModule):
         token_logps = scores.token_logps
         mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
         old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
-        clipping = {
-            "loss": self.loss, "epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta,
+        clipping: dict[str, Any] = {
+            "loss": self.loss,
+            "epsilon": self.epsilon,
+            "epsilon_high": self.epsilon_high,
+            "delta": self.delta,
             "importance_level": self.importance_level,
         }
         values = policy_gradient_loss(token_logps, old_logps, advantages, mask, **clipping)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
             reference_logps = rollout.reference_logps.flatten(0, 1)  # type: ignore[union-attr]
-            divergence = kl_penalty(token_logps, reference_logps, estimator=self.kl_estimator, old_token_logps=old_logps)
+            divergence = kl_penalty(
+                token_logps, reference_logps, estimator=self.kl_estimator, old_token_logps=old_logps
+            )
             values = values + self.beta * divergence
             statistics["kl"] = _token_mean(divergence, mask)
-        if self.entropy_coef:
+        if self.entropy_coef and scores.entropy is not None:
             values = values - self.entropy_coef * scores.entropy
-        reduction = {"reduction": LOSS_REDUCTIONS[self.loss], "max_length": self.sampling.max_completion_length}
-        total, weight = aggregate(values, mask, **reduction)
+        total, weight = aggregate(
+            values, mask, reduction=LOSS_REDUCTIONS[self.loss], max_length=self.sampling.max_completion_length
+        )
         statistics |= {"loss": Statistic(total, weight)}
-        if self.logging_due:
-            statistics |= clip_statistics(token_logps.detach(), old_logps, advantages, mask, **clipping)
+        if scores.entropy is not None and self.logging_due:
+            shares = clip_statistics(token_logps.detach(), old_logps, advantages, mask, **clipping)
+            statistics |= {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
             if rollout.on_policy:  # how far decoding and scoring disagree; NaN where the batch brought the responses
                 difference = (rollout.old_logps.flatten(0, 1) - token_logps.detach()).abs()
@@ -243,8 +253,11 @@ class GRPOModule(OnlineModule):
 
     def _score(self, model: nn.Module, rollout: Rollout) -> Scores:
         segments = Segments.from_prompts(
-            rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids.flatten(0, 1),
-            rollout.completion_mask.flatten(0, 1), rollout.loss_mask.flatten(0, 1),
+            rollout.prompt_ids,
+            rollout.prompt_mask,
+            rollout.completion_ids.flatten(0, 1),
+            rollout.completion_mask.flatten(0, 1),
+            rollout.loss_mask.flatten(0, 1),
         )
         details = torch.is_grad_enabled() and (bool(self.entropy_coef) or self.logging_due)
         return score(model, segments, temperature=self.sampling.temperature, entropy=details)
@@ -271,7 +284,9 @@ def _check_counts(*, num_generations: int, num_iterations: int, minibatches: int
             f"num_generations={num_generations} must be at least 2: a group's completions are compared with each other"
         )
     for name, value in (
-        ("num_iterations", num_iterations), ("minibatches", minibatches), ("micro_batch_size", micro_batch_size),
+        ("num_iterations", num_iterations),
+        ("minibatches", minibatches),
+        ("micro_batch_size", micro_batch_size),
     ):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

@@ -90,7 +90,7 @@ class ManualOptimizationModule(AlignmentModule):
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients only with the last micro-batch of a step."""
         if hasattr(self.policy, "set_requires_gradient_sync"):
-            self.policy.set_requires_gradient_sync(last)  # FSDP2
+            self.policy.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDP2
         if last or not hasattr(self.trainer.strategy, "block_backward_sync"):
             return nullcontext()
         return self.trainer.strategy.block_backward_sync()

@@ -53,18 +53,25 @@ class SFTModule(AlignmentModule):
             batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
         )
         details = not self.training or self.logging_due
-        scores = score(self.policy, segments, entropy=details, accuracy=details)
+        scores = score(
+            self.policy,
+            segments,
+            entropy=details,
+            accuracy=details,
+            normalizer=self.z_loss > 0,
+            mean_logp=self.label_smoothing > 0,
+        )
         nll = -scores.token_logps
         loss = nll * nll.detach().neg().exp() if self.loss == "dft" else nll
-        if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * scores.mean_logps
-        if self.z_loss:
-            loss = loss + self.z_loss * scores.normalizers.square()
+        if scores.mean_logp is not None:
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * scores.mean_logp
+        if scores.normalizer is not None:
+            loss = loss + self.z_loss * scores.normalizer.square()
         total, weight = aggregate(loss, scores.mask, reduction="token_mean")
         statistics = {"loss": Statistic(total, weight)}
-        if details:
+        if scores.correct is not None and scores.entropy is not None:
             statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)
-            statistics["entropy"] = Statistic(aggregate(scores.entropy.detach(), scores.mask, reduction="token_mean")[0], weight)
+            statistics["entropy"] = Statistic(scores.entropy.detach().sum(), weight)
         return Objective(total, weight, statistics)
 
     def describe(self) -> dict[str, str]:

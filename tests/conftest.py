@@ -83,6 +83,8 @@ def assert_same():
         assert first.keys() == second.keys()
         assert max(float(value.abs().max()) for value in first.values()) > 10 * tolerance
         for name in first:
-            torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                first[name], second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
     return compare

@@ -93,7 +93,9 @@ def test_checkpoint_without_reference_resumes(make, train, tmp_path):
     initial = fingerprint(module.reference)
     import lightning as L
 
-    resumed = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    resumed = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     resumed.fit(module, torch.utils.data.DataLoader([pairs()] * 2, batch_size=None), ckpt_path=tmp_path / "a.ckpt")
     assert resumed.global_step == 4
     assert fingerprint(module.reference) == initial
@@ -155,7 +157,9 @@ def test_a_pair_without_a_completion_is_not_counted(make, train):
     batch = pairs()
     whole = train(make(beta=0.5), [{k: v[:3] for k, v in batch.items()}] * 3).callback_metrics
     batch["rejected_attention_mask"][3] = 0
-    assert train(make(beta=0.5), [batch] * 3).callback_metrics["train/loss"] == pytest.approx(float(whole["train/loss"]), abs=1e-6)
+    assert train(make(beta=0.5), [batch] * 3).callback_metrics["train/loss"] == pytest.approx(
+        float(whole["train/loss"]), abs=1e-6
+    )
 
 
 def test_plain_module_without_transformers(train):
@@ -175,7 +179,12 @@ def test_plain_module_without_transformers(train):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"beta": 0.0}, "beta"), ({"loss": "dpo"}, "'dpo'"), ({"label_smoothing": 0.6}, "label_smoothing"), ({"nll_coef": -1.0}, "nll_coef")],
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"loss": "dpo"}, "'dpo'"),
+        ({"label_smoothing": 0.6}, "label_smoothing"),
+        ({"nll_coef": -1.0}, "nll_coef"),
+    ],
 )
 def test_refuses(make, options, named):
     with pytest.raises(ValueError, match=named):

@@ -76,7 +76,12 @@ def make(tiny_llama):
 
     def factory(cls, **options):
         if cls is GRPOModule:
-            options = {"rewards": never_called, "num_generations": 4, "max_completion_length": 8, "max_grad_norm": None} | options
+            options = {
+                "rewards": never_called,
+                "num_generations": 4,
+                "max_completion_length": 8,
+                "max_grad_norm": None,
+            } | options
         if cls is DPOModule or options.get("beta"):
             options = {"reference": copy.deepcopy(reference)} | options
         return lambda **more: cls(policy=copy.deepcopy(tiny_llama), **options, **more)
@@ -120,7 +125,9 @@ class TestSFT:
         mixed["labels"][-1] = -100
         assert_same(whole, update(make(SFTModule), [mixed]))
 
-    def test_a_targetless_micro_batch_adds_nothing_and_a_whole_step_of_them_is_refused(self, update, assert_same, make, sequences):
+    def test_a_targetless_micro_batch_adds_nothing_and_a_whole_step_of_them_is_refused(
+        self, update, assert_same, make, sequences
+    ):
         batch, targetless = sft_batch(sequences), sft_batch(sequences, prompt=99)
         assert_same(update(make(SFTModule), [batch]), update(make(SFTModule), [targetless, batch, targetless]))
         with pytest.raises(ValueError, match="optimizer step 1 has nothing to learn from.*labels all -100"):
@@ -139,7 +146,9 @@ class TestDPO:
     def test_split_padding_and_order(self, update, assert_same, make, sequences, loss):
         module = make(DPOModule, loss=loss, beta=0.5)
         whole = update(module, [preference_batch(sequences, range(8))])
-        assert_same(whole, update(module, [preference_batch(sequences, part) for part in ([0], [1, 2, 3, 4, 5], [6, 7])]))
+        assert_same(
+            whole, update(module, [preference_batch(sequences, part) for part in ([0], [1, 2, 3, 4, 5], [6, 7])])
+        )
         assert_same(whole, update(module, [preference_batch(sequences, range(8), width=16, side="left")]))
         assert_same(whole, update(module, [preference_batch(sequences, [5, 1, 7, 0, 2, 6, 3, 4])]))
 
@@ -177,7 +186,10 @@ class TestGRPO:
         whole = update(make(GRPOModule, **options), [batch])
         for size in (1, 2, 3, 4, 8, 9):
             assert_same(whole, update(make(GRPOModule, micro_batch_size=size, **options), [batch]))
-        wider = {key: F.pad(value, (0, 5)) if key in ("responses", "response_mask", "old_logprobs") else value for key, value in batch.items()}
+        wider = {
+            key: F.pad(value, (0, 5)) if key in ("responses", "response_mask", "old_logprobs") else value
+            for key, value in batch.items()
+        }
         assert_same(whole, update(make(GRPOModule, **options), [wider]))
         order = torch.tensor([2, 0, 3, 1])
         rows = (order[:, None] * 4 + torch.arange(4)).flatten()

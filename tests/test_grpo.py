@@ -38,8 +38,12 @@ def prompts(count=4):
 def make(tiny_llama):
     def factory(**options):
         defaults = {
-            "policy": copy.deepcopy(tiny_llama), "rewards": threes, "num_generations": 4, "max_completion_length": 6,
-            "tokenizer": Digits(), "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1),
+            "policy": copy.deepcopy(tiny_llama),
+            "rewards": threes,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "tokenizer": Digits(),
+            "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1),
         }
         return GRPOModule(**(defaults | options))
 
@@ -79,7 +83,8 @@ def test_optimizer_steps_and_learning_rates(make, train, iterations, minibatches
             rates.append(optimizer.param_groups[0]["lr"])
 
     module = make(
-        num_iterations=iterations, minibatches=minibatches,
+        num_iterations=iterations,
+        minibatches=minibatches,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     )
     trainer = train(module, [prompts(), prompts(3)], callbacks=[Spy()])
@@ -145,7 +150,12 @@ def test_kl_in_the_reward_lowers_it_by_the_divergence(make, train, tiny_llama):
     reference = copy.deepcopy(tiny_llama)
     with torch.no_grad():
         reference.lm_head.weight.mul_(1.2)
-    options = {"beta": 0.5, "kl_estimator": "k1", "reference": reference, "rewards": lambda completions: [1.0] * len(completions)}
+    options = {
+        "beta": 0.5,
+        "kl_estimator": "k1",
+        "reference": reference,
+        "rewards": lambda completions: [1.0] * len(completions),
+    }
     metrics = train(make(kl_placement="reward", **options), [prompts()]).callback_metrics
     assert metrics["train/reward_std"] > 0
     with pytest.raises(ValueError, match="k1"):
@@ -165,7 +175,7 @@ def test_a_piece_without_rows_gives_a_connected_zero(make, train):
 
     module.objective = spy
     train(module, [prompts()])
-    (objective, empty), = pieces
+    ((objective, empty),) = pieces
     assert float(empty.total) == 0
     assert float(empty.weight) == 0
     assert empty.total.requires_grad

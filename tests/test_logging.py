@@ -24,7 +24,9 @@ def cut(whole, size):
 @pytest.fixture
 def make(tiny_llama):
     def factory(cls=SFTModule, **options):
-        return cls(policy=copy.deepcopy(tiny_llama), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **options)
+        return cls(
+            policy=copy.deepcopy(tiny_llama), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **options
+        )
 
     return factory
 
@@ -34,16 +36,26 @@ def events(folder):
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_tags_and_steps(make, train, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     train(make(), cut(batch(24), 2), logger=logger, accumulate_grad_batches=2, log_every_n_steps=3)
     found = events(tmp_path)
-    assert {f"train/{name}" for name in (
-        "loss", "mean_token_accuracy", "entropy", "num_tokens", "grad_norm", "learning_rate",
-    )} <= found.keys()
+    assert {
+        f"train/{name}"
+        for name in (
+            "loss",
+            "mean_token_accuracy",
+            "entropy",
+            "num_tokens",
+            "grad_norm",
+            "learning_rate",
+        )
+    } <= found.keys()
     assert [step for step, _ in found["train/loss"]] == [1, 3, 6]  # optimizer steps, not batches
 
 
@@ -89,7 +101,11 @@ def test_num_tokens_survives_a_checkpoint(make, train, tmp_path):
     assert trainer.callback_metrics["train/num_tokens"] == tokens
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     resumed = L.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
         log_every_n_steps=1,
     )
     resumed.fit(make(), torch.utils.data.DataLoader([whole], batch_size=None), ckpt_path=tmp_path / "a.ckpt")

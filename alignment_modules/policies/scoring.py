@@ -42,12 +42,16 @@ class Scores:
         entropy: `[rows, time]` entropy in nats of the distribution that each target is one draw of, 0 where not scored;
             None if not asked for.
         correct: `[rows, time]` bool, whether the target is the most probable token; None if not asked for.
+        normalizer: `[rows, time]` logsumexp of the logits, 0 where not scored; None if not asked for.
+        mean_logp: `[rows, time]` mean log-probability over the vocabulary, 0 where not scored; None if not asked for.
     """
 
     token_logps: Tensor
     mask: Tensor
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    normalizer: Tensor | None = None
+    mean_logp: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def score(
     temperature: float = 1.0,
     entropy: bool = False,
     accuracy: bool = False,
+    normalizer: bool = False,
+    mean_logp: bool = False,
 ) -> Scores:
     """Log-probabilities of the targets of `segments` under `policy`, differentiable in all its parameters.
 
@@ -107,6 +113,8 @@ def score(
         temperature: Divides the logits, > 0. Use the temperature that the tokens were sampled with.
         entropy: Also compute the entropies, differentiable too.
         accuracy: Also compute whether each target is the most probable token.
+        normalizer: Also compute the logsumexp of the logits, differentiable too (for a z-loss).
+        mean_logp: Also compute the mean log-probability over the vocabulary, differentiable too (for label smoothing).
 
     Returns:
         The scores.
@@ -127,13 +135,17 @@ def score(
         states = _padded_states(policy, segments, hidden=head is not None)
 
     targets = segments.target_ids
-    correct = entropies = None
     if head is None:
-        logps = token_log_probs(states, targets, temperature)
-        entropies = token_entropy(states, temperature) if entropy else None
-        correct = states.argmax(-1) == targets if accuracy else None
+        log_normalizer = (states / temperature).logsumexp(-1) if normalizer or mean_logp else None
+        found = {
+            "token_logps": token_log_probs(states, targets, temperature),
+            "entropy": token_entropy(states, temperature) if entropy else None,
+            "correct": states.argmax(-1) == targets if accuracy else None,
+            "normalizer": log_normalizer if normalizer else None,
+            "mean_logp": states.mean(-1) / temperature - log_normalizer if mean_logp else None,  # type: ignore[operator]
+        }
     else:
-        scores = linear_token_scores(
+        found = linear_token_scores(
             states,
             head.linear.weight,
             targets,
@@ -143,14 +155,11 @@ def score(
             softcap=head.softcap,
             with_entropy=entropy,
             with_correct=accuracy,
-        )
-        logps, entropies, correct = scores.token_logps, scores.entropy, scores.correct
-    return Scores(
-        token_logps=_place(logps, segments),
-        mask=segments.mask(),
-        entropy=None if entropies is None else _place(entropies, segments),
-        correct=None if correct is None else _place(correct, segments),
-    )
+            with_normalizer=normalizer,
+            with_mean_logp=mean_logp,
+        )._asdict()
+    placed: Any = {name: None if values is None else _place(values, segments) for name, values in found.items()}
+    return Scores(mask=segments.mask(), **placed)
 
 
 def capabilities(policy: nn.Module) -> Capabilities:

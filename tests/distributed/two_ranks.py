@@ -72,7 +72,10 @@ class Batches:
         )
         rewards = torch.tensor([float((r + g) % 3) + 0.1 * g for r, g in completions])
         return {
-            "prompts": ids, "prompt_attention_mask": mask, "responses": responses, "response_mask": response_mask,
+            "prompts": ids,
+            "prompt_attention_mask": mask,
+            "responses": responses,
+            "response_mask": response_mask,
             "rewards": rewards,
         }
 
@@ -109,12 +112,30 @@ def modules(policy):
     yield "pretrain", lambda: PretrainModule(policy=copy.deepcopy(policy), **sgd)
     yield "sft", lambda: SFTModule(policy=copy.deepcopy(policy), **sgd)
     yield "dpo", lambda: DPOModule(policy=copy.deepcopy(policy), reference=copy.deepcopy(other), beta=0.5, **sgd)
-    yield "grpo", lambda: GRPOModule(
-        policy=copy.deepcopy(policy), reference=copy.deepcopy(other), beta=0.1, scale_rewards="batch",
-        micro_batch_size=4, num_generations=3, **online, **sgd,
+    yield (
+        "grpo",
+        lambda: GRPOModule(
+            policy=copy.deepcopy(policy),
+            reference=copy.deepcopy(other),
+            beta=0.1,
+            scale_rewards="batch",
+            micro_batch_size=4,
+            num_generations=3,
+            **online,
+            **sgd,
+        ),
     )
-    yield "sampled", lambda: GRPOModule(
-        policy=copy.deepcopy(policy), num_generations=4, micro_batch_size=4, minibatches=2, num_iterations=2, **online, **sgd
+    yield (
+        "sampled",
+        lambda: GRPOModule(
+            policy=copy.deepcopy(policy),
+            num_generations=4,
+            micro_batch_size=4,
+            minibatches=2,
+            num_iterations=2,
+            **online,
+            **sgd,
+        ),
     )
 
 
@@ -128,8 +149,15 @@ def main(folder: Path, devices: int) -> None:
         module = make()
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         trainer = L.Trainer(
-            max_epochs=1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+            max_epochs=1,
+            accelerator="cpu",
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
         )
         trainer.fit(module, DataLoader(Batches(name, devices), batch_size=None))
         if trainer.is_global_zero:

@@ -1,0 +1,91 @@
+"""SFT's losses against plain PyTorch, on a Hugging Face model and on a plain module."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from alignment_modules import PretrainModule, SFTModule
+
+
+class Plain(nn.Module):
+    """A language model that is not of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.mixer = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, input_ids):
+        return self.head(self.mixer(self.embedding(input_ids))[0])
+
+
+@pytest.fixture(params=["llama", "plain"])
+def policy(request, tiny_llama):
+    torch.manual_seed(1)
+    return tiny_llama if request.param == "llama" else Plain()
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(1, 40, (3, 8), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(8) > 2, ids, -100)
+    return {"input_ids": ids, "labels": labels}
+
+
+def plain_loss(policy, batch, **options):
+    output = policy(batch["input_ids"])
+    logits = (output if isinstance(output, torch.Tensor) else output.logits)[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    kept = targets != -100
+    logits, targets = logits[kept], targets[kept]
+    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))
+    if options.get("loss") == "dft":
+        nll = nll * nll.detach().neg().exp()
+    return (nll + options.get("z_loss", 0.0) * logits.logsumexp(-1).square()).mean()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": "dft"}, {"label_smoothing": 0.2}, {"z_loss": 0.1}, {"label_smoothing": 0.1, "z_loss": 0.01}],
+)
+def test_loss_and_gradient(update, assert_same, train, policy, batch, options):
+    expected = plain_loss(policy, batch, **options)
+    expected.backward()
+    gradient = {f"policy.{name}": -p.grad for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    assert_same(gradient, update(lambda **more: SFTModule(policy=copy.deepcopy(policy), **options, **more), [batch]))
+    module = SFTModule(
+        policy=copy.deepcopy(policy), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0), **options
+    )
+    logged = train(module, [batch]).callback_metrics["train/loss"]
+    assert float(logged) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_pretraining_is_the_same_objective(train, policy, batch):
+    def loss(cls):
+        module = cls(policy=copy.deepcopy(policy), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+        return float(train(module, [batch]).callback_metrics["train/loss"])
+
+    assert loss(PretrainModule) == loss(SFTModule)
+
+
+def test_policy_trains_with_its_dropout(train, tiny_llama, batch):
+    """Weights from a folder come in eval mode; a fine-tuned policy must still be trained with its dropout."""
+    module = SFTModule(policy=tiny_llama.eval(), optimizer=torch.optim.SGD)
+    modes = []
+    original = module.objective
+    module.objective = lambda batch: (modes.append(module.policy.training), original(batch))[1]
+    train(module, [batch])
+    assert modes == [True]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"loss": "mse"}, "'mse'"), ({"label_smoothing": 1.0}, "label_smoothing"), ({"z_loss": -1.0}, "z_loss")],
+)
+def test_refuses(policy, options, named):
+    with pytest.raises(ValueError, match=named):
+        SFTModule(policy=policy, **options)

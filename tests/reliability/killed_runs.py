@@ -53,7 +53,7 @@ def align(log, arguments):
         sys.exit(70)
 
 
-def run(name, paradigm, *options, workers=0, kill=None, resume=None):
+def run(name, paradigm, *options, workers=0, kill=None, odd=False, resume=None):
     root = RESULTS / name
     root.mkdir(parents=True)
     checkpoint = {
@@ -68,8 +68,7 @@ def run(name, paradigm, *options, workers=0, kill=None, resume=None):
         {"class_path": "my_callbacks.Rows", "init_args": {"path": str(root / "rows.jsonl")}},
     ]
     if kill is not None:
-        # at SIGTERM Lightning finishes the batch; the second of a step leaves no gradient that a checkpoint would lack
-        when = {"step": KILL[paradigm], "signal": int(kill), "odd": kill == signal.SIGTERM}
+        when = {"step": KILL[paradigm], "signal": int(kill), "odd": odd}
         callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": when})
     arguments = ["fit", "--config", f"{paradigm}.yaml", *SETTINGS[paradigm], "--data.num_workers", str(workers)]
     arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.default_root_dir", str(root), *options]
@@ -97,7 +96,10 @@ if __name__ == "__main__":
             codes[resumed] = run(resumed, paradigm, workers=workers, resume=last)
     last = RESULTS / "sft_killed_0" / "checkpoints" / f"step={CHECKPOINT['sft']}.ckpt"
     codes["sft_other_seed"] = run("sft_other_seed", "sft", "--exact_resume.seed", "1", resume=last)
-    codes["sft_stopped"] = run("sft_stopped", "sft", kill=signal.SIGTERM)
-    written = sorted((RESULTS / "sft_stopped" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    codes["sft_after_stop"] = run("sft_after_stop", "sft", resume=written[-1])
+    # Lightning finishes the batch of the signal: the first of an optimizer step's two, or the second
+    for name, odd in (("first", False), ("second", True)):
+        codes[f"sft_stopped_{name}"] = run(f"sft_stopped_{name}", "sft", kill=signal.SIGTERM, odd=odd)
+        written = (RESULTS / f"sft_stopped_{name}" / "checkpoints").iterdir()
+        last = max(written, key=lambda path: path.stat().st_mtime_ns)
+        codes[f"sft_continued_{name}"] = run(f"sft_continued_{name}", "sft", resume=last)
     (RESULTS / "codes.json").write_text(json.dumps(codes))

@@ -90,11 +90,13 @@ def test_random_numbers_matter(runs):
     assert rows(runs("sft_other_seed")) == rows(runs("sft_resumed_0"))
 
 
-def test_the_checkpoint_that_sigterm_leaves_resumes_exactly(runs):
-    runs("sft_stopped", code=143)
-    assert equal(weights(runs("sft_whole")), weights(runs("sft_after_stop")))
-    seen = rows(runs("sft_stopped", code=143)) + rows(runs("sft_after_stop"))
-    assert [batch["rows"] for batch in seen] == [batch["rows"] for batch in rows(runs("sft_whole"))]
+@pytest.mark.parametrize("batch", ["first", "second"])
+def test_the_checkpoint_that_sigterm_leaves_resumes_exactly(runs, batch):
+    """Also where it falls between the two batches of an optimizer step."""
+    stopped, continued = runs(f"sft_stopped_{batch}", code=143), runs(f"sft_continued_{batch}")
+    assert equal(weights(runs("sft_whole")), weights(continued))
+    assert [b["rows"] for b in rows(stopped) + rows(continued)] == [b["rows"] for b in rows(runs("sft_whole"))]
+    assert num_tokens(continued, 8) == num_tokens(runs("sft_whole"), 8)
 
 
 def test_sigterm_ends_the_command_with_143(workplace, tmp_path):

@@ -190,8 +190,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         looks = self.logging_due or self.device.type == "cpu"
         if self.automatic_optimization and looks and not weight:
             raise ValueError(
-                f"optimizer step {self.global_step + 1} has nothing to learn from: not one target in the batches of all "
-                "its micro-batches and ranks (labels all -100, or empty completions). Look at the data's masks; a "
+                f"optimizer step {self.global_step + 1} has nothing to learn from: not one target in the batches of "
+                "all its micro-batches and ranks (labels all -100, or empty completions). Look at the data's masks; a "
                 "single batch without targets is fine, a whole step is not"
             )
         # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.

@@ -27,9 +27,10 @@ from alignment_modules.policies.segments import Segments
 ATTENTION_NAME = "segments"
 # Keywords by which models ask for what a plan cannot do; a sliding window is compared with the longest context.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
-# Padding tokens worth one kernel call saved, forward and backward: a call costs about 0.1 ms, a token through one layer
-# about 0.1 ms on a CPU core (a layer of 0.8M parameters) and far less on an accelerator.
-_PADDING_PER_CALL = {"cpu": 1}
+# Padding tokens worth one kernel call saved, forward and backward. On a CPU a call costs about 0.1 ms and a token
+# through one layer, of about 12 hidden_size^2 parameters, about 0.05 ms at hidden_size 256. An accelerator computes
+# tokens faster than it launches kernels.
+_PADDING_PER_CALL_CPU = 110_000  # / hidden_size^2
 _PADDING_PER_CALL_ELSEWHERE = 128
 
 
@@ -58,6 +59,7 @@ class AttentionPlan:
         buckets: What is attended to together; first those without parents.
         gather: `[row]` int64, which token of the segments stands where in the row; a repeated one is padding.
         position: `[tokens]` int64, where each token of the segments stands in the row.
+        predicting: `[distinct sources]` int64, ascending, the places in the row that some target is predicted from.
         longest: Tokens of the longest context.
         calls: How often an attention layer has used the plan.
     """
@@ -65,6 +67,7 @@ class AttentionPlan:
     buckets: tuple[Bucket, ...]
     gather: Tensor
     position: Tensor
+    predicting: Tensor
     longest: int
     calls: int = 0
     _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -81,11 +84,12 @@ class AttentionPlan:
 _PLANS: weakref.WeakKeyDictionary[Segments, AttentionPlan] = weakref.WeakKeyDictionary()
 
 
-def plan_attention(segments: Segments) -> AttentionPlan:
+def plan_attention(segments: Segments, hidden_size: int) -> AttentionPlan:
     """Returns the plan of these segments, made at the first call.
 
     Args:
         segments: At least one segment.
+        hidden_size: Of the model, to weigh padding against calls. A plan made for another model serves as well.
 
     Returns:
         The plan, on the segments' device.
@@ -93,14 +97,14 @@ def plan_attention(segments: Segments) -> AttentionPlan:
     plan = _PLANS.get(segments)
     if plan is None:
         with torch.inference_mode(False):
-            plan = _PLANS[segments] = _make_plan(segments)
+            plan = _PLANS[segments] = _make_plan(segments, hidden_size)
     return plan
 
 
-def _make_plan(segments: Segments) -> AttentionPlan:
+def _make_plan(segments: Segments, hidden_size: int) -> AttentionPlan:
     device = segments.token_ids.device
     lengths, parents = segments.lengths, segments.parents
-    padding = _PADDING_PER_CALL.get(device.type, _PADDING_PER_CALL_ELSEWHERE)
+    padding = _PADDING_PER_CALL_CPU // hidden_size**2 if device.type == "cpu" else _PADDING_PER_CALL_ELSEWHERE
     lone = [index for index, parent in enumerate(parents) if parent < 0]
     children = [index for index, parent in enumerate(parents) if parent >= 0]
     buckets = [Bucket(lengths[rows[0]], tuple(rows)) for rows in _group(lone, lengths, padding)]
@@ -124,6 +128,7 @@ def _make_plan(segments: Segments) -> AttentionPlan:
         tuple(buckets),
         gather.to(device, non_blocking=True),
         position.to(device, non_blocking=True),
+        position[segments.source.cpu().unique()].sort().values.to(device, non_blocking=True),
         segments.longest,
     )
 

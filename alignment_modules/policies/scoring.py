@@ -12,7 +12,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
+from alignment_modules.policies.last_layer import feed_forward_on, find_feed_forward
 from alignment_modules.policies.segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Capabilities:
         hidden_states: The head is a plain linear map that can be applied to the predicting tokens' hidden states alone.
         reason: Why, in a sentence.
         window: Longest context in tokens that may be packed, for models with a sliding window; None for no limit.
+        trims_last_layer: The last layer's feed-forward block may be given the predicting tokens alone.
     """
 
     packed: bool
@@ -71,6 +73,7 @@ class Capabilities:
     hidden_states: bool
     reason: str
     window: int | None = None
+    trims_last_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def score(
     model = _language_model(policy)
     head = _find_head(model) if ability.hidden_states else None
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
-        states = _packed_states(model, segments, hidden=head is not None)
+        states = _packed_states(model, segments, hidden=head is not None, trim=ability.trims_last_layer)
     else:
         states = _padded_states(policy, segments, hidden=head is not None)
 
@@ -197,9 +200,9 @@ def _one_token(segments: Segments) -> Segments:
     return replace(segments, token_ids=zero, position_ids=zero, lengths=(1,), parents=(-1,))
 
 
-def _packed_states(model: Any, segments: Segments, *, hidden: bool) -> Tensor:
+def _packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = False) -> Tensor:
     """Hidden states `[targets, d]` of the predicting tokens, or their logits `[targets, vocabulary]`."""
-    plan = plan_attention(segments)
+    plan = plan_attention(segments, model.config.get_text_config().hidden_size)
     source = plan.position[segments.source]
     inputs: dict[str, Any] = {
         "input_ids": segments.token_ids[plan.gather][None],
@@ -209,9 +212,10 @@ def _packed_states(model: Any, segments: Segments, *, hidden: bool) -> Tensor:
         "use_cache": False,
         "segment_plan": plan,
     }
-    if hidden:
-        return model.base_model(**inputs).last_hidden_state[0].index_select(0, source)
-    return model(**inputs, logits_to_keep=source).logits[0]
+    with feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext():
+        if hidden:
+            return model.base_model(**inputs).last_hidden_state[0].index_select(0, source)
+        return model(**inputs, logits_to_keep=source).logits[0]
 
 
 def _padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Tensor:
@@ -267,7 +271,7 @@ def _find_head(model: Any) -> _Head | None:
 
 def _probe(policy: nn.Module, model: Any) -> Capabilities:
     """Tries the backbone with our head, then the packed against the padded pass, on a few random tokens."""
-    name = _attention_name(model)
+    name, trim = _attention_name(model), False
     with _quiet(policy):
         objection = _object_to_head(model)
         hidden = objection is None
@@ -275,7 +279,7 @@ def _probe(policy: nn.Module, model: Any) -> Capabilities:
         if refusal is None:
             register_attention()
             model.set_attn_implementation(ATTENTION_NAME)
-            refusal = _refuse_by_numbers(policy, model, hidden=hidden)
+            refusal, trim = _refuse_by_numbers(policy, model, hidden=hidden)
             if refusal is not None:
                 model.set_attn_implementation("sdpa")
     head = "head on the predicting tokens alone" if hidden else f"head called as it is ({objection})"
@@ -283,7 +287,7 @@ def _probe(policy: nn.Module, model: Any) -> Capabilities:
         return Capabilities(False, False, hidden, f"padded rows ({refusal}), {head}")
     limit = "" if window is None else f" up to {window} tokens of context"
     reason = f"packed rows with shared prompts{limit} (attention implementation set from {name} to segments), {head}"
-    return Capabilities(True, True, hidden, reason, window)
+    return Capabilities(True, True, hidden, reason, window, trim)
 
 
 def _refuse_by_structure(model: Any, name: str | None) -> tuple[int | None, str | None]:
@@ -316,8 +320,8 @@ def _object_to_head(model: Any) -> str | None:
     return None if _close(logits, expected) else "the model does more than this linear layer"
 
 
-def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> str | None:
-    """None if the packed pass equals the padded one, else why not."""
+def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> tuple[str | None, bool]:
+    """None if packed and padded rows agree, else why not; and whether they still do with the last layer trimmed."""
     lengths, parents = (3, 2, 1, 4), (-1, 0, 0, -1)
     ids = _random_ids(model, sum(lengths))
     starts = [3 if parent >= 0 else 0 for parent in parents]
@@ -328,11 +332,21 @@ def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> str | 
         packed = _packed_states(model, segments, hidden=hidden)
         padded = _padded_states(policy, segments, hidden=hidden)
     except _REFUSALS as error:
-        return _first_line(error)
-    calls, layers = plan_attention(segments).calls, model.config.get_text_config().num_hidden_layers
-    if calls != layers:  # numbers alone would not show it where a layer's output projection starts at zero
-        return f"{calls} of {layers} layers read the segments"
-    return None if _close(packed, padded) else "packed and padded rows differ"
+        return _first_line(error), False
+    config = model.config.get_text_config()
+    calls = plan_attention(segments, config.hidden_size).calls
+    if calls != config.num_hidden_layers:  # numbers do not show it where a layer's output projection starts at zero
+        return f"{calls} of {config.num_hidden_layers} layers read the segments", False
+    if not _close(packed, padded):
+        return "packed and padded rows differ", False
+    if find_feed_forward(model) is None:
+        return None, False
+    some = every[1::3]
+    fewer = replace(segments, source=some, target_ids=ids[some], slot=some)
+    try:
+        return None, _close(_packed_states(model, fewer, hidden=hidden, trim=True), padded[some])
+    except _REFUSALS:
+        return None, False
 
 
 def _random_ids(model: Any, count: int) -> Tensor:

@@ -44,10 +44,10 @@ CASES = {
 @pytest.mark.parametrize("padding", [0, 1, 3, 100])
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_equal_dense_attention(case, padding, monkeypatch):
-    monkeypatch.setitem(attention._PADDING_PER_CALL, "cpu", padding)
+    monkeypatch.setattr(attention, "_PADDING_PER_CALL_CPU", padding * 16**2)
     torch.manual_seed(0)
     segments = make_segments(*CASES[case])
-    plan = plan_attention(segments)
+    plan = plan_attention(segments, 16)
     query, key, value = (
         torch.randn(1, segments.tokens, heads, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (4, 2, 2)
@@ -68,13 +68,13 @@ def test_output_and_gradients_equal_dense_attention(case, padding, monkeypatch):
 
 def test_equal_lengths_share_a_call_and_padding_is_bounded(monkeypatch):
     segments = make_segments([4, 9, 4, 9, 5], [-1] * 5)
-    monkeypatch.setitem(attention._PADDING_PER_CALL, "cpu", 0)
-    plan = plan_attention(segments)
+    monkeypatch.setattr(attention, "_PADDING_PER_CALL_CPU", 0)
+    plan = plan_attention(segments, 16)
     assert [(bucket.width, len(bucket.rows)) for bucket in plan.buckets] == [(9, 2), (5, 1), (4, 2)]
     assert len(plan.gather) == segments.tokens
-    assert plan_attention(segments) is plan  # made once
-    monkeypatch.setitem(attention._PADDING_PER_CALL, "cpu", 2)
-    merged = plan_attention(make_segments([4, 9, 4, 9, 5], [-1] * 5))
+    assert plan_attention(segments, 16) is plan  # made once
+    monkeypatch.setattr(attention, "_PADDING_PER_CALL_CPU", 2 * 16**2)
+    merged = plan_attention(make_segments([4, 9, 4, 9, 5], [-1] * 5), 16)
     assert [(bucket.width, len(bucket.rows)) for bucket in merged.buckets] == [(9, 2), (5, 3)]
     assert len(merged.gather) == segments.tokens + 2
 
@@ -89,7 +89,7 @@ def test_the_whole_row_is_never_masked_at_once(monkeypatch):
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", record)
     segments = make_segments([6, 4, 3, 8], [-1, 0, 0, -1])
-    plan = plan_attention(segments)
+    plan = plan_attention(segments, 16)
     parts = [torch.randn(1, 2, len(plan.gather), 4) for _ in range(3)]
     segment_attention_forward(Layer(), *parts, None, segment_plan=plan)
     assert max(q for q, _, _ in shapes) == 8
@@ -112,7 +112,7 @@ def test_without_a_plan_it_is_sdpa():
 def test_a_plan_made_in_inference_mode_serves_training():
     segments = make_segments([3, 2, 2], [-1, 0, 0])
     with torch.inference_mode():
-        plan = plan_attention(segments)
+        plan = plan_attention(segments, 16)
         plan.mask(2, 3)
     parts = [torch.randn(1, 2, 7, 4, requires_grad=True) for _ in range(3)]
     output, _ = segment_attention_forward(Layer(), *parts, None, segment_plan=plan)
@@ -125,7 +125,7 @@ def test_a_plan_made_in_inference_mode_serves_training():
     [({"softcap": 30.0}, "softcap"), ({"s_aux": torch.ones(2)}, "s_aux"), ({"sliding_window": 4}, "sliding_window=4")],
 )
 def test_attention_that_a_plan_cannot_give_is_refused(request_, message):
-    plan = plan_attention(make_segments([5], [-1]))
+    plan = plan_attention(make_segments([5], [-1]), 16)
     parts = [torch.randn(1, 2, 5, 4) for _ in range(3)]
     with pytest.raises(ValueError, match=message):
         segment_attention_forward(Layer(), *parts, None, segment_plan=plan, **request_)

@@ -428,6 +428,36 @@ def test_logits_of_all_positions_are_never_built(monkeypatch):
     assert rows[0] < segments.tokens
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_feed_forward_block_sees_the_predicting_tokens_alone(checkpointing):
+    policy, batch = build("llama"), prompts_batch()
+    segments = Segments.from_prompts(**batch)
+    assert capabilities(policy).trims_last_layer
+    assert len(segments.source.unique()) < 0.9 * segments.tokens
+    if checkpointing:  # its second forward pass would not know
+        policy.gradient_checkpointing_enable()
+        policy.train()
+    seen = []
+    for layer in policy.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
+    score(policy, segments)
+    row = seen[0]
+    assert row >= segments.tokens
+    assert seen[1] == (row if checkpointing else len(segments.source.unique()))
+    assert not policy.model.layers[-1].mlp._forward_hooks
+    assert not policy.model.layers[-1].mlp._forward_pre_hooks
+
+
+def test_a_last_block_that_mixes_tokens_is_not_trimmed(monkeypatch):
+    policy, batch = build("llama"), prompts_batch()
+    block = policy.model.layers[-1].mlp
+    original = block.forward
+    # The same for every token of the row, so that packing is not what it breaks.
+    monkeypatch.setattr(block, "forward", lambda hidden: original(hidden) + 0.1 * (hidden.shape[1] > 3))
+    assert not capabilities(policy).trims_last_layer
+    score(policy, Segments.from_prompts(**batch))
+
+
 def test_a_head_that_is_not_linear_sees_the_predicting_tokens_alone():
     policy = lora(build("llama", tie_word_embeddings=False), ["lm_head"])
     segments = Segments.from_prompts(**prompts_batch())

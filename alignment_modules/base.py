@@ -178,7 +178,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self._eval_meters.update(objective.statistics | self.extra_metrics(batch, objective))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the weight of the whole window. Lightning clips after this, on unscaled gradients."""
+        """Divides the gradients by the weight of the window; Lightning clips after this, on unscaled gradients."""
         window = torch.stack(
             [
                 torch.as_tensor(v, device=self.device, dtype=torch.float32)
@@ -243,7 +243,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         """Sends numbers to progress bar, callbacks and loggers, at the optimizer step as the horizontal axis."""
         named = {f"{stage}/{name}": value for name, value in values.items()}
         shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
-        outside_fit = stage == "test" or not self.trainer.training and self.trainer.state.fn == "validate"
+        outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
         for name, value in named.items():
             self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, rank_zero_only=False)
         if not outside_fit and not self.trainer.sanity_checking:

@@ -1,4 +1,4 @@
-"""Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare within a group, update."""
+"""Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
 from dataclasses import replace
 from time import monotonic
@@ -210,9 +210,11 @@ class GRPOModule(OnlineModule):
         sampling = self.sampling
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
         return super().describe() | {
-            "loss": f"{self.loss}, {self.importance_level}-level ratio clipped to [{1 - self.epsilon:g}, {1 + high:g}]{cap}",
+            "loss": f"{self.loss}, {self.importance_level}-level ratio clipped to [{1 - self.epsilon:g}, {1 + high:g}]"
+            f"{cap}",
             "normaliser": f"{LOSS_REDUCTIONS[self.loss]} over the optimizer step, all micro-batches and ranks",
-            "advantages": f"{self.scale_rewards}, {self.num_generations} completions a prompt; 0 where a group's rewards are equal",
+            "advantages": f"{self.scale_rewards}, {self.num_generations} completions a prompt; 0 where a "
+            "group's rewards are equal",
             "rewards": ", ".join(self.rewards.names),
             "KL": kl,
             "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "

@@ -1,4 +1,4 @@
-"""Manual optimization, done once for every online paradigm: several optimizer steps a batch, each exactly normalised."""
+"""Manual optimization for every online paradigm: several optimizer steps a batch, each exactly normalised."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,8 +1,6 @@
-"""Supervised fine-tuning: the negative log-likelihood of the supervised tokens, averaged over the whole step's tokens."""
+"""Supervised fine-tuning: the negative log-likelihood of a step's supervised tokens, averaged over all of them."""
 
 from typing import Any, Literal
-
-import torch
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import aggregate
@@ -20,7 +18,8 @@ class SFTModule(AlignmentModule):
         loss: "nll", or "dft" (dynamic fine-tuning, arXiv:2508.05629): each token's negative log-likelihood is weighted
             by its own detached probability.
         label_smoothing: Share of the target distribution spread evenly over the vocabulary, in [0, 1).
-        z_loss: Coefficient of `logsumexp(logits)^2`, which keeps the softmax normaliser near 1 (PaLM, arXiv:2204.02311).
+        z_loss: Coefficient of `logsumexp(logits)^2`, which keeps the softmax normaliser near 1 (PaLM,
+            arXiv:2204.02311).
         **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
 
     Raises:

@@ -2,14 +2,17 @@
 
     python benchmarks/accuracy.py --seeds 0 1 2
 
-Prints a table in Markdown and what holds; exits with 1 where a bar is missed.
+A seed that has finished below the same root is read from its `results.json`, not run again. Prints a table in Markdown
+and what holds; exits with 1 where a bar is missed.
 """
 
 import argparse
+import json
 import math
 import statistics
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -23,7 +26,10 @@ Results = Mapping[str, Measured]
 
 
 def run_seed(root: Path, seed: int) -> dict[str, Measured]:
-    """Runs the chain and both controls for one seed."""
+    """Runs the chain and both controls for one seed, or reads what an earlier run of it found."""
+    finished = root / f"seed{seed}" / "results.json"
+    if finished.exists():
+        return {name: Measured(**values) for name, values in json.loads(finished.read_text()).items()}
     chain = Chain(root / f"seed{seed}", seed)
     results = {"untrained": chain.test("pretrain", name="untrained", trained=False)}
     for stage in STAGES:
@@ -35,6 +41,7 @@ def run_seed(root: Path, seed: int) -> dict[str, Measured]:
     for name, options in controls.items():
         seconds = chain.fit("grpo", *options, name=name)
         results[name] = chain.test("grpo", name=name, seconds=seconds)
+    finished.write_text(json.dumps({name: asdict(measured) for name, measured in results.items()}, indent=2))
     return results
 
 

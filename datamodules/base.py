@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -32,15 +32,16 @@ class AlignmentDataModule(LightningDataModule):
     A subclass says which row formats it takes (`accepts`) and how it makes a table of them (`build`).
 
     Args:
-        train: Source of the training rows: a path, a hub id, a map-style Dataset of dict rows, or a list of dict rows.
-        validation: Source of the validation rows.
-        test: Source of the test rows.
-        predict: Source of the rows to predict.
+        train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
+            a map-style Dataset of dict rows, or a list of dict rows.
+        validation: Validation rows.
+        test: Test rows.
+        predict: Rows to predict.
         tokenizer: A tokenizer, its folder or its hub id; None takes the `tokenizer` attribute of a source.
         max_length: Most tokens of a row.
         batch_size: Rows in a batch of one process.
         eval_batch_size: The same for validation, test and predict; None takes `batch_size`.
-        overflow: What happens to a row longer than `max_length`.
+        overflow: A row longer than `max_length` is truncated, dropped, or an error. What is lost is counted and logged.
         shuffle: Draw a new order of the training rows each epoch.
         seed: Seed of these orders.
         drop_last: Leave out a last training batch that is not full.
@@ -63,7 +64,7 @@ class AlignmentDataModule(LightningDataModule):
         max_length: int = 1024,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
-        overflow: str = "truncate",
+        overflow: Literal["split", "truncate", "drop", "error"] = "truncate",
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
-
-from torch.utils.data import Dataset
 
 from . import formats
 from .base import AlignmentDataModule
@@ -23,27 +20,11 @@ class SFTDataModule(AlignmentDataModule):
     `completion`).
 
     Args:
-        train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
-            or a map-style Dataset of dict rows.
-        validation: Validation rows.
-        test: Test rows.
-        predict: Rows to predict.
-        tokenizer: A tokenizer's folder or hub id, or the object; None takes the `tokenizer` attribute of a source.
-        max_length: Most tokens of a row, and of a packed row.
         loss_on: Targets: the "completion" (in conversations every assistant turn), the "last_turn" alone, or "all"
             tokens.
         packing: Put several rows into one of at most `max_length` tokens.
-        batch_size: Rows in a batch of one process.
-        eval_batch_size: The same for validation, test and predict; None takes `batch_size`.
-        overflow: A row longer than `max_length` is truncated (the prompt from the left down to half of `max_length`,
-            then the completion from the right), dropped, or an error. What is lost is counted and logged.
-        shuffle: Draw a new order of the training rows each epoch.
-        seed: Seed of these orders.
-        drop_last: Leave out a last training batch that is not full.
-        num_workers: Worker processes of each loader.
-        chat_template: Replaces the tokenizer's chat template: "plain", a file, or the template itself.
-        as_chat: Turn plain prompts and completions into chat messages.
-        columns: New names for columns of the sources, such as {"question": "prompt"}.
+        **common: Keywords of `AlignmentDataModule`. "truncate" shortens the prompt from the left down to half of
+            `max_length`, then the completion from the right.
     """
 
     accepts = (formats.PROMPT_COMPLETION, formats.MESSAGES, formats.SHAREGPT, formats.ALPACA, formats.TEXT)
@@ -51,43 +32,11 @@ class SFTDataModule(AlignmentDataModule):
     def __init__(
         self,
         *,
-        train: str | Dataset | Sequence[dict[str, Any]] | None = None,
-        validation: str | Dataset | Sequence[dict[str, Any]] | None = None,
-        test: str | Dataset | Sequence[dict[str, Any]] | None = None,
-        predict: str | Dataset | Sequence[dict[str, Any]] | None = None,
-        tokenizer: str | object | None = None,
-        max_length: int = 1024,
         loss_on: Literal["completion", "last_turn", "all"] = "completion",
         packing: bool = False,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        overflow: Literal["truncate", "drop", "error"] = "truncate",
-        shuffle: bool = True,
-        seed: int = 0,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        chat_template: str | None = None,
-        as_chat: bool = False,
-        columns: dict[str, str] | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            train=train,
-            validation=validation,
-            test=test,
-            predict=predict,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            overflow=overflow,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            chat_template=chat_template,
-            as_chat=as_chat,
-            columns=columns,
-        )
+        super().__init__(**common)
         if loss_on not in ("completion", "last_turn", "all"):
             raise ValueError(f"loss_on={loss_on!r}; allowed: 'completion', 'last_turn', 'all'")
         self.loss_on: LossOn = loss_on

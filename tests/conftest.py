@@ -61,7 +61,7 @@ def train():
 
 @pytest.fixture
 def update(train):
-    """The change of every trainable weight by one SGD step of rate 1 over the given micro-batches: minus the gradient."""
+    """The change of every trainable weight by one SGD step of rate 1 over the micro-batches: minus the gradient."""
     import copy
 
     def change(make_module, batches, **options):

@@ -130,7 +130,7 @@ class TestSFT:
     ):
         batch, targetless = sft_batch(sequences), sft_batch(sequences, prompt=99)
         assert_same(update(make(SFTModule), [batch]), update(make(SFTModule), [targetless, batch, targetless]))
-        with pytest.raises(ValueError, match="optimizer step 1 has nothing to learn from.*labels all -100"):
+        with pytest.raises(ValueError, match=r"optimizer step 1 has nothing to learn from.*labels all -100"):
             update(make(SFTModule), [targetless, targetless])
 
     def test_equals_plain_cross_entropy(self, update, assert_same, make, tiny_llama, sequences):

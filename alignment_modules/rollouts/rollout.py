@@ -1,4 +1,4 @@
-"""Rollout: the completions of a batch of prompts with everything an update needs, and how it is cut into micro-batches."""
+"""Rollout: completions of a batch of prompts, what an update needs of them, and how they are cut into pieces."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -202,7 +202,7 @@ def test_command_line(tmp_path):
     assert parse({"train": [{"prompt": "a"}]}, "PretrainDataModule").sources["train"] == [{"prompt": "a"}]
     assert isinstance(parse({"train": "a"}, "PreferenceDataModule"), PreferenceDataModule)
     with pytest.raises(jsonargparse.ArgumentError, match="overflow"):
-        parse({"overflow": "split"})
+        parse({"overflow": "cut"})
 
 
 DDP = """

@@ -176,6 +176,26 @@ class TestDPO:
         assert_same(expected, update(make(DPOModule, beta=0.5), [batch]))
 
 
+class TestCheckpointing:
+    @pytest.mark.parametrize("cls", [SFTModule, DPOModule, GRPOModule])
+    def test_recomputed_activations_change_nothing(self, update, assert_same, make, sequences, cls):
+        """Long prompts and short completions: the last layer would otherwise leave tokens out."""
+        batches = {
+            SFTModule: lambda: sft_batch(sequences, prompt=6),
+            DPOModule: lambda: preference_batch(sequences, range(8)),
+            GRPOModule: lambda: rollout_batch([row[:5] for row in sequences[:4]], width=3),
+        }
+        options = {"epsilon": 0.5} if cls is GRPOModule else {}
+        factory = make(cls, **options)
+
+        def checkpointed(**more):
+            module = factory(**more)
+            module.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return module
+
+        assert_same(update(factory, [batches[cls]()]), update(checkpointed, [batches[cls]()]))
+
+
 class TestGRPO:
     @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "cispo"])
     @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -62,7 +62,8 @@ def _runs_again(model: Any) -> bool:
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in (model.base_model, layer))
     wrapped = type(layer).__name__ == "CheckpointWrapper"
     compiled = any(module._compiled_call_impl is not None for module in (model, model.base_model, layer))
-    return (torch.is_grad_enabled() and (wrapped or (checkpointed and model.training))) or compiled
+    # A layer may checkpoint while the model around it is in eval mode (see `disable_dropout`), so modes are not asked.
+    return (torch.is_grad_enabled() and (wrapped or checkpointed)) or compiled
 
 
 @contextmanager

@@ -64,8 +64,10 @@ class AlignCLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config.trainer
         _check_exists(config.get("ckpt_path"))
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = _newest_checkpoint(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.get("logger") in (None, True):
-            folder = Namespace(save_dir=trainer.default_root_dir, name="", version="")
+            folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
         data = (config.get("data") or {}).get("init_args") or {}
         if "tokenizer" in data and data["tokenizer"] is None:
@@ -84,6 +86,14 @@ class AlignCLI(LightningCLI):
         if not any(isinstance(plugin, AtomicCheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(**kwargs, plugins=plugins)
+
+
+def _newest_checkpoint(folder: Path) -> str:
+    """What `--ckpt_path last` means: Lightning would start from scratch where no file is called `last.ckpt`."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"ckpt_path='last': {folder} holds no checkpoint (*.ckpt) to resume from")
+    return str(found[-1])
 
 
 def _policy_path(policy: Any) -> str | None:
@@ -105,6 +115,7 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
         sys.path.append(os.getcwd())  # a file with the user's own rewards lies beside the configuration
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     return AlignCLI(
         AlignmentModule,

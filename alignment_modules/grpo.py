@@ -154,7 +154,7 @@ class GRPOModule(OnlineModule):
         advantages = self.advantages(rewards)
         self.last_rollout["advantage"] = advantages.flatten().tolist()
         self._train_meters.update(statistics | _group_statistics(rewards))
-        self._window_tokens = self._window_tokens + rollout.prompt_mask.sum() + mask.sum()
+        self.count_rollout(batch, completions)
         return replace(rollout, advantages=advantages)
 
     def advantages(self, rewards: Tensor) -> Tensor:

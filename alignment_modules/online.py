@@ -67,6 +67,19 @@ class OnlineModule(ManualOptimizationModule):
         )
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.last_rollout: dict[str, list[Any]] = {}
+        self._rollout_counts: dict[str, Tensor | int] | None = None
+
+    def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+        """What the last rollout holds: the prompts' and all completions' tokens, and the completions as samples."""
+        return super().count_tokens(batch) if self._rollout_counts is None else self._rollout_counts
+
+    def count_rollout(self, batch: Mapping[str, Any], completions: Completions) -> None:
+        """Counts a rollout, for `num_tokens` and the throughput; prompts count once, however many samples they have."""
+        masks = (batch["prompt_attention_mask"].bool(), completions.mask)
+        tokens = masks[0].sum() + masks[1].sum()
+        padding = sum(mask.numel() for mask in masks) - tokens
+        self._rollout_counts = {"tokens": tokens, "samples": len(completions.ids), "padding": padding}
+        self._window_tokens = self._window_tokens + tokens
 
     def sample_completions(self, batch: Mapping[str, Any]) -> Completions:
         """G completions of each prompt, row-major; the batch's own `responses` where it brings them."""

@@ -95,7 +95,7 @@ class Encoder:
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """First tokens, text, end-of-sequence token."""
-        return [self._close(np.concatenate((self.first, ids))) for ids in self.texts(texts)]
+        return [self._close(self._open(ids)) for ids in self.texts(texts)]
 
     def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Prompt and completion ids, the completion closed by the end-of-sequence token.
@@ -108,9 +108,14 @@ class Encoder:
         merged = [i for i, (h, w) in enumerate(zip(heads, wholes, strict=True)) if not np.array_equal(w[: len(h)], h)]
         alone = dict(zip(merged, self.texts([completions[i] for i in merged]), strict=True))
         return [
-            (np.concatenate((self.first, head)), self._close(alone.get(i, whole[len(head) :])))
+            (self._open(head), self._close(alone.get(i, whole[len(head) :])))
             for i, (head, whole) in enumerate(zip(heads, wholes, strict=True))
         ]
+
+    def _open(self, ids: np.ndarray) -> np.ndarray:
+        """Puts the first tokens before ids that lack them (a prompt decoded with its special tokens has them)."""
+        there = len(self.first) and np.array_equal(ids[: len(self.first)], self.first)
+        return ids if there else np.concatenate((self.first, ids))
 
     def _close(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and int(ids[-1]) == self.eos:
@@ -123,7 +128,7 @@ class Encoder:
         return [
             self.chat.encode_prompt(example.prompt, example.tools)
             if isinstance(example.prompt, list)
-            else np.concatenate((self.first, next(plain)))
+            else self._open(next(plain))
             for example in examples
         ]
 

@@ -138,6 +138,16 @@ def test_reference_never_changes(make, train):
     assert not any(key.startswith("reference") for key in module.state_dict())
 
 
+def test_throughput_counts_prompts_once_and_every_completion(make, train):
+    module = make()
+    batch = prompts()
+    metrics = train(module, [batch]).callback_metrics
+    lengths = sum(len(text.split()) for text in module.last_rollout["completion"])
+    counts = module.count_tokens(batch)
+    assert int(counts["tokens"]) == 4 * 3 + lengths == metrics["train/num_tokens"]
+    assert counts["samples"] == 16
+
+
 def test_equal_rewards_leave_the_policy_alone(make, train):
     module = make(rewards=lambda completions: [0.3] * len(completions))
     before = fingerprint(module.policy)

@@ -99,6 +99,7 @@ def align(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "path", [str(workplace), *sys.path])
     monkeypatch.setattr(sys, "argv", ["align"])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)  # another folder's, of another test
     environment = dict(os.environ)
     yield run_cli
     os.environ.clear()
@@ -249,7 +250,7 @@ def test_the_table_of_metrics_is_what_a_run_logs(align, paradigm, tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]  # optimizer steps
 
 
-def test_contributing_example(workplace, align, tmp_path):
+def test_contributing_example(workplace, align, tmp_path, monkeypatch):
     """The paradigm that CONTRIBUTING adds: its file passes its test and trains by its configuration."""
     files = titled(CONTRIBUTING, "python") | titled(CONTRIBUTING, "yaml")
     assert set(files) == {"alignment_modules/orpo.py", "tests/test_orpo.py", "configs/recipes/orpo.yaml"}
@@ -262,7 +263,7 @@ def test_contributing_example(workplace, align, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
-    sys.path.insert(0, str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
     arguments = [
         "fit",
         f"--config={tmp_path / 'orpo.yaml'}",

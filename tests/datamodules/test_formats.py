@@ -1,7 +1,8 @@
 import pytest
 
 from datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule, formats
-from datamodules.formats import normalise, recognise
+from datamodules.encoding import Encoder
+from datamodules.formats import Example, normalise, recognise
 
 USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("assistant", "c")])
 
@@ -120,3 +121,11 @@ def test_every_format_reaches_a_batch(make_tokenizer, row, name):
     assert ("prompts" in test) == (name != formats.TEXT)
     if name in (formats.PROMPT_COMPLETION, formats.MESSAGES, formats.SHAREGPT, formats.ALPACA):
         assert test["completion"] == ["b"]
+
+
+def test_a_prompt_decoded_with_its_first_token_gets_no_second_one(make_tokenizer):
+    encoder = Encoder(make_tokenizer(bos=True))
+    assert len(encoder.first) == 1
+    plain = encoder.prompts([Example(prompt="ab")])[0]
+    again = encoder.prompts([Example(prompt="<bos>ab")])[0]  # as a decoded prompt begins
+    assert again.tolist() == plain.tolist()

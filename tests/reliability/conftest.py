@@ -158,7 +158,7 @@ def align(workplace, tmp_path_factory):
     def run(*arguments):
         stream, code, error, root = io.StringIO(), 0, None, tmp_path_factory.mktemp("run")
         given = [str(argument) for argument in arguments]
-        if given and given[0] in ("fit", "test", "validate", "predict"):
+        if given and given[0] in ("fit", "test", "validate", "predict") and "--trainer.default_root_dir" not in given:
             given += ["--trainer.default_root_dir", str(root)]
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.chdir(workplace))
@@ -167,6 +167,8 @@ def align(workplace, tmp_path_factory):
             stack.enter_context(mock.patch.object(sys, "argv", ["align"]))
             stack.enter_context(mock.patch.object(sys, "path", list(sys.path)))
             stack.enter_context(mock.patch.dict(os.environ))
+            for name in ("my_rewards", "my_callbacks"):  # another folder's, of another test
+                sys.modules.pop(name, None)
             try:
                 main(given)
             except SystemExit as end:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -58,6 +59,25 @@ class TestWritten:
         assert result.code == 0, result.text
         (resumed,) = result.root.rglob("*.ckpt")
         assert torch.load(resumed, weights_only=True)["global_step"] > 2
+
+
+def test_last_is_the_newest_file_of_the_run_folder(align, written, tmp_path):
+    root = tmp_path / "run"
+    (root / "checkpoints").mkdir(parents=True)
+    shutil.copy(written["sft"], root / "checkpoints")
+    step = torch.load(written["sft"], weights_only=True)["global_step"]
+    more = ("--trainer.max_steps", str(step + 1), "--trainer.default_root_dir", str(root))
+    result = fit(align, "sft", "--ckpt_path", "last", *more)
+    assert result.code == 0, result.text
+    newest = max(root.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert torch.load(newest, weights_only=True)["global_step"] == step + 1
+
+
+def test_last_without_a_checkpoint_is_refused(align):
+    result = fit(align, "sft", "--ckpt_path", "last")
+    assert result.code == 1
+    assert "ckpt_path='last'" in result.text
+    assert "holds no checkpoint" in result.text
 
 
 @pytest.mark.parametrize(("paradigm", "other"), [("sft", "pretrain"), ("dpo", "sft"), ("grpo", "dpo"), ("sft", "grpo")])

@@ -1,10 +1,10 @@
 """Data for alignment: sources, row formats, chat masks, packing and resumable loaders as LightningDataModules."""
 
-from .base import AlignmentDataModule
-from .preference import PreferenceDataModule
-from .pretrain import PretrainDataModule
-from .prompts import PromptDataModule
-from .sft import SFTDataModule
+from datamodules.base import AlignmentDataModule
+from datamodules.preference import PreferenceDataModule
+from datamodules.pretrain import PretrainDataModule
+from datamodules.prompts import PromptDataModule
+from datamodules.sft import SFTDataModule
 
 __all__ = [
     "AlignmentDataModule",

@@ -12,12 +12,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from . import formats
-from .chat import Chat
-from .encoding import Encoder, load_tokenizer, read_chat_template
-from .loader import EvaluationSampler, ResumableLoader, ResumableSampler
-from .reading import Batches, SplitReader
-from .sources import RenamedRows, is_hub_id, load_from_hub, open_source
+from datamodules import formats
+from datamodules.chat import Chat
+from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
+from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.reading import Batches, SplitReader
+from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats import Message
+from datamodules.formats import Message
 
 # For base models: plain words as roles, each reply ended by the tokenizer's own end-of-sequence token.
 PLAIN_TEMPLATE = (

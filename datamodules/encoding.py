@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .chat import PLAIN_TEMPLATE, Chat
-from .formats import Example
+from datamodules.chat import PLAIN_TEMPLATE, Chat
+from datamodules.formats import Example
 
 LossOn = Literal["completion", "last_turn", "all"]
 

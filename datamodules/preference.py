@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from . import formats
-from .base import AlignmentDataModule
-from .batching import Ragged, SidesCollate, Table, cut_left, room
-from .formats import Example
-from .reading import Batches, SplitReader
+from datamodules import formats
+from datamodules.base import AlignmentDataModule
+from datamodules.batching import Ragged, SidesCollate, Table, cut_left, room
+from datamodules.formats import Example
+from datamodules.reading import Batches, SplitReader
 
 
 class SidesTable(Table):

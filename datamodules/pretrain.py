@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import formats
-from .base import AlignmentDataModule
-from .reading import Batches, SplitReader
+from datamodules import formats
+from datamodules.base import AlignmentDataModule
+from datamodules.reading import Batches, SplitReader
 
 
 class PretrainDataModule(AlignmentDataModule):

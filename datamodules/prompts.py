@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import formats
-from .base import AlignmentDataModule
-from .reading import Batches, SplitReader
+from datamodules import formats
+from datamodules.base import AlignmentDataModule
+from datamodules.reading import Batches, SplitReader
 
 
 class PromptDataModule(AlignmentDataModule):

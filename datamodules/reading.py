@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from . import formats
-from .batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
-from .encoding import Encoder, LossOn
-from .formats import Example
-from .sources import Rows
-from .tables import PromptTable
+from datamodules import formats
+from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
+from datamodules.encoding import Encoder, LossOn
+from datamodules.formats import Example
+from datamodules.sources import Rows
+from datamodules.tables import PromptTable
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
 _CHUNK = 1024  # rows tokenised in one call

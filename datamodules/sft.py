@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from . import formats
-from .base import AlignmentDataModule
-from .encoding import LossOn
-from .reading import Batches, SplitReader
+from datamodules import formats
+from datamodules.base import AlignmentDataModule
+from datamodules.encoding import LossOn
+from datamodules.reading import Batches, SplitReader
 
 
 class SFTDataModule(AlignmentDataModule):

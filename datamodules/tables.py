@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .batching import Ragged, Table
-from .sources import Rows
+from datamodules.batching import Ragged, Table
+from datamodules.sources import Rows
 
 
 class PromptTable(Table):

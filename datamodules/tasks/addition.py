@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .characters import character_tokenizer
-from .problems import SPLITS, Split, draw_problems, split_of, units_first, write_sums
+from datamodules.tasks.characters import character_tokenizer
+from datamodules.tasks.problems import SPLITS, Split, draw_problems, split_of, units_first, write_sums
 
 
 class AdditionTask(Dataset[dict[str, Any]]):

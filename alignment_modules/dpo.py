@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignment_modules.base import AlignmentModule
@@ -70,7 +69,7 @@ class DPOModule(AlignmentModule):
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
-        segments = self.segments(batch)
+        segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys))
         details = not self.training or self.logging_due
         scores = score(self.policy, segments, entropy=details, accuracy=details)
         logps = scores.token_logps.sum(dim=1).view(-1, 2)
@@ -95,18 +94,6 @@ class DPOModule(AlignmentModule):
         statistics = self.statistics(total, counted, logps.detach(), reference_logps)
         statistics |= _token_statistics(scores)
         return Objective(total, counted.sum(), statistics)
-
-    def segments(self, batch: dict[str, Any]) -> Segments:
-        """Prompt, chosen and rejected of each pair in one row: output rows alternate chosen and rejected."""
-        width = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
-
-        def paired(name: str) -> Tensor:
-            both = [batch[f"{side}_{name}"] for side in ("chosen", "rejected")]
-            return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in both], dim=1).flatten(0, 1)
-
-        return Segments.from_prompts(
-            batch["prompt_input_ids"], batch["prompt_attention_mask"], paired("input_ids"), paired("attention_mask")
-        )
 
     def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
         """Summed log-probabilities under the reference, [pairs, 2]."""

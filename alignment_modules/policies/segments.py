@@ -186,6 +186,39 @@ class Segments:
             device=device,
         )
 
+    @classmethod
+    def from_pairs(
+        cls,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        chosen_ids: Tensor,
+        chosen_mask: Tensor,
+        rejected_ids: Tensor,
+        rejected_mask: Tensor,
+    ) -> Segments:
+        """Builds the segments of preference pairs; output rows alternate chosen and rejected, `[2 * pairs, time]`.
+
+        Args:
+            prompt_ids: `[pairs, prompt_time]` token ids, padded anywhere.
+            prompt_mask: `[pairs, prompt_time]`, nonzero at real tokens.
+            chosen_ids: `[pairs, chosen_time]`, the completion alone.
+            chosen_mask: `[pairs, chosen_time]`.
+            rejected_ids: `[pairs, rejected_time]`, the completion alone.
+            rejected_mask: `[pairs, rejected_time]`.
+
+        Raises:
+            ValueError: If shapes do not fit together.
+        """
+        width = max(chosen_ids.shape[1], rejected_ids.shape[1])
+
+        def paired(chosen: Tensor, rejected: Tensor) -> Tensor:
+            sides = [torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (chosen, rejected)]
+            return torch.stack(sides, dim=1).flatten(0, 1)
+
+        return cls.from_prompts(
+            prompt_ids, prompt_mask, paired(chosen_ids, rejected_ids), paired(chosen_mask, rejected_mask)
+        )
+
     @property
     def tokens(self) -> int:
         """Number of tokens the policy computes."""

@@ -155,8 +155,10 @@ class Watch(L.Callback):
 @torch.no_grad()
 def fill_cache(module: Any, loader: Any, batches: int) -> None:
     """Scores the reference on the first batches, as a first epoch would."""
+    from alignment_modules.policies.segments import Segments
+
     for _, batch in zip(range(batches), loader, strict=False):
-        module.reference_logps(batch, module.segments(batch))
+        module.reference_logps(batch, Segments.from_pairs(*(batch[key] for key in module.batch_keys)))
 
 
 def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **changes: Any) -> None:

@@ -106,6 +106,16 @@ def align(workplace, monkeypatch):
     os.environ.update(environment)
 
 
+def check_script(arguments):
+    """A script of the repository has the options that a command gives it."""
+    if arguments[:2] == ["-m", "venv"]:
+        return
+    script = ROOT / arguments[0]
+    usage = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    for option in (word for word in arguments if word.startswith("--")):
+        assert f"{option} " in usage, f"{script} has no {option}"
+
+
 def test_every_command_runs_in_the_order_of_the_text(align):
     """Runs what the text gives, with rollouts kept short."""
     given = commands(README)
@@ -114,6 +124,9 @@ def test_every_command_runs_in_the_order_of_the_text(align):
         program, *arguments = shlex.split(line)
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+            continue
+        if program == "python":  # tests/test_benchmarks.py runs them
+            check_script(arguments)
             continue
         assert program == "align"
         arguments = [path for word in arguments for path in (sorted(glob.glob(word)) if "*" in word else [word])]

@@ -63,7 +63,7 @@ class AdditionTask(Dataset[dict[str, Any]]):
 class AdditionCorpus(AdditionTask):
     """Lines of a careless writer, for pretraining: rows of `text`, such as "743+685=3390".
 
-    By default about a quarter of the lines are wrong: a carry is forgotten. Small numbers are common, since a model
+    By default 23 % of the lines are wrong: a carry is forgotten. Small numbers are common, since a model
     learns to add them first.
 
     Args:

@@ -6,8 +6,10 @@ the totals are backpropagated as they are, and the gradients divided once, just 
 over the window. How a step is split therefore does not change it.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -15,6 +17,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
@@ -24,9 +27,7 @@ from alignment_modules.optimization import bind_total_steps, parameter_groups
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
-
-# Constructor arguments that may be objects: a checkpoint read with weights_only=True could not hold them.
-_OBJECTS = ["policy", "reference", "optimizer", "lr_scheduler", "tokenizer", "evaluation", "rewards"]
+from alignment_modules.rewards import ExactMatch, RewardSet
 
 
 class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
@@ -59,14 +60,16 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         evaluation: EvaluationConfig | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() is not None else _OBJECTS)
+        self.save_hyperparameters(ignore=_given_objects(inspect.currentframe()))
         self.policy = build_policy(policy)
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.evaluation = evaluation or EvaluationConfig()
-        self._train_meters, self._eval_meters = Meters(), Meters()
+        self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()])
+        self._train_meters = Meters()
+        self._eval_meters: dict[int, Meters] = {}
         self._window_weight: Tensor | float = 0.0
         self._window_tokens: Tensor | float = 0.0
         self._num_tokens: Tensor | float = 0.0
@@ -172,10 +175,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             self._window_tokens = self._window_tokens + self.count_tokens(batch)["tokens"]
         return objective
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation means, which do not depend on the batch size."""
-        objective = self.objective(batch)
-        self._eval_meters.update(objective.statistics | self.extra_metrics(batch, objective))
+        self.evaluate_objective(batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the weight of the window; Lightning clips after this, on unscaled gradients."""
@@ -218,13 +220,18 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         """Logs when an optimizer step was taken and the Trainer's logging interval says so."""
         self.log_step()
 
+    def on_train_epoch_end(self) -> None:
+        """Logs the steps of the epoch that no interval has logged."""
+        if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._publish_training()
+
     def log_step(self) -> None:
         """Logs the means since the last logged step, at the optimizer step just taken."""
-        if not self._stepped:
-            return
+        if self._stepped and self._is_logged(self.global_step):
+            self._publish_training()
         self._stepped = False
-        if not self._is_logged(self.global_step):
-            return
+
+    def _publish_training(self) -> None:
         values = self._train_meters.compute(self.reduce)
         values["num_tokens"] = float(self._num_tokens)
         self._train_meters.reset()
@@ -245,7 +252,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
         outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
         for name, value in named.items():
-            self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, rank_zero_only=False)
+            self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)
         if not outside_fit and not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(named, step=self.global_step)
@@ -259,9 +266,10 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self._publish_evaluation("test")
 
     def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
-        values = self._eval_meters.compute(self.reduce)
-        self._eval_meters.reset()
-        self.publish(values, stage)
+        for number, meters in sorted(self._eval_meters.items()):
+            suffix = f"/dataloader_idx_{number}" if len(self._eval_meters) > 1 else ""
+            self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
+        self._eval_meters.clear()
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Combines a tensor over all ranks: "sum", "min" or "max"."""
@@ -278,6 +286,25 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
         return export_policy(self.policy, directory, self.tokenizer, lora=lora)
+
+
+def _given_objects(frame: FrameType | None) -> list[str]:
+    """Constructor arguments that are not plain values: a checkpoint read with `weights_only=True` could not hold them.
+
+    The command line hands over its own text of every argument, which is plain.
+    """
+    if frame is None or _given_hyperparameters.get() is not None:
+        return []
+    levels = collect_init_args(frame, [], classes=(L.LightningModule,))
+    return [name for level in levels for name, value in level.items() if not _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _count_parameters(module: nn.Module) -> str:

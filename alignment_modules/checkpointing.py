@@ -45,11 +45,11 @@ class CheckpointContract(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses checkpoints of another paradigm, against another reference or of another optimizer.
+        """Refuses checkpoints of another paradigm and, to resume, against another reference or of another optimizer.
 
         Raises:
-            ValueError: If the checkpoint was not written by this paradigm, its reference had other weights, or the
-                command line now names another optimizer.
+            ValueError: If the checkpoint was not written by this paradigm, or a fit resumes from it and its reference
+                had other weights or the command line now names another optimizer.
         """
         entry = checkpoint.get(_KEY)
         found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
@@ -58,13 +58,15 @@ class CheckpointContract(L.LightningModule):
                 f"{self._checkpoint_name()} was written by {found}; {type(self).__name__} resumes only paradigm "
                 f"{self.paradigm!r}. To start from its weights, give the exported folder as `policy`."
             )
-        if entry["reference"] != (now := self._reference_fingerprint()):
+        resumes = self._trainer is not None and self._trainer.state.fn == "fit"
+        if resumes and entry["reference"] != (now := self._reference_fingerprint()):
             raise ValueError(
                 f"{self._checkpoint_name()} was trained against {_describe(entry['reference'])}, this run has "
                 f"{_describe(now)}: pass the same `reference` (or, where it is a copy of the policy, the same "
                 "`policy`) as in the first run"
             )
-        self._keep_typed_optimizer(checkpoint)
+        if resumes:
+            self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
         self._restored_window = entry.get("window")
         self.load_extra_state(entry["extra"])

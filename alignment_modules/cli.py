@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import alignment_modules  # makes `--model DPOModule` known
 import datamodules  # makes `--data PreferenceDataModule` known
@@ -117,6 +118,7 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    _show_messages()
     return AlignCLI(
         AlignmentModule,
         LightningDataModule,
@@ -131,6 +133,18 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
         args=args,
         run=run,
     )
+
+
+def _show_messages() -> None:
+    """Prints what both packages have to say, such as the format of the data, where the program has no logging yet."""
+    for package in (alignment_modules, datamodules):
+        logger = logging.getLogger(package.__name__)
+        if logger.hasHandlers():
+            continue
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda record: record.levelno > logging.INFO or getattr(rank_zero_only, "rank", 0) == 0)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def main(args: ArgsType = None) -> None:

@@ -1,5 +1,6 @@
 """Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import BATCH_COUPLED_LOSSES, check_preference_options, preference_loss
+from alignment_modules.functional.checks import check_positive
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reference import build_reference, reference_mode
@@ -28,8 +30,11 @@ class DPOModule(AlignmentModule):
             "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "sft".
         label_smoothing: Share of pairs assumed to be labelled the wrong way round, in [0, 0.5).
         nll_coef: Weight of the chosen completion's mean negative log-likelihood, added to each pair's loss (RPO).
-        cache_reference: Keep the reference's log-probabilities of every pair seen, by the batch's `index`, so that only
+        cache_reference: Keep the reference's log-probabilities of every pair seen, by the pair's tokens, so that only
             the first epoch computes them.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha" (arXiv:2309.16240): what takes the log-ratio's place.
+        alpha: Coefficient of the alpha-divergence.
+        discopop_tau: Temperature of "discopop".
         **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
 
     Raises:
@@ -56,16 +61,21 @@ class DPOModule(AlignmentModule):
         label_smoothing: float = 0.0,
         nll_coef: float = 0.0,
         cache_reference: bool = False,
+        f_divergence: str = "reverse_kl",
+        alpha: float = 0.5,
+        discopop_tau: float = 0.05,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing)
+        check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence)
+        check_positive("discopop_tau", discopop_tau)
         if nll_coef < 0:
             raise ValueError(f"nll_coef={nll_coef} must be 0 or more")
         self.beta, self.loss, self.label_smoothing, self.nll_coef = beta, loss, label_smoothing, nll_coef
         self.reference = build_reference(reference, self.policy)
         self.cache_reference = cache_reference
-        self._reference_cache: dict[Any, Tensor] = {}
+        self.f_divergence, self.alpha, self.discopop_tau = f_divergence, alpha, discopop_tau
+        self._reference_cache: dict[bytes, Tensor] = {}
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
@@ -85,6 +95,9 @@ class DPOModule(AlignmentModule):
             label_smoothing=self.label_smoothing,
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
+            f_divergence=self.f_divergence,
+            alpha=self.alpha,
+            discopop_tau=self.discopop_tau,
         )
         if self.nll_coef:
             losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
@@ -97,14 +110,23 @@ class DPOModule(AlignmentModule):
 
     def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
         """Summed log-probabilities under the reference, [pairs, 2]."""
-        keys = batch.get("index") if self.cache_reference else None
-        if keys is not None and all(key in self._reference_cache for key in keys):
-            return torch.stack([self._reference_cache[key] for key in keys]).to(self.device)
+        keys = self._pair_keys(batch) if self.cache_reference else []
+        if keys and all(key in self._reference_cache for key in keys):
+            return torch.stack([self._reference_cache[key] for key in keys])
         with reference_mode(self.policy, self.reference) as reference:
             logps = score(reference, segments).token_logps.sum(dim=1).view(-1, 2)
-        if keys is not None:
-            self._reference_cache.update(zip(keys, logps.unbind(), strict=True))
+        self._reference_cache.update(zip(keys, logps.clone().unbind() if keys else (), strict=True))
         return logps
+
+    def _pair_keys(self, batch: dict[str, Any]) -> list[bytes]:
+        """One key a pair, made of its tokens: data sets and splits cannot be mistaken for each other."""
+        names = [key.removesuffix("_input_ids") for key in self.batch_keys if key.endswith("_input_ids")]
+        sides = [(batch[f"{name}_input_ids"].cpu(), batch[f"{name}_attention_mask"].cpu().bool()) for name in names]
+        keys = []
+        for row in range(len(sides[0][0])):
+            parts = [ids[row][mask[row]].tolist() for ids, mask in sides]
+            keys.append(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest())
+        return keys
 
     def statistics(
         self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor
@@ -129,6 +151,7 @@ class DPOModule(AlignmentModule):
         coupled = "; couples the pairs of a micro-batch, so it depends on how a batch is split"
         return super().describe() | {
             "loss": f"{self.loss}, beta {self.beta}, label smoothing {self.label_smoothing}, nll_coef {self.nll_coef}"
+            + f", divergence {self.f_divergence}" * (self.f_divergence != "reverse_kl")
             + (coupled if self.loss in BATCH_COUPLED_LOSSES else ""),
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
             "reference": "the policy, adapter off"

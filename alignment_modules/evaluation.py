@@ -5,8 +5,7 @@ by the same code. They need batches of prompts (`prompts` [batch, time] and `pro
 without prompts is measured by the module's own objective instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.objective import Meters, Objective, Statistic
-from alignment_modules.rewards import ExactMatch, RewardSet, RewardTable
+from alignment_modules.policies.modes import eval_mode
+from alignment_modules.rewards import RewardSet, RewardTable
 from alignment_modules.rollouts import Completions, SamplingParameters, sample
 
 
@@ -33,8 +33,11 @@ class EvaluationConfig:
         min_p: Tokens less likely than this share of the likeliest are dropped; 0 keeps all.
         stop_strings: Completions also end with these strings.
         verifier: A reward, or the import path of one: a completion is correct when it gives 1 or more.
-            None: exact match with the column `answer`.
+            None: exact match with the column `answer`. Where it does not apply (None), a completion is not counted.
         seed: Seed of the samples.
+
+    Raises:
+        ValueError: If a value is outside its range.
     """
 
     max_completion_length: int = 256
@@ -47,6 +50,23 @@ class EvaluationConfig:
     verifier: str | Callable | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples={self.num_samples} must be 0 or more")
+        self.parameters()
+
+    def parameters(self, *, greedy: bool = False, stop_token_ids: tuple[int, ...] = ()) -> SamplingParameters:
+        """How completions are drawn, greedily or as samples."""
+        filters = {} if greedy else {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return SamplingParameters(
+            max_completion_length=self.max_completion_length,
+            temperature=1.0 if greedy else self.temperature,
+            greedy=greedy,
+            stop_token_ids=stop_token_ids,
+            stop_strings=tuple(self.stop_strings),
+            **filters,  # type: ignore[arg-type]
+        )
+
 
 class GenerationSteps(L.LightningModule):
     """`test_step` and `predict_step` of every paradigm, and the generation and judging they share with online RL."""
@@ -54,35 +74,45 @@ class GenerationSteps(L.LightningModule):
     policy: nn.Module
     tokenizer: Any
     evaluation: EvaluationConfig
-    _eval_meters: Meters
+    verifier: RewardSet
+    _eval_meters: dict[int, Meters]
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The paradigm's objective."""
         raise NotImplementedError
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def extra_metrics(self, batch: dict[str, Any], objective: Objective) -> dict[str, Statistic]:
+        """More statistics of a batch."""
+        raise NotImplementedError
+
+    def record_evaluation(self, statistics: Mapping[str, Statistic], dataloader_idx: int) -> None:
+        """Adds statistics to the means of a validation or test loader."""
+        self._eval_meters.setdefault(dataloader_idx, Meters()).update(statistics)
+
+    def evaluate_objective(self, batch: dict[str, Any], dataloader_idx: int) -> None:
+        """Adds a batch's objective to the means of a validation or test loader."""
+        objective = self.objective(batch)
+        self.record_evaluation(objective.statistics | self.extra_metrics(batch, objective), dataloader_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds one batch of prompts to `test/exact_match`, `test/pass@k` and the lengths."""
         if "prompts" not in batch:
-            self._eval_meters.update(self.objective(batch).statistics)
+            self.evaluate_objective(batch, dataloader_idx)
             return
-        config, verifier = self.evaluation, RewardSet([self.evaluation.verifier or ExactMatch()])
+        config = self.evaluation
         greedy = self.generate(batch, self.evaluation_parameters(greedy=True), seed=config.seed)
-        table, _ = self.judge(verifier, batch, greedy, 1)
-        self._eval_meters.update({"exact_match": _mean(_correct(table)), **length_statistics(greedy)})
+        correct, applies = self._correct(batch, greedy, 1)
+        statistics = {"exact_match": Statistic(correct.sum(), applies.sum()), **length_statistics(greedy)}
         if config.num_samples:
             samples = self.generate(
                 batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed
             )
-            table, _ = self.judge(verifier, batch, samples, config.num_samples)
-            correct = _correct(table).view(-1, config.num_samples)
-            self._eval_meters.update(
-                {
-                    f"pass@{config.num_samples}": _mean(correct.amax(dim=1)),
-                    "sample_accuracy": _mean(correct),
-                }
-            )
+            correct, applies = self._correct(batch, samples, config.num_samples)
+            statistics[f"pass@{config.num_samples}"] = Statistic(correct.amax(dim=1).sum(), applies.any(dim=1).sum())
+            statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
+        self.record_evaluation(statistics, dataloader_idx)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`."""
         if "prompts" not in batch:
             raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
@@ -99,10 +129,16 @@ class GenerationSteps(L.LightningModule):
             own = texts[number * samples : (number + 1) * samples]
             row.update({"completions": own} if config.num_samples else {"completion": own[0]})
         if config.num_samples and (config.verifier or "answer" in columns):
-            table, _ = self.judge(RewardSet([config.verifier or ExactMatch()]), batch, completions, samples)
+            table, _ = self.judge(self.verifier, batch, completions, samples)
             for row, rewards in zip(rows, table.total.view(-1, samples).tolist(), strict=True):
                 row["rewards"] = rewards
         return rows
+
+    def _correct(self, batch: Mapping[str, Any], completions: Completions, samples: int) -> tuple[Tensor, Tensor]:
+        """Whether each completion [prompts, samples] is right, and whether the verifier applies to it at all."""
+        table, _ = self.judge(self.verifier, batch, completions, samples)
+        total = table.total.view(-1, samples)
+        return (total >= 1.0).double(), ~total.isnan()
 
     def generate(
         self,
@@ -125,10 +161,17 @@ class GenerationSteps(L.LightningModule):
                 num_samples=num_samples,
                 seed=seed,
                 step=step,
-                prompt_indices=batch.get("index"),
+                prompt_indices=self.prompt_indices(batch),
                 pad_token_id=pad_token_id(self.tokenizer),
                 tokenizer=self.tokenizer,
             )
+
+    def prompt_indices(self, batch: Mapping[str, Any]) -> list[int]:
+        """What a prompt's samples are seeded with: its `index`, else its place in the batch, another on each rank."""
+        if "index" in batch:
+            return batch["index"]
+        world = 1 if self._trainer is None else self._trainer.world_size
+        return [self.global_rank + world * row for row in range(len(batch["prompts"]))]
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: end-of-sequence tokens of tokenizer and policy, and the data's end of turn."""
@@ -151,6 +194,7 @@ class GenerationSteps(L.LightningModule):
         completion_ids = [
             row[mask].tolist() for row, mask in zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)
         ]
+        rewards.to(self.device)
         columns = {name: _repeat(values, num_samples) for name, values in _columns(batch).items() if name != "prompt"}
         table = rewards(
             prompts=_repeat(prompt_texts(self.tokenizer, batch), num_samples),
@@ -170,28 +214,7 @@ class GenerationSteps(L.LightningModule):
 
     def evaluation_parameters(self, greedy: bool = False) -> SamplingParameters:
         """How `test` and `predict` sample."""
-        config = self.evaluation
-        filters = {} if greedy else {"top_p": config.top_p, "top_k": config.top_k, "min_p": config.min_p}
-        return SamplingParameters(
-            max_completion_length=config.max_completion_length,
-            temperature=1.0 if greedy else config.temperature,
-            greedy=greedy,
-            stop_token_ids=self.stop_token_ids(),
-            stop_strings=tuple(config.stop_strings),
-            **filters,  # type: ignore[arg-type]
-        )
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
+        return self.evaluation.parameters(greedy=greedy, stop_token_ids=self.stop_token_ids())
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -213,7 +236,7 @@ def length_statistics(completions: Completions) -> dict[str, Statistic]:
     lengths = completions.mask.sum(dim=1).float()
     ended = ~completions.truncated
     infinity = torch.full_like(lengths, torch.inf)
-    count = torch.tensor(float(len(lengths)))
+    count = float(len(lengths))
     return {
         "completions/mean_length": Statistic(lengths.sum(), count),
         "completions/min_length": Statistic(lengths.min(), kind="min"),
@@ -223,14 +246,6 @@ def length_statistics(completions: Completions) -> dict[str, Statistic]:
         "completions/max_terminated_length": Statistic(torch.where(ended, lengths, -infinity).max(), kind="max"),
         "completions/clipped_ratio": Statistic(completions.truncated.float().sum(), count),
     }
-
-
-def _mean(values: Tensor) -> Statistic:
-    return Statistic(values.sum(), float(values.numel()))
-
-
-def _correct(table: RewardTable) -> Tensor:
-    return (table.total >= 1.0).double()
 
 
 def _columns(batch: Mapping[str, Any]) -> dict[str, list[Any]]:

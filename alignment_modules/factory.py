@@ -8,12 +8,8 @@ from alignment_modules.grpo import GRPOModule
 from alignment_modules.pretrain import PretrainModule
 from alignment_modules.sft import SFTModule
 
-_MODULES: dict[str, type[AlignmentModule]] = {
-    "pretrain": PretrainModule,
-    "sft": SFTModule,
-    "dpo": DPOModule,
-    "grpo": GRPOModule,
-}
+_CLASSES: tuple[type[AlignmentModule], ...] = (PretrainModule, SFTModule, DPOModule, GRPOModule)
+_MODULES = {module.paradigm: module for module in _CLASSES}
 
 
 def get_module_class(name: str) -> type[AlignmentModule]:

@@ -46,7 +46,7 @@ class GRPOModule(OnlineModule):
         minibatches: Optimizer steps in a pass.
         micro_batch_size: Completions in one forward and backward pass; None: a whole minibatch.
         loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
-        scale_rewards: "group", "batch", "none" or "leave_one_out".
+        scale_rewards: "group", "batch", "none", "leave_one_out" or "mean"; see `group_advantages` for the formulas.
         mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
         entropy_coef: Weight of the entropy bonus.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
@@ -113,7 +113,7 @@ class GRPOModule(OnlineModule):
         """Samples and judges, then updates the policy on these samples."""
         started = monotonic()
         rollout = self.roll_out(batch)
-        sampled = monotonic()
+        self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
         order = torch.Generator().manual_seed(self.seed + self.global_step)
         for _ in range(self.num_iterations):
             for part in rollout.minibatches(self.minibatches, order):
@@ -122,14 +122,13 @@ class GRPOModule(OnlineModule):
                 minibatch = replace(part, on_policy=rollout.on_policy)
                 self.optimizer_step_over(minibatch.micro_batches(self.micro_batch_size), minibatch.empty())
                 rollout = replace(rollout, on_policy=False)
-        seconds = {"time/rollout": sampled - started, "time/update": monotonic() - sampled}
-        self._train_meters.update({name: Statistic(torch.tensor(value)) for name, value in seconds.items()})
 
     @torch.no_grad()
     def roll_out(self, batch: dict[str, Any]) -> Rollout:
         """Completions of the batch's prompts with their advantages, old and reference log-probabilities."""
         completions = self.sample_completions(batch)
         rewards, statistics = self.judge_completions(batch, completions)
+        statistics |= _group_statistics(rewards)
         prompts, group = rewards.shape
         mask = completions.mask.view(prompts, group, -1)
         rollout = Rollout(
@@ -151,9 +150,10 @@ class GRPOModule(OnlineModule):
             if self.kl_placement == "reward":
                 divergence = kl_penalty(rollout.old_logps, reference_logps, estimator=self.kl_estimator)
                 rewards = rewards - self.beta * (divergence * mask).sum(dim=-1)
+                statistics["kl"] = _token_mean(divergence.flatten(0, 1), mask.flatten(0, 1))
         advantages = self.advantages(rewards)
         self.last_rollout["advantage"] = advantages.flatten().tolist()
-        self._train_meters.update(statistics | _group_statistics(rewards))
+        self._train_meters.update(statistics)
         self.count_rollout(batch, completions)
         return replace(rollout, advantages=advantages)
 
@@ -201,6 +201,10 @@ class GRPOModule(OnlineModule):
                 difference = (rollout.old_logps.flatten(0, 1) - token_logps.detach()).abs()
                 known = scores.mask & ~difference.isnan()
                 statistics["sampling/sampling_logp_difference/mean"] = _token_mean(difference.nan_to_num(), known)
+                largest = torch.where(known, difference, -torch.inf).flatten()
+                statistics["sampling/sampling_logp_difference/max"] = Statistic(
+                    torch.cat([largest, largest.new_full((1,), -torch.inf)]).max(), kind="max"
+                )
         return Objective(total, weight, statistics)
 
     def describe(self) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignment_modules.base import AlignmentModule
+from alignment_modules.objective import Statistic
 
 
 class ManualOptimizationModule(AlignmentModule):
@@ -65,6 +67,7 @@ class ManualOptimizationModule(AlignmentModule):
             micro_batches: What `objective` takes, each.
             empty: A micro-batch without a scored token, with which a rank that has fewer keeps step with the others.
         """
+        started = monotonic()
         count = int(self.reduce(torch.tensor(max(len(micro_batches), 1), device=self.device), "max"))
         padded = [*micro_batches, *[empty] * (count - len(micro_batches))]
         optimizer: Any = self.optimizers()
@@ -76,6 +79,7 @@ class ManualOptimizationModule(AlignmentModule):
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
+        self._train_meters.update({"time/update": Statistic(torch.tensor(monotonic() - started))})
         self.log_step()
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:

@@ -71,7 +71,9 @@ class Meters:
             key = (kind, name)
             value = total.detach().double() if total.device.type != "mps" else total.detach().float()
             if kind == "mean":
-                pair = torch.stack([value, torch.as_tensor(weight, dtype=value.dtype, device=value.device)])
+                if not isinstance(weight, Tensor):
+                    weight = torch.full_like(value, weight)
+                pair = torch.stack([value, weight.to(value)])
                 self._values[key] = pair + self._values[key] if key in self._values else pair
             else:
                 pick = torch.minimum if kind == "min" else torch.maximum
@@ -85,11 +87,14 @@ class Meters:
                 all ranks must hold statistics of the same names.
         """
         results: dict[str, float] = {}
+        devices = {value.device for value in self._values.values()}
+        # Host-side numbers, such as rewards and times, join those of the accelerator.
+        device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         for kind, how in (("mean", "sum"), ("min", "min"), ("max", "max")):
             names = sorted(name for held, name in self._values if held == kind)
             if not names:
                 continue
-            values = reduce(torch.stack([self._values[kind, name] for name in names]), how).tolist()  # type: ignore[index]
+            values = reduce(torch.stack([self._values[kind, name].to(device) for name in names]), how).tolist()  # type: ignore[index]
             for name, value in zip(names, values, strict=True):
                 if kind != "mean":
                     if math.isfinite(value):

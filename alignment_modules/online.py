@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ class OnlineModule(ManualOptimizationModule):
         self.last_rollout: dict[str, list[Any]] = {}
         self._rollout_counts: dict[str, Tensor | int] | None = None
 
+    def check_batch(self, batch: Any) -> None:
+        """Also checks that what a batch brings of a rollout belongs together.
+
+        Raises:
+            ValueError: If a key is missing, or `rewards` or `old_logprobs` come without the `responses` they belong to.
+        """
+        super().check_batch(batch)
+        if "responses" in batch:
+            needs, those = "response_mask", ["responses"]
+        else:
+            needs, those = "responses", [k for k in ("rewards", "old_logprobs") if isinstance(batch.get(k), Tensor)]
+        if those and needs not in batch:
+            raise ValueError(
+                f"the batch brings {' and '.join(those)} without {needs}: completions that are given come as responses "
+                "and response_mask, with or without their rewards and old_logprobs"
+            )
+
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """What the last rollout holds: the prompts' and all completions' tokens, and the completions as samples."""
         return super().count_tokens(batch) if self._rollout_counts is None else self._rollout_counts
@@ -106,7 +124,7 @@ class OnlineModule(ManualOptimizationModule):
         prompts = len(batch["prompts"])
         group = len(completions.ids) // prompts
         given = batch.get("rewards")
-        if given is not None:
+        if isinstance(given, Tensor):  # a list is a column of the data set
             names, values, total, texts = ["given"], given.view(-1, 1).float(), given.float(), None
         else:
             table, texts = self.judge(self.rewards, batch, completions, group)
@@ -115,27 +133,18 @@ class OnlineModule(ManualOptimizationModule):
         self._remember(batch, completions, texts, dict(zip(names, values.T.tolist(), strict=True)), total)
         return total, reward_statistics(names, values) | length_statistics(completions)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judges one greedy completion of each prompt."""
         completions = self.generate(batch, self.rollout_parameters(greedy=True))
         table, _ = self.judge(self.rewards, batch, completions, 1)
         reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
         statistics = reward_statistics(list(table.names), table.values) | length_statistics(completions)
-        self._eval_meters.update({"reward": reward, **statistics})
+        self.record_evaluation({"reward": reward, **statistics}, dataloader_idx)
 
     def rollout_parameters(self, greedy: bool = False) -> SamplingParameters:
         """How rollouts (greedy: validation completions) are sampled."""
-        sampling = self.sampling
-        return SamplingParameters(
-            max_completion_length=sampling.max_completion_length,
-            temperature=sampling.temperature,
-            top_p=1.0 if greedy else sampling.top_p,
-            top_k=0 if greedy else sampling.top_k,
-            min_p=0.0 if greedy else sampling.min_p,
-            greedy=greedy,
-            stop_token_ids=self.stop_token_ids(),
-            stop_strings=sampling.stop_strings,
-        )
+        filters: dict[str, Any] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0} if greedy else {}
+        return replace(self.sampling, greedy=greedy, stop_token_ids=self.stop_token_ids(), **filters)
 
     def _remember(
         self,
@@ -147,7 +156,7 @@ class OnlineModule(ManualOptimizationModule):
     ) -> None:
         """Keeps this rollout in words, for sample tables."""
         prompts, group = total.shape
-        indices = batch.get("index", [self.global_rank * prompts + i for i in range(prompts)])
+        indices = self.prompt_indices(batch)
         decodable = self.tokenizer is not None
         shown = prompt_texts(self.tokenizer, batch) if decodable else [""] * prompts
         self.last_rollout = {

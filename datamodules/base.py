@@ -95,7 +95,8 @@ class AlignmentDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self._tables: dict[str, Batches] = {}
-        if validation is None:  # Lightning runs no validation loop where the hook is its own
+        own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
+        if validation is None and own:  # Lightning runs no validation loop where the hook is its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @staticmethod

@@ -7,14 +7,13 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Overflow = Literal["truncate", "drop", "error"]
 IGNORE = -100
 
 

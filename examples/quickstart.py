@@ -108,6 +108,12 @@ def table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def program(name: str) -> str:
+    """How to call a program of this environment, which need not be active."""
+    beside = Path(sys.executable).with_name(name)
+    return os.path.relpath(beside) if beside.exists() else name
+
+
 def main() -> None:
     """Runs all stages and prints what each reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +129,7 @@ def main() -> None:
     for stage in STAGES:
         rows.append(chain.test(stage, seconds=chain.fit(stage)))
     print(f"\nHeld-out additions, after {monotonic() - started:.0f} seconds in all:\n\n{table(rows)}")
-    print(f"\nWatch the curves with\n\n    tensorboard --logdir {chain.root}\n")
+    print(f"\nWatch the curves with\n\n    {program('tensorboard')} --logdir {chain.root}\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,6 @@ def test_checkpoint_without_reference_resumes(make, train, tmp_path):
     assert not any("reference" in key for key in held["state_dict"])
     module = make()
     initial = fingerprint(module.reference)
-    import lightning as L
 
     resumed = L.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -108,9 +108,23 @@ def test_foreign_checkpoints_are_refused(make, train, tmp_path, tiny_llama, kind
     with torch.no_grad():
         other.lm_head.weight.add_(1.0)
     module = SFTModule(policy=other) if kind == "paradigm" else make(reference=other)
-    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    loader = torch.utils.data.DataLoader([pairs()], batch_size=None)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match=kind):
-        module.on_load_checkpoint(checkpoint)
+        trainer.fit(module, loader, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_checkpoint_is_evaluated_whatever_the_reference(make, train, tmp_path, tiny_llama):
+    trained = make()
+    train(trained, [pairs()]).save_checkpoint(tmp_path / "a.ckpt")
+    other = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    loaded = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", policy=copy.deepcopy(other))
+    assert fingerprint(loaded.policy) == fingerprint(trained.policy)
+    module, trainer = make(policy=other), L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(module, torch.utils.data.DataLoader([pairs()], batch_size=None), ckpt_path=tmp_path / "a.ckpt")
+    assert fingerprint(module.policy) == fingerprint(trained.policy)
 
 
 def test_cached_reference_gives_the_same_losses(make, train, monkeypatch):
@@ -122,7 +136,32 @@ def test_cached_reference_gives_the_same_losses(make, train, monkeypatch):
     module.reference.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     cached = train(module, batches, max_epochs=2).callback_metrics
     assert float(cached["train/loss"]) == pytest.approx(float(plain["train/loss"]), abs=1e-6)
-    assert set(module._reference_cache) == {0, 1, 2, 3}
+    assert len(module._reference_cache) == 4
+    assert len(calls) == 1
+
+
+def test_the_cache_knows_pairs_by_their_tokens(make, train):
+    """Rows of another split, or of a loader without `index`, are never taken for those of this one."""
+    module = make(cache_reference=True, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+    data = [{key: value for key, value in pairs(seed=seed).items() if key != "index"} for seed in (0, 1)]
+    loaders = [torch.utils.data.DataLoader([batch], batch_size=None) for batch in data]
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, log_every_n_steps=1,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    trainer.fit(module, *loaders)
+    for name in ("train/loss", "val/loss"):
+        assert float(trainer.callback_metrics[name]) == pytest.approx(math.log(2), abs=1e-6)
+    assert len(module._reference_cache) == 8
+
+
+def test_other_divergences_have_their_own_loss(make, train):
+    plain, js = (train(make(f_divergence=name, loss="sigmoid"), [pairs()] * 3) for name in ("reverse_kl", "js"))
+    assert plain.callback_metrics["train/loss"] != js.callback_metrics["train/loss"]
+    with pytest.raises(ValueError, match="f_divergence"):
+        make(f_divergence="js", loss="apo_zero")
+    with pytest.raises(ValueError, match="discopop_tau"):
+        make(discopop_tau=0.0)
 
 
 def test_lora_reference_is_the_adapter_switched_off(train, tiny_llama_config):

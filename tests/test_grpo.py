@@ -167,9 +167,49 @@ def test_kl_in_the_reward_lowers_it_by_the_divergence(make, train, tiny_llama):
         "rewards": lambda completions: [1.0] * len(completions),
     }
     metrics = train(make(kl_placement="reward", **options), [prompts()]).callback_metrics
-    assert metrics["train/reward_std"] > 0
+    assert metrics["train/grad_norm"] > 0  # equal rewards, but for the divergence
+    assert metrics["train/reward"] == 1
+    assert metrics["train/reward_std"] == 0
+    assert metrics["train/kl"].isfinite()
     with pytest.raises(ValueError, match="k1"):
         make(kl_placement="loss", **options)
+
+
+def test_times_are_logged_with_their_step(make, train):
+    metrics = train(make(minibatches=2), [prompts()]).callback_metrics
+    assert metrics["train/time/rollout"] > 0
+    assert metrics["train/time/update"] > 0
+
+
+def test_a_column_called_rewards_is_a_column(make, train):
+    def column(completions, rewards):
+        return [float(value) for value in rewards]
+
+    batch = {**prompts(), "rewards": [0.0, 1.0, 2.0, 3.0]}
+    assert train(make(rewards=column), [batch]).callback_metrics["train/reward"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("brought", "named"),
+    [
+        ({"rewards": torch.zeros(16)}, "rewards without responses"),
+        ({"old_logprobs": torch.zeros(16, 3)}, "old_logprobs without responses"),
+        ({"responses": torch.ones(16, 3, dtype=torch.long)}, "responses without response_mask"),
+    ],
+)
+def test_a_rollout_that_is_given_in_part_is_refused(make, train, brought, named):
+    with pytest.raises(ValueError, match=named):
+        train(make(), [prompts() | brought])
+
+
+def test_prompts_without_an_index_are_seeded_differently_on_each_rank(make):
+    batch = {key: value for key, value in prompts().items() if key != "index"}
+    ranks = []
+    for rank in (0, 1):
+        module = make()
+        module._trainer = type("Trainer", (), {"world_size": 2, "global_rank": rank, "strategy": None})()
+        ranks.append(module.prompt_indices(batch))
+    assert ranks == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_a_piece_without_rows_gives_a_connected_zero(make, train):

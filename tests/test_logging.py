@@ -2,11 +2,13 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from alignment_modules import SFTModule, Statistic
+from alignment_modules.objective import Meters
 
 
 def batch(rows, seed=0, width=9):
@@ -80,8 +82,48 @@ def test_a_logged_mean_covers_all_steps_since_the_last_one(make, train):
     assert float(logged) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_the_steps_that_no_interval_reaches_are_logged_with_the_epoch(make, train, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = train(make(), cut(batch(10), 2), logger=logger, log_every_n_steps=50)
+    assert [step for step, _ in events(tmp_path)["train/loss"]] == [1, 5]
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(events(tmp_path)["train/loss"][1][1])
+
+
+def test_statistics_of_host_and_device_are_combined():
+    meters, seen = Meters(), []
+    meters.update({"on_device": Statistic(torch.ones((), device="meta"), 2.0), "on_host": Statistic(torch.ones(()))})
+
+    def reduce(values, how):
+        seen.append(values.device.type)
+        return torch.ones(values.shape)
+
+    assert meters.compute(reduce) == {"on_device": 1.0, "on_host": 1.0}
+    assert seen == ["meta"]
+
+
+def test_two_validation_loaders_are_logged_apart(make):
+    loaders = [torch.utils.data.DataLoader([batch(4, seed=seed)], batch_size=None) for seed in (0, 1)]
+    module, trainer = make(), L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    apart = trainer.validate(module, loaders)
+    alone = [trainer.validate(module, loader)[0]["val/loss"] for loader in loaders]
+    both = {name: value for found in apart for name, value in found.items()}
+    assert [both[f"val/loss/dataloader_idx_{i}"] for i in (0, 1)] == alone
+
+
+def test_objects_of_a_subclass_stay_out_of_the_checkpoint(train, tmp_path, tiny_llama):
+    class Distilled(SFTModule):
+        def __init__(self, *, teacher, weight=0.5, **common):
+            super().__init__(**common)
+            self.teacher = [teacher]
+
+    module = Distilled(teacher=copy.deepcopy(tiny_llama), policy=copy.deepcopy(tiny_llama), weight=0.25)
+    train(module, [batch(2)]).save_checkpoint(tmp_path / "a.ckpt")
+    found = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert found["weight"] == 0.25
+    assert not found.keys() & {"teacher", "policy"}
+
+
 def test_evaluation_does_not_depend_on_the_batch_size(make):
-    import lightning as L
 
     whole, results = batch(7), []
     for size in (1, 2, 7):
@@ -93,7 +135,6 @@ def test_evaluation_does_not_depend_on_the_batch_size(make):
 
 
 def test_num_tokens_survives_a_checkpoint(make, train, tmp_path):
-    import lightning as L
 
     whole = batch(8)
     trainer = train(make(), [whole])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignment_modules.policies.config import DTYPES, PolicyConfig
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
+from alignment_modules.policies.modes import eval_mode
 
 
 def build_reference(reference: str | PolicyConfig | nn.Module | None, policy: nn.Module) -> nn.Module | None:
@@ -92,15 +93,9 @@ def reference_mode(policy: nn.Module, reference: nn.Module | None) -> Iterator[n
         raise ValueError(
             "reference=None stands for the policy with its adapters off, but the policy has none; use build_reference."
         )
-    modes = [(child, child.training) for child in module.modules()]
     switch = adapter_off(policy) if reference is None else nullcontext()
-    try:
-        with torch.no_grad(), switch:
-            module.eval()
-            yield module
-    finally:
-        for child, training in modes:
-            child.training = training
+    with eval_mode(module), torch.no_grad(), switch:
+        yield module
 
 
 def disable_dropout(policy: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
 from alignment_modules.policies.last_layer import feed_forward_on, find_feed_forward
+from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.segments import Segments
 
 logger = logging.getLogger(__name__)
@@ -369,12 +370,6 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _quiet(policy: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and autocast; every module gets its own mode back."""
-    modes = [(module, module.training) for module in policy.modules()]
     device = next((parameter.device.type for parameter in policy.parameters()), "cpu")
-    policy.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(policy), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from alignment_modules.functional.logprobs import IGNORED_TARGET
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Segments:
             first |= host[-1].flatten()[where] == 0
         segment = first.cumsum(0) - 1
         labels_flat = targets.flatten()[where]
-        scored = ((labels_flat != IGNORE_INDEX) & ~first).nonzero().squeeze(1)
+        scored = ((labels_flat != IGNORED_TARGET) & ~first).nonzero().squeeze(1)
         count = int(first.sum())
         return _assemble(
             token_ids=ids.flatten()[where],

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from alignment_modules.policies.config import DTYPES
 from alignment_modules.rewards.protocol import RewardError
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 class SequenceClassifier:
@@ -52,13 +52,13 @@ class SequenceClassifier:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be 1 or more")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype!r} must be one of {sorted(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be one of {sorted(DTYPES)}")
         self.path = path
         self.name = name or Path(path).name
         self.prompt_column = prompt_column
         self.batch_size = batch_size
-        self.model, self.tokenizer = _load(path, _DTYPES[dtype])
+        self.model, self.tokenizer = _load(path, DTYPES[dtype])
         self.label = self._label_index(label)
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if use_chat_template and not has_template:

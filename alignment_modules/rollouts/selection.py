@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.cached_decoder import CachedDecoder
 from alignment_modules.rollouts.decoding import DecoderFactory, RecomputeDecoder, accepts
 from alignment_modules.rollouts.fast_decoder import FastDecoder
@@ -78,7 +79,7 @@ def _difference(policy: nn.Module, factory: DecoderFactory, parameter: Tensor) -
     prompts = Prompts.from_padded(ids, torch.tensor([[0, 0, 1, 1, 1], [1] * 5], device=ids.device))
     tolerance = {torch.float64: 1e-5, torch.float32: 1e-4}.get(parameter.dtype, 5e-2)
     kept = torch.tensor([0, 2, 3], device=ids.device)
-    with _inference_flags(policy):
+    with eval_mode(policy), torch.no_grad():
         reference = RecomputeDecoder(policy, prompts, 2, 3)
         try:
             decoder = factory(policy, prompts, 2, 3)
@@ -100,20 +101,6 @@ def _difference(policy: nn.Module, factory: DecoderFactory, parameter: Tensor) -
 def _vocabulary(policy: nn.Module) -> int:
     embedding = policy.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
-
-
-@contextmanager
-def _inference_flags(policy: nn.Module) -> Iterator[None]:
-    """Evaluation flags without touching what `eval()` may be overridden to do; restored on exit."""
-    training = [module for module in policy.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

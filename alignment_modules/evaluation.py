@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.metrics import pass_at_k
 from alignment_modules.objective import Meters, Objective, Statistic
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rewards import RewardSet, RewardTable
@@ -108,7 +109,8 @@ class GenerationSteps(L.LightningModule):
                 batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed
             )
             correct, applies = self._correct(batch, samples, config.num_samples)
-            statistics[f"pass@{config.num_samples}"] = Statistic(correct.amax(dim=1).sum(), applies.any(dim=1).sum())
+            solved = pass_at_k(correct, config.num_samples)
+            statistics[f"pass@{config.num_samples}"] = Statistic(solved.sum(), applies.any(dim=1).sum())
             statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
         self.record_evaluation(statistics, dataloader_idx)
 

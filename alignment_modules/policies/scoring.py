@@ -61,8 +61,7 @@ class Capabilities:
     """What a policy can do.
 
     Attributes:
-        packed: Reads segments, so that nothing is padded.
-        shared_prefix: Computes a shared prompt once.
+        packed: Reads segments, so that nothing is padded and a shared prompt is computed once.
         hidden_states: The head is a plain linear map that can be applied to the predicting tokens' hidden states alone.
         reason: Why, in a sentence.
         window: Longest context in tokens that may be packed, for models with a sliding window; None for no limit.
@@ -70,7 +69,6 @@ class Capabilities:
     """
 
     packed: bool
-    shared_prefix: bool
     hidden_states: bool
     reason: str
     window: int | None = None
@@ -182,7 +180,7 @@ def capabilities(policy: nn.Module) -> Capabilities:
     if found is not None and name == _attention_name(model):
         return found
     if model is None:
-        found = Capabilities(False, False, False, "padded rows (not a causal language model of transformers)")
+        found = Capabilities(False, False, "padded rows (not a causal language model of transformers)")
     else:
         found = _probe(policy, model)
     _KNOWN[policy] = (_attention_name(model), found)
@@ -285,10 +283,10 @@ def _probe(policy: nn.Module, model: Any) -> Capabilities:
                 model.set_attn_implementation("sdpa")
     head = "head on the predicting tokens alone" if hidden else f"head called as it is ({objection})"
     if refusal is not None:
-        return Capabilities(False, False, hidden, f"padded rows ({refusal}), {head}")
+        return Capabilities(False, hidden, f"padded rows ({refusal}), {head}")
     limit = "" if window is None else f" up to {window} tokens of context"
     reason = f"packed rows with shared prompts{limit} (attention implementation set from {name} to segments), {head}"
-    return Capabilities(True, True, hidden, reason, window, trim)
+    return Capabilities(True, hidden, reason, window, trim)
 
 
 def _refuse_by_structure(model: Any, name: str | None) -> tuple[int | None, str | None]:

@@ -74,6 +74,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self._window_tokens: Tensor | float = 0.0
         self._num_tokens: Tensor | float = 0.0
         self._stepped = False
+        self._loss_scale: Tensor | None = None
 
     # What a paradigm or a user's subclass overrides
 
@@ -110,6 +111,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             self.tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if self.tokenizer is not None:
             check_vocabulary(self.policy, self.tokenizer)
+            if self.reference is not None:
+                check_vocabulary(self.reference, self.tokenizer, name="reference")
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
@@ -117,6 +120,14 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         if self.make_lr_scheduler is None:
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if not self.automatic_optimization:
+                raise ValueError(
+                    f"lr_scheduler={type(scheduler).__name__} waits for a metric, but {type(self).__name__} steps its "
+                    "schedule after every optimizer step: choose one that counts steps"
+                )
+            monitor = getattr(scheduler, "monitor", "train/loss")
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         bind_total_steps(scheduler, self.total_optimizer_steps, strict=not self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -135,14 +146,27 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Sets modes and prints the resolved objective."""
+        """Sets modes, forgets what an interrupted fit left half done, and prints the resolved objective."""
         self.train()
+        self.zero_grad(set_to_none=True)
+        self._train_meters.reset()
+        self._window_weight = self._window_tokens = 0.0
+        self._stepped, self._loss_scale = False, None
         width = max(map(len, lines := self.describe()))
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuses a batch of another paradigm."""
         self.check_batch(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what an interrupted validation left."""
+        self._eval_meters.clear()
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets what an interrupted test left."""
+        super().on_test_epoch_start()
+        self._eval_meters.clear()
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuses a batch of another paradigm."""
@@ -164,7 +188,20 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the summed objective; the gradients are normalised before the optimizer step."""
-        return self.record(batch).total
+        return self.scaled(self.record(batch))
+
+    def scaled(self, objective: Objective) -> Tensor:
+        """What is backpropagated: the total; where gradients are 16-bit floats, brought near the size of a mean.
+
+        A sum over thousands of tokens would overflow them. The factor is a power of 2, fixed at the first micro-batch
+        and the same on all ranks, so that it changes no digit; `on_before_optimizer_step` takes it back.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            return objective.total
+        if self._loss_scale is None:
+            largest = self.reduce(objective.weight.detach().float(), "max").clamp(min=1.0)
+            self._loss_scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
+        return objective.total * self._loss_scale
 
     def record(self, batch: dict[str, Any]) -> Objective:
         """Evaluates the objective of a micro-batch and adds its weight and statistics to the current window."""
@@ -199,6 +236,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
         windows = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
         scale = torch.where(weight > 0, windows * self.trainer.world_size / weight.clamp(min=1e-30), 0.0)
+        scale = scale if self._loss_scale is None else scale / self._loss_scale
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         norm = self.clip(gradients)
@@ -207,7 +245,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             self._train_meters.update(
                 {"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)}
             )
-            self._train_meters.update({"learning_rate": Statistic(torch.tensor(optimizer.param_groups[0]["lr"]))})
+            rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float32)
+            self._train_meters.update({"learning_rate": Statistic(rate)})
         self._num_tokens = self._num_tokens + tokens
         self._window_weight = self._window_tokens = 0.0
         self._stepped = True
@@ -275,7 +314,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         """Combines a tensor over all ranks: "sum", "min" or "max"."""
         if self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op=how)
+        # A copy: the collective writes into what it is given.
+        return self.trainer.strategy.reduce(values.to(self.device, copy=True), reduce_op=how)
 
     def all_gather_ragged(self, values: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order, whatever its length."""
@@ -285,7 +325,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
-        return export_policy(self.policy, directory, self.tokenizer, lora=lora)
+        return export_policy(
+            self.policy, directory, self.tokenizer, lora=lora, stop_token_ids=self.data_stop_token_ids()
+        )
 
 
 def _given_objects(frame: FrameType | None) -> list[str]:

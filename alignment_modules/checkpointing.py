@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class CheckpointContract(L.LightningModule):
     _num_tokens: Tensor | float
     _window_weight: Tensor | float
     _window_tokens: Tensor | float
+    _loss_scale: Tensor | None
     _restored_window: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class CheckpointContract(L.LightningModule):
         if window is None:
             return
         self._window_weight, self._window_tokens = window["weight"], window["tokens"]
+        self._loss_scale = None if window["scale"] is None else torch.tensor(window["scale"], device=self.device)
         for name, parameter in self.named_parameters():
             if name in window["gradients"]:
                 parameter.grad = window["gradients"][name].to(parameter)
@@ -94,6 +97,7 @@ class CheckpointContract(L.LightningModule):
         return {
             "weight": float(self._window_weight),
             "tokens": float(self._window_tokens),
+            "scale": None if self._loss_scale is None else float(self._loss_scale),
             "gradients": gradients,
         }
 

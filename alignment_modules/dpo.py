@@ -85,6 +85,11 @@ class DPOModule(AlignmentModule):
         logps = scores.token_logps.sum(dim=1).view(-1, 2)
         lengths = scores.mask.sum(dim=1).view(-1, 2)
         reference_logps = self.reference_logps(batch, segments)
+        # A pair without a scored token in either completion compares nothing.
+        counted = lengths.amin(dim=1) > 0
+        if self.loss in BATCH_COUPLED_LOSSES:  # nor may it take part in the others' order
+            logps, lengths, reference_logps = logps[counted], lengths[counted], reference_logps[counted]
+            counted = counted[counted]
         losses = preference_loss(
             logps[:, 0],
             logps[:, 1],
@@ -101,8 +106,6 @@ class DPOModule(AlignmentModule):
         )
         if self.nll_coef:
             losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
-        # A pair without a scored token in either completion compares nothing.
-        counted = lengths.amin(dim=1) > 0
         total = (losses * counted).sum()
         statistics = self.statistics(total, counted, logps.detach(), reference_logps)
         statistics |= _token_statistics(scores)

@@ -77,6 +77,7 @@ class GenerationSteps(L.LightningModule):
     evaluation: EvaluationConfig
     verifier: RewardSet
     _eval_meters: dict[int, Meters]
+    _prompts_seen: int = 0
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The paradigm's objective."""
@@ -100,6 +101,7 @@ class GenerationSteps(L.LightningModule):
         if "prompts" not in batch:
             self.evaluate_objective(batch, dataloader_idx)
             return
+        batch = self._indexed(batch)
         config = self.evaluation
         greedy = self.generate(batch, self.evaluation_parameters(greedy=True), seed=config.seed)
         correct, applies = self._correct(batch, greedy, 1)
@@ -118,13 +120,14 @@ class GenerationSteps(L.LightningModule):
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`."""
         if "prompts" not in batch:
             raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
+        batch = self._indexed(batch)
         config, samples = self.evaluation, max(self.evaluation.num_samples, 1)
         completions = self.generate(
             batch, self.evaluation_parameters(greedy=not config.num_samples), num_samples=samples, seed=config.seed
         )
         texts = self.decode(completions)
         rows: list[dict[str, Any]] = [{"index": index} for index in batch["index"]] if "index" in batch else []
-        columns = _columns(batch) | {"prompt": prompt_texts(self.tokenizer, batch)}
+        columns = _columns(batch) | {"prompt": given_prompts(self.tokenizer, batch)}
         rows = rows or [{} for _ in columns["prompt"]]
         for number, row in enumerate(rows):
             row.update({name: values[number] for name, values in columns.items()})
@@ -168,21 +171,42 @@ class GenerationSteps(L.LightningModule):
                 tokenizer=self.tokenizer,
             )
 
+    def on_test_epoch_start(self) -> None:
+        """Counts prompts anew."""
+        self._prompts_seen = 0
+
+    def on_predict_epoch_start(self) -> None:
+        """Counts prompts anew."""
+        self._prompts_seen = 0
+
+    def _indexed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with an `index`: what it brings, else a running number, so that no batch size changes a sample."""
+        if "index" in batch:
+            return batch
+        indices = [index + self._world_size() * self._prompts_seen for index in self.prompt_indices(batch)]
+        self._prompts_seen += len(indices)
+        return {**batch, "index": indices}
+
+    def _world_size(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
     def prompt_indices(self, batch: Mapping[str, Any]) -> list[int]:
         """What a prompt's samples are seeded with: its `index`, else its place in the batch, another on each rank."""
         if "index" in batch:
             return batch["index"]
-        world = 1 if self._trainer is None else self._trainer.world_size
-        return [self.global_rank + world * row for row in range(len(batch["prompts"]))]
+        return [self.global_rank + self._world_size() * row for row in range(len(batch["prompts"]))]
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: end-of-sequence tokens of tokenizer and policy, and the data's end of turn."""
         configured = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
         found = configured if isinstance(configured, list) else [configured]
         found = [*found, getattr(self.tokenizer, "eos_token_id", None)]
-        datamodule = getattr(self._trainer, "datamodule", None)
-        found.extend(getattr(datamodule, "stop_token_ids", ()))
+        found.extend(self.data_stop_token_ids())
         return tuple(sorted({int(token) for token in found if token is not None}))
+
+    def data_stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion in the data trained on, such as the chat template's end of turn."""
+        return tuple(getattr(getattr(self._trainer, "datamodule", None), "stop_token_ids", ()))
 
     def judge(
         self, rewards: RewardSet, batch: Mapping[str, Any], completions: Completions, num_samples: int
@@ -197,9 +221,9 @@ class GenerationSteps(L.LightningModule):
             row[mask].tolist() for row, mask in zip(completions.ids.cpu(), completions.mask.cpu(), strict=True)
         ]
         rewards.to(self.device)
-        columns = {name: _repeat(values, num_samples) for name, values in _columns(batch).items() if name != "prompt"}
+        columns = {name: _repeat(values, num_samples) for name, values in _columns(batch).items()}
         table = rewards(
-            prompts=_repeat(prompt_texts(self.tokenizer, batch), num_samples),
+            prompts=_repeat(given_prompts(self.tokenizer, batch), num_samples),
             completions=texts,
             prompt_ids=_repeat(prompt_ids, num_samples),
             completion_ids=completion_ids,
@@ -225,12 +249,18 @@ def pad_token_id(tokenizer: Any) -> int:
     return int(found) if found is not None else 0
 
 
-def prompt_texts(tokenizer: Any, batch: Mapping[str, Any]) -> list[Any]:
-    """The prompts as the dataset gave them (column `prompt`), else decoded with their special tokens."""
+def given_prompts(tokenizer: Any, batch: Mapping[str, Any]) -> list[Any]:
+    """The prompts as the data set gave them (column `prompt`: text or messages), else decoded."""
     if isinstance(batch.get("prompt"), list):
         return batch["prompt"]
+    return prompt_texts(tokenizer, batch, skip_special_tokens=True)
+
+
+def prompt_texts(tokenizer: Any, batch: Mapping[str, Any], *, skip_special_tokens: bool = False) -> list[str]:
+    """The prompts as the policy saw them, decoded."""
     ids, mask = batch["prompts"].cpu(), batch["prompt_attention_mask"].cpu().bool()
-    return tokenizer.batch_decode([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)])
+    rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
 
 
 def length_statistics(completions: Completions) -> dict[str, Statistic]:

@@ -115,8 +115,13 @@ class GRPOModule(OnlineModule):
         rollout = self.roll_out(batch)
         self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
         order = torch.Generator().manual_seed(self.seed + self.global_step)
+        largest = int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
+        if batch_idx == 0 and largest < self.minibatches:
+            raise ValueError(f"minibatches={self.minibatches} is more than the {largest} prompts of a batch")
         for _ in range(self.num_iterations):
-            for part in rollout.minibatches(self.minibatches, order):
+            for number, part in enumerate(rollout.minibatches(self.minibatches, order)):
+                if number >= largest:  # a last, shorter batch: no rank has anything left
+                    break
                 if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
                     return
                 minibatch = replace(part, on_policy=rollout.on_policy)
@@ -131,12 +136,17 @@ class GRPOModule(OnlineModule):
         statistics |= _group_statistics(rewards)
         prompts, group = rewards.shape
         mask = completions.mask.view(prompts, group, -1)
+        if self.mask_truncated and not self.stop_token_ids():
+            raise ValueError("mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated")
+        loss_mask = mask & ~completions.truncated.view(prompts, group, 1) if self.mask_truncated else mask
+        # Nothing predicts the first token after an empty prompt.
+        unpredicted = (mask.cumsum(dim=-1) == 1) & ~batch["prompt_attention_mask"].bool().any(dim=1)[:, None, None]
         rollout = Rollout(
             prompt_ids=batch["prompts"],
             prompt_mask=batch["prompt_attention_mask"].bool(),
             completion_ids=completions.ids.view(prompts, group, -1),
             completion_mask=mask,
-            loss_mask=mask & ~completions.truncated.view(prompts, group, 1) if self.mask_truncated else mask,
+            loss_mask=loss_mask & ~unpredicted,
             advantages=rewards,
             old_logps=completions.token_logps.view(prompts, group, -1),
             on_policy="old_logprobs" not in batch,
@@ -149,7 +159,7 @@ class GRPOModule(OnlineModule):
             rollout = replace(rollout, reference_logps=reference_logps)
             if self.kl_placement == "reward":
                 divergence = kl_penalty(rollout.old_logps, reference_logps, estimator=self.kl_estimator)
-                rewards = rewards - self.beta * (divergence * mask).sum(dim=-1)
+                rewards = rewards - self.beta * divergence.masked_fill(~mask, 0.0).sum(dim=-1)
                 statistics["kl"] = _token_mean(divergence.flatten(0, 1), mask.flatten(0, 1))
         advantages = self.advantages(rewards)
         self.last_rollout["advantage"] = advantages.flatten().tolist()
@@ -239,9 +249,11 @@ class GRPOModule(OnlineModule):
             return rest.index_put((active,), values.view(-1, *shape[1:])).flatten(0, 1)
 
         # The others' advantage is 0; a ratio of 1 keeps the arithmetic finite.
-        unscored = torch.zeros_like(rollout.old_logps)
+        unscored = torch.zeros_like(rollout.old_logps, dtype=scores.token_logps.dtype)
         return Scores(
-            token_logps=spread(scores.token_logps, unscored if rollout.on_policy else rollout.old_logps),
+            token_logps=spread(
+                scores.token_logps, unscored if rollout.on_policy else rollout.old_logps.to(unscored).nan_to_num()
+            ),
             mask=spread(scores.mask, torch.zeros_like(rollout.loss_mask)),
             entropy=None if scores.entropy is None else spread(scores.entropy, unscored),
         )
@@ -270,12 +282,18 @@ class GRPOModule(OnlineModule):
 
 
 def _group_statistics(rewards: Tensor) -> dict[str, Statistic]:
-    prompts = float(len(rewards))
-    deviation = rewards.std(dim=1)
+    """Mean and spread of the groups' rewards; NaN stands for a reward that does not apply."""
+    applies = ~rewards.isnan()
+    count = applies.sum(dim=1)
+    mean = rewards.nansum(dim=1) / count.clamp(min=1)
+    squares = torch.where(applies, (rewards - mean[:, None]).square(), 0.0).sum(dim=1)
+    largest = torch.where(applies, rewards, -torch.inf).amax(dim=1)
+    smallest = torch.where(applies, rewards, torch.inf).amin(dim=1)
+    groups = (count > 0).sum()
     return {
-        "reward": Statistic(rewards.mean(dim=1).sum(), prompts),
-        "reward_std": Statistic(deviation.sum(), prompts),
-        "frac_reward_zero_std": Statistic((rewards.amax(dim=1) - rewards.amin(dim=1) < 1e-6).sum(), prompts),
+        "reward": Statistic(mean.sum(), groups),
+        "reward_std": Statistic((squares / (count - 1).clamp(min=1)).sqrt().sum(), groups),
+        "frac_reward_zero_std": Statistic(((largest - smallest < 1e-6) & (count > 0)).sum(), groups),
     }
 
 

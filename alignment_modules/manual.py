@@ -73,7 +73,11 @@ class ManualOptimizationModule(AlignmentModule):
         optimizer: Any = self.optimizers()
         for number, micro_batch in enumerate(padded, start=1):
             with self._gradient_sync(last=number == count):
-                self.manual_backward(self.record(micro_batch).total)
+                self.manual_backward(self.scaled(self.record(micro_batch)))
+        if not float(self.reduce(torch.as_tensor(self._window_weight, device=self.device).float(), "sum")):
+            # Not one token counts, say because all completions were truncated: momentum must not move the weights.
+            optimizer.zero_grad()
+            return
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()

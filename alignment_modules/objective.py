@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "min", "max"]
+Kind = Literal["mean", "std", "min", "max"]
 Reduce = Callable[[Tensor, str], Tensor]
 
 
@@ -22,7 +22,8 @@ class Statistic(NamedTuple):
     """One number to log.
 
     Attributes:
-        total: 0-dim tensor: the sum over the units (kind "mean"), or the extreme value itself ("min", "max").
+        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
+            sample standard deviation ("std") [2], the sum of the units and that of their squares.
         weight: 0-dim tensor or number: how many units were summed; ignored for extremes.
         kind: How the values of micro-batches and ranks combine.
     """
@@ -70,11 +71,12 @@ class Meters:
         for name, (total, weight, kind) in statistics.items():
             key = (kind, name)
             value = total.detach().double() if total.device.type != "mps" else total.detach().float()
-            if kind == "mean":
+            if kind in ("mean", "std"):
+                value = value.reshape(-1)
                 if not isinstance(weight, Tensor):
-                    weight = torch.full_like(value, weight)
-                pair = torch.stack([value, weight.to(value)])
-                self._values[key] = pair + self._values[key] if key in self._values else pair
+                    weight = value.new_full((), weight)
+                sums = torch.cat([value, weight.to(value).reshape(1)])
+                self._values[key] = sums + self._values[key] if key in self._values else sums
             else:
                 pick = torch.minimum if kind == "min" else torch.maximum
                 self._values[key] = pick(value, self._values[key]) if key in self._values else value
@@ -90,13 +92,18 @@ class Meters:
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        for kind, how in (("mean", "sum"), ("min", "min"), ("max", "max")):
+        for kind, how in (("mean", "sum"), ("std", "sum"), ("min", "min"), ("max", "max")):
             names = sorted(name for held, name in self._values if held == kind)
             if not names:
                 continue
             values = reduce(torch.stack([self._values[kind, name].to(device) for name in names]), how).tolist()  # type: ignore[index]
             for name, value in zip(names, values, strict=True):
-                if kind != "mean":
+                if kind == "std":
+                    total, squares, count = value
+                    if count > 0:  # of a single unit: 0
+                        variance = max(squares - total * total / count, 0.0) / max(count - 1, 1)
+                        results[name] = math.sqrt(variance)
+                elif kind != "mean":
                     if math.isfinite(value):
                         results[name] = value
                 elif value[1] != 0:

@@ -43,7 +43,7 @@ class OnlineModule(ManualOptimizationModule):
     def __init__(
         self,
         *,
-        rewards: str | Callable | list[str | Callable],
+        rewards: str | list[str | Callable] | Callable,
         reward_weights: list[float] | None = None,
         num_generations: int = 8,
         max_completion_length: int = 256,
@@ -77,15 +77,7 @@ class OnlineModule(ManualOptimizationModule):
             ValueError: If a key is missing, or `rewards` or `old_logprobs` come without the `responses` they belong to.
         """
         super().check_batch(batch)
-        if "responses" in batch:
-            needs, those = "response_mask", ["responses"]
-        else:
-            needs, those = "responses", [k for k in ("rewards", "old_logprobs") if isinstance(batch.get(k), Tensor)]
-        if those and needs not in batch:
-            raise ValueError(
-                f"the batch brings {' and '.join(those)} without {needs}: completions that are given come as responses "
-                "and response_mask, with or without their rewards and old_logprobs"
-            )
+        check_given_rollout(batch)
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """What the last rollout holds: the prompts' and all completions' tokens, and the completions as samples."""
@@ -114,7 +106,7 @@ class OnlineModule(ManualOptimizationModule):
                 "completions for each prompt, grouped by prompt"
             )
         stops = torch.tensor(parameters.stop_token_ids or [-1], device=ids.device)
-        old_logps = batch.get("old_logprobs", torch.full(ids.shape, torch.nan, device=ids.device))
+        old_logps = batch.get("old_logprobs", torch.full(ids.shape, torch.nan, device=ids.device)).float()
         return Completions(ids, mask, old_logps, ~(torch.isin(ids, stops) & mask).any(dim=1))
 
     def judge_completions(
@@ -169,6 +161,39 @@ class OnlineModule(ManualOptimizationModule):
         }
 
 
+def check_given_rollout(batch: Mapping[str, Any]) -> None:
+    """Checks the part of a rollout that a batch brings: `responses`, `response_mask`, `rewards`, `old_logprobs`.
+
+    Raises:
+        ValueError: If a part is missing, of another shape than the responses, or too coarse to compare with.
+    """
+    if "responses" in batch:
+        needs, those = "response_mask", ["responses"]
+    else:
+        needs, those = "responses", [k for k in ("rewards", "old_logprobs") if isinstance(batch.get(k), Tensor)]
+    if those and needs not in batch:
+        raise ValueError(
+            f"the batch brings {' and '.join(those)} without {needs}: completions that are given come as responses "
+            "and response_mask, with or without their rewards and old_logprobs"
+        )
+    if not those:
+        return
+    rows, time = batch["responses"].shape
+    shapes = {"response_mask": (rows, time), "old_logprobs": (rows, time), "rewards": (rows,)}
+    for name, shape in shapes.items():
+        given = batch.get(name)
+        if isinstance(given, Tensor) and tuple(given.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; for responses {(rows, time)} it must be {shape}")
+    if not time:
+        raise ValueError("responses has no column: completions have at least one token")
+    old = batch.get("old_logprobs")
+    if old is not None and old.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"old_logprobs is {old.dtype}, too coarse for a ratio: give it in float32. Trainer(precision='bf16-true') "
+            "rounds all of a batch; train with precision='bf16-mixed' or PolicyConfig(dtype='bfloat16') instead"
+        )
+
+
 def reward_statistics(names: list[str], values: Tensor) -> dict[str, Statistic]:
     """Mean and standard deviation of each reward over the completions it applies to (NaN: not applicable).
 
@@ -179,9 +204,9 @@ def reward_statistics(names: list[str], values: Tensor) -> dict[str, Statistic]:
     statistics = {}
     for name, column in zip(names, values.unbind(dim=1), strict=True):
         applies = ~column.isnan()
-        count = applies.sum()
-        mean = column.nansum() / count.clamp(min=1)
-        variance = torch.where(applies, (column - mean).square(), 0.0).sum() / (count - 1).clamp(min=1)
-        statistics[f"rewards/{name}/mean"] = Statistic(column.nansum(), count)
-        statistics[f"rewards/{name}/std"] = Statistic(variance.sqrt() * count, count)
+        count, exact = applies.sum(), column.double()
+        statistics[f"rewards/{name}/mean"] = Statistic(exact.nansum(), count)
+        statistics[f"rewards/{name}/std"] = Statistic(
+            torch.stack([exact.nansum(), exact.square().nansum()]), count, kind="std"
+        )
     return statistics

@@ -122,7 +122,7 @@ class AlignmentDataModule(LightningDataModule):
             tokenizer: Any = load_tokenizer(given) if isinstance(given, str) else given
             if self.chat_template is not None:
                 tokenizer = copy.deepcopy(tokenizer)
-                tokenizer.chat_template = read_chat_template(self.chat_template)
+                tokenizer.chat_template = read_chat_template(self.chat_template, tokenizer)
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -235,11 +235,17 @@ class AlignmentDataModule(LightningDataModule):
         rows = open_source(self.sources[split], split)
         if self.columns:
             rows = RenamedRows(rows, self.columns)
-        kind = formats.recognise(rows[0])
-        prompts = split in ("test", "predict") and kind not in (None, formats.TEXT)
-        accepted = tuple(k for k in formats.COLUMNS if k != formats.TEXT) if prompts else self.accepts
-        if kind is None or kind not in accepted:
-            found = f"; that is the format '{kind}'" if kind else ""
+        others = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
+        kind, accepted, prompts = None, self.accepts, False
+        if split in ("test", "predict"):  # prompts where the rows have some, in the module's own formats first
+            own = [name for name in self.accepts if name != formats.TEXT]
+            kind = formats.recognise(rows[0], own) or formats.recognise(rows[0], others)
+            prompts = kind is not None
+            accepted = tuple(dict.fromkeys((*self.accepts, *others)))
+        kind = kind or formats.recognise(rows[0], self.accepts)
+        if kind is None:
+            found = formats.recognise(rows[0])
+            found = f"; that is the format '{found}'" if found else ""
             raise ValueError(
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(rows[0]))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"

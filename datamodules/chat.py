@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from datamodules.formats import Message
+from datamodules.tokens import continuation, starts_with, tokenise
 
 # For base models: plain words as roles, each reply ended by the tokenizer's own end-of-sequence token.
 PLAIN_TEMPLATE = (
@@ -25,13 +25,29 @@ PLAIN_TEMPLATE = (
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+class Span(NamedTuple):
+    """A reply in a conversation, as positions of characters or of tokens.
+
+    Attributes:
+        opening: Where a sampler starts to write; None where the conversation rewrites what came before.
+        start: Where the supervised part starts.
+        end: Where it ends.
+    """
+
+    opening: int | None
+    start: int
+    end: int
+
+
 class Chat:
     """Applies a tokenizer's chat template and finds the tokens that the model must learn to write.
 
     Where the template has `{% generation %}` markers they say which tokens; else each assistant turn is the text
     between the conversation before it (with the generation prompt) and the conversation with it. That needs every
     earlier rendering to be a prefix of the later one, which is checked: a template that rewrites history is refused. In
-    both cases a turn's stop token is supervised, and appended to the last turn where the template writes none.
+    both cases no token lies across the place where a sampler starts to write, so the ids of a conversation begin with
+    those of its prompt, and a turn's stop token is supervised, and appended to the last turn where the template writes
+    none.
 
     Args:
         tokenizer: A `transformers` tokenizer with a chat template.
@@ -65,8 +81,7 @@ class Chat:
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt, continue_final_message=False
             )
         except Exception as error:  # templates raise what they like
-            roles = [message["role"] for message in messages]
-            raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
+            raise _refusal(messages, error) from error
         return str(text)
 
     def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> np.ndarray:
@@ -98,10 +113,14 @@ class Chat:
             ValueError: No assistant turn to learn from, or the tokens of one cannot be told with certainty.
         """
         turns = self._turns(messages, first, last_only)
-        if not self._has_markers(tools):
-            return self._encode_by_boundaries(messages, turns, tools)
-        marked = self._encode_by_markers(messages, turns, tools)
-        return marked if marked is not None else self._encode_by_boundaries(messages, turns, tools)
+        ids, spans = self._encode_spans(*self._spans(messages, turns, tools))
+        mask = np.zeros(len(ids), dtype=bool)
+        for span in spans:
+            mask[span.start : span.end] = True
+        if not mask.any():
+            raise ValueError("the chat template leaves no token of the reply to learn from")
+        end = int(np.flatnonzero(mask)[-1]) + 1  # what follows the last target only costs time
+        return ids[:end], mask[:end]
 
     def encode_completion(
         self, prompt: list[Message], completion: list[Message], tools: list[Any] | None = None
@@ -117,16 +136,18 @@ class Chat:
         turns = self._turns(messages, len(prompt), False)
         if turns[0] != len(prompt):
             raise ValueError(f"a completion must start with an assistant message, found {completion[0]['role']!r}")
-        ids, mask = self._encode_by_boundaries(messages, turns, tools)
-        start = int(np.argmax(mask))
-        return ids[:start], ids[start:]
+        text, spans = self._spans(messages, turns, tools)
+        if spans[0].opening is None:
+            text, spans = self._between_renderings(messages, turns, tools)  # says why it cannot be told
+        ids, spans = self._encode_spans(text, spans)
+        return ids[: spans[0].opening], ids[spans[0].opening : spans[-1].end]
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a reply: the end-of-sequence token and the token that the template ends assistant turns with."""
         stops = set() if self.tokenizer.eos_token_id is None else {int(self.tokenizer.eos_token_id)}
         try:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ids, _ = self._encode_by_boundaries(probe, [1], None)
+            ids, _ = self.encode(probe)
             stops.add(int(ids[-1]))
         except ValueError:
             pass
@@ -142,41 +163,116 @@ class Chat:
 
     def _has_markers(self, tools: list[Any] | None) -> bool:
         template = self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
-        return bool(_MARKER.search(template)) and bool(getattr(self.tokenizer, "is_fast", False))
+        return bool(_MARKER.search(template))
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Templates write special tokens themselves; adding them again would double the first one.
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        return tokenise(self.tokenizer, texts)
 
-    def _encode_by_markers(
+    def _spans(self, messages: list[Message], turns: list[int], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """The conversation up to its last turn as text, and the characters of each turn."""
+        marked = self._between_markers(messages, turns, tools) if self._has_markers(tools) else None
+        return self._between_renderings(messages, turns, tools) if marked is None else marked
+
+    def _between_markers(
         self, messages: list[Message], turns: list[int], tools: list[Any] | None
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+    ) -> tuple[str, list[Span]] | None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         messages = messages[: turns[-1] + 1]
+        template = self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
         try:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            rendered, marked = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # templates raise what they like
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-        marked = np.asarray(encoded["assistant_masks"], dtype=bool)
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], marked, [False])).astype(np.int8)))
-        spans = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+            raise _refusal(messages, error) from error
+        text, places = rendered[0], marked[0]
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) != len(assistants):
-            return None  # an empty or merged turn: the boundaries decide, or refuse
-        wanted = [span for i, span in zip(assistants, spans, strict=True) if i in turns]
-        start, end = spans[-1]
-        stop = self._stop_in(ids, start, end)
-        if stop is None:  # the marker closes before the stop token: take what follows the last turn
+        if len(places) != len(assistants):
+            places = _joined(places)
+        if len(places) != len(assistants):
+            return None  # a turn without a marker, or with several: the renderings decide, or refuse
+        spans = []
+        for turn, (start, end) in zip(assistants, places, strict=True):
+            if turn in turns:
+                if start == end and (messages[turn].get("content") or messages[turn].get("tool_calls")):
+                    return None
+                opening = self._opening(messages, turn, tools, text[:end])
+                spans.append(Span(opening, start if opening is None else max(start, opening), end))
+        return text, spans
+
+    def _opening(self, messages: list[Message], turn: int, tools: list[Any] | None, text: str) -> int | None:
+        """Length of what a sampler is given to write turn `turn`, if `text` begins with it."""
+        try:
+            before = self.render(messages[:turn], tools=tools, prompt=True)
+        except ValueError:  # such as an assistant message that comes first
+            return None
+        return len(before) if text.startswith(before) else None
+
+    def _between_renderings(
+        self, messages: list[Message], turns: list[int], tools: list[Any] | None
+    ) -> tuple[str, list[Span]]:
+        last = turns[-1]
+        if turns[0] == 0:
+            raise ValueError("the conversation starts with an assistant message; a user or system one must come first")
+        whole = self.render(messages[: last + 1], tools=tools)
+        spans = []
+        for turn in turns:
+            before = self.render(messages[:turn], tools=tools, prompt=True)
+            after = whole if turn == last else self.render(messages[: turn + 1], tools=tools)
+            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
+                raise ValueError(
+                    f"the chat template rewrites history: the conversation up to message {turn} is not the beginning "
+                    "of the whole one, so the tokens of that reply cannot be told. Supervise the last turn alone "
+                    "(loss_on='last_turn'), or use a template with {% generation %} markers"
+                )
+            spans.append(Span(len(before), len(before), len(after)))
+        return whole, spans
+
+    def _encode_spans(self, text: str, spans: list[Span]) -> tuple[np.ndarray, list[Span]]:
+        """Ids of a text and the tokens of its spans, each up to its stop token and with it."""
+        ids, place = self._encode_cut(text, {position for span in spans for position in span if position is not None})
+        found = [
+            Span(None if span.opening is None else place[span.opening], place[span.start], place[span.end])
+            for span in spans
+        ]
+        stops = [self._stop_in(ids, span.start, span.end) for span in found]
+        if stops[-1] is None:  # the template closes the last turn behind its span, or not at all
+            end = found[-1].end
             tail = next((i for i in range(end, len(ids)) if int(ids[i]) in self.special), None)
             if tail is None:
-                ids, marked = self._append_eos(ids[:end], marked[:end])
-                return self._finish(ids, self._mask(len(ids), [*wanted[:-1], (wanted[-1][0], len(ids))]))
-            stop_id = int(ids[tail])
-            wanted = [(begin, self._through(ids, finish, stop_id)) for begin, finish in wanted]
-        return self._finish(ids, self._mask(len(ids), wanted))
+                ids = self._append_eos(ids[:end])
+                found[-1] = found[-1]._replace(end=len(ids))
+            else:
+                found = [span._replace(end=self._through(ids, span.end, int(ids[tail]))) for span in found]
+            stops = [self._stop_in(ids, span.start, span.end) for span in found]
+        return ids, [
+            span if stop is None else span._replace(end=stop + 1) for span, stop in zip(found, stops, strict=True)
+        ]
+
+    def _encode_cut(self, text: str, cuts: Iterable[int]) -> tuple[np.ndarray, dict[int, int]]:
+        """Ids of a text and the token position of each character cut; no token lies across a cut.
+
+        Up to a cut the text is tokenised as a whole where that begins with the ids of the cut before it (what the model
+        sees when it starts to write there); else the part between the two is tokenised apart.
+        """
+        edges = sorted({*cuts, len(text)})
+        heads = self._encode([text[:edge] for edge in edges])
+        ids = context = heads[0][:0]
+        place, last = {}, 0
+        for edge, head in zip(edges, heads, strict=True):
+            if starts_with(head, ids):
+                ids = head
+            else:
+                ids = np.concatenate((ids, continuation(self.tokenizer, ids, text[last:edge], head, context)))
+            place[edge] = len(ids)
+            last, context = edge, head
+        return ids, place
 
     def _through(self, ids: np.ndarray, end: int, stop_id: int) -> int:
         """End of a span moved behind its stop token, if only white space lies between."""
@@ -187,47 +283,6 @@ class Chat:
             position += 1
         return position + 1 if position < len(ids) else end
 
-    def _encode_by_boundaries(
-        self, messages: list[Message], turns: list[int], tools: list[Any] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        last = turns[-1]
-        if turns[0] == 0:
-            raise ValueError("the conversation starts with an assistant message; a user or system one must come first")
-        whole = self.render(messages[: last + 1], tools=tools)
-        cuts: list[int] = []
-        for turn in turns:
-            before = self.render(messages[:turn], tools=tools, prompt=True)
-            after = whole if turn == last else self.render(messages[: turn + 1], tools=tools)
-            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-                raise ValueError(
-                    f"the chat template rewrites history: the conversation up to message {turn} is not the beginning "
-                    "of the whole one, so the tokens of that reply cannot be told. Supervise the last turn alone "
-                    "(loss_on='last_turn'), or use a template with {% generation %} markers"
-                )
-            cuts += [len(before), len(after)]
-        ids, bounds = self._encode_cut(whole, cuts)
-        spans = []
-        for turn, start, end in zip(turns, bounds[::2], bounds[1::2], strict=True):
-            stop = self._stop_in(ids, start, end)
-            if stop is None and turn == last:
-                ids, _ = self._append_eos(ids[:end], np.zeros(end, dtype=bool))
-                end = len(ids)
-            spans.append((start, end if stop is None else stop + 1))
-        return self._finish(ids, self._mask(len(ids), spans))
-
-    def _encode_cut(self, text: str, cuts: list[int]) -> tuple[np.ndarray, list[int]]:
-        """Ids of a text and the token positions of its character cuts.
-
-        The text is tokenised as a whole where each part up to a cut has the same tokens alone (what the model sees when
-        it starts to write there); else the parts are tokenised one by one and joined, so no token lies across a cut.
-        """
-        ids, *heads = self._encode([text, *(text[:cut] for cut in cuts)])
-        if all(np.array_equal(ids[: len(head)], head) for head in heads):
-            return ids, [len(head) for head in heads]
-        edges = [0, *cuts, len(text)]
-        parts = self._encode([text[a:b] for a, b in pairwise(edges)])
-        return np.concatenate(parts), np.cumsum([len(part) for part in parts])[: len(cuts)].tolist()
-
     def _stop_in(self, ids: np.ndarray, start: int, end: int) -> int | None:
         """Position of the special token that ends a span (only white space may follow), or None."""
         for position in range(end - 1, start - 1, -1):
@@ -237,25 +292,27 @@ class Chat:
                 return None
         return None
 
-    def _append_eos(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _append_eos(self, ids: np.ndarray) -> np.ndarray:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError("the chat template writes no stop token and the tokenizer has no eos_token; set one")
-        return np.append(ids, np.int32(eos)), np.append(mask, True)
+        return np.append(ids, np.int32(eos))
 
     def _text(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist()))
 
-    @staticmethod
-    def _mask(length: int, spans: list[tuple[int, int]]) -> np.ndarray:
-        mask = np.zeros(length, dtype=bool)
-        for start, end in spans:
-            mask[start:end] = True
-        return mask
 
-    @staticmethod
-    def _finish(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not mask.any():
-            raise ValueError("the chat template leaves no token of the reply to learn from")
-        end = int(np.flatnonzero(mask)[-1]) + 1  # what follows the last target only costs time
-        return ids[:end], mask[:end]
+def _refusal(messages: list[Message], error: Exception) -> ValueError:
+    roles = [message["role"] for message in messages]
+    return ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}")
+
+
+def _joined(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Places in a text, with those that touch each other as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in places:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined

@@ -10,6 +10,7 @@ import numpy as np
 
 from datamodules.chat import PLAIN_TEMPLATE, Chat
 from datamodules.formats import Example
+from datamodules.tokens import continuation, first_text, first_tokens, starts_with, tokenise
 
 LossOn = Literal["completion", "last_turn", "all"]
 
@@ -34,10 +35,13 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def read_chat_template(chat_template: str) -> str:
-    """A template given as "plain", as the path of a file, or as the template itself."""
+def read_chat_template(chat_template: str, tokenizer: Any) -> str:
+    """A template given as "plain", as the path of a file, or as the template itself.
+
+    The plain one begins with the tokens that the tokenizer begins every text with.
+    """
     if chat_template == "plain":
-        return PLAIN_TEMPLATE
+        return first_text(tokenizer) + PLAIN_TEMPLATE
     if "{" in chat_template:
         return chat_template
     path = Path(chat_template).expanduser()
@@ -65,7 +69,7 @@ class Encoder:
         self.eos = int(tokenizer.eos_token_id)
         pad = tokenizer.pad_token_id
         self.pad = int(self.eos if pad is None else pad)
-        self.first = self._first_tokens()
+        self.first = first_tokens(tokenizer)
         self._chat: Chat | None = None
 
     @property
@@ -79,19 +83,9 @@ class Encoder:
             self._chat = Chat(self.tokenizer)
         return self._chat
 
-    def _first_tokens(self) -> np.ndarray:
-        """What the tokenizer writes before any text (a begin-of-sequence token, or nothing)."""
-        empty = list(self.tokenizer("")["input_ids"])
-        while empty and empty[-1] == self.eos and empty[-1] != self.tokenizer.bos_token_id:
-            empty.pop()  # an end token is ours to place
-        return np.asarray(empty, dtype=np.int32)
-
     def texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text alone, nothing added."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        return tokenise(self.tokenizer, texts)
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """First tokens, text, end-of-sequence token."""
@@ -101,16 +95,17 @@ class Encoder:
         """Prompt and completion ids, the completion closed by the end-of-sequence token.
 
         Both are tokenised as one text where that leaves the prompt's own tokens as they are (what a sampler sees);
-        else the completion is tokenised alone, so that no token lies across the boundary.
+        else the completion is tokenised apart, so that no token lies across the boundary.
         """
         joint = self.texts([*prompts, *(p + c for p, c in zip(prompts, completions, strict=True))])
-        heads, wholes = joint[: len(prompts)], joint[len(prompts) :]
-        merged = [i for i, (h, w) in enumerate(zip(heads, wholes, strict=True)) if not np.array_equal(w[: len(h)], h)]
-        alone = dict(zip(merged, self.texts([completions[i] for i in merged]), strict=True))
-        return [
-            (self._open(head), self._close(alone.get(i, whole[len(head) :])))
-            for i, (head, whole) in enumerate(zip(heads, wholes, strict=True))
-        ]
+        rows = []
+        for head, whole, completion in zip(joint[: len(prompts)], joint[len(prompts) :], completions, strict=True):
+            if starts_with(whole, head):
+                tail = whole[len(head) :]
+            else:
+                tail = continuation(self.tokenizer, head, completion, whole, head)
+            rows.append((self._open(head), self._close(tail)))
+        return rows
 
     def _open(self, ids: np.ndarray) -> np.ndarray:
         """Puts the first tokens before ids that lack them (a prompt decoded with its special tokens has them)."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -83,19 +83,26 @@ def present(row: Mapping[str, Any]) -> set[str]:
     return {name for name, value in row.items() if value is not None}
 
 
-def recognise(row: Mapping[str, Any]) -> str | None:
-    """Name of the most specific format whose columns the row has, or None.
+def recognise(row: Mapping[str, Any], allowed: Collection[str] = tuple(COLUMNS)) -> str | None:
+    """Name of the most specific of the allowed formats whose columns the row has, or None.
+
+    Completions with a label of desirability are never taken without it: half of them are not to be learnt.
 
     >>> recognise({"prompt": "1+1=", "completion": "2", "source": "a"})
     'prompt/completion'
+    >>> recognise({"prompt": "a", "chosen": "b", "rejected": "c", "text": "d"}, ["text"])
+    'text'
     """
     columns = present(row)
     for name, needed in COLUMNS.items():
         if not columns.issuperset(needed):
             continue
-        if name == UNPAIRED and not _is_label(row["label"]):
+        if name == UNPAIRED and _label(row["label"]) is None:
             continue  # a `label` that is no yes or no is just another column
-        return name
+        if name in allowed:
+            return name
+        if name == UNPAIRED:
+            allowed = set(allowed) - {PROMPT_COMPLETION}
     return None
 
 
@@ -167,7 +174,7 @@ def _messages(column: str, value: Any) -> list[Message]:
 def _message(column: str, number: int, message: Any) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"column {column}: message {number} must be a mapping, found {_short(message)}")
-    clean = {key: value for key, value in message.items() if value is not None}
+    clean: dict[str, Any] = _without_null(message)
     if "role" not in clean and "from" in clean:
         role = _SHAREGPT_ROLES.get(str(clean.pop("from")).lower())
         if role is None:
@@ -182,18 +189,28 @@ def _message(column: str, number: int, message: Any) -> Message:
     return clean
 
 
+def _without_null(value: Any) -> Any:
+    """The value without keys that hold None: Arrow tables give every mapping the keys of all the others."""
+    if isinstance(value, Mapping):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            return json.loads(tools) or None if tools.strip() else None
         except json.JSONDecodeError as error:
             raise ValueError(f"column tools is not valid JSON: {error.msg}") from None
-    return list(tools) if tools else None
+    return _without_null(list(tools)) if tools else None
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1))
+def _label(value: Any) -> bool | None:
+    """A label as a truth value (tables of text hold it as "true" or "false"), or None where it is none."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def _short(value: Any) -> str:
@@ -237,9 +254,10 @@ def _from_prompt_completion(row: Mapping[str, Any], as_chat: bool) -> Example:
 
 def _from_unpaired(row: Mapping[str, Any], as_chat: bool) -> Example:
     example = _from_prompt_completion(row, as_chat)
-    if not _is_label(row["label"]):
+    label = _label(row["label"])
+    if label is None:
         raise ValueError(f"column label must be true or false, found {_short(row['label'])}")
-    return Example(**{**example.__dict__, "label": bool(row["label"])})
+    return replace(example, label=label)
 
 
 def _conversation(row: Mapping[str, Any], column: str) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class SidesTable(Table):
 
     def __init__(self, sides: dict[str, Ragged], index: np.ndarray, labels: np.ndarray | None = None) -> None:
         self.sides, self.index, self.labels = sides, index, labels
-        checksum = 0
+        checksum = 0 if labels is None else zlib.crc32(labels.tobytes())
         for side in sides.values():
             checksum = side.checksum(checksum)
         self.fingerprint = f"{checksum:08x}"

@@ -14,7 +14,8 @@ class PromptDataModule(AlignmentDataModule):
 
     Rows: `prompt` (plain or messages) or any format that contains one; a last assistant turn is taken off and passed on
     as `completion`. Batches of every split: `prompts` and `prompt_attention_mask` `[batch, time]` (left-padded),
-    `index` (row numbers in the source), and each other column as a list.
+    `index` (row numbers in the source), `prompt` (each row's prompt as text or messages), and each other column as a
+    list.
 
     Args:
         max_length: Most tokens of a prompt; "truncate" shortens it from the left.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, Tok
 from datamodules.encoding import Encoder, LossOn
 from datamodules.formats import Example
 from datamodules.sources import Rows
-from datamodules.tables import PromptTable
+from datamodules.tables import PromptTable, row_checksum
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
 _CHUNK = 1024  # rows tokenised in one call
@@ -44,18 +45,18 @@ class SplitReader:
         self.max_length, self.overflow, self.as_chat = max_length, overflow, as_chat
         self.report: dict[str, Any] = {"rows": len(rows), "format": kind}
 
-    def examples(self, columns: dict[str, None] | None = None) -> Iterator[tuple[int, Example]]:
+    def examples(self, see: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[tuple[int, Example]]:
         """Rows in canonical form, with their numbers; ties of scored completions are counted and left out.
 
         Args:
-            columns: Collects the names of all columns that occur.
+            see: Gets every row as it is read.
 
         Raises:
             ValueError: A row does not fit the format; the message says which row and why.
         """
         for index, row in enumerate(self.rows):
-            if columns is not None:
-                columns.update(dict.fromkeys(row))
+            if see is not None:
+                see(row)
             try:
                 example = formats.normalise(row, self.kind, as_chat=self.as_chat)
             except ValueError as error:
@@ -66,10 +67,12 @@ class SplitReader:
                 yield index, example
 
     def encoded(
-        self, encode: Callable[[Sequence[Example]], Sequence[Any]], columns: dict[str, None] | None = None
+        self,
+        encode: Callable[[Sequence[Example]], Sequence[Any]],
+        see: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Rows passed through `encode` in chunks, with their numbers; an error inside names the row."""
-        examples = self.examples(columns)
+        examples = self.examples(see)
         while chunk := list(islice(examples, _CHUNK)):
             try:
                 results = encode([example for _, example in chunk])
@@ -152,9 +155,9 @@ class SplitReader:
         return table, TokenCollate(self.encoder.pad)
 
     def prompt_table(self) -> Batches:
-        """A table of the rows' prompts, with all other columns."""
+        """A table of the rows' prompts, as ids and as they are, with all other columns."""
         prompts, index = list[np.ndarray](), list[int]()
-        names, used, has_reference = dict[str, None](), set[str](), False
+        names, used, has_reference, total = dict[str, None](), set[str](), False, 0
         if self.kind == formats.SCORED:  # the prompt alone counts here, also where all completions are equally good
             self.kind, used = formats.PROMPT, {"completions", "rewards"}
 
@@ -165,7 +168,12 @@ class SplitReader:
                 has_reference |= example.completion is not None
             return self.encoder.prompts(examples)
 
-        for number, ids in self.encoded(encode, names):
+        def see(row: Mapping[str, Any]) -> None:
+            nonlocal total
+            names.update(dict.fromkeys(row))
+            total = row_checksum(row, total)
+
+        for number, ids in self.encoded(encode, see):
             if len(ids) == 0:
                 raise ValueError(f"{self.place(number)}: the prompt has no token")
             if not self.too_long(number, len(ids)):
@@ -178,21 +186,23 @@ class SplitReader:
                 f"as in columns={{'{clash[0]}': '{clash[0]}_column'}}"
             )
         self.check_not_empty(len(prompts))
-        columns = [name for name in names if name not in used and not (has_reference and name == "completion")]
+        used |= {"prompt", "completion"} if has_reference else {"prompt"}
+        columns = [name for name in names if name not in used]
+        canonical = partial(_canonical, kind=self.kind, as_chat=self.as_chat, answers=has_reference)
         table = PromptTable(
-            Ragged(prompts),
-            np.asarray(index, dtype=np.int64),
-            self.rows,
-            columns,
-            self.reference if has_reference else None,
+            Ragged(prompts), np.asarray(index, dtype=np.int64), self.rows, columns, canonical, checksum=total
         )
         self.report["tokens"] = len(table.prompts.values)
         return table, PromptCollate(self.encoder.pad)
 
-    def reference(self, index: int) -> str | None:
-        """Text of the completion that row `index` brings, its messages' contents joined; None without one."""
-        example = formats.normalise(self.rows[index], self.kind, as_chat=self.as_chat)
+
+def _canonical(row: dict[str, Any], *, kind: str, as_chat: bool, answers: bool) -> dict[str, Any]:
+    """A row's prompt, text or messages; and its own answer as text, its messages' contents joined, None without one."""
+    example = formats.normalise(row, kind, as_chat=as_chat)
+    found = {"prompt": None if example is None else example.prompt}
+    if answers:
         completion = None if example is None else example.completion
         if isinstance(completion, list):
-            return "".join(str(message.get("content", "")) for message in completion)
-        return completion
+            completion = "".join(str(message.get("content", "")) for message in completion)
+        found["completion"] = completion
+    return found

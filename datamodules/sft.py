@@ -16,8 +16,8 @@ class SFTDataModule(AlignmentDataModule):
     Rows: `prompt` and `completion` (plain or messages), `messages`, ShareGPT `conversations`, Alpaca `instruction` and
     `output`, or `text`. Batches: `input_ids`, `labels` (-100 where no target), `attention_mask` `[batch, time]`, and
     `position_ids` that restart at each row with packing. The stop token is always a target. Test and predict rows give
-    batches of prompts (`prompts`, `prompt_attention_mask`, `index`, the other columns, and the row's own answer as
-    `completion`).
+    batches of prompts (`prompts`, `prompt_attention_mask`, `index`, `prompt` as text or messages, the other columns,
+    and the row's own answer as `completion`).
 
     Args:
         loss_on: Targets: the "completion" (in conversations every assistant turn), the "last_turn" alone, or "all"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -318,13 +319,23 @@ def _open_file(path: Path, split: str) -> Rows:
         except Exception as error:  # pyarrow and datasets raise unrelated classes
             raise ValueError(f"{split}={str(path)!r} is not a readable Parquet file: {error}") from error
     if suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
         return SequenceRows([{"text": line} for line in lines if line.strip()], str(path))
     raise ValueError(f"{split}={str(path)!r}: unknown kind of file {suffix!r}; known: {', '.join(SUFFIXES)}")
 
 
+def _read_text(path: Path) -> str:
+    """Content of a UTF-8 file, line ends as they are, without a byte order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {column})") from None
+
+
 def _open_json(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _read_text(path)
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -343,19 +354,24 @@ def _open_json(path: Path) -> Rows:
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, str]]:
     # Every value stays a string: "007" and "1.0" must not turn into numbers that a verifier then compares.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, None)
-            rows = []
-            for fields in reader:
-                if not fields:
-                    continue
-                if header is None or len(fields) != len(header):
-                    raise ValueError(
-                        f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header or [])}: {header}"
-                    )
-                rows.append(dict(zip(header, fields, strict=True)))
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072 characters
+    try:
+        header = next(reader, None) or []
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{path}:{reader.line_num}: the header names {repeated} more than once: {header}")
+        rows = []
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}: {header}"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     return rows

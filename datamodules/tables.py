@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from datamodules.batching import Ragged, Table
 from datamodules.sources import Rows
+
+
+def row_checksum(row: Mapping[str, Any], start: int = 0) -> int:
+    """A checksum of a row's values, continued from `start`; of objects that are no data only the type counts."""
+    try:
+        text = json.dumps(dict(row), default=_plain, skipkeys=True)
+    except (TypeError, ValueError):
+        text = ""
+    return zlib.crc32(text.encode(), start)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "tolist"):  # an array, a tensor or one of their numbers
+        return value.tolist()
+    if hasattr(value, "isoformat"):  # a date or a time
+        return value.isoformat()
+    return value.hex() if isinstance(value, bytes) else type(value).__name__
 
 
 class PromptTable(Table):
@@ -19,23 +40,29 @@ class PromptTable(Table):
         index: Row number of each in the source.
         rows: The source.
         columns: Names of the columns that every row passes on (None where a row lacks one).
-        reference: Gives the text of a row's own completion, for the column `completion`.
+        canonical: Makes of a row what stands beside its ids: its prompt, text or messages, as `prompt`, and where the
+            source has answers, the text of its own as `completion`.
+        checksum: A checksum of the source's rows.
     """
 
     def __init__(
-        self, prompts: Ragged, index: np.ndarray, rows: Rows, columns: list[str], reference: Callable[[int], Any] | None
+        self,
+        prompts: Ragged,
+        index: np.ndarray,
+        rows: Rows,
+        columns: list[str],
+        canonical: Callable[[dict[str, Any]], dict[str, Any]],
+        checksum: int = 0,
     ) -> None:
-        self.prompts, self.index, self.rows, self.columns, self.reference = prompts, index, rows, columns, reference
-        self.fingerprint = f"{prompts.checksum():08x}"
+        self.prompts, self.index, self.rows, self.columns, self.canonical = prompts, index, rows, columns, canonical
+        self.fingerprint = f"{prompts.checksum(checksum):08x}"
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def row(self, index: int) -> dict[str, Any]:
-        """`prompts` (ids), `index` (row number in the source) and the columns."""
+        """`prompts` (ids), `index` (row number in the source), the columns, `prompt` and perhaps `completion`."""
         source = int(self.index[index])
         values = self.rows[source]
-        row = {"prompts": self.prompts[index], "index": source, **{name: values.get(name) for name in self.columns}}
-        if self.reference is not None:
-            row["completion"] = self.reference(source)
-        return row
+        own = {name: values.get(name) for name in self.columns}
+        return {"prompts": self.prompts[index], "index": source, **own, **self.canonical(values)}

@@ -197,7 +197,7 @@ def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Ten
     if f_divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     if f_divergence == "alpha" and abs(alpha - 1) > 1e-6:
-        return (exp_bounded((alpha - 1) * log_ratio, 60.0) - 1) / (alpha - 1)
+        return (exp_bounded((alpha - 1) * log_ratio, 40.0) - 1) / (alpha - 1)
     return log_ratio
 
 

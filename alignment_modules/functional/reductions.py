@@ -50,7 +50,8 @@ def aggregate(
         group_size: Rows of a prompt, which lie together; needed by `prompt_mean`, ignored by the others.
 
     Returns:
-        `(total, weight)`, two 0-dim tensors in the dtype of `values`; `weight` has no gradient.
+        `(total, weight)`, two 0-dim tensors: `total` in the dtype of `values`, `weight` in float32 or wider and without
+        gradient.
 
     Raises:
         ValueError: If the reduction is unknown, lacks its constant, or shapes do not fit.
@@ -63,14 +64,15 @@ def aggregate(
     mask = mask.bool()
     sums = values.masked_fill(~mask, 0).sum(dim=-1)
     counts = mask.sum(dim=-1)
+    dtype = torch.promote_types(values.dtype, torch.float32)  # half precision cannot count beyond a few hundred
     if reduction == "token_mean":
-        return sums.sum(), counts.sum().to(values.dtype)
+        return sums.sum(), counts.sum().to(dtype)
     if reduction == "prompt_mean":
         rows = check_positive("group_size (needed by reduction='prompt_mean')", group_size or 0)
         if len(sums) % int(rows):
             raise ValueError(f"group_size must divide the batch of {len(sums)} rows, got {group_size}")
         sums, counts = sums.view(-1, int(rows)).sum(dim=1), counts.view(-1, int(rows)).sum(dim=1)
-    weight = (counts > 0).sum().to(values.dtype)
+    weight = (counts > 0).sum().to(dtype)
     if reduction in ("sequence_mean_token_mean", "prompt_mean"):
         return (sums / counts.clamp(min=1)).sum(), weight
     if reduction == "sequence_mean_token_sum_norm":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ def export_policy(
     tokenizer: Any = None,
     *,
     lora: Literal["merge", "adapter"] = "merge",
+    stop_token_ids: Sequence[int] = (),
 ) -> Path:
     """Writes the policy to a folder that other tools read.
 
@@ -37,6 +39,7 @@ def export_policy(
             generation configuration.
         lora: For a policy with adapters, "merge" writes a full model, "adapter" the adapters alone beside the base's
             name.
+        stop_token_ids: More ids at which generation is to stop, such as a chat template's end of turn.
 
     Returns:
         The folder.
@@ -47,7 +50,7 @@ def export_policy(
     """
     policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     target = Path(directory).expanduser().resolve()
-    _check_request(policy, target, tokenizer, lora)
+    check_export(policy, target, lora=lora, tokenizer=tokenizer)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,7 +59,7 @@ def export_policy(
         note = _write(policy, temporary, lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
-            _set_token_ids(temporary, tokenizer)
+            _set_token_ids(temporary, tokenizer, stop_token_ids)
         note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         _write_json(temporary / MARKER, note)
         for file in temporary.rglob("*"):
@@ -67,7 +70,21 @@ def export_policy(
     return target
 
 
-def _check_request(policy: nn.Module, target: Path, tokenizer: Any, lora: str) -> None:
+def check_export(
+    policy: nn.Module, directory: str | os.PathLike[str], *, lora: str = "merge", tokenizer: Any = None
+) -> None:
+    """Refuses what `export_policy` would refuse, so that nobody trains for hours to hear of it.
+
+    Args:
+        policy: As in `export_policy`, and so are the others.
+        directory: The folder.
+        lora: "merge" or "adapter".
+        tokenizer: A tokenizer, or None.
+
+    Raises:
+        ValueError: As `export_policy`.
+    """
+    target = Path(directory).expanduser().resolve()
     if lora not in ("merge", "adapter"):
         raise ValueError(f"lora={lora!r}: allowed are 'merge' (a full model) and 'adapter' (the adapters alone).")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
@@ -95,6 +112,11 @@ def _check_request(policy: nn.Module, target: Path, tokenizer: Any, lora: str) -
             "an adapter merged into it on "
             "loading), so nobody could load them. Use lora='merge', or export the base first and train from that "
             "folder."
+        )
+    if Path(_base_path(policy)).resolve() == target:
+        raise ValueError(
+            f"directory={str(target)!r} is the base model of these adapters, which cannot be used without it. Choose "
+            "another one (with the command line another trainer.default_root_dir), or lora='merge'."
         )
 
 
@@ -143,8 +165,8 @@ def _was_untied(base: Any, state: dict[str, Tensor]) -> bool:
     return len(weights) > 1
 
 
-def _set_token_ids(folder: Path, tokenizer: Any) -> None:
-    """Makes generation stop where this tokenizer ends a text.
+def _set_token_ids(folder: Path, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    """Makes generation stop where this tokenizer ends a text, and where the policy was trained to stop.
 
     Further end ids of the model stay where they are special tokens of the tokenizer (a chat model often has two);
     others are left over from another vocabulary. The padding id goes to the generation configuration alone: in
@@ -164,6 +186,7 @@ def _set_token_ids(folder: Path, tokenizer: Any) -> None:
     ends = [i for i in ends if i in special and i not in others]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.insert(0, tokenizer.eos_token_id)
+    ends += [i for i in stop_token_ids if i not in ends]
     ids: dict[str, Any] = {
         "eos_token_id": (ends[0] if len(ends) == 1 else ends) if ends else None,
         "bos_token_id": tokenizer.bos_token_id,

@@ -314,7 +314,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
     return tokenizer
 
 
-def check_vocabulary(policy: nn.Module, tokenizer: Any) -> None:
+def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy") -> None:
     """Makes sure that the policy has an embedding for every id that the tokenizer can give.
 
     A policy with more rows than the tokenizer has tokens is fine (vocabularies are often padded). A plain module that
@@ -323,6 +323,7 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any) -> None:
     Args:
         policy: The model.
         tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length.
+        name: What the model is called in the message.
 
     Raises:
         ValueError: The largest id does not fit; the message names both sizes.
@@ -333,7 +334,7 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any) -> None:
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
     if needed > rows:
         raise ValueError(
-            f"The tokenizer has {needed} ids (largest {needed - 1}) but the policy {type(policy).__name__} has "
+            f"The tokenizer has {needed} ids (largest {needed - 1}) but the {name} {type(policy).__name__} has "
             f"embeddings for {rows}. "
             "Use the tokenizer that belongs to the model, or give a fresh model vocab_size >= the tokenizer's size."
         )

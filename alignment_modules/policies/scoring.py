@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
+from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.last_layer import feed_forward_on, find_feed_forward
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.segments import Segments
@@ -228,6 +229,9 @@ def _padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Te
         inputs["use_cache"] = False
     elif "attention_mask" in inspect.signature(policy.forward).parameters:
         inputs["attention_mask"] = attention_mask
+    limit = length_limit(model)
+    if limit is not None and segments.longest > limit:
+        return _states_row_by_row(model, input_ids, attention_mask, row, column, hidden=hidden)
     if model is not None and hidden:
         return model.base_model(input_ids=input_ids, **inputs).last_hidden_state[row, column]
     output = policy(input_ids, **inputs)
@@ -240,6 +244,20 @@ def _padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Te
         )
     virtual = logits.shape[1] - input_ids.shape[1]  # prompt tuning puts tokens of its own in front
     return logits[row, column + virtual]
+
+
+def _states_row_by_row(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, row: Tensor, column: Tensor, *, hidden: bool
+) -> Tensor:
+    """The same from rows without neighbours or padding, for models whose numbers depend on the longest row."""
+    found, order = [], []
+    for number, length in enumerate(attention_mask.sum(1).tolist()):
+        own = (row == number).nonzero().squeeze(1)
+        inputs = {"input_ids": input_ids[number : number + 1, :length], "use_cache": False}
+        states = model.base_model(**inputs).last_hidden_state if hidden else model(**inputs).logits
+        found.append(states[0].index_select(0, column[own]))
+        order.append(own)
+    return torch.cat(found)[torch.cat(order).argsort()]
 
 
 def _language_model(policy: nn.Module) -> Any:
@@ -302,6 +320,7 @@ def _refuse_by_structure(model: Any, name: str | None) -> tuple[int | None, str 
     if foreign := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"}):
         return None, f"layers of type {', '.join(foreign)}"
     windows = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    windows.append(length_limit(model))
     return min((int(window) for window in windows if window), default=None), None
 
 

@@ -12,6 +12,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from alignment_modules.rewards.model import SequenceClassifier
@@ -232,6 +233,7 @@ def _unique_names(names: list[str]) -> tuple[str, ...]:
 
 def _wanted(function: Any, name: str) -> _Wanted:
     target = function.forward if isinstance(function, torch.nn.Module) else function
+    bound = target.keywords if isinstance(target, functools.partial) else {}
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError) as error:
@@ -239,7 +241,7 @@ def _wanted(function: Any, name: str) -> _Wanted:
     required: list[str] = []
     optional: list[str] = []
     everything = False
-    for parameter in parameters:
+    for parameter in (parameter for parameter in parameters if parameter.name not in bound):
         if parameter.kind is parameter.VAR_KEYWORD:
             everything = True
         elif parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
@@ -278,7 +280,7 @@ def _compute(function: Callable[..., Any], name: str, arguments: dict[str, list[
 def _number(value: Any, name: str, row: int) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         value = value.item()
     if not isinstance(value, Real):
         raise RewardError(

@@ -18,6 +18,14 @@ _NUMBER = re.compile(
 )
 
 
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+
+
+def _plain(text: str) -> str:
+    """The text with LaTeX's fractions and separators and the typographic minus written in plain characters."""
+    return _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-")).replace("{,}", ",")
+
+
 def _column(name: str, columns: dict[str, Any]) -> Sequence[Any]:
     if name not in columns:
         found = ", ".join(sorted(columns)) or "none"
@@ -193,7 +201,7 @@ class NumericAnswer:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text.
+    r"""The last number in a text.
 
     Args:
         text: Any text.
@@ -204,8 +212,10 @@ def last_number(text: str) -> Decimal | None:
     Examples:
         >>> last_number("2 + 2 = 4."), last_number("7-3"), last_number("-1,234.5"), last_number("3/4")
         (Decimal('4'), Decimal('3'), Decimal('-1234.5'), Decimal('0.75'))
+        >>> last_number(r"so $x = -\frac{1}{2}$"), last_number("1{,}000")
+        (Decimal('-0.5'), Decimal('1000'))
     """
-    matches = deque(_NUMBER.finditer(text), maxlen=1)
+    matches = deque(_NUMBER.finditer(_plain(text)), maxlen=1)
     if not matches:
         return None
     numerator, _, denominator = matches[0].group().replace(",", "").partition("/")

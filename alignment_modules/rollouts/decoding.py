@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.context import length_limit
 from alignment_modules.rollouts.prompts import Prompts
 
 
@@ -86,6 +87,7 @@ class RecomputeDecoder:
         self.ids = torch.cat((prompts.ids, room), dim=1).repeat_interleave(num_samples, dim=0)
         self.lengths = prompts.lengths.repeat_interleave(num_samples)
         self.options = {"use_cache": False} if accepts(policy, "use_cache") else {}
+        self.limit = length_limit(policy)
 
     def prefill(self) -> Tensor:  # noqa: D102
         return self._logits(self.prompts.ids, self.prompts.lengths)
@@ -99,6 +101,9 @@ class RecomputeDecoder:
         self.ids, self.lengths = self.ids[rows], self.lengths[rows]
 
     def _logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        if self.limit is not None and ids.shape[1] > self.limit:
+            rows = [row[None, :length] for row, length in zip(ids, lengths.tolist(), strict=True)]
+            return torch.cat([output_logits(self.policy(row, **self.options))[:, -1] for row in rows])
         logits = output_logits(self.policy(ids, **self.options))
         if logits.ndim != 3 or logits.shape[:2] != ids.shape:
             raise ValueError(

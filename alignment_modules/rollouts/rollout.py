@@ -56,7 +56,7 @@ class Rollout:
         return self.select(slice(0, 0))
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Rollout"]:
-        """Cuts the prompts into `count` parts in random order; parts may be empty where there are fewer prompts."""
+        """Cuts the prompts into `count` parts in random order; the last are empty where there are fewer prompts."""
         order = torch.randperm(len(self), generator=generator)
         for part in order.tensor_split(count):
             yield self.select(part.sort().values.to(self.prompt_ids.device))

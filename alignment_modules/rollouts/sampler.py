@@ -137,7 +137,8 @@ def sample(
         drawn = sample_uniforms(seed, step, indices, num_samples, parameters.max_completion_length)
         uniforms = drawn.t().contiguous().to(prompt_ids.device, torch.float32 if prompt_ids.is_mps else torch.float64)
     with without_checkpointing(policy):
-        decoder = select_decoder(policy)(policy, prompts, num_samples, parameters.max_completion_length)
+        longest = prompts.ids.shape[1] + parameters.max_completion_length
+        decoder = select_decoder(policy, longest)(policy, prompts, num_samples, parameters.max_completion_length)
         return _rollout(decoder, prompts.count, num_samples, parameters, uniforms, stop_strings, pad_token_id)
 
 

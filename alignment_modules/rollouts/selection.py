@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.cached_decoder import CachedDecoder
 from alignment_modules.rollouts.decoding import DecoderFactory, RecomputeDecoder, accepts
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _verdicts: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], str]] = WeakKeyDictionary()
 
 
-def select_decoder(policy: nn.Module) -> DecoderFactory:
+def select_decoder(policy: nn.Module, longest: int) -> DecoderFactory:
     """The fastest decoder that is right for a policy.
 
     The candidates are tried in order: the Llama family's own decoder, a key/value cache through transformers' forward,
@@ -33,10 +34,15 @@ def select_decoder(policy: nn.Module) -> DecoderFactory:
 
     Args:
         policy: Any causal language model.
+        longest: Tokens of the longest prompt and completion together. Where a model's cached keys would change with
+            the length, as they do beyond the context of dynamic rotary embeddings, nothing can be cached.
 
     Returns:
         A function that makes the decoder of one rollout.
     """
+    limit = length_limit(policy)
+    if limit is not None and longest > limit:
+        return RecomputeDecoder
     candidates: tuple[tuple[DecoderFactory, Callable[[nn.Module], str | None]], ...] = (
         (FastDecoder, no_fast_decoding),
         (CachedDecoder, _no_cache),

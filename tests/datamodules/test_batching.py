@@ -199,4 +199,4 @@ def test_prompt_columns(tokenizer):
         assert batch["prompts"].tolist() == [[6, 7], [0, 6]]
         assert batch["prompt_attention_mask"].tolist() == [[1, 1], [0, 1]]
         assert (batch["index"], batch["answer"], batch["level"]) == ([0, 1], [3, 4], [None, "x"])
-        assert "prompt" not in batch
+        assert batch["prompt"] == [row["prompt"] for row in rows]

@@ -69,7 +69,7 @@ def force(monkeypatch):
     """Makes `sample` use a decoder by name."""
 
     def use(name):
-        monkeypatch.setattr(sampler, "select_decoder", lambda policy: DECODERS[name])
+        monkeypatch.setattr(sampler, "select_decoder", lambda policy, longest: DECODERS[name])
 
     return use
 

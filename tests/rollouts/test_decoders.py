@@ -69,14 +69,14 @@ def test_the_llama_family_is_decoded_fast(make_policy, rescore, case):
     policy = make_policy(
         case.split()[0].removesuffix("3") if case.startswith("llama") else case.split()[0], **FAST[case]
     )
-    assert select_decoder(policy) is FastDecoder
+    assert select_decoder(policy, 20) is FastDecoder
     check(policy, rescore)
 
 
 @pytest.mark.parametrize("case", CACHED)
 def test_other_models_are_decoded_with_their_forward(make_policy, rescore, case):
     policy = make_policy(case.split()[0], **CACHED[case])
-    assert select_decoder(policy) is CachedDecoder
+    assert select_decoder(policy, 20) is CachedDecoder
     check(policy, rescore)
 
 
@@ -88,9 +88,9 @@ def test_both_attention_implementations(make_policy, rescore, force, attention):
 
 
 def test_modules_without_a_cache_are_recomputed(bigram, make_policy):
-    assert select_decoder(bigram) is RecomputeDecoder
+    assert select_decoder(bigram, 20) is RecomputeDecoder
     mamba = make_policy("mamba", state_size=4, expand=2, conv_kernel=2)
-    assert select_decoder(mamba) is RecomputeDecoder
+    assert select_decoder(mamba, 20) is RecomputeDecoder
     sample(mamba, torch.tensor([[1, 2, 3]]), torch.ones(1, 3), parameters=PARAMETERS, num_samples=2)
 
 
@@ -100,8 +100,8 @@ def test_a_wrong_decoder_is_not_used(make_policy, monkeypatch, caplog):
     monkeypatch.setattr(CachedDecoder, "prefill", lambda self: prefill(self) * 1.01)
     policy.register_forward_hook(lambda *_: None)
     with caplog.at_level("INFO", logger="alignment_modules.rollouts.selection"):
-        assert select_decoder(policy) is RecomputeDecoder
-        assert select_decoder(policy) is RecomputeDecoder
+        assert select_decoder(policy, 20) is RecomputeDecoder
+        assert select_decoder(policy, 20) is RecomputeDecoder
     assert caplog.text.count("CachedDecoder: logits differ by 1.0e-02") == 1
 
 
@@ -149,7 +149,7 @@ def test_autocast_keeps_the_models_forward(make_policy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_policies(make_policy, rescore, dtype):
     policy = make_policy(initializer_range=0.1).to(dtype)
-    assert select_decoder(policy) is CachedDecoder
+    assert select_decoder(policy, 20) is CachedDecoder
     got = check(policy, rescore, tolerance=0.2)
     assert got.token_logps.dtype == torch.float32
 
@@ -177,10 +177,10 @@ def test_lora_is_merged_into_the_fast_weights(make_policy, rescore):
     plain = make_policy()
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     policy = lora(plain)
-    assert select_decoder(policy) is FastDecoder
+    assert select_decoder(policy, 20) is FastDecoder
     adapted = check(policy, rescore)
     with policy.disable_adapter():
-        assert select_decoder(policy) is FastDecoder
+        assert select_decoder(policy, 20) is FastDecoder
         base = check(policy, rescore)
     assert not torch.equal(base.token_logps[:, 0], adapted.token_logps[:, 0])
     state = {name.replace(".base_layer", ""): value for name, value in policy.get_base_model().state_dict().items()}
@@ -190,7 +190,7 @@ def test_lora_is_merged_into_the_fast_weights(make_policy, rescore):
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
 def test_other_adapters_use_the_models_forward(make_policy, rescore, options):
     policy = lora(make_policy(tie_word_embeddings=False), **options)
-    assert select_decoder(policy) is CachedDecoder
+    assert select_decoder(policy, 20) is CachedDecoder
     check(policy, rescore)
 
 

@@ -228,3 +228,18 @@ def test_plain_module_without_transformers(train):
 def test_refuses(make, options, named):
     with pytest.raises(ValueError, match=named):
         make(**options)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "sigmoid"])
+def test_an_empty_pair_adds_nothing(make, update, assert_same, tiny_llama, loss):
+    reference = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.3)
+    batch = pairs()
+    longer = {key: torch.cat([value, value[:1]]) for key, value in batch.items() if key != "index"}
+    longer["chosen_attention_mask"][-1] = 0
+
+    def build(**options):
+        return make(loss=loss, beta=0.5, reference=copy.deepcopy(reference), **options)
+
+    assert_same(update(build, [batch]), update(build, [longer]))

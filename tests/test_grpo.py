@@ -250,3 +250,101 @@ def test_a_piece_without_rows_gives_a_connected_zero(make, train):
 def test_refuses(make, options, named):
     with pytest.raises(ValueError, match=named):
         make(**options)
+
+
+def given(**changes):
+    """Four prompts with three completions each; the second group's rewards are equal."""
+    generator = torch.Generator().manual_seed(1)
+    responses = torch.randint(8, 40, (12, 5), generator=generator)
+    rewards = torch.rand(12, generator=generator)
+    rewards[3:6] = 1.0
+    batch = {**prompts(), "responses": responses, "response_mask": torch.ones_like(responses), "rewards": rewards}
+    return batch | changes
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "32-true"])
+def test_a_group_of_equal_rewards_in_any_precision(make, train, precision):
+    for batch in (given(), prompts()):
+        metrics = train(make(), [batch], precision=precision).callback_metrics
+        assert metrics["train/grad_norm"].isfinite()
+    if precision == "bf16-true":
+        with pytest.raises(ValueError, match=r"old_logprobs is torch\.bfloat16"):
+            train(make(), [given(old_logprobs=torch.zeros(12, 5))], precision=precision)
+
+
+def test_minibatches_never_step_on_nothing(make, train):
+    with pytest.raises(ValueError, match="minibatches=5 is more than the 4 prompts"):
+        train(make(minibatches=5), [prompts()])
+    assert train(make(minibatches=4), [prompts(), prompts(2)]).global_step == 6
+
+
+def test_a_rollout_without_a_scored_token_moves_nothing(make, train):
+    module = make(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1))
+    train(module, [given()])
+    before = fingerprint(module.policy)
+    trainer = train(module, [given(response_mask=torch.zeros(12, 5, dtype=torch.long))])
+    assert trainer.global_step == 0
+    assert fingerprint(module.policy) == before
+
+
+def test_rewards_that_do_not_apply_are_left_out_of_the_means(make, train):
+    rewards = torch.tensor([0.0, 1.0, torch.nan] * 4)
+    metrics = train(make(), [given(rewards=rewards)]).callback_metrics
+    assert metrics["train/reward"] == 0.5
+    assert metrics["train/reward_std"] == pytest.approx(0.5**0.5)
+
+
+def test_padding_of_given_log_probs_may_be_anything(make, update, assert_same, tiny_llama):
+    mask = torch.ones(12, 5, dtype=torch.long)
+    mask[::2, 3:] = 0
+    old = torch.full((12, 5), -3.0)
+    options = {"beta": 0.2, "kl_estimator": "k1", "kl_placement": "reward", "reference": copy.deepcopy(tiny_llama)}
+    updates = []
+    for filler in (5.0, torch.nan):
+        logps = torch.where(mask.bool(), old, filler)
+        batch = given(response_mask=mask, old_logprobs=logps)
+        updates.append(update(lambda **keywords: make(**{**options, **keywords}), [batch]))
+    assert_same(*updates)
+
+
+def test_the_first_token_after_an_empty_prompt_is_not_counted(make, train):
+    batch = given()
+    batch["prompt_attention_mask"] = batch["prompt_attention_mask"].clone()
+    batch["prompt_attention_mask"][0] = 0
+    weights = []
+    module = make()
+    original = module.objective
+    module.objective = lambda rollout: (lambda found: (weights.append(float(found.weight)), found)[1])(
+        original(rollout)
+    )
+    train(module, [batch])
+    assert weights == [12 * 5 - 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rewards": torch.zeros(5)}, r"rewards has shape \(5,\)"),
+        ({"old_logprobs": torch.zeros(12, 4)}, r"old_logprobs has shape \(12, 4\)"),
+        ({"response_mask": torch.ones(12, 4)}, r"response_mask has shape \(12, 4\)"),
+    ],
+)
+def test_shapes_of_a_given_rollout(make, train, change, named):
+    with pytest.raises(ValueError, match=named):
+        train(make(), [given(**change)])
+
+
+def test_a_schedule_that_waits_for_a_metric_is_refused(make, train):
+    with pytest.raises(ValueError, match="ReduceLROnPlateau"):
+        train(make(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau), [prompts()])
+
+
+def test_the_spread_of_rewards_does_not_depend_on_the_batch_size(make):
+    rows = prompts(4)
+    found = []
+    for size in (1, 2, 4):
+        batches = [{key: value[i : i + size] for key, value in rows.items()} for i in range(0, 4, size)]
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        found.append(trainer.validate(make(), loader, verbose=False)[0]["val/rewards/threes/std"])
+    assert found == pytest.approx([found[0]] * 3)

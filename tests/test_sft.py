@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from alignment_modules import PretrainModule, SFTModule
@@ -89,3 +90,37 @@ def test_policy_trains_with_its_dropout(train, tiny_llama, batch):
 def test_refuses(policy, options, named):
     with pytest.raises(ValueError, match=named):
         SFTModule(policy=policy, **options)
+
+
+def test_16_bit_gradients_take_the_size_of_a_mean(train, tiny_llama):
+    """A sum over many tokens overflows them at the scaler's first value: the first steps would change nothing."""
+    ids = torch.randint(1, 40, (32, 60), generator=torch.Generator().manual_seed(0))
+    module = SFTModule(policy=tiny_llama, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3))
+    scaler = torch.amp.GradScaler("cpu")
+    before = tiny_llama.lm_head.weight.detach().clone()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    metrics = train(module, [{"input_ids": ids, "labels": ids}], plugins=[plugin]).callback_metrics
+    assert scaler.get_scale() == 65536
+    assert not torch.equal(tiny_llama.lm_head.weight, before)
+    assert 0.1 < float(metrics["train/grad_norm"]) < 10
+
+
+def test_a_second_fit_forgets_what_an_interrupted_one_left(train, tiny_llama, batch):
+    class Interrupted(SFTModule):
+        def training_step(self, batch, batch_idx):
+            total = super().training_step(batch, batch_idx)
+            if self.interrupt:
+                raise InterruptedError
+            return total
+
+    def norm(interrupt_first):
+        module = Interrupted(policy=copy.deepcopy(tiny_llama), optimizer=lambda g: torch.optim.SGD(g, lr=0.0))
+        module.interrupt = interrupt_first
+        if interrupt_first:
+            with pytest.raises(InterruptedError):
+                train(module, [batch] * 4, accumulate_grad_batches=4)
+            module.interrupt = False
+        metrics = train(module, [batch] * 2, accumulate_grad_batches=2).callback_metrics
+        return [float(metrics[f"train/{name}"]) for name in ("grad_norm", "loss", "num_tokens")]
+
+    assert norm(True) == norm(False)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     ids=" ".join,
 )
 def test_a_measured_run_reports_every_step(options, folder):
-    command = [sys.executable, str(BENCHMARKS / "run_ours.py"), *options, "--folder", str(folder)]
+    command = [sys.executable, str(BENCHMARKS / "run_ours.py"), *options, "--folder", str(folder), "--threads", "1"]
     done = subprocess.run([*command, "--steps", "1", "--warmup", "1"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

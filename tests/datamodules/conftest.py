@@ -63,6 +63,11 @@ def build_tokenizer(template=None, pad=None, bos=False):
 
 
 @pytest.fixture
+def templates():
+    return TEMPLATES
+
+
+@pytest.fixture
 def make_tokenizer():
     return build_tokenizer
 

@@ -200,3 +200,29 @@ def test_prompt_columns(tokenizer):
         assert batch["prompt_attention_mask"].tolist() == [[1, 1], [0, 1]]
         assert (batch["index"], batch["answer"], batch["level"]) == ([0, 1], [3, 4], [None, "x"])
         assert batch["prompt"] == [row["prompt"] for row in rows]
+
+
+USER, REPLY = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "ab", "completion": "c"}, "ab"),
+        ({"messages": [USER, REPLY], "prompt": "other"}, [USER]),
+        ({"prompt": [USER]}, [USER]),
+        ({"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "d"}]}, [USER]),
+        ({"prompt": "ab", "completions": ["c", "d"], "rewards": [1, 1]}, "ab"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prompts_as_they_are(make_tokenizer, row, prompt, workers):
+    """Beside the ids stands the prompt itself, whole where the ids are cut."""
+    tokenizer = make_tokenizer("boundaries")
+    data = PromptDataModule(train=[row], tokenizer=tokenizer, max_length=2, num_workers=workers)
+    assert next(iter(data.train_dataloader()))["prompt"] == [prompt]
+
+
+def test_a_plain_prompt_as_chat(make_tokenizer):
+    data = PromptDataModule(train=[{"prompt": "ab"}], tokenizer=make_tokenizer("boundaries"), as_chat=True)
+    assert next(iter(data.train_dataloader()))["prompt"] == [[USER]]

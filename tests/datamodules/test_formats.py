@@ -1,6 +1,8 @@
+import logging
+
 import pytest
 
-from datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule, formats
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, formats
 from datamodules.encoding import Encoder
 from datamodules.formats import Example, normalise, recognise
 
@@ -129,3 +131,48 @@ def test_a_prompt_decoded_with_its_first_token_gets_no_second_one(make_tokenizer
     plain = encoder.prompts([Example(prompt="ab")])[0]
     again = encoder.prompts([Example(prompt="<bos>ab")])[0]  # as a decoded prompt begins
     assert again.tolist() == plain.tolist()
+
+
+BINARIZED = {"prompt": "a", "chosen": [USER, REPLY], "rejected": [USER, OTHER], "messages": [USER, REPLY]}
+
+
+@pytest.mark.parametrize(
+    ("module", "row", "name"),
+    [
+        (SFTDataModule, BINARIZED, formats.MESSAGES),
+        (PreferenceDataModule, BINARIZED, formats.PREFERENCE),
+        (PretrainDataModule, {"prompt": "a", "chosen": "b", "rejected": "c", "text": "abc"}, formats.TEXT),
+        (PreferenceDataModule, {**BINARIZED, "text": "abc"}, formats.PREFERENCE),
+    ],
+)
+def test_the_format_is_one_that_the_module_takes(make_tokenizer, caplog, module, row, name):
+    data = module(train=[row], test=[row], tokenizer=make_tokenizer("boundaries"))
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        data.setup("fit")
+    assert data.reports["train"]["format"] == name
+    assert f"format {name}," in caplog.text
+    assert "prompts" in next(iter(data.test_dataloader()))
+
+
+def test_completions_are_not_learnt_without_their_label(tokenizer):
+    row = {"prompt": "a", "completion": "b", "label": False}
+    with pytest.raises(ValueError, match="that is the format 'unpaired preference'; SFTDataModule needs"):
+        SFTDataModule(train=[row], tokenizer=tokenizer).setup("fit")
+
+
+def test_tables_invent_no_arguments(tmp_path):
+    """Arrow gives each mapping the keys of all rows; the rows read from it equal the rows that were written."""
+    import datasets
+
+    def row(name, key):
+        call = {"function": {"name": name, "arguments": {key: "1"}}}
+        schema = {"name": name, "parameters": {"properties": {key: {"type": "string", "enum": ["1", "2"]}}}}
+        messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, REPLY]
+        return {"messages": messages, "tools": [{"type": "function", "function": schema}]}
+
+    rows = [row("f", "a"), row("g", "b")]
+    table = datasets.Dataset.from_list(rows)
+    assert "b" in table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    for given, read in zip(rows, table, strict=True):
+        example = normalise(read, formats.MESSAGES)
+        assert (example.messages, example.tools) == (given["messages"], given["tools"])

@@ -138,6 +138,49 @@ def test_other_data_is_refused(tmp_path, tokenizer):
         trainer(tmp_path).fit(Recorder(), datamodule=other, ckpt_path=str(tmp_path / "step=2.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("module", "row", "change"),
+    [
+        (PromptDataModule, {"prompt": "1", "answer": "1"}, {"answer": "2"}),
+        (PromptDataModule, {"prompt": "1", "completion": "1"}, {"completion": "2"}),
+        (PromptDataModule, {"prompt": "1", "answer": torch.tensor([1])}, {"answer": torch.tensor([2])}),
+        (PromptDataModule, {"prompt": "1", "tests": {"in": [1]}}, {"tests": {"in": [2]}}),
+        (PreferenceDataModule, {"prompt": "1", "completion": "2", "label": True}, {"label": False}),
+    ],
+)
+def test_other_answers_and_labels_are_refused(tokenizer, module, row, change):
+    def loader(changed):
+        return module(train=[row, changed], tokenizer=tokenizer).train_dataloader()
+
+    loader(dict(row)).load_state_dict(loader(row).state_dict())
+    with pytest.raises(ValueError, match="cannot resume the training data: fingerprint was"):
+        loader(row | change).load_state_dict(loader(row).state_dict())
+
+
+def test_objects_of_no_data_do_not_hinder_a_resume(tokenizer):
+    """Such as images: their text holds an address that another process would not have."""
+
+    def loader():
+        return PromptDataModule(train=[{"prompt": "1", "image": object()}], tokenizer=tokenizer).train_dataloader()
+
+    loader().load_state_dict(loader().state_dict())
+
+
+def test_a_subclass_with_its_own_validation_loader(tmp_path, tokenizer):
+    class Own(PromptDataModule):
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader([{"index": [7]}], batch_size=None)
+
+    class Validated(Recorder):
+        def validation_step(self, batch, batch_idx):
+            self.validated = batch["index"]
+
+    module = Validated()
+    data = Own(train=[{"prompt": "1"}] * 4, tokenizer=tokenizer)
+    trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
+    assert module.validated == [7]
+
+
 def test_overfit_and_predict_still_work(tmp_path, tokenizer):
     module = Recorder()
     trainer(tmp_path, overfit_batches=1, max_epochs=2).fit(module, datamodule=prompts(tokenizer))

@@ -1,8 +1,10 @@
+import csv
 import json
 
 import pytest
 from torch.utils.data import Dataset
 
+from datamodules import PreferenceDataModule
 from datamodules.sources import JsonlRows, is_hub_id, open_source
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b\n", "n": 2, "extra": [1]}]
@@ -72,6 +74,28 @@ def test_csv_values_stay_strings(tmp_path):
     assert list(rows) == [{"prompt": "1,0", "answer": "007"}, {"prompt": "b", "answer": "1.0"}]
 
 
+def test_csv_takes_long_fields(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text\n" + "a " * 100_000 + "\n")
+    assert len(open_source(str(tmp_path / "a.csv"), "train")[0]["text"]) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_labels_of_tables_of_text(tmp_path, tokenizer, suffix, between):
+    path = tmp_path / f"a{suffix}"
+    rows = [("prompt", "completion", "label"), ("1", "2", "true"), ("1", "3", "False"), ("1", "4", "TRUE")]
+    path.write_text("".join(between.join(row) + "\n" for row in rows))
+    batch = next(iter(PreferenceDataModule(train=str(path), tokenizer=tokenizer, shuffle=False).train_dataloader()))
+    assert batch["label"].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_lines_end_where_lines_end(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(f"\ufeffa\u2028b\x0cc\x85{end}d{end}{end}".encode())
+    assert [row["text"] for row in open_source(str(tmp_path / "a.txt"), "train")] == ["a\u2028b\x0cc\x85", "d"]
+
+
 def test_text_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert list(open_source(str(tmp_path / "a.txt"), "train")) == [{"text": "one"}, {"text": "two"}]
@@ -106,6 +130,11 @@ def test_hub_ids(tmp_path, monkeypatch):
         ("a.json", b"[3]", "row 0 of .* is a int; every row must be a mapping"),
         ("a.csv", b"a,b\n1,2\n1\n", r"a\.csv:3: 1 fields, the header has 2"),
         ("a.csv", b"a,b\n", "has no rows"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: the header names \['a'\] more than once"),
+        ("a.csv", b"a\ncaf\xe9\n", r"a\.csv:2: not UTF-8 text \(invalid continuation byte at byte 3\)"),
+        ("a.tsv", b"\xef\xbb\xbfa\ncaf\xe9\n", r"a\.tsv:2: not UTF-8 text"),
+        ("a.txt", b"b\n\ncaf\xe9\n", r"a\.txt:3: not UTF-8 text"),
+        ("a.json", b'[{"text": "caf\xe9"}]', r"a\.json:1: not UTF-8 text"),
         ("a.parquet", b"PAR1", "is not a readable Parquet file"),
         ("a.xlsx", b"", r"unknown kind of file '\.xlsx'; known: \.jsonl"),
     ],

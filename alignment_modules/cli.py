@@ -1,9 +1,9 @@
 """`align fit | validate | test | predict --config ...`: LightningCLI with both packages in reach."""
 
+import importlib
 import logging
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from alignment_modules.callbacks import (
     Throughput,
 )
 from alignment_modules.cli_errors import AlignArgumentParser, find_cause
+from alignment_modules.cli_failures import is_message
 
 DEFAULT_ROOT = "runs/default"
 
@@ -71,6 +72,9 @@ class AlignCLI(LightningCLI):
             folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
         data = (config.get("data") or {}).get("init_args") or {}
+        split = {"validate": "validation"}.get(self.subcommand, self.subcommand)
+        if split != "fit" and split in data and data[split] is None and _is_ours(config.data):
+            raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
         if "tokenizer" in data and data["tokenizer"] is None:
             data["tokenizer"] = _policy_path(config.model.init_args.policy)
 
@@ -79,7 +83,7 @@ class AlignCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise (find_cause(error, _is_deliberate) or error) from None
+            raise (find_cause(error, is_message) or error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the checkpoint writer that never leaves a half-written file."""
@@ -95,6 +99,14 @@ def _newest_checkpoint(folder: Path) -> str:
     if not found:
         raise ValueError(f"ckpt_path='last': {folder} holds no checkpoint (*.ckpt) to resume from")
     return str(found[-1])
+
+
+def _is_ours(data: Namespace) -> bool:
+    """Whether a data module takes its rows from a source per split, and from nowhere else."""
+    module, _, name = data.class_path.rpartition(".")
+    hooks = ("val_dataloader", "test_dataloader", "predict_dataloader")
+    found, base = getattr(importlib.import_module(module), name), datamodules.AlignmentDataModule
+    return issubclass(found, base) and all(getattr(found, hook) is getattr(base, hook) for hook in hooks)
 
 
 def _policy_path(policy: Any) -> str | None:
@@ -150,14 +162,15 @@ def _show_messages() -> None:
 def main(args: ArgsType = None) -> None:
     """Entry point of `align`; exits with 143 when the run was stopped by SIGTERM, with 1 when an input was refused.
 
-    What this library raises on purpose is printed without the calls that led there, unless `ALIGN_TRACEBACK` is set.
+    What is raised on purpose, by this library or while the run is set up (`cli_failures`), is printed without the calls
+    that led there, unless `ALIGN_TRACEBACK` is set.
     """
     try:
         run_cli(args)
     except SIGTERMException:
         sys.exit(143)  # 128 + SIGTERM: a scheduler must not take a preempted run for a finished one
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        if os.environ.get("ALIGN_TRACEBACK") or not _is_deliberate(error):
+    except Exception as error:
+        if os.environ.get("ALIGN_TRACEBACK") or not is_message(error):
             raise
         sys.stderr.write(f"align: error: {error}\n  (set ALIGN_TRACEBACK=1 to see where it was raised)\n")
         sys.exit(1)
@@ -174,17 +187,6 @@ def _check_exists(checkpoint: str | None) -> None:
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         found = f"{folder} holds {there[:10]}" if folder.is_dir() else f"there is no folder {folder} either"
         raise ValueError(f"ckpt_path={checkpoint!r}: there is no such file; {found}")
-
-
-def _is_deliberate(error: BaseException) -> bool:
-    """Whether the error comes from a `raise` in this library, so that its message says all there is to say."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames:
-        return False
-    raised = frames[-1]
-    packages = {os.path.dirname(os.path.abspath(str(package.__file__))) for package in (alignment_modules, datamodules)}
-    inside = any(os.path.abspath(raised.filename).startswith(package + os.sep) for package in packages)
-    return inside and (raised.line or "").startswith("raise ")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

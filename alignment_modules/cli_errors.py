@@ -15,8 +15,11 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -24,6 +27,7 @@ _LONGEST = 300  # characters of a value or of a list of what is allowed
 
 _NO_OPTION = re.compile(
     r"(?:Subcommand '.+' does not accept option|Option|Group '.+' does not accept option) '([^']+)'"
+    r"|unrecognized arguments: --([^=\s]+)"
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'(?:\. Got value: .*)?")
@@ -32,7 +36,10 @@ _NO_SUBCLASS = re.compile(r"Import path (?:\S+ )?does not correspond to a subcla
 _NO_PATH = re.compile(r"Expected a dot import path string: (.+)")
 _TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 _CALLABLE = re.compile(r"(?:Type .+ expects a function or a callable class: )(.+)")
-_GOT_CLASS = re.compile(r"Got value: Namespace\(class_path='([^']+)'")
+_GOT_CLASS = re.compile(r"\. Got value: Namespace\(class_path='([^']+)'.*")
+_GIVEN_CLASS = re.compile(r"Given value: Namespace\(class_path='([^']+)'")
+_AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: (.+)\.")
+_PLATEAU = "ReduceLROnPlateau"  # torch's class of this name and Lightning's, which also knows what to monitor
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but")
 
 
@@ -57,8 +64,25 @@ class AlignArgumentParser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **keywords: Any) -> Any:
         """Parses, and remembers what was given, to name it in an error."""
-        self._given = [str(argument) for argument in (sys.argv[1:] if args is None else args)]
-        return super().parse_args(args, *more, **keywords)
+        given = sys.argv[1:] if args is None else args
+        if not isinstance(given, list | tuple):  # Lightning also takes a dictionary or a Namespace
+            return super().parse_args(args, *more, **keywords)
+        self._given = [str(argument) for argument in given]
+        return super().parse_args(_name_plateau(self._given), *more, **keywords)
+
+    def parse_path(self, path: Any, *more: Any, **keywords: Any) -> Any:
+        """Reads a configuration file; a file that holds no options is refused by its name."""
+        try:
+            options = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            pass  # told below
+        except UnicodeDecodeError as error:
+            self.error(f"--config={path}: must be a YAML file of options, but is not text in UTF-8: {error}")
+        else:
+            if not isinstance(options, dict):
+                found = "is empty" if options is None else f"holds a {type(options).__name__}"
+                self.error(f"--config={path}: must be a YAML file of options such as 'model: ...', but {found}")
+        return super().parse_path(path, *more, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what was wrong, what is allowed and where to read more, and exits with 2."""
@@ -82,12 +106,12 @@ def find_cause(error: BaseException, wanted: Callable[[BaseException], bool]) ->
         wanted: Whether an error is one to look for.
 
     Returns:
-        The innermost error that is wanted, or that says what the wrapping says; None if nothing is wrapped.
+        The outermost error that is wanted, or one that says what the wrapping says; None if nothing is wrapped.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    found = next((link for link in reversed(chain) if wanted(link)), None)
+    found = next((link for link in chain if wanted(link)), None)
     if found is None and str(error).startswith(_NOISE[0]):
         causes, _ = _read(str(error))
         told = [cause.text for cause in causes if not cause.text.startswith("Expected a")]
@@ -127,7 +151,7 @@ def explain(parser: ArgumentParser, message: str) -> str:
     causes, value = _read(message)
     if not causes:
         return message
-    cause = max(causes, key=lambda cause: (_weight(cause.text), len(cause.keys)))
+    cause = max(causes, key=_rank)
     peers = [other for other in causes if other.keys == cause.keys]
     return (
         _option_error(parser, cause, value)
@@ -141,13 +165,19 @@ def _read(message: str) -> tuple[list[_Cause], str]:
     """The causes of a nested message, and the value that was given at its outermost level."""
     causes: list[_Cause] = []
     value, stack = "", list[tuple[int, str, str]]()
-    for line in message.splitlines():
+    lines = message.splitlines()
+    for number, line in enumerate(lines):
         text = line.lstrip(" ").removeprefix("- ")
         indent = len(line) - len(text)
+        called = _CALLABLE.fullmatch(text)
+        got = _GOT_CLASS.search(text)
+        text = _GOT_CLASS.sub("", called[1] if called else text)
         if not text or text.startswith(_NOISE):
             continue
         while stack and stack[-1][0] >= indent:
             stack.pop()
+        if called and (path := got[1] if got else _class_of(lines[number:])):
+            stack.append((indent, "owner", path))
         key = re.fullmatch(r'Parser key "([^"]+)":\s*(.*)', text)
         owner = re.fullmatch(r"Problem with given class_path '([^']+)':", text)
         if text.startswith("Given value: "):
@@ -160,20 +190,39 @@ def _read(message: str) -> tuple[list[_Cause], str]:
             keys = [name for _, kind, name in stack if kind == "key"] + ([key[1]] if key else [])
             owners = [name for _, kind, name in stack if kind == "owner"]
             text = key[2] if key else text
-            called = _CALLABLE.fullmatch(text)
-            if called:
-                got = _GOT_CLASS.search(text)
-                text, owners = called[1], [*owners, got[1]] if got else owners
             causes.append(_Cause(tuple(keys), owners[-1] if owners else "", text))
     return causes, value
 
 
+def _class_of(lines: list[str]) -> str:
+    """Import path of the class whose options the lines are about: named where the first of them ends."""
+    found = (_GOT_CLASS.search(line) or _GIVEN_CLASS.search(line) for line in lines)
+    return next((match[1] for match in found if match), "")
+
+
+def _name_plateau(given: list[str]) -> list[str]:
+    """Tells which class of two with the same name `--model.lr_scheduler ReduceLROnPlateau` means."""
+    full = f"lightning.pytorch.cli.{_PLATEAU}"
+    named = [
+        full if argument == _PLATEAU and before.endswith("lr_scheduler") else argument
+        for before, argument in pairwise(["", *given])
+    ]
+    return [re.sub(rf"(lr_scheduler=){_PLATEAU}$", rf"\g<1>{full}", argument) for argument in named]
+
+
+def _rank(cause: _Cause) -> tuple[bool, int, int]:
+    """How far the branch of a union got, and how much it says there."""
+    weight = _weight(cause.text)
+    return weight > 0, len(cause.keys), weight
+
+
 def _weight(text: str) -> int:
-    """How much a line says: the branch of a union that got furthest is the one that was meant."""
+    """How much a line says."""
     if "NoneType" in text:
         return 0
-    ranks = ((_NO_OPTION, 5), (_REQUIRED, 5), (_NO_ATTRIBUTE, 4), (_NO_MODULE, 4), (_NO_SUBCLASS, 3), (_NO_PATH, 2))
-    return next((rank for pattern, rank in ranks if pattern.match(text)), 2 if "Got value" in text else 1)
+    ranks = ((_NO_OPTION, 5), (_REQUIRED, 5), (_AMBIGUOUS, 5), (_NO_ATTRIBUTE, 4), (_NO_MODULE, 4), (_NO_SUBCLASS, 3))
+    named = next((rank for pattern, rank in ranks if pattern.match(text)), 0)
+    return named or (2 if _NO_PATH.match(text) or "Got value" in text else 1)
 
 
 def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
@@ -186,11 +235,13 @@ def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | No
         return f"{', '.join(names)}: required{f' by {owner}' if owner else ''}, but not given{more}"
     if not unknown:
         return None
-    name = unknown[1]
+    name = unknown[1] or unknown[2]
     if owner:
-        options = _options(_import(cause.owner), skip_first="Got value" in cause.text)
-        where, said = ".".join([*cause.keys, name]), f"{owner} has no option {name!r}"
-        return f"--{where}{_shown(_find(value, name))}: {said}{_close(name, options)}{_allowed(options)}{more}"
+        options = _options(_import(cause.owner))
+        name = name if name in options else re.sub(r"\.(class_path|init_args)\b.*", "", name)
+        first, last = name.partition(".")[0], _last(name)
+        where, said = ".".join([*cause.keys, name]), f"{owner} has no option {first!r}"
+        return f"--{where}{_shown(_find(value, last))}: {said}{_close(first, options)}{_allowed(options)}{more}"
     siblings = [action.dest for action in parser._actions]
     parent = name.rpartition(".")[0]
     options = [dest for dest in siblings if dest.rpartition(".")[0] == parent and not dest.endswith("help")]
@@ -203,6 +254,8 @@ def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | Non
     attribute, missing = _NO_ATTRIBUTE.match(cause.text), _NO_MODULE.match(cause.text)
     path, subclass = _NO_PATH.match(cause.text), _NO_SUBCLASS.match(cause.text)
     option = "--" + ".".join(cause.keys)
+    if ambiguous := _AMBIGUOUS.match(cause.text):
+        return f"{option}={ambiguous[1]}: several classes have this name; give its whole path: {ambiguous[2]}"
     if attribute:
         names = [name for name in dir(importlib.import_module(attribute[1])) if not name.startswith("_")]
         said = f"module {attribute[1]!r} has no {attribute[2]!r}"
@@ -214,7 +267,9 @@ def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | Non
     if not (path or subclass):
         return None
     given = path[1] if path else _find(value, cause.keys[-1])
-    bases = _bases(_typehint(parser, cause))
+    bases = _bases(_typehint(parser, cause)) - {torch.Tensor}
+    if not bases and path:  # a number, say: no class was asked for
+        return None
     classes = sorted(_subclasses(bases), key=str.lower)
     wanted = f"a subclass of {subclass[1]}" if subclass else "a class that this option takes"
     close = _close(_last(given), map(_last, classes))
@@ -228,7 +283,7 @@ def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | Non
 
 
 def _type_error(causes: list[_Cause], value: str) -> str | None:
-    matches = [match for cause in causes if (match := _TYPE.match(cause.text))]
+    matches = [match for cause in causes if not _NO_PATH.match(cause.text) and (match := _TYPE.match(cause.text))]
     if not matches:
         cause = causes[0]
         return f"--{'.'.join(cause.keys)}: {cause.text}" if len(causes) == 1 and cause.keys else None
@@ -270,12 +325,12 @@ def _import(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _options(owner: Any, *, skip_first: bool) -> list[str]:
+def _options(owner: Any) -> list[str]:
     """Names of the options of a class; an optimizer's parameters, which come later, are none."""
     if not inspect.isclass(owner):
         return list(inspect.signature(owner).parameters)
     return ArgumentParser(exit_on_error=False).add_class_arguments(
-        owner, fail_untyped=False, skip={1} if skip_first and _takes_parameters(owner) else None
+        owner, fail_untyped=False, skip={1} if _takes_parameters(owner) else None
     )
 
 

@@ -376,7 +376,7 @@ def bind_total_steps(scheduler: Any, total_steps: int | float, *, strict: bool =
 
     Args:
         scheduler: Any learning-rate scheduler.
-        total_steps: Optimizer steps of the whole run; `math.inf` for a run without an end.
+        total_steps: Optimizer steps of the whole run; `math.inf` without an end, less than 1 where it is unknown.
         strict: False lengthens a total that is too short for the phases, for rehearsals such as `fast_dev_run`.
 
     Raises:
@@ -387,13 +387,12 @@ def bind_total_steps(scheduler: Any, total_steps: int | float, *, strict: bool =
     if not math.isfinite(total_steps) or total_steps < 1:
         if not scheduler.needs_total_steps:
             return
+        unknown = " (the training loader has no length, or limit_train_batches is 0, so max_epochs gives no number)"
         raise ValueError(
-            f"total_steps={total_steps}: {type(scheduler).__name__} needs a run with an end; "
-            "set the Trainer's max_steps or max_epochs, or the schedule's own total_steps"
+            f"total_steps={total_steps}: {type(scheduler).__name__} needs a run with an end; set the Trainer's "
+            f"max_steps{' or max_epochs' if total_steps == math.inf else unknown}, or the schedule's own total_steps"
         )
-    total = int(total_steps)
-    if not strict:
-        total = max(total, scheduler.minimum_total_steps)
+    total = max(int(total_steps), 1 if strict else scheduler.minimum_total_steps)
     scheduler._check_total(total)
     scheduler.total_steps = total
     scheduler._apply()

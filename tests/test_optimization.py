@@ -160,6 +160,13 @@ def test_a_run_without_end():
         bind_total_steps(CosineSchedule(make_optimizer()), math.inf)
 
 
+def test_a_run_of_batches_that_cannot_be_counted():
+    with pytest.raises(
+        ValueError, match=r"total_steps=-1: CosineSchedule .* set the Trainer's max_steps \(.*no length"
+    ):
+        bind_total_steps(CosineSchedule(make_optimizer()), -1)
+
+
 def test_stepping_without_a_total_is_refused():
     scheduler = CosineSchedule(make_optimizer())
     scheduler.optimizer.step()

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import lightning as L
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from alignment_modules.callbacks.jsonl import to_json_line
 
@@ -24,6 +25,7 @@ class CompletionWriter(Callback):
     def __init__(self, path: str | None = None) -> None:
         self.path = path
         self._file: TextIO | None = None
+        self._count = 0
 
     def _target(self, trainer: L.Trainer) -> Path:
         return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
@@ -34,6 +36,7 @@ class CompletionWriter(Callback):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
         self._file = open(part, "w", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
+        self._count = 0
 
     def on_predict_batch_end(
         self,
@@ -50,16 +53,19 @@ class CompletionWriter(Callback):
             TypeError: If `predict_step` returned something else than rows.
         """
         if self._file is not None:
-            self._file.writelines(to_json_line(row) for row in _rows(outputs))
+            lines = [to_json_line(row) for row in _rows(outputs)]
+            self._file.writelines(lines)
+            self._count += len(lines)
             self._file.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the file; joins the ranks' parts."""
+        """Closes the file, joins the ranks' parts and says where they are."""
         self._close()
         if trainer.world_size > 1:
             trainer.strategy.barrier("completion_writer")
             if trainer.is_global_zero:
-                _join(self._target(trainer), trainer.world_size)
+                self._count = _join(self._target(trainer), trainer.world_size)
+        rank_zero_info(f"wrote {self._count} predictions to {self._target(trainer)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Closes the file."""
@@ -95,7 +101,8 @@ def _rows(outputs: Any) -> Iterator[dict[str, Any]]:
     yield from outputs
 
 
-def _join(target: Path, world_size: int) -> None:
+def _join(target: Path, world_size: int) -> int:
+    """Puts the parts together; returns the number of rows."""
     lines: list[str] = []
     parts = [_part(target, rank) for rank in range(world_size)]
     for part in parts:
@@ -107,3 +114,4 @@ def _join(target: Path, world_size: int) -> None:
     target.write_text("".join(lines), encoding="utf-8")
     for part in parts:
         part.unlink(missing_ok=True)
+    return len(lines)

@@ -6,6 +6,9 @@ from typing import Literal
 import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from alignment_modules.policies.export import check_export
 
 
 class ExportPolicy(Callback):
@@ -35,19 +38,30 @@ class ExportPolicy(Callback):
         self.enabled = enabled
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a module that cannot export before it has been trained for hours.
+        """Refuses what cannot be exported before it has been trained for hours.
 
         Raises:
             TypeError: If the module has no `export` method.
+            ValueError: If the module's `policy` cannot be written as asked for: the directory holds something else,
+                there are no adapters to write alone, or their base is not on disk.
         """
-        if stage == "fit" and self.enabled and not callable(getattr(pl_module, "export", None)):
+        if stage != "fit" or not self.enabled:
+            return
+        if not callable(getattr(pl_module, "export", None)):
             raise TypeError(f"ExportPolicy needs {type(pl_module).__name__}.export(directory, lora=...); it has none")
+        policy = getattr(pl_module, "policy", None)
+        if isinstance(policy, nn.Module) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            tokenizer = getattr(pl_module, "tokenizer", None)
+            check_export(policy, self._target(trainer), lora=self.lora, tokenizer=tokenizer)
+
+    def _target(self, trainer: L.Trainer) -> Path:
+        return Path(self.directory) if self.directory else Path(trainer.default_root_dir) / "export"
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Exports."""
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        directory = Path(self.directory) if self.directory else Path(trainer.default_root_dir) / "export"
+        directory = self._target(trainer)
         if trainer.is_global_zero:
             pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
             rank_zero_info(f"exported the policy to {directory}")

@@ -164,13 +164,21 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
     return model
 
 
+def _exported_as(folder: Path) -> str | None:
+    """The format that the marker of an export names; None for any other folder."""
+    try:
+        return json.loads((folder / "alignment_modules.json").read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _check_model_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
     weights = list(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file():
-        plain = (folder / "alignment_modules.json").is_file()
+        plain = _exported_as(folder) == "module"
         hint = (
             " It is the export of a plain module: build that module yourself and use safetensors.torch.load_model."
             if plain
@@ -285,13 +293,25 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
     Raises:
         ValueError: The folder is missing or holds no tokenizer, or the tokenizer cannot be read.
     """
-    folder = resolve_folder(os.fspath(path), "tokenizer")
+    return _load_tokenizer(os.fspath(path), trust_remote_code, revision, frozenset())
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool, revision: str | None, seen: frozenset[str]) -> Any:
+    """Follows adapters to their base, each folder once."""
+    folder = resolve_folder(path, "tokenizer")
     if Path(folder).is_dir() and not any(
         e.name.startswith(TOKENIZER_PREFIXES) or e.suffix in (".model", ".tiktoken") for e in Path(folder).iterdir()
     ):
         adapter = _adapter_config(folder, None)
-        if adapter is not None and adapter.get("base_model_name_or_path"):
-            return load_tokenizer(adapter["base_model_name_or_path"], trust_remote_code=trust_remote_code)
+        base = (adapter or {}).get("base_model_name_or_path")
+        seen = seen | {os.path.realpath(folder)}
+        if base and os.path.realpath(Path(base).expanduser()) in seen:
+            raise ValueError(
+                f"tokenizer={path!r}: the folder holds no tokenizer, and the base model that its adapter names "
+                f"(base_model_name_or_path={base!r}) leads back to it."
+            )
+        if base:
+            return _load_tokenizer(base, trust_remote_code, None, seen)
         raise ValueError(
             f"tokenizer={path!r}: the folder holds no tokenizer (such as tokenizer.json); it holds "
             f"{_listing(Path(folder))}."

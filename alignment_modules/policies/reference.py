@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ def build_reference(reference: str | PolicyConfig | nn.Module | None, policy: nn
 
     Raises:
         ValueError: The reference is the policy itself or shares a weight with it, or cannot be built.
+        ImportError: A quantized reference without bitsandbytes.
     """
     if reference is None:
         if has_adapter(policy) and adapter_is_identity(policy):
@@ -48,7 +50,10 @@ def build_reference(reference: str | PolicyConfig | nn.Module | None, policy: nn
     if isinstance(reference, (str, os.PathLike)):
         names: dict[torch.dtype | None, str] = {dtype: name for name, dtype in DTYPES.items()}
         reference = PolicyConfig(path=os.fspath(reference), dtype=names.get(_dtype(policy), "float32"))
-    module = build_policy(reference, trainable=False)
+    try:
+        module = build_policy(reference, trainable=False)
+    except (ValueError, ImportError) as error:
+        raise type(error)(_about_the_reference(str(error))) from error
     ours = {id(parameter) for parameter in policy.parameters()}
     shared = [name for name, parameter in module.named_parameters() if id(parameter) in ours]
     if module is policy or shared:
@@ -58,6 +63,12 @@ def build_reference(reference: str | PolicyConfig | nn.Module | None, policy: nn
             "Give another module, or leave reference out for a frozen copy of the policy."
         )
     return _freeze(module)
+
+
+def _about_the_reference(message: str) -> str:
+    """What `build_policy` said, with the options called by the name that the reference has."""
+    named = re.sub(r"(?<![\w'/])policy(?=[.=][a-z_']+)", "reference", message)
+    return named if "reference" in named else f"reference: {named}"
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

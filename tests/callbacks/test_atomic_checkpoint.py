@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from alignment_modules.callbacks import AtomicCheckpointIO, CheckpointError
 from alignment_modules.callbacks import atomic_checkpoint as atomic_checkpoint_module
 
-CHECKPOINT = {"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3}
+CHECKPOINT = {"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3, "pytorch-lightning_version": "2.6.6"}
 
 
 class Evil:

@@ -16,6 +16,12 @@ def test_rows_are_written_in_order(tmp_path, boring, make_trainer, loader, read_
     assert rows[1]["completion"] == "é 1"
 
 
+def test_says_where_the_rows_are(tmp_path, boring, make_trainer, loader, caplog):
+    with caplog.at_level("INFO"):
+        make_trainer(CompletionWriter()).predict(boring(), loader, return_predictions=False)
+    assert f"wrote 24 predictions to {tmp_path / 'predictions.jsonl'}" in caplog.text
+
+
 def test_a_dictionary_of_lists_and_empty_batches(tmp_path, boring, make_trainer, loader, read_jsonl):
     module = boring()
     module.predict_step = lambda batch, batch_idx: (

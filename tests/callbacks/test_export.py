@@ -32,6 +32,23 @@ def test_nothing_after_a_failure_a_rehearsal_or_when_off(boring, make_trainer, l
     assert broken.exported == rehearsal.exported == off.exported == validated.exported == []
 
 
+def test_refuses_before_training_what_it_could_not_write_after(tmp_path, boring, make_trainer, loader):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for options, message in (
+        ({"lora": "adapter"}, "has no adapters"),
+        ({"directory": str(tmp_path / "full")}, "not an export"),
+    ):
+        module = boring()
+        module.policy = module.layer
+        with pytest.raises(ValueError, match=message):
+            make_trainer(ExportPolicy(**options)).fit(module, loader)
+        assert module.losses == []
+        make_trainer(ExportPolicy(**options), fast_dev_run=True).fit(module, loader)
+        make_trainer(ExportPolicy(**options, enabled=False)).fit(module, loader)
+        assert module.exported == []
+
+
 def test_mistakes(make_trainer, loader):
     with pytest.raises(ValueError, match="lora='both' must be 'merge' or 'adapter'"):
         ExportPolicy(lora="both")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -86,6 +87,43 @@ def test_printed_configuration_says_the_same_again(align, recipe, name, tmp_path
     assert yaml.safe_load(first)["model"]["init_args"]["policy"]["lora"]["r"] == 16
     (tmp_path / "all.yaml").write_text(first)
     assert printed(align, "fit", f"--config={tmp_path / 'all.yaml'}") == first
+
+
+def test_rewards_of_every_form_reproduce_the_run(align, recipe, model_folder, tmp_path, recwarn):
+    """The saved configuration is the whole run, in every form that rewards take; the checkpoint holds plain values."""
+    (align.folder / "own_rewards.py").write_text(
+        "def length(completions):\n    return [-len(c) for c in completions]\n"
+    )
+    verifier = {"class_path": "alignment_modules.rewards.ExactMatch", "init_args": {"column": "answer"}}
+    few = ("--trainer.max_steps=1", "--model.num_generations=2")
+    for number, (rewards, names) in enumerate(
+        [
+            ((), ("exact_match",)),
+            (("--model.rewards+=own_rewards.length",), ("exact_match", "length")),
+            (("--model.rewards=own_rewards.length",), ("length",)),
+            ((f"--model.rewards={json.dumps(['own_rewards.length', verifier])}",), ("length", "exact_match")),
+            ((f"--model.rewards={json.dumps(verifier)}",), ("exact_match",)),
+        ]
+    ):
+        roots = [tmp_path / f"{number}{name}" for name in "ab"]
+        first = align("fit", *recipe("grpo"), *QUIET, *few, *rewards, f"--trainer.default_root_dir={roots[0]}")
+        again = align("fit", f"--config={roots[0] / 'config.yaml'}", f"--trainer.default_root_dir={roots[1]}")
+        assert first.model.rewards.names == again.model.rewards.names == names
+        saved = [yaml.safe_load((root / "config.yaml").read_text())["model"] for root in roots]
+        assert saved[0] == saved[1]
+        written = [yaml.safe_load((root / "hparams.yaml").read_text())["rewards"] for root in roots]
+        [checkpoint] = roots[0].glob("checkpoints/*.ckpt")
+        held = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["rewards"]
+        assert written == [saved[0]["init_args"]["rewards"]] * 2 == [held] * 2
+    assert not [warning for warning in recwarn if "Unable to serialize" in str(warning.message)]
+
+
+def test_a_schedule_on_a_plateau(align, recipe):
+    plateau = ("--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=train/loss")
+    cli = align("fit", *recipe("sft"), *QUIET, *plateau, "--trainer.max_epochs=1")
+    [config] = cli.trainer.lr_scheduler_configs
+    assert type(config.scheduler).__name__ == "ReduceLROnPlateau"
+    assert config.monitor == "train/loss"
 
 
 def test_the_command_line_wins_over_files(align, recipe):

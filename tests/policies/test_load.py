@@ -261,6 +261,25 @@ def test_tokenizer_errors(llama_folder, tmp_path):
         load_tokenizer(str(llama_folder))
 
 
+def test_adapters_without_tokenizer_that_name_each_other(tmp_path):
+    names = ("first", "second")
+    for name, base in zip(names, reversed(names), strict=True):
+        (tmp_path / name).mkdir()
+        config = json.dumps({"base_model_name_or_path": str(tmp_path / base)})
+        (tmp_path / name / "adapter_config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"second.*holds no tokenizer.*leads back to it"):
+        load_tokenizer(str(tmp_path / "first"))
+
+
+@pytest.mark.parametrize(("kind", "hinted"), [("module", True), ("adapter", False)])
+def test_the_hint_at_a_plain_modules_export(tmp_path, kind, hinted):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "alignment_modules.json").write_text(json.dumps({"format": kind}))
+    with pytest.raises(ValueError, match=r"has no config.json") as refused:
+        build_policy(str(tmp_path))
+    assert ("the export of a plain module" in str(refused.value)) == hinted
+
+
 def test_vocabulary(tiny_llama, tokenizer):
     check_vocabulary(tiny_llama, tokenizer)
     tokenizer.add_tokens([f"x{i}" for i in range(7)])  # 33 + 7 = 40, just fits

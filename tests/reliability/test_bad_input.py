@@ -43,6 +43,51 @@ CASES = {
         ["--model.lr_scheduler.warmup=3", "CosineSchedule", "did you mean 'warmup_steps'?", "floor"],
         PARSING,
     ),
+    "a misspelt option that has options itself": Case(
+        "sft",
+        ["--model.optimiser.lr", "1e-3"],
+        ["--model.optimiser.lr=1e-3", "SFTModule has no option 'optimiser'", "did you mean 'optimizer'?"],
+        PARSING,
+    ),
+    "a misspelt option that has options itself, in a file": Case(
+        "sft",
+        ["-c", "bad/optimiser.yaml"],
+        ["--model.optimiser=", "SFTModule has no option 'optimiser'", "did you mean 'optimizer'?"],
+        PARSING,
+    ),
+    "no number in an optimizer": Case(
+        "sft", ["--model.optimizer.lr", "abc"], ["--model.optimizer.lr=abc: must be float\n"], PARSING
+    ),
+    "no number in a schedule": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup_steps", "few"],
+        ["--model.lr_scheduler.warmup_steps=few: must be int\n"],
+        PARSING,
+    ),
+    "no number deep in the policy": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.r", "few"],
+        ["--model.policy.lora.r=few: must be int\n"],
+        PARSING,
+    ),
+    "a schedule without what it needs": Case(
+        "sft",
+        ["--model.lr_scheduler", "StepLR"],
+        ["--model.lr_scheduler.step_size: required by StepLR, but not given"],
+        PARSING,
+    ),
+    "a schedule on a plateau of nothing": Case(
+        "sft",
+        ["--model.lr_scheduler", "ReduceLROnPlateau"],
+        ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
+        PARSING,
+    ),
+    "a name that two schedules have": Case(
+        "sft",
+        ["-c", "bad/plateau.yaml"],
+        ["--model.lr_scheduler=ReduceLROnPlateau", "give its whole path", "lightning.pytorch.cli.ReduceLROnPlateau"],
+        PARSING,
+    ),
     "unknown option of the policy": Case(
         "sft",
         ["--model.policy.path", "policy", "--model.policy.lora.rank", "8"],
@@ -97,6 +142,11 @@ CASES = {
         "sft", ["-c", "nowhere.yaml"], ["--config", "does not exist", "nowhere.yaml"], PARSING
     ),
     "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
+    "an empty configuration": Case("sft", ["-c", "bad/nothing.yaml"], ["--config=bad/nothing.yaml", "empty"], PARSING),
+    "a configuration that is a list": Case("sft", ["-c", "bad/list.yaml"], ["--config=bad/list.yaml", "list"], PARSING),
+    "a configuration that is no text": Case(
+        "sft", ["-c", "bad/binary.yaml"], ["--config=bad/binary.yaml", "UTF-8"], PARSING
+    ),
     "unknown loss": Case("dpo", ["--model.loss", "sigmod"], ["loss", "'sigmod'", "'sigmoid', 'robust'"]),
     "a model type that is not known": Case(
         "sft",
@@ -116,7 +166,7 @@ CASES = {
         "sft", ["--model.policy", "small", "--data.tokenizer", "policy"], ["42 ids", "embeddings for 10", "vocab_size"]
     ),
     "missing reference": Case(
-        "dpo", ["--model.reference", "runs/sft/export"], ["'runs/sft/export'", "Hugging Face format"]
+        "dpo", ["--model.reference", "runs/sft/export"], ["reference.path='runs/sft/export'", "Hugging Face format"]
     ),
     # data
     "missing data": Case("sft", ["--data.train", "none.jsonl"], ["train='none.jsonl'", "no such file or folder"]),
@@ -211,6 +261,37 @@ CASES = {
         ["--model.policy.path", "policy", "--model.policy.lora.target_modules", "query"],
         ["lora.target_modules='query'", "q_proj", "'all-linear'"],
     ),
+    # what Lightning and torch refuse before the first batch
+    "a learning rate below 0": Case("sft", ["--model.optimizer.lr", "-1"], ["Invalid learning rate: -1.0"]),
+    "an optimizer that cannot take these parameters": Case(
+        "sft", ["--model.optimizer", "Muon"], ["Muon only supports 2D parameters"]
+    ),
+    "an optimizer that takes no groups": Case(
+        "sft", ["--model.optimizer", "LBFGS"], ["LBFGS doesn't support per-parameter options"]
+    ),
+    "unknown strategy": Case("sft", ["--trainer.strategy", "ddpp"], ["strategy='ddpp'"]),
+    "unknown accelerator": Case("sft", ["--trainer.accelerator", "xpuu"], ["accelerator='xpuu'", "cpu"]),
+    "validation after more batches than there are": Case(
+        "sft", ["--trainer.val_check_interval", "50", "--data.validation", "sft.jsonl"], ["val_check_interval", "50"]
+    ),
+    "the best of no checkpoints": Case("sft", ["--ckpt_path", "best"], ['ckpt_path="best"', "ModelCheckpoint"]),
+    "batches that cannot be counted": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--trainer.limit_train_batches", "0"],
+        ["CosineSchedule", "set the Trainer's max_steps", "no length"],
+    ),
+    # exports
+    "an export of adapters that are not there": Case(
+        "sft", ["--export.lora", "adapter"], ["lora='adapter'", "has no adapters", "lora='merge'"]
+    ),
+    "an export into a folder of something else": Case(
+        "sft", ["--export.directory", "policy"], ["policy'", "is not empty and not an export"]
+    ),
+    "an export of adapters on a base that is not on disk": Case(
+        "sft",
+        ["-c", "bad/fresh.yaml", "--export.lora", "adapter"],
+        ["lora='adapter'", "base model under these adapters is not on disk"],
+    ),
     # rewards
     "a reward that is not there": Case(
         "grpo", ["--model.rewards", "my_rewards.digit"], ["rewards[0]='my_rewards.digit'", "no attribute 'digit'"]
@@ -247,6 +328,9 @@ CASES = {
     "a truncated checkpoint": Case(
         "sft", ["--ckpt_path", "bad/short.ckpt"], ["'bad/short.ckpt'", "truncated at 300 bytes", "earlier checkpoint"]
     ),
+    "a checkpoint of weights alone": Case(
+        "sft", ["--ckpt_path", "bad/weights.ckpt"], ["'bad/weights.ckpt'", "pytorch-lightning_version", "no Trainer"]
+    ),
     "a checkpoint with a pickle inside": Case(
         "sft", ["--ckpt_path", "bad/pickle.ckpt"], ["'bad/pickle.ckpt'", "Python objects", "refused"]
     ),
@@ -257,6 +341,18 @@ CASES = {
         TRAINING,
     ),
 }
+
+FRESH = """
+model:
+  init_args:
+    policy:
+      class_path: PolicyConfig
+      init_args:
+        config: {model_type: llama, vocab_size: 42, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1,
+          num_attention_heads: 2}
+        lora: {}
+data: {init_args: {tokenizer: policy}}
+"""
 
 MASKED = '''
 from datamodules import SFTDataModule
@@ -289,6 +385,11 @@ def bad(workplace):
         "column.jsonl": row + '{"prompt": "1+1="}\n',
         "empty.jsonl": "",
         "no_target.jsonl": '{"text": ""}\n' * 2,
+        "optimiser.yaml": "model: {init_args: {optimiser: {class_path: torch.optim.SGD}}}\n",
+        "plateau.yaml": "model: {init_args: {lr_scheduler: {class_path: ReduceLROnPlateau}}}\n",
+        "nothing.yaml": "# nothing\n",
+        "list.yaml": "- 1\n",
+        "fresh.yaml": FRESH,
     }
     for name, content in files.items():
         (folder / name).write_text(content)
@@ -296,6 +397,8 @@ def bad(workplace):
     checkpoint = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "alignment_module": {"paradigm": "dpo"}}
     torch.save(checkpoint, folder / "other.ckpt")
     torch.save(checkpoint | {"callbacks": {"mine": Case("", [], [])}}, folder / "pickle.ckpt")
+    torch.save({"state_dict": {}}, folder / "weights.ckpt")
+    (folder / "binary.yaml").write_bytes(bytes(range(256)))
     (folder / "short.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:300])
 
 
@@ -344,6 +447,57 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(align, monkeypatch):
     result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
     assert isinstance(result.error, ValueError)
     assert "invalid literal for int()" in str(result.error)
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "predict"])
+def test_evaluation_without_rows(align, split):
+    result = align(split.replace("validation", "validate"), "-c", "sft.yaml")
+    assert result.code == 1
+    assert f"--data.{split}" in result.text
+    assert result.error is None
+
+
+def test_a_checkpoint_that_does_not_fit(align):
+    """Weights of a whole model into one with adapters: torch's list of keys, without the calls that led there."""
+    root = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1").root
+    adapters = ["--model.policy.path", "policy", "--model.policy.lora.r", "4", "--trainer.default_root_dir", str(root)]
+    result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "2", *adapters, "--ckpt_path", "last")
+    assert (result.code, result.error) == (1, None)
+    assert "lora" in result.text
+
+
+def test_a_checkpoint_of_more_epochs_than_asked_for(align):
+    root = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "2").root
+    again = ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
+    result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1", *again)
+    assert (result.code, result.error) == (1, None)
+    assert "max_epochs=1" in result.text
+
+
+def test_a_root_folder_that_is_a_file(align, tmp_path):
+    (tmp_path / "file").touch()
+    result = align("fit", "-c", "sft.yaml", "--trainer.default_root_dir", str(tmp_path / "file"))
+    assert (result.code, result.error) == (1, None)
+    assert str(tmp_path / "file") in result.text
+
+
+USERS = """
+import torch
+from alignment_modules import SFTModule
+
+class InSetup(SFTModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=-1.0)
+"""
+
+
+def test_errors_in_code_of_the_users_keep_their_traceback(align, workplace, monkeypatch):
+    (workplace / "my_modules.py").write_text(USERS)
+    in_setup = align("fit", "-c", "sft.yaml", "--model", "my_modules.InSetup")
+    assert "Invalid learning rate: -1.0" in str(in_setup.error)
+    monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: torch.optim.SGD([], lr=-1.0))
+    in_a_step = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
+    assert isinstance(in_a_step.error, ValueError)  # torch's own, but batches are worked on
 
 
 class TestNothingLost:

@@ -61,6 +61,7 @@ class AlignCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from other options: the logger's folder and the tokenizer."""
+        self._as_given = self.config.clone()
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
@@ -68,6 +69,7 @@ class AlignCLI(LightningCLI):
         _check_exists(config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
             config.ckpt_path = _newest_checkpoint(Path(trainer.default_root_dir) / "checkpoints")
+            self._as_given[self.subcommand].ckpt_path = config.ckpt_path  # the newest is another one after this run
         if trainer.get("logger") in (None, True):
             folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
@@ -86,7 +88,12 @@ class AlignCLI(LightningCLI):
             raise (find_cause(error, is_message) or error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Adds the checkpoint writer that never leaves a half-written file."""
+        """Adds the checkpoint writer that never leaves a half-written file.
+
+        What `before_instantiate_classes` filled in has served; it must not be saved, or a run from the saved file would
+        write into this one's folder even where it is given another.
+        """
+        self.config = self._as_given
         plugins = list(self._get(self.config_init, "trainer").get("plugins") or [])
         if not any(isinstance(plugin, AtomicCheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())

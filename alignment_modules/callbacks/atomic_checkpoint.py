@@ -122,6 +122,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and not from_launcher):
             found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else type(checkpoint)
             raise CheckpointError(f"checkpoint {str(path)!r} lacks 'state_dict': no Trainer wrote it; it holds {found}")
+        if "pytorch-lightning_version" not in checkpoint and not from_launcher:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r} lacks 'pytorch-lightning_version': no Trainer wrote it; it holds keys "
+                f"{sorted(map(str, checkpoint))[:8]}, where a Trainer's own also says how far training was"
+            )
         return checkpoint
 
 

@@ -118,6 +118,16 @@ def test_rewards_of_every_form_reproduce_the_run(align, recipe, model_folder, tm
     assert not [warning for warning in recwarn if "Unable to serialize" in str(warning.message)]
 
 
+def test_the_saved_configuration_names_the_checkpoint_it_resumed_from(align, recipe, tmp_path):
+    fit = ["fit", *recipe("sft"), *QUIET, f"--trainer.default_root_dir={tmp_path}"]
+    align(*fit, "--trainer.max_steps=1")
+    [first] = tmp_path.glob("checkpoints/*.ckpt")
+    align(*fit, "--trainer.max_steps=2", "--ckpt_path=last")
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["ckpt_path"] == str(first)
+    assert config["trainer"]["logger"] is None  # a run in another folder logs there
+
+
 def test_a_schedule_on_a_plateau(align, recipe):
     plateau = ("--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=train/loss")
     cli = align("fit", *recipe("sft"), *QUIET, *plateau, "--trainer.max_epochs=1")

@@ -467,7 +467,7 @@ def test_a_checkpoint_that_does_not_fit(align):
 
 
 def test_a_checkpoint_of_more_epochs_than_asked_for(align):
-    root = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "2").root
+    root = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "3").root
     again = ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
     result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1", *again)
     assert (result.code, result.error) == (1, None)

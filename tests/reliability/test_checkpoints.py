@@ -211,7 +211,7 @@ def test_a_typed_learning_rate_reaches_a_running_schedule(align, schedule):
 
 
 def test_another_optimizer(align, written):
-    result = fit(align, "sft", "--model.optimizer", "SGD", "--ckpt_path", written["sft"])
+    result = fit(align, "sft", "--model.optimizer", "torch.optim.SGD", "--ckpt_path", written["sft"])
     assert result.code == 1
     for part in (str(written["sft"]), "torch.optim.AdamW", "optimizer=torch.optim.SGD"):
         assert part in result.text

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.policies.reference import fingerprint
+from alignment_modules.position import settle, take_up
 
 _KEY = "alignment_module"
 
@@ -37,13 +38,14 @@ class CheckpointContract(L.LightningModule):
         """Receives what `extra_state` returned when the checkpoint was written."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds this library's entry."""
+        """Adds this library's entry, at a position from which a run continues exactly."""
+        settled = settle(checkpoint, self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
         checkpoint[_KEY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(self._num_tokens),
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
-            "window": self._open_window(),
+            "window": None if settled else self._open_window(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -74,7 +76,8 @@ class CheckpointContract(L.LightningModule):
         self.load_extra_state(entry["extra"])
 
     def on_train_start(self) -> None:
-        """Puts back the gradients of an optimizer step that was half accumulated."""
+        """Puts the loaders, and the gradients of a step that was half accumulated, back where they were."""
+        take_up(self.trainer)
         window, self._restored_window = self._restored_window, None
         if window is None:
             return
@@ -87,8 +90,8 @@ class CheckpointContract(L.LightningModule):
     def _open_window(self) -> dict[str, Any] | None:
         """The gradients accumulated so far where a checkpoint falls between the micro-batches of a step.
 
-        That happens at a validation in between, and at a signal. Ranks hold different gradients and one of them writes
-        the checkpoint, so with several this is left out.
+        Needed where the loader is not this library's, and its position cannot be put back to the last step's end. Ranks
+        hold different gradients and one of them writes the checkpoint, so with several this is left out.
         """
         alone = self._trainer is not None and self._trainer.world_size == 1
         if not alone or not self.automatic_optimization or not float(self._window_weight):

@@ -7,12 +7,14 @@ holds one of two states only, both of which Lightning resumes exactly: before an
 optimizer step ended. Everything that relies on the form of Lightning's loops is in this module.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
+Position = Literal["whole", "rewound", "open"]
 
-def settle(checkpoint: dict[str, Any], accumulate: int) -> bool:
+
+def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     """Rewrites the loops' state to the end of the last optimizer step, or to the end of an epoch that is over.
 
     Batches of a step that was not taken are read again, where the loader's state counts `batches_seen`.
@@ -22,14 +24,15 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> bool:
         accumulate: Batches of an optimizer step.
 
     Returns:
-        Whether the position is now that of an optimizer step's end (False: the loader cannot be put back, and the
-        gradients of a half accumulated step must be kept).
+        "whole" where nothing was under way, "rewound" where something was and is to be done again, and "open" where
+        the loader cannot be put back, so that the gradients of a half accumulated step must be kept.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
     total, current = batches["total"], batches["current"]
     done, closed = current["processed"], epochs["current"]["processed"]
-    last = batches["is_last_batch"] and done == current["ready"]
+    in_flight = done < current["ready"]
+    last = batches["is_last_batch"] and not in_flight
     opened = epochs["current"]["ready"] == epochs["current"]["started"]  # else its first hooks are running
     ended = opened and epochs["current"]["processed"] == epochs["current"]["started"]
     if not opened or (ended and last):
@@ -40,7 +43,8 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> bool:
     counted = len(states) == 1 and "batches_seen" in states[0]
     over = 0 if last else done % accumulate
     back = over if counted else 0
-    validated = _validated(loops["epoch_loop.val_loop.batch_progress"], current)
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validated = _validated(validation, current)
     done, all_done = done - back, total["processed"] - back
     if not done:
         states = [{**states[0], "epoch": closed, "batches_seen": 0}] if counted else []
@@ -57,12 +61,11 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> bool:
     batches["is_last_batch"] = bool(last and done)
     # Half begun means: to be run if one is due after this batch; untouched means that it was run.
     pending = int(bool(done) and not back and not validated)
-    for progress in (
-        loops["epoch_loop.val_loop.batch_progress"]["total"],
-        loops["epoch_loop.val_loop.batch_progress"]["current"],
-    ):
+    for progress in (validation["total"], validation["current"]):
         progress.update(ready=pending, started=pending, processed=0, completed=0)
-    return not over or counted
+    if over and not counted:
+        return "open"
+    return "rewound" if back or in_flight else "whole"
 
 
 def _validated(validation: dict[str, Any], batch: dict[str, int]) -> bool:

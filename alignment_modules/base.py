@@ -156,7 +156,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuses a batch of another paradigm."""
+        """Refuses a batch of another paradigm; logs a step that was saved just before it would have been logged."""
+        self.log_step()
         self.check_batch(batch)
 
     def on_validation_epoch_start(self) -> None:
@@ -261,14 +262,19 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the steps of the epoch that no interval has logged."""
+        unlogged = self._train_meters.copy()
         if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._publish_training()
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._train_meters = unlogged  # cut short: a run that goes on logs them at its own next step
 
     def log_step(self) -> None:
         """Logs the means since the last logged step, at the optimizer step just taken."""
-        if self._stepped and self._is_logged(self.global_step):
+        if not self._stepped:
+            return
+        if self._is_logged(self.global_step):
             self._publish_training()
-        self._stepped = False
+        self._settled_meters, self._stepped = self._train_meters.copy(), False
 
     def _publish_training(self) -> None:
         values = self._train_meters.compute(self.reduce)

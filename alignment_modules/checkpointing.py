@@ -5,10 +5,13 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from alignment_modules.objective import Meters
 from alignment_modules.policies.reference import fingerprint
+from alignment_modules.position import settle, take_up
 
 _KEY = "alignment_module"
 
@@ -27,7 +30,10 @@ class CheckpointContract(L.LightningModule):
     _window_weight: Tensor | float
     _window_tokens: Tensor | float
     _loss_scale: Tensor | None
-    _restored_window: dict[str, Any] | None = None
+    _train_meters: Meters
+    _stepped: bool
+    _settled_meters: Meters | None = None
+    _restored: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
         """More state for the checkpoint, of plain types and tensors."""
@@ -37,13 +43,22 @@ class CheckpointContract(L.LightningModule):
         """Receives what `extra_state` returned when the checkpoint was written."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds this library's entry."""
+        """Adds this library's entry, at a position from which a run continues exactly."""
+        for logger in self.loggers:
+            try:
+                logger.save()  # what led to this checkpoint is on disk before it
+            except OSError as error:
+                rank_zero_warn(f"{type(logger).__name__} cannot write: {error}")
+        position = settle(checkpoint, self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
+        meters = self._settled_meters if position == "rewound" else self._train_meters
         checkpoint[_KEY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(self._num_tokens),
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
-            "window": self._open_window(),
+            "window": self._open_window() if position == "open" else None,
+            "meters": per_rank(self.trainer, (meters or Meters()).state_dict()),
+            "unlogged_step": self._stepped and position != "rewound",
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -70,12 +85,19 @@ class CheckpointContract(L.LightningModule):
         if resumes:
             self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
-        self._restored_window = entry.get("window")
+        self._restored = entry
         self.load_extra_state(entry["extra"])
 
     def on_train_start(self) -> None:
-        """Puts back the gradients of an optimizer step that was half accumulated."""
-        window, self._restored_window = self._restored_window, None
+        """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
+        take_up(self.trainer)
+        entry, self._restored = self._restored or {}, None
+        meters = entry.get("meters")
+        if meters is not None and len(meters) == self.trainer.world_size:
+            self._train_meters.load_state_dict(meters[self.global_rank], self.device)
+            self._stepped = entry["unlogged_step"]
+        self._settled_meters = self._train_meters.copy()
+        window = entry.get("window")
         if window is None:
             return
         self._window_weight, self._window_tokens = window["weight"], window["tokens"]
@@ -87,8 +109,8 @@ class CheckpointContract(L.LightningModule):
     def _open_window(self) -> dict[str, Any] | None:
         """The gradients accumulated so far where a checkpoint falls between the micro-batches of a step.
 
-        That happens at a validation in between, and at a signal. Ranks hold different gradients and one of them writes
-        the checkpoint, so with several this is left out.
+        Needed where the loader is not this library's, and its position cannot be put back to the last step's end. Ranks
+        hold different gradients and one of them writes the checkpoint, so with several this is left out.
         """
         alone = self._trainer is not None and self._trainer.world_size == 1
         if not alone or not self.automatic_optimization or not float(self._window_weight):
@@ -162,6 +184,25 @@ class CheckpointContract(L.LightningModule):
     def _saves_shards(self) -> bool:
         trainer = self._trainer
         return trainer is not None and getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+
+
+def per_rank(trainer: L.Trainer, value: Any) -> list[Any] | None:
+    """A value of each rank, for a checkpoint that one of them writes.
+
+    Args:
+        trainer: The Trainer; all its ranks must call this.
+        value: Plain values and CPU tensors.
+
+    Returns:
+        One entry a rank; None where a run of several was interrupted, since the others may be elsewhere.
+    """
+    if trainer.world_size == 1:
+        return [value]
+    if trainer.state.status == TrainerStatus.INTERRUPTED:
+        return None
+    values = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _describe(reference: str | None) -> str:

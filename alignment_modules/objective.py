@@ -113,3 +113,25 @@ class Meters:
     def reset(self) -> None:
         """Forgets everything."""
         self._values.clear()
+
+    def copy(self) -> Meters:
+        """The same sums, which later updates of either leave alone."""
+        other = Meters()
+        other._values = dict(self._values)  # tensors are replaced, never changed
+        return other
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The sums of this rank by kind and name, on the CPU."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for (kind, name), value in self._values.items():
+            state.setdefault(kind, {})[name] = value.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]], device: torch.device) -> None:
+        """Takes the place of everything held so far.
+
+        Args:
+            state: What `state_dict` gave.
+            device: Where the sums go.
+        """
+        self._values = {(kind, name): value.to(device) for kind in state for name, value in state[kind].items()}  # type: ignore[misc]

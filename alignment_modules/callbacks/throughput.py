@@ -8,6 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from alignment_modules.checkpointing import per_rank
+
+_KEY = "throughput"
+
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/samples_per_second` and `train/padding_share` on logging steps.
@@ -26,6 +30,9 @@ class Throughput(Callback):
         self._start = 0.0
         self._paused_at = 0.0
         self._last_logged = 0
+        self._step = 0
+        self._settled: tuple[list[Any], float] = ([0, 0, 0], 0.0)  # counts and seconds at the last optimizer step
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a module that cannot count.
@@ -37,10 +44,25 @@ class Throughput(Callback):
             raise TypeError(f"Throughput needs {type(pl_module).__name__}.count_tokens(batch); it has none")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, or lets it go on from where a checkpoint was written."""
+        restored, self._restored = self._restored or {}, None
+        counts = restored.get("counts")
         self._counts = [0, 0, 0]
-        self._start = time.perf_counter()
-        self._last_logged = trainer.global_step
+        if counts is not None and len(counts) == trainer.world_size:
+            self._counts = list(counts[trainer.global_rank])
+        seconds = restored.get("seconds", 0.0)
+        self._start = time.perf_counter() - seconds
+        self._settled = (list(self._counts), seconds)
+        self._last_logged = self._step = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what was counted since the last logged step, up to the last optimizer step."""
+        counts = [float(torch.as_tensor(count).sum()) for count in self._settled[0]]
+        checkpoint[_KEY] = {"counts": per_rank(trainer, counts), "seconds": self._settled[1]}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Receives what `on_save_checkpoint` added."""
+        self._restored = checkpoint.get(_KEY)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the clock."""
@@ -60,8 +82,13 @@ class Throughput(Callback):
             # added on the device: reading a number back would make the host wait
             self._counts[row] = self._counts[row] + (value.detach() if isinstance(value, Tensor) else value)
         interval, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
-        if not interval or step // interval <= self._last_logged // interval:
-            return
+        if interval and step // interval > self._last_logged // interval:
+            self._publish(trainer, pl_module)
+        if step != self._step or not pl_module.automatic_optimization:
+            self._settled = (list(self._counts), time.perf_counter() - self._start)
+        self._step = step
+
+    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         totals = torch.stack([torch.as_tensor(count, device=pl_module.device).double().sum() for count in self._counts])
         if trainer.world_size > 1:
             totals = trainer.strategy.reduce(totals, reduce_op="sum")
@@ -74,9 +101,9 @@ class Throughput(Callback):
             "train/padding_share": padding / max(tokens + padding, 1.0),
         }
         self._counts = [0, 0, 0]
-        self._start, self._last_logged = now, step
+        self._start, self._last_logged = now, trainer.global_step
         for name, value in values.items():
             shown = self.prog_bar and name == "train/tokens_per_second"
             pl_module.log(name, value, logger=False, prog_bar=shown, batch_size=1)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values, step=trainer.global_step)

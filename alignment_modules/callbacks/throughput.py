@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from alignment_modules.functional.ranges import check_options
+
 
 class Throughput(Callback):
     """Logs `train/tokens_per_second`, `train/samples_per_second` and `train/padding_share` on logging steps.
@@ -21,6 +23,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, prog_bar: bool = False) -> None:
+        check_options(Throughput.__init__, locals())
         self.prog_bar = prog_bar
         self._counts: list[Any] = [0, 0, 0]
         self._start = 0.0

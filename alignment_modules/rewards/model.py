@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from alignment_modules.functional.ranges import Count, Natural, check_options
+from alignment_modules.functional.ranges import Count, Range, check_options
 from alignment_modules.policies.config import DTYPES
 from alignment_modules.rewards.protocol import RewardError
 
@@ -41,7 +41,7 @@ class SequenceClassifier:
     def __init__(
         self,
         path: str,
-        label: Natural | str | None = None,
+        label: Annotated[int, Range()] | str | None = None,
         prompt_column: str | None = None,
         use_chat_template: bool | None = None,
         max_length: Count | None = None,

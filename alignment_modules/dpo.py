@@ -1,14 +1,14 @@
 """Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import BATCH_COUPLED_LOSSES, check_preference_options, preference_loss
-from alignment_modules.functional.checks import check_positive
+from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reference import build_reference, reference_mode
@@ -33,7 +33,7 @@ class DPOModule(AlignmentModule):
         cache_reference: Keep the reference's log-probabilities of every pair seen, by the pair's tokens, so that only
             the first epoch computes them.
         f_divergence: "reverse_kl", "forward_kl", "js" or "alpha" (arXiv:2309.16240): what takes the log-ratio's place.
-        alpha: Coefficient of the alpha-divergence.
+        alpha: Coefficient of the alpha-divergence, in [0, 1]: 1 is the reverse KL, 0 the forward KL.
         discopop_tau: Temperature of "discopop".
         **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
 
@@ -56,21 +56,19 @@ class DPOModule(AlignmentModule):
         self,
         *,
         reference: str | PolicyConfig | nn.Module | None = None,
-        beta: float = 0.1,
+        beta: Positive = 0.1,
         loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        nll_coef: float = 0.0,
+        label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0,
+        nll_coef: NonNegative = 0.0,
         cache_reference: bool = False,
         f_divergence: str = "reverse_kl",
-        alpha: float = 0.5,
-        discopop_tau: float = 0.05,
+        alpha: Share = 0.5,
+        discopop_tau: Positive = 0.05,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        check_options(DPOModule.__init__, locals())
         check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence)
-        check_positive("discopop_tau", discopop_tau)
-        if nll_coef < 0:
-            raise ValueError(f"nll_coef={nll_coef} must be 0 or more")
+        super().__init__(**common)
         self.beta, self.loss, self.label_smoothing, self.nll_coef = beta, loss, label_smoothing, nll_coef
         self.reference = build_reference(reference, self.policy)
         self.cache_reference = cache_reference

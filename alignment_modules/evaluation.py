@@ -7,12 +7,13 @@ without prompts is measured by the module's own objective instead.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.ranges import Count, Natural, Positive, Range, Seed, Share, check_options
 from alignment_modules.metrics import pass_at_k
 from alignment_modules.objective import Meters, Objective, Statistic
 from alignment_modules.policies.modes import eval_mode
@@ -41,20 +42,18 @@ class EvaluationConfig:
         ValueError: If a value is outside its range.
     """
 
-    max_completion_length: int = 256
-    num_samples: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    max_completion_length: Count = 256
+    num_samples: Natural = 0
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Range(0, 1, "(]")] = 1.0
+    top_k: Natural = 0
+    min_p: Share = 0.0
     stop_strings: list[str] = field(default_factory=list)
     verifier: str | Callable | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise ValueError(f"num_samples={self.num_samples} must be 0 or more")
-        self.parameters()
+        check_options(EvaluationConfig, vars(self), "evaluation.")
 
     def parameters(self, *, greedy: bool = False, stop_token_ids: tuple[int, ...] = ()) -> SamplingParameters:
         """How completions are drawn, greedily or as samples."""

@@ -18,6 +18,7 @@ from alignment_modules.functional import (
     policy_gradient_loss,
     validate_kl_placement,
 )
+from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.online import OnlineModule
 from alignment_modules.policies.load import PolicyConfig
@@ -48,7 +49,7 @@ class GRPOModule(OnlineModule):
         loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
         scale_rewards: "group", "batch", "none", "leave_one_out" or "mean"; see `group_advantages` for the formulas.
         mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
-        entropy_coef: Weight of the entropy bonus.
+        entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **online: Keywords of `OnlineModule` (rewards, reward_weights, num_generations, max_completion_length,
             temperature, top_p, top_k, min_p, stop_strings, seed), `ManualOptimizationModule` (max_grad_norm) and
@@ -63,40 +64,35 @@ class GRPOModule(OnlineModule):
     def __init__(
         self,
         *,
-        beta: float = 0.0,
+        beta: NonNegative = 0.0,
         kl_estimator: str = "k3",
         kl_placement: Literal["loss", "reward"] = "loss",
-        epsilon: float = 0.2,
-        epsilon_high: float | None = None,
-        delta: float | None = None,
+        epsilon: Share = 0.2,
+        epsilon_high: NonNegative | None = None,
+        delta: Positive | None = None,
         importance_level: Literal["token", "sequence"] = "token",
-        num_iterations: int = 1,
-        minibatches: int = 1,
-        micro_batch_size: int | None = None,
+        num_iterations: Count = 1,
+        minibatches: Count = 1,
+        micro_batch_size: Count | None = None,
         loss: str = "dapo",
         scale_rewards: str = "group",
         mask_truncated: bool = False,
-        entropy_coef: float = 0.0,
+        entropy_coef: Finite = 0.0,
         reference: str | PolicyConfig | nn.Module | None = None,
         **online: Any,
     ) -> None:
-        super().__init__(**online)
+        check_options(GRPOModule.__init__, locals())
         check_policy_gradient_options(
             loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, importance_level=importance_level
         )
-        _check_counts(
-            num_generations=self.num_generations,
-            num_iterations=num_iterations,
-            minibatches=minibatches,
-            micro_batch_size=1 if micro_batch_size is None else micro_batch_size,
-        )
+        if online.get("num_generations") == 1:
+            raise ValueError("num_generations=1 must be at least 2: a group's completions are compared with each other")
         if scale_rewards not in ADVANTAGE_SCALES:
             raise ValueError(f"scale_rewards={scale_rewards!r} must be one of {', '.join(ADVANTAGE_SCALES)}")
-        if beta < 0:
-            raise ValueError(f"beta={beta} must be 0 or more")
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
+        super().__init__(**online)
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.epsilon, self.epsilon_high, self.delta = epsilon, epsilon_high, delta
         self.importance_level, self.loss, self.entropy_coef = importance_level, loss, entropy_coef
@@ -300,17 +296,3 @@ def _group_statistics(rewards: Tensor) -> dict[str, Statistic]:
 def _token_mean(values: Tensor, mask: Tensor) -> Statistic:
     total, weight = aggregate(values.detach(), mask, reduction="token_mean")
     return Statistic(total, weight)
-
-
-def _check_counts(*, num_generations: int, num_iterations: int, minibatches: int, micro_batch_size: int) -> None:
-    if num_generations < 2:
-        raise ValueError(
-            f"num_generations={num_generations} must be at least 2: a group's completions are compared with each other"
-        )
-    for name, value in (
-        ("num_iterations", num_iterations),
-        ("minibatches", minibatches),
-        ("micro_batch_size", micro_batch_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignment_modules.base import AlignmentModule
+from alignment_modules.functional.ranges import Positive, check_options
 from alignment_modules.objective import Statistic
 
 
@@ -23,10 +24,9 @@ class ManualOptimizationModule(AlignmentModule):
         **common: Keywords of `AlignmentModule`.
     """
 
-    def __init__(self, *, max_grad_norm: float | None = 1.0, **common: Any) -> None:
+    def __init__(self, *, max_grad_norm: Positive | None = 1.0, **common: Any) -> None:
+        check_options(ManualOptimizationModule.__init__, locals())
         super().__init__(**common)
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm} must be more than 0, or null for no clipping")
         self.automatic_optimization = False
         self.max_grad_norm = max_grad_norm
 

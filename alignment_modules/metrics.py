@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from alignment_modules.functional.ranges import Count, check_options
 from alignment_modules.rewards.verifiers import ExactMatch as ExactMatchVerifier
 
 __all__ = ["ExactMatch", "PassAtK", "Perplexity", "TokenWeightedMean", "pass_at_k"]
@@ -170,10 +171,9 @@ class PassAtK(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, k: int, **kwargs: Any) -> None:
+    def __init__(self, k: Count, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if k < 1:
-            raise ValueError(f"k={k} must be 1 or more")
+        check_options(PassAtK.__init__, locals())
         self.k = k
         self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")

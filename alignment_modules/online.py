@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from alignment_modules.evaluation import length_statistics, prompt_texts
+from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
 from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.objective import Statistic
 from alignment_modules.rewards import RewardSet
@@ -44,17 +45,18 @@ class OnlineModule(ManualOptimizationModule):
         self,
         *,
         rewards: str | list[str | Callable] | Callable,
-        reward_weights: list[float] | None = None,
-        num_generations: int = 8,
-        max_completion_length: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
+        reward_weights: list[Finite] | None = None,
+        num_generations: Count = 8,
+        max_completion_length: Count = 256,
+        temperature: Positive = 1.0,
+        top_p: Annotated[float, Range(0, 1, "(]")] = 1.0,
+        top_k: Natural = 0,
+        min_p: Share = 0.0,
         stop_strings: list[str] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         **common: Any,
     ) -> None:
+        check_options(OnlineModule.__init__, locals())
         super().__init__(**common)
         self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
         self.num_generations = num_generations

@@ -7,12 +7,14 @@ a checkpoint holds plain numbers only. Step `s` below counts from 0: the first o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from alignment_modules.functional.ranges import MAX_INT, Count, Natural, Range, Share, check_options
 
 __all__ = [
     "ConstantSchedule",
@@ -25,6 +27,7 @@ __all__ = [
     "parameter_groups",
 ]
 
+StartIndex = Annotated[int, Range(-1, MAX_INT)]
 _NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -90,10 +93,13 @@ class Schedule(LRScheduler):
     needs_total_steps = True
 
     def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, last_epoch: int = -1
+        self,
+        optimizer: Optimizer,
+        warmup_steps: Natural = 0,
+        total_steps: Count | None = None,
+        last_epoch: StartIndex = -1,
     ) -> None:
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+        check_options(Schedule.__init__, locals())
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         if total_steps is not None:
@@ -208,13 +214,12 @@ class _FlooredSchedule(Schedule):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        floor: float = 0.0,
-        last_epoch: int = -1,
+        warmup_steps: Natural = 0,
+        total_steps: Count | None = None,
+        floor: Share = 0.0,
+        last_epoch: StartIndex = -1,
     ) -> None:
-        if not 0.0 <= floor <= 1.0:
-            raise ValueError(f"floor={floor} must lie between 0 and 1: it is a share of the base learning rate")
+        check_options(_FlooredSchedule.__init__, locals())
         self.floor = floor
         super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
 
@@ -279,22 +284,17 @@ class WarmupStableDecaySchedule(_FlooredSchedule):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        decay_steps: int | None = None,
-        decay_share: float = 0.1,
-        shape: str = "linear",
-        floor: float = 0.0,
-        last_epoch: int = -1,
+        warmup_steps: Natural = 0,
+        total_steps: Count | None = None,
+        decay_steps: Natural | None = None,
+        decay_share: Annotated[float, Range(0, 1, "(]")] = 0.1,
+        shape: Literal["linear", "cosine", "sqrt"] = "linear",
+        floor: Share = 0.0,
+        last_epoch: StartIndex = -1,
     ) -> None:
-        if decay_steps is not None and decay_steps < 0:
-            raise ValueError(f"decay_steps={decay_steps} must be 0 or more")
-        if not 0.0 < decay_share <= 1.0:
-            raise ValueError(f"decay_share={decay_share} must lie within (0, 1]")
+        check_options(WarmupStableDecaySchedule.__init__, locals())
         if decay_steps is None and decay_share == 1.0 and warmup_steps:
             raise ValueError(f"decay_share=1.0 leaves no room for warmup_steps={warmup_steps}")
-        if shape not in ("linear", "cosine", "sqrt"):
-            raise ValueError(f"shape={shape!r} must be one of 'linear', 'cosine', 'sqrt'")
         self.decay_steps = decay_steps
         self.decay_share = decay_share
         self.shape = shape
@@ -354,13 +354,12 @@ class InverseSquareRootSchedule(Schedule):
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int = 0,
-        total_steps: int | None = None,
-        timescale: int | None = None,
-        last_epoch: int = -1,
+        warmup_steps: Natural = 0,
+        total_steps: Count | None = None,
+        timescale: Count | None = None,
+        last_epoch: StartIndex = -1,
     ) -> None:
-        if timescale is not None and timescale < 1:
-            raise ValueError(f"timescale={timescale} must be 1 or more")
+        check_options(InverseSquareRootSchedule.__init__, locals())
         self.timescale = timescale or warmup_steps or 10_000
         super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
 

@@ -1,9 +1,10 @@
 """Supervised fine-tuning: the negative log-likelihood of a step's supervised tokens, averaged over all of them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import aggregate
+from alignment_modules.functional.ranges import NonNegative, Range, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
@@ -33,17 +34,12 @@ class SFTModule(AlignmentModule):
         self,
         *,
         loss: Literal["nll", "dft"] = "nll",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        label_smoothing: Annotated[float, Range(0, 1, "[)")] = 0.0,
+        z_loss: NonNegative = 0.0,
         **common: Any,
     ) -> None:
+        check_options(SFTModule.__init__, locals())
         super().__init__(**common)
-        if loss not in ("nll", "dft"):
-            raise ValueError(f"loss={loss!r} must be 'nll' or 'dft'")
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-        if z_loss < 0.0:
-            raise ValueError(f"z_loss={z_loss} must be 0 or more")
         self.loss, self.label_smoothing, self.z_loss = loss, label_smoothing, z_loss
 
     def objective(self, batch: dict[str, Any]) -> Objective:

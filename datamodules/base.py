@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from datamodules import formats
 from datamodules.chat import Chat
 from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
 
@@ -61,30 +62,23 @@ class AlignmentDataModule(LightningDataModule):
         test: Source = None,
         predict: Source = None,
         tokenizer: str | object | None = None,
-        max_length: int = 1024,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
+        max_length: Annotated[int, Range(2, MAX_INT)] = 1024,
+        batch_size: Count = 8,
+        eval_batch_size: Count | None = None,
         overflow: Literal["split", "truncate", "drop", "error"] = "truncate",
         shuffle: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
         drop_last: bool = False,
-        num_workers: int = 0,
+        num_workers: Annotated[int, Range(0, 1024)] = 0,
         chat_template: str | None = None,
         as_chat: bool = False,
         columns: dict[str, str] | None = None,
     ) -> None:
+        check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
         allowed = self._overflow_policies()
         if overflow not in allowed:
             raise ValueError(f"overflow={overflow!r}; allowed: {', '.join(map(repr, allowed))}")
-        for name, value, least in (
-            ("max_length", max_length, 2),
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value}; must be at least {least}")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.max_length, self.overflow = max_length, overflow
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size

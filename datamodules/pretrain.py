@@ -9,6 +9,7 @@ import numpy as np
 
 from datamodules import formats
 from datamodules.base import AlignmentDataModule
+from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 
 
@@ -36,6 +37,7 @@ class PretrainDataModule(AlignmentDataModule):
         overflow: Literal["split", "truncate", "drop", "error"] = "split",
         **common: Any,
     ) -> None:
+        check_options(PretrainDataModule.__init__, locals())
         super().__init__(overflow=overflow, **common)
         self.packing = packing
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from datamodules import formats
 from datamodules.base import AlignmentDataModule
+from datamodules.ranges import MAX_INT, Range
 from datamodules.reading import Batches, SplitReader
 
 
@@ -24,7 +25,7 @@ class PromptDataModule(AlignmentDataModule):
 
     accepts = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
 
-    def __init__(self, *, max_length: int = 512, **common: Any) -> None:
+    def __init__(self, *, max_length: Annotated[int, Range(2, MAX_INT)] = 512, **common: Any) -> None:
         super().__init__(max_length=max_length, **common)
 
     def build(self, reader: SplitReader) -> Batches:

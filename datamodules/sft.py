@@ -7,6 +7,7 @@ from typing import Any, Literal
 from datamodules import formats
 from datamodules.base import AlignmentDataModule
 from datamodules.encoding import LossOn
+from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 
 
@@ -36,9 +37,8 @@ class SFTDataModule(AlignmentDataModule):
         packing: bool = False,
         **common: Any,
     ) -> None:
+        check_options(SFTDataModule.__init__, locals())
         super().__init__(**common)
-        if loss_on not in ("completion", "last_turn", "all"):
-            raise ValueError(f"loss_on={loss_on!r}; allowed: 'completion', 'last_turn', 'all'")
         self.loss_on: LossOn = loss_on
         self.packing = packing
 

@@ -85,7 +85,7 @@ def test_pass_at_k_metric_and_large_numbers():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: PassAtK(0), "k=0 must be 1 or more"),
+        (lambda: PassAtK(0), "k=0 must be an integer from 1"),
         (lambda: PassAtK(3).update(torch.ones(2, 2)), r"k=3 must lie within \[1, 2\]"),
         (lambda: PassAtK(1).update(torch.ones(2)), r"correct has shape \(2,\)"),
         (lambda: PassAtK(1).update(torch.tensor([[0.5]])), "correct must hold 0 and 1 only"),

@@ -187,19 +187,22 @@ def test_a_rehearsal_may_be_shorter_than_the_phases(share):
 
 
 BAD = {
-    "negative warmup": (lambda o: ConstantSchedule(o, warmup_steps=-1), r"warmup_steps=-1 must be 0 or more"),
+    "negative warmup": (lambda o: ConstantSchedule(o, warmup_steps=-1), r"warmup_steps=-1 must be an integer from 0"),
     "warmup beyond total": (lambda o: CosineSchedule(o, 11, 10), r"warmup_steps=11 .*total_steps=10"),
-    "zero total": (lambda o: LinearSchedule(o, total_steps=0), r"total_steps=0 must be 1 or more"),
-    "floor": (lambda o: CosineSchedule(o, floor=1.5), r"floor=1.5 must lie between 0 and 1"),
+    "zero total": (lambda o: LinearSchedule(o, total_steps=0), r"total_steps=0 must be an integer from 1"),
+    "floor": (lambda o: CosineSchedule(o, floor=1.5), r"floor=1.5 must be a finite number from 0 to 1"),
     "phases": (
         lambda o: WarmupStableDecaySchedule(o, 6, 10, decay_steps=5),
         r"warmup_steps=6 and decay_steps=5 together .*total_steps=10",
     ),
-    "decay": (lambda o: WarmupStableDecaySchedule(o, decay_steps=-2), r"decay_steps=-2 must be 0 or more"),
-    "share": (lambda o: WarmupStableDecaySchedule(o, decay_share=0.0), r"decay_share=0.0 must lie within"),
+    "decay": (lambda o: WarmupStableDecaySchedule(o, decay_steps=-2), r"decay_steps=-2 must be an integer from 0"),
+    "share": (
+        lambda o: WarmupStableDecaySchedule(o, decay_share=0.0),
+        r"decay_share=0.0 must be a finite number in \(0, 1\]",
+    ),
     "full share": (lambda o: WarmupStableDecaySchedule(o, 2, decay_share=1.0), r"decay_share=1.0 leaves no room"),
-    "shape": (lambda o: WarmupStableDecaySchedule(o, shape="cubic"), r"shape='cubic' must be one of"),
-    "timescale": (lambda o: InverseSquareRootSchedule(o, timescale=0), r"timescale=0 must be 1 or more"),
+    "shape": (lambda o: WarmupStableDecaySchedule(o, shape="cubic"), r"shape='cubic' must be 'linear' or 'cosine'"),
+    "timescale": (lambda o: InverseSquareRootSchedule(o, timescale=0), r"timescale=0 must be an integer from 1"),
     "bound total": (lambda o: bind_total_steps(CosineSchedule(o, 11), 10), r"warmup_steps=11 .*total_steps=10"),
     "foreign state": (lambda o: ConstantSchedule(o).load_state_dict({"foo": 1}), r"lacks \['last_epoch', 'base_lrs'\]"),
     "other groups": (

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from alignment_modules.callbacks.jsonl import to_json_line
+from alignment_modules.functional.ranges import check_options
 
 
 class CompletionWriter(Callback):
@@ -23,6 +24,7 @@ class CompletionWriter(Callback):
     """
 
     def __init__(self, path: str | None = None) -> None:
+        check_options(CompletionWriter.__init__, locals())
         self.path = path
         self._file: TextIO | None = None
         self._count = 0

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+from alignment_modules.functional.ranges import Seed, check_options
+
 
 class ExactResume(Callback):
     """Seeds torch, Python and NumPy before each training batch from (seed, optimizer step, batch, rank).
@@ -24,9 +26,8 @@ class ExactResume(Callback):
         ValueError: If `seed` is negative.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed={seed} must be 0 or more")
+    def __init__(self, seed: Seed | None = None) -> None:
+        check_options(ExactResume.__init__, locals())
         self.seed = seed
 
     def on_train_batch_start(

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from alignment_modules.functional.ranges import check_options
 from alignment_modules.policies.export import check_export
 
 
@@ -31,8 +32,7 @@ class ExportPolicy(Callback):
         lora: Literal["merge", "adapter"] = "merge",
         enabled: bool = True,
     ) -> None:
-        if lora not in ("merge", "adapter"):
-            raise ValueError(f"lora={lora!r} must be 'merge' or 'adapter'")
+        check_options(ExportPolicy.__init__, locals())
         self.directory = directory
         self.lora = lora
         self.enabled = enabled

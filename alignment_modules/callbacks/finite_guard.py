@@ -8,6 +8,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alignment_modules.functional.ranges import check_options
+
 
 class FiniteGuard(Callback):
     """Raises when the gradient of an optimizer step is not finite, naming the step and the parameter.
@@ -22,6 +24,7 @@ class FiniteGuard(Callback):
     """
 
     def __init__(self, every_step: bool | None = None) -> None:
+        check_options(FiniteGuard.__init__, locals())
         self.every_step = every_step
         self._names: list[str] = []
         self._first_step: Tensor | None = None

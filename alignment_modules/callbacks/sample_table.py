@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch import Callback
 
 from alignment_modules.callbacks.jsonl import to_json_line
+from alignment_modules.functional.ranges import Count, check_options
 
 _MARKUP = str.maketrans({**{mark: f"&#{ord(mark)};" for mark in "\\`*_|~[]"}, "\r": "", "\n": "<br>"})
 
@@ -32,11 +33,9 @@ class SampleTable(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 50, rows: int = 8, path: str | None = None, max_characters: int = 1000
+        self, every_n_steps: Count = 50, rows: Count = 8, path: str | None = None, max_characters: Count = 1000
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("rows", rows), ("max_characters", max_characters)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+        check_options(SampleTable.__init__, locals())
         self.every_n_steps = every_n_steps
         self.rows = rows
         self.path = path

@@ -11,6 +11,7 @@ from torch import Tensor
 from alignment_modules.checkpointing import per_rank
 
 _KEY = "throughput"
+from alignment_modules.functional.ranges import check_options
 
 
 class Throughput(Callback):
@@ -25,6 +26,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, prog_bar: bool = False) -> None:
+        check_options(Throughput.__init__, locals())
         self.prog_bar = prog_bar
         self._counts: list[Any] = [0, 0, 0]
         self._start = 0.0

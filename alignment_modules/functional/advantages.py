@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
+from alignment_modules.functional.ranges import NonNegative, Range, Share, check_options
 
 ADVANTAGE_SCALES = ("group", "batch", "none", "leave_one_out", "mean")
 """Names that `group_advantages` takes."""
@@ -15,7 +18,9 @@ EQUAL_REWARDS = 1e-6
 
 
 @torch.no_grad()
-def group_advantages(rewards: Tensor, *, scale: str = "group", ddof: int = 1, eps: float = 0.0) -> Tensor:
+def group_advantages(
+    rewards: Tensor, *, scale: str = "group", ddof: Annotated[int, Range(0, 1)] = 1, eps: NonNegative = 0.0
+) -> Tensor:
     """Advantage of each completion over its group, where `mu` and `sigma` are the group's mean and deviation.
 
     | scale | advantage | source |
@@ -46,8 +51,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", ddof: int = 1, ep
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     check_choice("scale", scale, ADVANTAGE_SCALES)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+    check_options(group_advantages, locals())
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be [prompts, G], got shape {tuple(rewards.shape)}")
     if rewards.shape[1] < 2:
@@ -82,8 +86,8 @@ def generalized_advantages(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: Share = 1.0,
+    lam: Share = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, eq. 16) over the positions in the mask.
@@ -112,9 +116,7 @@ def generalized_advantages(
     tensor([[0.5000, 0.0000, 0.5000]])
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    check_options(generalized_advantages, locals())
     mask = mask.bool()
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap.to(values.dtype)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from alignment_modules.functional.ranges import Range
+
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> str:
     """Return `value` if it is allowed.
@@ -26,13 +28,13 @@ def check_positive(name: str, value: float) -> float:
     """Return `value` if it is positive.
 
     Raises:
-        ValueError: If it is zero, negative or NaN.
+        ValueError: If it is zero, negative or not finite.
 
     >>> check_positive("beta", 0.1)
     0.1
     """
-    if not value > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")
+    if value not in Range(0, ends="()"):
+        raise ValueError(f"{name}={value} must be a finite number > 0")
     return value
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import MAX_LOG_RATIO
+from alignment_modules.functional.ranges import NonNegative, Positive, Share, check_options
 from alignment_modules.functional.reductions import masked_mean
 
 LOSS_REDUCTIONS: dict[str, str] = {
@@ -252,7 +253,7 @@ def clip_statistics(
 
 
 def check_policy_gradient_options(
-    *, loss: str, epsilon: float, epsilon_high: float | None, importance_level: str, delta: float | None
+    *, loss: str, epsilon: Share, epsilon_high: NonNegative | None, importance_level: str, delta: Positive | None
 ) -> float:
     """Check the options of `policy_gradient_loss` without tensors, for example when a module is built.
 
@@ -271,11 +272,8 @@ def check_policy_gradient_options(
     """
     check_choice("loss", loss, LOSS_REDUCTIONS)
     check_choice("importance_level", importance_level, IMPORTANCE_LEVELS)
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+    check_options(check_policy_gradient_options, locals())
     high = epsilon if epsilon_high is None else epsilon_high
-    if not high >= 0:
-        raise ValueError(f"epsilon_high must be >= 0, got {epsilon_high}")
     if delta is not None and loss == "cispo":
         raise ValueError(f"delta has no effect with loss='cispo' and must be None, got {delta}")
     if delta is not None and not delta > 1 + high:

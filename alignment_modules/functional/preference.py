@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignment_modules.functional.checks import check_choice, check_positive, check_same_shape
+from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import exp_bounded
+from alignment_modules.functional.ranges import Positive, Range, Share, check_options
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 """Names that `preference_loss` takes as `f_divergence`."""
@@ -99,8 +100,14 @@ def preference_loss(
     >>> preference_loss(zero, zero, zero, zero)
     tensor([0.6931])
     """
-    check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence)
-    check_positive("discopop_tau", discopop_tau)
+    check_preference_options(
+        loss=loss,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        f_divergence=f_divergence,
+        alpha=alpha,
+        discopop_tau=discopop_tau,
+    )
     check_same_shape(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -129,7 +136,13 @@ def preference_loss(
 
 
 def check_preference_options(
-    *, loss: str, beta: float, label_smoothing: float = 0.0, f_divergence: str = "reverse_kl"
+    *,
+    loss: str,
+    beta: Positive,
+    label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0,
+    f_divergence: str = "reverse_kl",
+    alpha: Share = 0.5,
+    discopop_tau: Positive = 0.05,
 ) -> None:
     """Check the options of `preference_loss` without tensors, for example when a module is built.
 
@@ -138,15 +151,15 @@ def check_preference_options(
         beta: > 0.
         label_smoothing: In [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such term.
         f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
+        alpha: In [0, 1].
+        discopop_tau: > 0.
 
     Raises:
         ValueError: If an option is unknown, out of range, or without effect on this loss.
     """
     check_choice("loss", loss, PREFERENCE_LOSSES)
     check_choice("f_divergence", f_divergence, F_DIVERGENCES)
-    check_positive("beta", beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    check_options(check_preference_options, locals())
     if label_smoothing and loss not in _SMOOTHED:
         raise ValueError(
             f"label_smoothing must be 0 for loss={loss!r}, which has no such term, got {label_smoothing}; "
@@ -161,7 +174,7 @@ def check_preference_options(
         )
 
 
-def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: float) -> Tensor:
+def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: Share) -> Tensor:
     """Log-probabilities in which the tokens beyond the pair's shorter completion count less (LD-DPO, arXiv:2409.06411).
 
     Use the result in place of the sums that `preference_loss` takes, for the policy and the reference alike.
@@ -182,8 +195,7 @@ def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths:
     tensor([-2.5000])
     """
     check_same_shape(token_logps=token_logps, mask=mask)
-    if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+    check_options(length_desensitized_logps, locals())
     mask = mask.bool()
     shared = mask.cumsum(dim=1) <= shared_lengths[:, None]
     weights = torch.where(shared, 1.0, ld_alpha).to(token_logps.dtype)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.lora import LoraConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -76,6 +77,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         ValueError: The message names the option, its value and what is allowed.
         ImportError: `quantization` without bitsandbytes.
     """
+    check_types(PolicyConfig, vars(policy), "policy.")
     if (policy.path is None) == (policy.config is None):
         given = "both are" if policy.path is not None else "neither is"
         raise ValueError(
@@ -87,8 +89,6 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
     if policy.dtype not in DTYPES and not (policy.dtype == "auto" and policy.path is not None):
         raise ValueError(f"policy.dtype={policy.dtype!r}: allowed are {list(DTYPES)}, and 'auto' together with 'path'.")
     if policy.quantization is not None:
-        if policy.quantization not in QUANTIZATIONS:
-            raise ValueError(f"policy.quantization={policy.quantization!r}: allowed are {list(QUANTIZATIONS)} or none.")
         if policy.config is not None:
             raise ValueError(
                 f"policy.quantization={policy.quantization!r} needs 'path': a fresh model has no trained weights to "

@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+
+from alignment_modules.functional.ranges import Count, Positive, Range, check_options
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +44,9 @@ class LoraConfig:
         use_dora: Also train each output's magnitude (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     """
 
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
+    r: Count = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Range(0, 1, "[)")] = 0.0
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] | None = None
     modules_to_save: list[str] | None = None
@@ -103,12 +105,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def _check_options(config: LoraConfig) -> None:
-    if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
-        raise ValueError(f"lora.r={config.r!r}: the rank must be an integer of at least 1.")
-    if not config.alpha > 0:
-        raise ValueError(f"lora.alpha={config.alpha!r} must be greater than 0; with 0 the adapter has no effect.")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"lora.dropout={config.dropout!r} must be in [0, 1).")
+    check_options(LoraConfig, vars(config), "lora.")
     if not config.target_modules:
         raise ValueError(
             f"lora.target_modules={config.target_modules!r} is empty. Allowed: 'all-linear', a regular expression, or "

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.checks import check_positive
 from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
 from alignment_modules.policies.context import length_limit
@@ -125,8 +126,7 @@ def score(
     Raises:
         ValueError: If `temperature` is not positive, or the policy's output has no logits of the expected shape.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    check_positive("temperature", temperature)
     ability = capabilities(policy)
     if segments.tokens == 0:
         segments = _one_token(segments)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from alignment_modules.functional.ranges import Count, Range, check_options
 from alignment_modules.policies.config import DTYPES
 from alignment_modules.rewards.protocol import RewardError
 
@@ -40,18 +41,15 @@ class SequenceClassifier:
     def __init__(
         self,
         path: str,
-        label: int | str | None = None,
+        label: Annotated[int, Range()] | str | None = None,
         prompt_column: str | None = None,
         use_chat_template: bool | None = None,
-        max_length: int | None = None,
-        batch_size: int = 16,
+        max_length: Count | None = None,
+        batch_size: Count = 16,
         dtype: str = "float32",
         name: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} must be 1 or more")
+        check_options(SequenceClassifier.__init__, locals())
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {sorted(DTYPES)}")
         self.path = path

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal, DivisionByZero, InvalidOperation, localcontext
 from typing import Any
 
+from alignment_modules.functional.ranges import Count, NonNegative, check_options
 from alignment_modules.rewards.protocol import RewardError
 
 # a sign counts only where it does not follow a number or a word: "7-3" ends in 3; exponents are short on purpose
@@ -160,9 +161,8 @@ class NumericAnswer:
 
     name = "numeric_answer"
 
-    def __init__(self, column: str = "answer", tolerance: float = 0.0, extract: str | None = None) -> None:
-        if not 0.0 <= tolerance < float("inf"):
-            raise ValueError(f"tolerance={tolerance} must be 0 or more and finite")
+    def __init__(self, column: str = "answer", tolerance: NonNegative = 0.0, extract: str | None = None) -> None:
+        check_options(NumericAnswer.__init__, locals())
         self.column = column
         self.tolerance = tolerance
         self.extract = None if extract is None else _compile(extract, "extract")
@@ -245,8 +245,9 @@ class SoftOverlong:
 
     name = "soft_overlong"
 
-    def __init__(self, max_length: int, buffer: int) -> None:
-        if not 1 <= buffer <= max_length:
+    def __init__(self, max_length: Count, buffer: Count) -> None:
+        check_options(SoftOverlong.__init__, locals())
+        if buffer > max_length:
             raise ValueError(f"buffer={buffer} must lie within [1, max_length={max_length}]")
         self.max_length = max_length
         self.buffer = buffer

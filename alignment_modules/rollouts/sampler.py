@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.ranges import Count, Natural, NonNegative, Range, Share, check_options
 from alignment_modules.rollouts.decoding import Decoder
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
 from alignment_modules.rollouts.prompts import Prompts
@@ -36,28 +37,19 @@ class SamplingParameters:
         ValueError: If a value is outside its range.
     """
 
-    max_completion_length: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    max_completion_length: Count
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Range(0, 1, "(]")] = 1.0
+    top_k: Natural = 0
+    min_p: Share = 0.0
     greedy: bool = False
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
-        if not self.greedy and not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0 unless greedy=True, got {self.temperature}.")
-        if self.greedy and self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}.")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}.")
+        check_options(SamplingParameters, vars(self))
+        if not self.greedy and not self.temperature:
+            raise ValueError(f"temperature={self.temperature} must be > 0 unless greedy=True")
 
     @property
     def truncates_support(self) -> bool:

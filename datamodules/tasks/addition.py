@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from datamodules.ranges import Count, Seed, Share, check_options
 from datamodules.tasks.characters import character_tokenizer
-from datamodules.tasks.problems import SPLITS, Split, draw_problems, split_of, units_first, write_sums
+from datamodules.tasks.problems import SPLITS, Digits, Split, draw_problems, split_of, units_first, write_sums
 
 
 class AdditionTask(Dataset[dict[str, Any]]):
@@ -26,7 +27,7 @@ class AdditionTask(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, *, split: Split, size: int, seed: int, digits: int, short: bool, distinct: bool, carelessness: float
+        self, *, split: Split, size: Count, seed: Seed, digits: Digits, short: bool, distinct: bool, carelessness: Share
     ) -> None:
         self.split, self.digits = split, digits
         self.first, self.second = draw_problems(
@@ -84,11 +85,11 @@ class AdditionCorpus(AdditionTask):
         self,
         *,
         split: Split,
-        size: int,
-        seed: int = 0,
-        digits: int = 3,
+        size: Count,
+        seed: Seed = 0,
+        digits: Digits = 3,
         short: bool = True,
-        carelessness: float = 1.0,
+        carelessness: Share = 1.0,
     ) -> None:
         super().__init__(
             split=split, size=size, seed=seed, digits=digits, short=short, distinct=False, carelessness=carelessness
@@ -114,7 +115,9 @@ class AdditionInstructions(AdditionTask):
         ['user', 'assistant']
     """
 
-    def __init__(self, *, split: Split, size: int, seed: int = 0, digits: int = 3, carelessness: float = 1.0) -> None:
+    def __init__(
+        self, *, split: Split, size: Count, seed: Seed = 0, digits: Digits = 3, carelessness: Share = 1.0
+    ) -> None:
         super().__init__(
             split=split, size=size, seed=seed, digits=digits, short=False, distinct=True, carelessness=carelessness
         )
@@ -140,7 +143,8 @@ class AdditionPrompts(AdditionTask):
         (['answer', 'prompt'], '=')
     """
 
-    def __init__(self, *, split: Split, size: int, seed: int = 0, digits: int = 3, chat: bool = True) -> None:
+    def __init__(self, *, split: Split, size: Count, seed: Seed = 0, digits: Digits = 3, chat: bool = True) -> None:
+        check_options(AdditionPrompts.__init__, locals())
         super().__init__(split=split, size=size, seed=seed, digits=digits, short=False, distinct=True, carelessness=0.0)
         self.chat = chat
 

@@ -6,13 +6,16 @@ Numbers are written with their units first and a fixed number of digits, as one 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+
+from datamodules.ranges import Count, Range, Seed, Share, check_options
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MAX_DIGITS = 8
+Digits = Annotated[int, Range(1, MAX_DIGITS)]
 # Of 20 cells of the hash: test 2, validation 1, train the rest.
 _CELLS = 20
 _KEY = 0x9E3779B97F4A7C15
@@ -47,7 +50,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def draw_problems(
-    *, split: Split, size: int, seed: int, digits: int, short: bool, distinct: bool
+    *, split: Split, size: Count, seed: Seed, digits: Digits, short: bool, distinct: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws problems of one split.
 
@@ -66,14 +69,7 @@ def draw_problems(
     Raises:
         ValueError: An argument is out of range, or the split has fewer than `size` distinct problems.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}; allowed: {', '.join(map(repr, SPLITS))}")
-    if size < 1:
-        raise ValueError(f"size={size}; must be at least 1")
-    if not 1 <= digits <= MAX_DIGITS:
-        raise ValueError(f"digits={digits}; must be from 1 to {MAX_DIGITS}")
-    if seed < 0:
-        raise ValueError(f"seed={seed}; must be 0 or more")
+    check_options(draw_problems, locals())
     rng = np.random.default_rng([seed, SPLITS.index(split), digits])
     found = np.zeros((0, 2), dtype=np.int64)
     for _ in range(_ROUNDS):
@@ -107,7 +103,7 @@ def slip_rates(carelessness: float) -> np.ndarray:
 
 
 def write_sums(
-    first: np.ndarray, second: np.ndarray, *, digits: int, carelessness: float = 0.0, seed: int = 0
+    first: np.ndarray, second: np.ndarray, *, digits: Digits, carelessness: Share = 0.0, seed: Seed = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Adds column by column, as a writer does who sometimes forgets a carry.
 
@@ -124,8 +120,7 @@ def write_sums(
     Raises:
         ValueError: `carelessness` is out of range.
     """
-    if not 0.0 <= carelessness <= 1.0:
-        raise ValueError(f"carelessness={carelessness}; must be from 0 to 1")
+    check_options(write_sums, locals())
     rng = np.random.default_rng([seed, digits, 1])
     rates = slip_rates(carelessness)
     carry = np.zeros(len(first), dtype=np.int64)

@@ -90,5 +90,5 @@ def test_batches_of_one_accumulation_window_differ(boring, make_trainer, loader)
 
 
 def test_negative_seed():
-    with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
+    with pytest.raises(ValueError, match="seed=-1 must be an integer from 0"):
         ExactResume(-1)

@@ -70,9 +70,9 @@ def test_no_rollout_yet_writes_nothing(tmp_path, boring, make_trainer, loader):
 
 
 def test_mistakes(boring, make_trainer, loader):
-    with pytest.raises(ValueError, match="rows=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="rows=0 must be an integer from 1"):
         SampleTable(rows=0)
-    with pytest.raises(ValueError, match="every_n_steps=-3 must be 1 or more"):
+    with pytest.raises(ValueError, match="every_n_steps=-3 must be an integer from 1"):
         SampleTable(every_n_steps=-3)
     with pytest.raises(TypeError, match=r"SampleTable needs BoringModel.last_rollout"):
         make_trainer(SampleTable()).fit(BoringModel(), loader)

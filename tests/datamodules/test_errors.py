@@ -86,13 +86,16 @@ CASES = {
     ),
     "unknown target": (
         lambda t: SFTDataModule(train=[PAIR], tokenizer=t, loss_on="prompt"),
-        "loss_on='prompt'; allowed: 'completion'",
+        "loss_on='prompt' must be 'completion' or 'last_turn' or 'all'",
     ),
     "a batch of none": (
         lambda t: SFTDataModule(train=[PAIR], tokenizer=t, batch_size=0),
-        "batch_size=0; must be at least 1",
+        "batch_size=0 must be an integer from 1",
     ),
-    "no length": (lambda t: SFTDataModule(train=[PAIR], tokenizer=t, max_length=1), "max_length=1; must be at least 2"),
+    "no length": (
+        lambda t: SFTDataModule(train=[PAIR], tokenizer=t, max_length=1),
+        "max_length=1 must be an integer from 2",
+    ),
     "no such template": (
         lambda t: SFTDataModule(train=[PAIR], tokenizer=t, chat_template="none.jinja"),
         "chat_template='none.jinja': neither 'plain', nor a template, nor a file that exists",

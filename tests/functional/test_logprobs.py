@@ -255,9 +255,9 @@ def test_linear_stays_finite_at_extreme_logits(scale):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
-        ({"softcap": -1.0}, "softcap must be > 0, got -1.0"),
-        ({"max_chunk_bytes": 0}, "max_chunk_bytes must be > 0, got 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be a finite number > 0"),
+        ({"softcap": -1.0}, "softcap=-1.0 must be a finite number > 0"),
+        ({"max_chunk_bytes": 0}, "max_chunk_bytes=0 must be a finite number > 0"),
         ({"weight": torch.zeros(11, 4)}, r"weight must be \[vocabulary, 5\], got shape \(11, 4\)"),
         ({"targets": torch.zeros(6, dtype=torch.long)}, r"targets must be \[7\], got shape \(6,\)"),
         ({"bias": torch.zeros(5)}, r"bias must be \[11\], got shape \(5,\)"),
@@ -273,5 +273,5 @@ def test_linear_refuses(change, message):
 def test_plain_functions_refuse():
     with pytest.raises(ValueError, match=r"targets must have the shape .* \(2, 3\), got \(2, 4\)"):
         token_log_probs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="temperature must be > 0, got -1"):
+    with pytest.raises(ValueError, match="temperature=-1 must be a finite number > 0"):
         token_log_probs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=-1)

@@ -181,8 +181,8 @@ def test_every_loss_has_a_known_reduction():
     [
         ({"loss": "ppo"}, "loss must be one of 'grpo', .*, got 'ppo'"),
         ({"importance_level": "batch"}, "importance_level must be one of 'token', 'sequence', got 'batch'"),
-        ({"epsilon": -0.1}, r"epsilon must be in \[0, 1\], got -0.1"),
-        ({"epsilon_high": -0.1}, "epsilon_high must be >= 0, got -0.1"),
+        ({"epsilon": -0.1}, "epsilon=-0.1 must be a finite number from 0 to 1"),
+        ({"epsilon_high": -0.1}, "epsilon_high=-0.1 must be a finite number of 0 or more"),
         ({"delta": 1.1}, "delta must be > 1 \\+ epsilon_high = 1.2, got 1.1"),
         ({"delta": 2.0, "loss": "cispo"}, "delta has no effect with loss='cispo'"),
     ],

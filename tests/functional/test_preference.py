@@ -231,8 +231,8 @@ def test_length_desensitized_by_loops():
     ("change", "message"),
     [
         ({"loss": "dpo"}, "loss must be one of 'sigmoid', 'robust', .*, got 'dpo'"),
-        ({"beta": 0.0}, "beta must be > 0, got 0.0"),
-        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"beta": 0.0}, "beta=0.0 must be a finite number > 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing=0.5 must be a finite number in \[0, 0.5\)"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing must be 0 for loss='ipo'"),
         ({"loss": "exo_pair"}, "label_smoothing must be > 0 for loss='exo_pair'"),
         ({"f_divergence": "hellinger"}, "f_divergence must be one of 'reverse_kl', .*, got 'hellinger'"),

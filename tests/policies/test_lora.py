@@ -145,9 +145,9 @@ def test_gpt2_keeps_its_transposed_layers(recwarn):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"r": 0}, ["lora.r=0", "at least 1"]),
+        ({"r": 0}, ["lora.r=0", "an integer from 1"]),
         ({"r": 1.5}, ["lora.r=1.5", "integer"]),
-        ({"alpha": 0}, ["lora.alpha=0", "greater than 0"]),
+        ({"alpha": 0}, ["lora.alpha=0", "> 0"]),
         ({"dropout": 1.0}, ["lora.dropout=1.0", "[0, 1)"]),
         ({"target_modules": []}, ["lora.target_modules=[]", "all-linear"]),
         ({"target_modules": "nothing.*"}, ["lora.target_modules='nothing.*'", "q_proj"]),

@@ -220,7 +220,7 @@ CASES = {
     ),
     # options that contradict each other or a value that is not allowed
     "one generation": Case("grpo", ["--model.num_generations", "1"], ["num_generations=1", "at least 2"]),
-    "no micro-batch": Case("grpo", ["--model.micro_batch_size", "0"], ["micro_batch_size=0", "at least 1"]),
+    "no micro-batch": Case("grpo", ["--model.micro_batch_size", "0"], ["micro_batch_size=0", "an integer from 1"]),
     "a reference that nothing reads": Case(
         "grpo", ["--model.reference", "other"], ["reference is given but beta=0", "KL penalty"]
     ),

@@ -128,8 +128,8 @@ def test_mistakes_are_named(tmp_path):
         (lambda: SequenceClassifier(str(tmp_path / "empty")), r"empty' holds no config.json"),
         (lambda: SequenceClassifier(str(tmp_path / "policy")), r"is not a trained .* it lacks score.weight"),
         (lambda: SequenceClassifier(str(tmp_path / "mute")), r"mute' holds no loadable tokenizer"),
-        (lambda: SequenceClassifier(path, batch_size=0), r"batch_size=0 must be 1 or more"),
-        (lambda: SequenceClassifier(path, max_length=0), r"max_length=0 must be 1 or more"),
+        (lambda: SequenceClassifier(path, batch_size=0), r"batch_size=0 must be an integer from 1"),
+        (lambda: SequenceClassifier(path, max_length=0), r"max_length=0 must be an integer from 1"),
         (lambda: SequenceClassifier(path, dtype="int8"), r"dtype='int8' must be one of"),
         (lambda: SequenceClassifier(path, use_chat_template=True), r"use_chat_template=True, but .* no chat template"),
     ]

@@ -92,10 +92,10 @@ def test_soft_overlong_follows_its_three_pieces():
     [
         (lambda: RegexMatch("("), r"pattern='\(' is not a regular expression"),
         (lambda: ExactMatch(extract="["), r"extract='\[' is not a regular expression"),
-        (lambda: NumericAnswer(tolerance=-1.0), r"tolerance=-1.0 must be 0 or more"),
+        (lambda: NumericAnswer(tolerance=-1.0), r"tolerance=-1.0 must be a finite number of 0 or more"),
         (lambda: NumericAnswer(tolerance=float("nan")), r"tolerance=nan must be"),
-        (lambda: SoftOverlong(4, 0), r"buffer=0 must lie within \[1, max_length=4\]"),
-        (lambda: SoftOverlong(4, 5), r"buffer=5 must lie within"),
+        (lambda: SoftOverlong(4, 0), "buffer=0 must be an integer from 1"),
+        (lambda: SoftOverlong(4, 5), r"buffer=5 must lie within \[1, max_length=4\]"),
     ],
 )
 def test_bad_settings(build, message):

@@ -185,13 +185,13 @@ def test_sampling_leaves_the_global_generator_alone(make_policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_completion_length": 0}, "max_completion_length must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be > 0 unless greedy=True, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be > 0"),
-        ({"temperature": -1.0, "greedy": True}, "temperature must be >= 0, got -1.0"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_k": -1}, "top_k must be >= 0"),
-        ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
+        ({"max_completion_length": 0}, "max_completion_length=0 must be an integer from 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be > 0 unless greedy=True"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number of 0 or more"),
+        ({"temperature": -1.0, "greedy": True}, "temperature=-1.0 must be a finite number of 0 or more"),
+        ({"top_p": 0.0}, r"top_p=0.0 must be a finite number in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1 must be an integer from 0"),
+        ({"min_p": 1.5}, "min_p=1.5 must be a finite number from 0 to 1"),
     ],
 )
 def test_parameters_outside_their_range(options, message):

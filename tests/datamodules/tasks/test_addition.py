@@ -128,9 +128,9 @@ def test_tokenizer_survives_saving(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "dev", "size": 1}, "split='dev'; allowed: 'train', 'validation', 'test'"),
+        ({"split": "dev", "size": 1}, "split='dev' must be 'train' or 'validation' or 'test'"),
         ({"split": "test", "size": 0}, "size=0"),
-        ({"split": "test", "size": 1, "digits": 9}, "digits=9; must be from 1 to 8"),
+        ({"split": "test", "size": 1, "digits": 9}, "digits=9 must be an integer from 1 to 8"),
         ({"split": "test", "size": 1, "seed": -1}, "seed=-1"),
         ({"split": "test", "size": 1_000, "digits": 1}, "size=1000: the test split of numbers of 1 digits has about"),
     ],
@@ -141,7 +141,7 @@ def test_bad_options(options, message):
 
 
 def test_bad_carelessness():
-    with pytest.raises(ValueError, match=r"carelessness=1.5; must be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"carelessness=1.5 must be a finite number from 0 to 1"):
         AdditionCorpus(split="train", size=1, carelessness=1.5)
     with pytest.raises(ValueError, match="each once"):
         character_tokenizer("aa")

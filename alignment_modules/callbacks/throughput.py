@@ -9,9 +9,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from alignment_modules.checkpointing import per_rank
+from alignment_modules.functional.ranges import check_options
 
 _KEY = "throughput"
-from alignment_modules.functional.ranges import check_options
 
 
 class Throughput(Callback):

@@ -21,9 +21,11 @@ class RewardFunction(Protocol):
     - `completions`: the completions as text;
     - `prompts`: the prompts as text (or as the data gave them);
     - `prompt_ids`, `completion_ids`: token ids without padding;
-    - any other name: the data set's column of that name. `**columns` asks for all columns.
+    - any other name: the data set's column of that name. `**columns` asks for all columns. A reward that cannot do
+      without some of them names them in its attribute `required_columns`: what is missing is found before generation.
 
-    It returns one number per completion. `None` and NaN mean that the reward does not apply to this row.
+    It returns one number per completion. `None` and NaN mean that the reward does not apply to this row. It may be an
+    `async def` function.
     """
 
     def __call__(self, completions: list[str], **columns: Any) -> Sequence[float | None]:
@@ -38,7 +40,7 @@ class RewardTable:
     Attributes:
         names: The functions' names, in order.
         values: Raw rewards `[N, F]`, float32, before weighting; NaN where a function does not apply.
-        total: Weighted sum over the functions that apply, `[N]`, float32.
+        total: Weighted sum over the functions that apply, `[N]`, float32; NaN where none does.
     """
 
     names: tuple[str, ...]

@@ -7,14 +7,13 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 
+from alignment_modules.rewards.calling import compute
 from alignment_modules.rewards.model import SequenceClassifier
 from alignment_modules.rewards.protocol import RewardError, RewardTable
 
@@ -72,10 +71,22 @@ class RewardSet:
         Returns:
             This object.
         """
-        for function in self.functions:
+        for function in map(_inner, self.functions):
             if isinstance(function, torch.nn.Module | SequenceClassifier):
                 function.to(device)
         return self
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Checks, before anything is generated, that the data has what the rewards ask for.
+
+        Args:
+            columns: The names of the data set's columns.
+
+        Raises:
+            RewardError: If a column is missing; it names the reward, the column and the columns there are.
+        """
+        for name, wanted in zip(self.names, self._wanted, strict=True):
+            wanted.check(name, {*columns, *_BUILT_IN})
 
     def __call__(
         self,
@@ -100,7 +111,7 @@ class RewardSet:
 
         Raises:
             RewardError: If a reward raises, asks for what is not there, or returns anything but N finite numbers (None
-                and NaN mean "not applicable"), or if no reward applies to a row.
+                and NaN mean "not applicable").
         """
         count = len(completions)
         given: dict[str, Any] = dict(columns or {})
@@ -116,16 +127,10 @@ class RewardSet:
         values = torch.full((count, len(self.functions)), math.nan, dtype=torch.float64)
         for column, (function, name, wanted) in enumerate(zip(self.functions, self.names, self._wanted, strict=True)):
             arguments = rows.arguments(name, wanted)
-            values[:, column] = torch.tensor(_compute(function, name, arguments, count), dtype=torch.float64)
-        applicable = ~values.isnan()
-        if count and not bool(applicable.any(1).all()):
-            row = int((~applicable.any(1)).nonzero()[0])
-            raise RewardError(
-                f"no reward applies to row {row}: {', '.join(self.names)} all gave None or NaN for "
-                f"completion {_short(completions[row])}"
-            )
+            values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
         weights = torch.tensor(self.weights, dtype=torch.float64)
         total = (values.nan_to_num(nan=0.0) * weights).sum(1)
+        total = total.masked_fill(values.isnan().all(1), math.nan)
         return RewardTable(self.names, values.float(), total.float())
 
 
@@ -134,6 +139,14 @@ class _Wanted:
 
     def __init__(self, required: list[str], optional: list[str], everything: bool) -> None:
         self.required, self.optional, self.everything = required, optional, everything
+
+    def check(self, reward: str, given: Collection[str]) -> None:
+        missing = [name for name in self.required if name not in given]
+        if missing:
+            raise RewardError(
+                f"reward {reward!r} asks for {', '.join(map(repr, missing))}, which is not there; "
+                f"found: {', '.join(sorted(given))}"
+            )
 
 
 class _Rows:
@@ -163,12 +176,7 @@ class _Rows:
         return self._repeated[name]
 
     def arguments(self, reward: str, wanted: _Wanted) -> dict[str, list[Any]]:
-        missing = [name for name in wanted.required if name not in self.given]
-        if missing:
-            raise RewardError(
-                f"reward {reward!r} asks for {', '.join(map(repr, missing))}, which is not there; "
-                f"found: {', '.join(sorted(self.given))}"
-            )
+        wanted.check(reward, self.given)
         names = list(self.given) if wanted.everything else wanted.required + wanted.optional
         return {name: self[name] for name in names if name in self.given}
 
@@ -231,7 +239,13 @@ def _unique_names(names: list[str]) -> tuple[str, ...]:
     return tuple(unique)
 
 
+def _inner(function: Any) -> Any:
+    """What a decorator or a `PatientReward` holds, as far as its signature is that of what it holds."""
+    return inspect.unwrap(function, stop=lambda outer: hasattr(outer, "__signature__"))
+
+
 def _wanted(function: Any, name: str) -> _Wanted:
+    function = _inner(function)
     target = function.forward if isinstance(function, torch.nn.Module) else function
     bound = target.keywords if isinstance(target, functools.partial) else {}
     try:
@@ -250,66 +264,5 @@ def _wanted(function: Any, name: str) -> _Wanted:
             (required if parameter.default is parameter.empty else optional).append(parameter.name)
     if not (required or optional or everything):
         raise ValueError(f"reward {name!r} takes no argument; it must ask for at least one of {', '.join(_BUILT_IN)}")
+    required += [column for column in getattr(function, "required_columns", ()) if column not in required]
     return _Wanted(required, optional, everything)
-
-
-def _compute(function: Callable[..., Any], name: str, arguments: dict[str, list[Any]], count: int) -> list[float]:
-    if not count:
-        return []
-    try:
-        # a copy of each list, so that a reward that edits its arguments cannot change another's
-        result = function(**{key: list(value) for key, value in arguments.items()})
-    except RewardError as error:
-        raise RewardError(f"reward {name!r}: {error}") from error
-    except Exception as error:
-        _blame_row(function, name, arguments, count, error)
-    if isinstance(result, torch.Tensor):
-        result = result.detach().cpu().tolist()
-    elif hasattr(result, "tolist"):
-        result = result.tolist()
-    if not isinstance(result, Sequence) or isinstance(result, str | bytes):
-        raise RewardError(
-            f"reward {name!r} returned {type(result).__name__} {_short(result)}; "
-            f"it must return a list of {count} numbers"
-        )
-    if len(result) != count:
-        raise RewardError(f"reward {name!r} returned {len(result)} values for {count} completions")
-    return [_number(value, name, row) for row, value in enumerate(result)]
-
-
-def _number(value: Any, name: str, row: int) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.numel() == 1):
-        value = value.item()
-    if not isinstance(value, Real):
-        raise RewardError(
-            f"reward {name!r} returned {type(value).__name__} {_short(value)} in row {row}; "
-            "it must be a number, or None where the reward does not apply"
-        )
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isnan(number) and not abs(number) <= torch.finfo(torch.float32).max:
-        raise RewardError(f"reward {name!r} returned {_short(value)} in row {row}; it must be finite (float32)")
-    return number
-
-
-def _blame_row(
-    function: Callable[..., Any], name: str, arguments: dict[str, list[Any]], count: int, error: Exception
-) -> NoReturn:
-    """Finds the row by judging each alone; this costs time only on the way to an error."""
-    what = f"{type(error).__name__}: {error}"
-    for row in range(count):
-        try:
-            function(**{key: value[row : row + 1] for key, value in arguments.items()})
-        except Exception:
-            shown = f" (completion {_short(arguments['completions'][row])})" if "completions" in arguments else ""
-            raise RewardError(f"reward {name!r} raised in row {row}{shown}: {what}") from error
-    raise RewardError(f"reward {name!r} raised on {count} rows, though on none of them alone: {what}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections import deque
 from collections.abc import Sequence
-from decimal import Decimal, DivisionByZero, InvalidOperation, localcontext
 from typing import Any
 
 from alignment_modules.functional.ranges import Count, NonNegative, check_options
+from alignment_modules.rewards.calling import short
+from alignment_modules.rewards.number_text import exact_number, is_missing, last_number, tail, within
+from alignment_modules.rewards.patterns import TimedPattern
 from alignment_modules.rewards.protocol import RewardError
 
-# a sign counts only where it does not follow a number or a word: "7-3" ends in 3; exponents are short on purpose
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?"
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?"
-)
+__all__ = ["ExactMatch", "NumericAnswer", "RegexMatch", "SoftOverlong", "last_number"]
 
-
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-
-
-def _plain(text: str) -> str:
-    """The text with LaTeX's fractions and separators and the typographic minus written in plain characters."""
-    return _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-")).replace("{,}", ",")
+TAIL_CHARACTERS = 8192
+"""How much of a completion's end `NumericAnswer` reads."""
 
 
 def _column(name: str, columns: dict[str, Any]) -> Sequence[Any]:
@@ -34,32 +24,23 @@ def _column(name: str, columns: dict[str, Any]) -> Sequence[Any]:
     return columns[name]
 
 
-def _compile(pattern: str, argument: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{argument}={pattern!r} is not a regular expression: {error}") from error
-
-
-def _extracted(text: str, pattern: re.Pattern[str] | None) -> str | None:
+def _extracted(text: str, pattern: TimedPattern | None) -> str | None:
     """The last match's first group (or the whole match); the text itself without a pattern; None without a match."""
-    if pattern is None:
-        return text
-    matches = deque(pattern.finditer(text), maxlen=1)
-    if not matches:
-        return None
-    last = matches[0]
-    return last.group(1) if pattern.groups else last.group(0)
+    return text if pattern is None else pattern.last(text)
 
 
 class ExactMatch:
-    """1 where the completion is the answer, else 0; not applicable where the answer is None.
+    """1 where the completion is the answer, else 0; not applicable where the answer is None or NaN.
 
     Args:
         column: The data set's column with the answer; an entry may be a list of accepted answers.
         strip: Whether white space at both ends is ignored.
         ignore_case: Whether case is ignored.
         extract: A regular expression; its last match in the completion (its first group, if it has one) is compared.
+            A completion on which it takes more than half a second has no match.
+
+    Raises:
+        ValueError: If `extract` is not a regular expression.
 
     Examples:
         >>> ExactMatch()(completions=[" 4", "5"], answer=["4", "4"])
@@ -74,10 +55,15 @@ class ExactMatch:
         self.column = column
         self.strip = strip
         self.ignore_case = ignore_case
-        self.extract = None if extract is None else _compile(extract, "extract")
+        self.extract = None if extract is None else TimedPattern(extract, "extract")
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """What the data must have."""
+        return (self.column,)
 
     def _normal(self, text: Any) -> str:
-        text = str(text)
+        text = str(exact_number(text)) if type(text) is int else str(text)
         text = text.strip() if self.strip else text
         return text.casefold() if self.ignore_case else text
 
@@ -96,7 +82,7 @@ class ExactMatch:
         """
         scores: list[float | None] = []
         for completion, answer in zip(completions, _column(self.column, columns), strict=True):
-            if answer is None:
+            if is_missing(answer):
                 scores.append(None)
                 continue
             found = _extracted(completion, self.extract)
@@ -110,7 +96,8 @@ class RegexMatch:
     """1 where the completion matches a regular expression, else 0: a reward for the format.
 
     Args:
-        pattern: The regular expression; flags go inside, e.g. "(?s)".
+        pattern: The regular expression; flags go inside, e.g. "(?s)". A completion on which it takes more than half a
+            second does not match; `[^<]*+` instead of `.*` between tags cannot take long.
         full: Whether the whole completion must match; else a match anywhere counts.
 
     Raises:
@@ -124,7 +111,7 @@ class RegexMatch:
     name = "regex_match"
 
     def __init__(self, pattern: str, full: bool = False) -> None:
-        self.pattern = _compile(pattern, "pattern")
+        self.pattern = TimedPattern(pattern, "pattern")
         self.full = full
 
     def __call__(self, completions: list[str]) -> list[float]:
@@ -136,23 +123,25 @@ class RegexMatch:
         Returns:
             N times 1 or 0.
         """
-        match = self.pattern.fullmatch if self.full else self.pattern.search
-        return [float(match(completion) is not None) for completion in completions]
+        return [float(self.pattern.matches(completion, full=self.full)) for completion in completions]
 
 
 class NumericAnswer:
-    """1 where the completion's last number equals the answer, else 0; not applicable where the answer is None.
+    """1 where the completion's last number equals the answer, else 0; not applicable where the answer is None or NaN.
 
-    Understands signs, thousands commas, decimals, exponents and simple fractions; compares in decimal arithmetic, so
-    long integers are not rounded. Of a textual answer the last number counts too ("... #### 72").
+    Understands signs, thousands commas, decimals, exponents of up to three digits and simple fractions; compares in
+    decimal arithmetic, so long integers are not rounded. Of a textual
+    answer the last number counts too ("... #### 72"). Only the last 8,192 characters of a completion (of what `extract`
+    finds) are read.
 
     Args:
         column: The data set's column with the answer, a number or a text with one.
         tolerance: Largest absolute difference that still counts.
-        extract: A regular expression; the number is looked for in its last match (its first group, if it has one).
+        extract: A regular expression; the number is looked for in its last match (its first group, if it has one). A
+            completion on which it takes more than half a second has no match.
 
     Raises:
-        ValueError: If `tolerance` is negative or not finite.
+        ValueError: If `tolerance` is negative or not finite, or `extract` is not a regular expression.
 
     Examples:
         >>> NumericAnswer(tolerance=0.01)(completions=["so it is 1,000.", "x = 3", "?"], answer=[1000, "2.5", 1])
@@ -165,7 +154,12 @@ class NumericAnswer:
         check_options(NumericAnswer.__init__, locals())
         self.column = column
         self.tolerance = tolerance
-        self.extract = None if extract is None else _compile(extract, "extract")
+        self.extract = None if extract is None else TimedPattern(extract, "extract")
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """What the data must have."""
+        return (self.column,)
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         """Compares each completion's last number with its answer.
@@ -182,48 +176,15 @@ class NumericAnswer:
         """
         scores: list[float | None] = []
         for row, (completion, answer) in enumerate(zip(completions, _column(self.column, columns), strict=True)):
-            if answer is None:
+            if is_missing(answer):
                 scores.append(None)
                 continue
-            expected = last_number(str(answer))
+            expected = exact_number(answer)
             if expected is None:
-                raise RewardError(f"column {self.column!r} holds no number in row {row}: {answer!r}")
-            found = last_number(_extracted(completion, self.extract) or "")
-            scores.append(float(found is not None and self._equal(found, expected)))
+                raise RewardError(f"column {self.column!r} holds no number in row {row}: {short(answer)}")
+            found = last_number(tail(_extracted(completion, self.extract) or "", TAIL_CHARACTERS))
+            scores.append(float(found is not None and within(found, expected, self.tolerance)))
         return scores
-
-    def _equal(self, found: Decimal, expected: Decimal) -> bool:
-        if found == expected:
-            return True
-        with localcontext() as context:
-            context.prec = 60
-            return abs(found - expected) <= Decimal(str(self.tolerance))
-
-
-def last_number(text: str) -> Decimal | None:
-    r"""The last number in a text.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The number, or None if there is none (or it is a fraction over 0).
-
-    Examples:
-        >>> last_number("2 + 2 = 4."), last_number("7-3"), last_number("-1,234.5"), last_number("3/4")
-        (Decimal('4'), Decimal('3'), Decimal('-1234.5'), Decimal('0.75'))
-        >>> last_number(r"so $x = -\frac{1}{2}$"), last_number("1{,}000")
-        (Decimal('-0.5'), Decimal('1000'))
-    """
-    matches = deque(_NUMBER.finditer(_plain(text)), maxlen=1)
-    if not matches:
-        return None
-    numerator, _, denominator = matches[0].group().replace(",", "").partition("/")
-    try:
-        number = Decimal(numerator)
-        return number / Decimal(denominator) if denominator else number
-    except (DivisionByZero, InvalidOperation):
-        return None
 
 
 class SoftOverlong:

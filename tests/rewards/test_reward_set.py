@@ -1,7 +1,9 @@
 """RewardSet: what each reward is given, how rewards add up, and how mistakes are reported."""
 
+import asyncio
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +64,88 @@ def test_not_applicable_rows_are_left_out_of_the_sum():
     table = RewardSet([first, second], weights=[1.0, 0.1])(completions=["a", "b", "c"])
     assert table.values.isnan().tolist() == [[False, False], [True, False], [True, False]]
     assert table.total.tolist() == [2.0, 2.0, 3.0]
+
+
+def test_a_completion_that_no_reward_applies_to_has_no_total():
+    first = lambda completions: [1.0, None, None]  # noqa: E731
+    second = lambda completions: [None, 2.0, math.nan]  # noqa: E731
+    table = RewardSet([first, second], weights=[0.0, 3.0])(completions=["a", "b", "c"])
+    assert table.total[:2].tolist() == [0.0, 6.0]
+    assert math.isnan(table.total[2])
+
+
+def test_missing_columns_are_found_without_a_completion():
+    def judge(completions, gold, level=None):
+        return [0.0] * len(completions)
+
+    rewards = RewardSet([length, judge, ExactMatch()])
+    rewards.check_columns(["answer", "gold"])
+    with pytest.raises(RewardError, match=r"reward 'judge' asks for 'gold', which is not there; found: answer, compl"):
+        rewards.check_columns(["answer"])
+    with pytest.raises(RewardError, match=r"reward 'exact_match' asks for 'answer'"):
+        rewards.check_columns(["gold"])
+
+
+def test_a_slow_reward_that_fails_is_not_called_again():
+    calls = []
+
+    def judge(completions):
+        calls.append(len(completions))
+        time.sleep(0.6)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(RewardError, match=r"reward 'judge' raised on 64 rows after 0\.\d s: TimeoutError: no answer"):
+        RewardSet([judge])(completions=["c"] * 64)
+    assert calls == [64]
+
+
+def test_the_search_for_a_row_ends():
+    calls = []
+
+    def judge(completions):
+        calls.append(len(completions))
+        if len(completions) > 1:
+            raise RuntimeError("too many")
+        time.sleep(0.02)
+        return [0.0]
+
+    with pytest.raises(RewardError, match="raised on 500 rows"):
+        RewardSet([judge])(completions=["c"] * 500)
+    assert len(calls) < 60
+
+
+async def patient_length(completions):
+    await asyncio.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+
+def test_asynchronous_rewards_are_awaited_with_and_without_a_running_loop():
+    class Judge:
+        loops = set()
+
+        async def __call__(self, completions):
+            self.loops.add(asyncio.get_running_loop())
+            return await patient_length(completions)
+
+    rewards = RewardSet([Judge(), lambda completions: patient_length(completions)])
+
+    def judge():
+        return rewards(completions=["a", "bb"]).values.tolist()
+
+    async def notebook():
+        return judge()
+
+    assert judge() == asyncio.run(notebook()) == [[1.0, 1.0], [2.0, 2.0]]
+    assert len(Judge.loops) == 1  # so that a client serves more than one call
+
+
+def test_an_asynchronous_reward_that_fails_is_named():
+    async def judge(completions):
+        await asyncio.sleep(0)
+        return [{"a": 1.0}[text] for text in completions]
+
+    with pytest.raises(RewardError, match=r"reward 'judge' raised in row 1 \(completion 'b'\): KeyError: 'b'"):
+        RewardSet([judge])(completions=["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -153,8 +237,6 @@ CALL_ERRORS = {
     ),
     "too few": (lambda completions: [1.0], r"reward 'lambda' returned 1 values for 3 completions"),
     "too many": (lambda completions: [1.0] * 4, r"returned 4 values for 3 completions"),
-    "nan everywhere": (lambda completions: [0, 1, math.nan], r"no reward applies to row 2: lambda .*completion 'c'"),
-    "none everywhere": (lambda completions: [None, 0, 0], r"no reward applies to row 0"),
     "infinite": (lambda completions: [0, math.inf, 0], r"'lambda' returned inf in row 1; it must be finite"),
     "beyond float32": (lambda completions: [0, 0, 1e39], r"returned 1e\+39 in row 2; it must be finite"),
     "beyond float64": (lambda completions: [10**400, 0, 0], r"returned 10+\.\.\. in row 0; it must be finite"),

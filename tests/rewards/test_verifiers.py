@@ -1,11 +1,15 @@
 """Verifiers against answers worked out by hand."""
 
-from decimal import Decimal
+import random
+import re
+import time
+from decimal import Decimal, FloatOperation, Inexact, localcontext
 
 import pytest
 
 from alignment_modules.rewards import ExactMatch, NumericAnswer, RegexMatch, RewardError, RewardSet, SoftOverlong
-from alignment_modules.rewards.verifiers import last_number
+from alignment_modules.rewards.patterns import TIME_LIMIT
+from alignment_modules.rewards.verifiers import TAIL_CHARACTERS, last_number
 
 
 @pytest.mark.parametrize(
@@ -71,9 +75,104 @@ def test_last_number(text, number):
     assert last_number(text) == (None if number is None else Decimal(number))
 
 
-def test_a_long_hostile_text_is_read_quickly():
+# how numbers are read, written plainly; the time it takes grows with the square of the digits between commas
+PLAIN_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+])?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/\d+)?"
+)
+
+
+def test_numbers_are_read_as_the_plain_pattern_says():
+    draw = random.Random(0)
+    pieces = ["1", "0", "23", "456", "000", ",", ",", "-", ".", "e", "/", " ", "+", "x", ")"]
+    for _ in range(5000):
+        text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
+        found = [match.group().replace(",", "") for match in PLAIN_NUMBER.finditer(text)]
+        numerator, _, denominator = found[-1].partition("/") if found else ("", "", "")
+        if not found or (denominator and not int(denominator)):
+            assert last_number(text) is None, text
+        else:
+            assert last_number(text) == Decimal(numerator) / Decimal(denominator or 1), text
+
+
+def seconds(function):
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+HOSTILE = {
+    "groups": "1" + ",000" * 50_000 + "0",
+    "digits": "9" * 200_000,
+    "fraction of digits": "9" * 200_000 + "/3",
+    "slashes": "1/" * 50_000,
+    "exponents": "1e1" * 50_000,
+    "points": "." * 200_000,
+    "signs": "-" * 200_000,
+    "blanks": "\\frac" + " " * 200_000,
+    "open fractions": ("\\frac{9" + " " * 50) * 5_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_long_hostile_text_is_read_in_linear_time(name):
+    assert seconds(lambda: last_number(HOSTILE[name])) < 2
+    assert seconds(lambda: NumericAnswer()(completions=[HOSTILE[name]] * 50, answer=[1] * 50)) < 2
+
+
+def test_long_numbers_are_read_whole():
     assert last_number("1," * 20_000 + "1e" + "9" * 20_000) is not None
     assert last_number("1,000" + ",000" * 5_000 + ",") == Decimal(10) ** (3 * 5001)
+    assert NumericAnswer()(completions=["1" + "0" * 5000, "1"], answer=[10**5000] * 2) == [1.0, 0.0]
+    assert ExactMatch()(completions=["1" + "0" * 5000, "1"], answer=[10**5000] * 2) == [1.0, 0.0]
+
+
+def test_only_the_end_of_a_completion_is_read():
+    rest = "x" * (TAIL_CHARACTERS - 2)
+    # of a number that the cut goes through, the rest is not taken for the number
+    completions = ["7 " + rest, "57 " + rest, "7 x" + rest]
+    assert NumericAnswer()(completions=completions, answer=[7, 7, 7]) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("1e999999", 1, 0.0),
+        ("1e999", "1e-999", 0.0),
+        ("\N{ARABIC-INDIC DIGIT THREE}", "3", 1.0),
+        ("x\N{SUPERSCRIPT TWO}", "2", 0.0),
+        ("0.3", 0.1 + 0.2, 0.0),
+        ("1", float("nan"), None),
+        ("1/3", "2/6", 1.0),
+    ],
+)
+def test_odd_numbers(completion, answer, score):
+    assert NumericAnswer()(completions=[completion], answer=[answer]) == [score]
+    with localcontext(traps=[Inexact, FloatOperation], prec=3):  # settings of the program change nothing
+        assert NumericAnswer(tolerance=1e-30)(completions=[completion], answer=[answer]) == [score]
+
+
+def test_answers_that_are_not_there():
+    assert ExactMatch()(completions=["nan", "1"], answer=[float("nan"), None]) == [None, None]
+
+
+PATTERNS = {
+    "nested": (RegexMatch(r"(?:a|a?)+?$"), "a" * 5000 + "b"),
+    "anything, twice": (RegexMatch(r"(?s)<think>.*</think>\s*<answer>.*</answer>"), "<think></think>" * 8000),
+    "lazy": (RegexMatch(r"(?s)<a>.*?</a>\s*<b>.*?</b>", full=True), "<a>" + "</a><b>" * 40_000),
+    "extract": (ExactMatch(extract=r"\\boxed\{(.*?)\}"), "\\boxed{" * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_have_a_time_limit(name, caplog):
+    reward, text = PATTERNS[name]
+    columns = {"answer": ["1"] * 2} if isinstance(reward, ExactMatch) else {}
+    scores = []
+    assert seconds(lambda: scores.extend(reward(completions=[text] * 2, **columns))) < 4 * TIME_LIMIT
+    assert scores == [0.0, 0.0]
+    assert len([record for record in caplog.records if "took more than" in record.getMessage()]) == 1
 
 
 def test_regex():
@@ -107,7 +206,7 @@ def test_bad_settings(build, message):
 def test_missing_column_is_named_with_what_is_there(reward):
     with pytest.raises(RewardError, match=r"column='gold' is not in the data; found: answer, source"):
         reward(completions=["1"], answer=["1"], source=["a"])
-    with pytest.raises(RewardError, match=rf"reward '{reward.name}': column='gold' .*found: answer"):
+    with pytest.raises(RewardError, match=rf"reward '{reward.name}' asks for 'gold', .* found: answer"):
         RewardSet([reward])(completions=["1"], columns={"answer": ["1"]})
 
 

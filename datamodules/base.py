@@ -18,6 +18,7 @@ from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
 from datamodules.reading import Batches, SplitReader
 from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
+from datamodules.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ class AlignmentDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),
+            "worker_init_fn": start_worker,
         }
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:

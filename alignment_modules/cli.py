@@ -1,15 +1,19 @@
 """`align fit | validate | test | predict --config ...`: LightningCLI with both packages in reach."""
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -19,14 +23,21 @@ import datamodules  # makes `--data PreferenceDataModule` known
 from alignment_modules.base import AlignmentModule
 from alignment_modules.callbacks import (
     AtomicCheckpointIO,
+    Checkpoints,
     CompletionWriter,
     ExactResume,
     ExportPolicy,
     FiniteGuard,
+    StopAndSave,
     Throughput,
 )
+from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.cli_errors import AlignArgumentParser, find_cause
 from alignment_modules.cli_failures import is_message
+from alignment_modules.cli_runs import checkpoint_folders, follow_parent, is_of_run, resume_command
+from alignment_modules.run_folder import earlier_run, last_checkpoint, locked, set_aside
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "runs/default"
 
@@ -34,10 +45,21 @@ DEFAULT_ROOT = "runs/default"
 class FitConfigCallback(SaveConfigCallback):
     """Saves the resolved configuration of a `fit` beside its results; other subcommands leave it alone."""
 
+    earlier: Sequence[Path] = ()  # what another run left in the folder
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves at the start of `fit` only."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Nothing: a fit that fails before its first step leaves what an earlier one wrote as it was."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets an earlier run aside, and saves."""
+        if trainer.is_global_zero and self.earlier:
+            folder = Path(trainer.default_root_dir)
+            target = set_aside(folder, self.earlier)
+            if target is not None:
+                logger.warning(
+                    "%s held an earlier run: moved to %s. (To go on with a run, add --ckpt_path last)", folder, target
+                )
+        super().setup(trainer, pl_module, "fit")
 
 
 class AlignCLI(LightningCLI):
@@ -47,6 +69,13 @@ class AlignCLI(LightningCLI):
     checkpoints, `export/`); the tokenizer is given once; what the user types is never overridden by a checkpoint.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args")
+        self._arguments = list(map(str, given)) if isinstance(given, list | tuple) else sys.argv[1:]
+        self._earlier: list[Path] = []
+        with contextlib.ExitStack() as self._cleanup:
+            super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks that every run has, each configurable under its own name."""
         parser.add_lightning_class_args(ExactResume, "exact_resume")
@@ -54,6 +83,7 @@ class AlignCLI(LightningCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_lightning_class_args(CompletionWriter, "predictions")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.set_defaults({"trainer.default_root_dir": DEFAULT_ROOT})
 
     def _parse_ckpt_path(self) -> None:
@@ -68,8 +98,10 @@ class AlignCLI(LightningCLI):
         trainer = config.trainer
         _check_exists(config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
-            config.ckpt_path = _newest_checkpoint(Path(trainer.default_root_dir) / "checkpoints")
-            self._as_given[self.subcommand].ckpt_path = config.ckpt_path  # the newest is another one after this run
+            config.ckpt_path = str(last_checkpoint(Path(trainer.default_root_dir), checkpoint_folders(config)))
+            self._as_given[self.subcommand].ckpt_path = config.ckpt_path  # the last is another one after this run
+        if self.subcommand == "fit":
+            self._claim_folder(config)
         if trainer.get("logger") in (None, True):
             folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
@@ -79,6 +111,15 @@ class AlignCLI(LightningCLI):
             raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
         if "tokenizer" in data and data["tokenizer"] is None:
             data["tokenizer"] = _policy_path(config.model.init_args.policy)
+
+    def _claim_folder(self, config: Namespace) -> None:
+        """Makes the run's folder its own; only the first process does."""
+        root, checkpoint = config.trainer.default_root_dir, config.get("ckpt_path")
+        if getattr(rank_zero_only, "rank", 0) != 0 or "://" in root or config.trainer.get("fast_dev_run"):
+            return
+        self._cleanup.enter_context(locked(Path(root)))
+        if not is_of_run(checkpoint, [Path(root), *checkpoint_folders(config)]):
+            self._earlier = earlier_run(Path(root))
 
     def instantiate_classes(self) -> None:
         """Builds module, datamodule and Trainer; an error of theirs comes as they raised it."""
@@ -97,15 +138,21 @@ class AlignCLI(LightningCLI):
         plugins = list(self._get(self.config_init, "trainer").get("plugins") or [])
         if not any(isinstance(plugin, AtomicCheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(**kwargs, plugins=plugins)
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FitConfigCallback):
+                callback.earlier = self._earlier
+        for logger_ in trainer.loggers:
+            keep_training(logger_)
+        return trainer
 
-
-def _newest_checkpoint(folder: Path) -> str:
-    """What `--ckpt_path last` means: Lightning would start from scratch where no file is called `last.ckpt`."""
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(f"ckpt_path='last': {folder} holds no checkpoint (*.ckpt) to resume from")
-    return str(found[-1])
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Adds what saves a run that ends early; the user's own `ModelCheckpoint` takes the place of `Checkpoints`."""
+        own = config.get("callbacks") or []
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in (own if isinstance(own, list) else [own]))
+        if has_own or config.get("enable_checkpointing") is False or config.get("barebones"):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
+        return super()._instantiate_trainer(config, [*callbacks, StopAndSave(resume_command(self._arguments))])
 
 
 def _is_ours(data: Namespace) -> bool:
@@ -167,15 +214,19 @@ def _show_messages() -> None:
 
 
 def main(args: ArgsType = None) -> None:
-    """Entry point of `align`; exits with 143 when the run was stopped by SIGTERM, with 1 when an input was refused.
+    """Entry point of `align`; exits with 128 + its number after a signal, with 1 when an input was refused.
 
     What is raised on purpose, by this library or while the run is set up (`cli_failures`), is printed without the calls
     that led there, unless `ALIGN_TRACEBACK` is set.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     try:
         run_cli(args)
-    except SIGTERMException:
-        sys.exit(143)  # 128 + SIGTERM: a scheduler must not take a preempted run for a finished one
+    except SIGTERMException as stopped:
+        sys.exit(143 if stopped.code is None else stopped.code)  # a preempted run is not a finished one
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         if os.environ.get("ALIGN_TRACEBACK") or not is_message(error):
             raise

@@ -19,6 +19,7 @@ from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSamp
 from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
+from datamodules.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,7 @@ class AlignmentDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),
+            "worker_init_fn": start_worker,
         }
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:

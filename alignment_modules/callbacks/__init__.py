@@ -1,20 +1,24 @@
 """Callbacks and the checkpoint writer that any LightningModule can use."""
 
 from alignment_modules.callbacks.atomic_checkpoint import AtomicCheckpointIO, CheckpointError
+from alignment_modules.callbacks.checkpoints import Checkpoints
 from alignment_modules.callbacks.completion_writer import CompletionWriter
 from alignment_modules.callbacks.exact_resume import ExactResume
 from alignment_modules.callbacks.export import ExportPolicy
 from alignment_modules.callbacks.finite_guard import FiniteGuard
 from alignment_modules.callbacks.sample_table import SampleTable
+from alignment_modules.callbacks.stop_and_save import StopAndSave
 from alignment_modules.callbacks.throughput import Throughput
 
 __all__ = [
     "AtomicCheckpointIO",
     "CheckpointError",
+    "Checkpoints",
     "CompletionWriter",
     "ExactResume",
     "ExportPolicy",
     "FiniteGuard",
     "SampleTable",
+    "StopAndSave",
     "Throughput",
 ]

@@ -4,6 +4,8 @@ import contextlib
 import os
 import pickle
 import re
+import socket
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,9 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or target is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        temporary = target.with_name(target.name + ".tmp")
+        temporary = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target.parent)
             with open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -79,6 +82,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"checkpoint {str(target)!r} {_python_objects(error)}: resuming from it will be refused. Keep such "
                 "objects out of save_hyperparameters and out of the state of callbacks and loaders."
             )
+
+    def read_step(self, path: Path) -> int:
+        """The optimizer step a checkpoint was taken at, read without its tensors.
+
+        Args:
+            path: The file, or the folder of a sharded one.
+
+        Returns:
+            Optimizer steps done.
+
+        Raises:
+            CheckpointError: If the file is damaged, or training cannot be resumed from it.
+        """
+        sharded = path.is_dir()
+        file = path / "meta.pt" if sharded else path
+        try:
+            checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"checkpoint {str(path)!r} {_diagnosis(file, error)}") from error
+        needed = ("global_step",) if sharded else ("state_dict", "optimizer_states", "global_step")
+        missing = [key for key in needed if key not in checkpoint]
+        if missing:
+            raise CheckpointError(f"checkpoint {str(path)!r} lacks {missing[0]!r}: no fit can be resumed from it")
+        return int(checkpoint["global_step"])
 
     def load_checkpoint(
         self,
@@ -134,6 +161,26 @@ def _local(path: _PATH) -> Path | None:
     """The path on this machine's file system; None for a remote one."""
     filesystem, plain = url_to_fs(str(path))
     return Path(plain) if "file" in filesystem.protocol else None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left: of a process that is gone from this machine, or untouched for an hour."""
+    for file in folder.glob("*.tmp"):
+        _, host, process = file.stem.rsplit(".", 2) if file.stem.count(".") >= 2 else ("", "", "")
+        with contextlib.suppress(OSError):
+            gone = host == socket.gethostname() and process.isdecimal() and not _is_running(int(process))
+            if gone or time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,75 @@
+"""Loggers whose writes may fail without ending a run."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
+
+_AGAIN = 300.0  # seconds after which a logger that failed is tried again
+
+
+def keep_training(logger: Logger) -> None:
+    """Makes a failed write of a logger a warning, which names its folder, and lets training go on.
+
+    The logger then rests for five minutes, and opens its file anew: a disk may have space again.
+
+    Args:
+        logger: Any logger; its methods are replaced.
+    """
+    rest = _Rest(logger)
+    for name in ("log_metrics", "log_hyperparams", "log_text", "save", "finalize", "after_save_checkpoint"):
+        if callable(method := getattr(logger, name, None)):
+            setattr(logger, name, rest.guard(method))
+
+
+def write_error(error: BaseException | None) -> OSError | None:
+    """The failed write behind an error; None where it is about something else.
+
+    Args:
+        error: What was raised; libraries wrap the operating system's error.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _Rest:
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
+        self.until = 0.0
+        self.warned = False
+
+    def guard(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if time.monotonic() < self.until:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                found = write_error(error)
+                if found is None:
+                    raise
+                self.fail(found)
+                return None
+
+        return guarded
+
+    def fail(self, error: OSError) -> None:
+        self.until = time.monotonic() + _AGAIN
+        folder = getattr(self.logger, "log_dir", None) or self.logger.save_dir
+        if not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"{type(self.logger).__name__} cannot write to {str(folder)!r}: {error.strerror or error}. Training "
+                "goes on without it; it is tried again every 5 minutes"
+            )
+        writer: Any = getattr(self.logger, "_experiment", None)
+        if hasattr(writer, "add_scalar"):  # TensorBoard's thread has ended; only a new writer has another
+            self.logger._experiment = None  # type: ignore[attr-defined]
+            with contextlib.suppress(Exception):
+                writer.close()

@@ -92,7 +92,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """How much one batch holds: `tokens` (without padding), `samples` and `padding`."""
-        masks = [value for key, value in batch.items() if key.endswith("mask") and isinstance(value, Tensor)]
+        # A loss mask says which of the tokens are scored, and adds none.
+        counted = [key for key in batch if key.endswith("mask") and not key.endswith("loss_mask")]
+        masks = [batch[key] for key in counted if isinstance(batch[key], Tensor)]
         if not masks:
             masks = [torch.ones_like(batch["input_ids"])]
         tokens = torch.stack([mask.sum() for mask in masks]).sum()

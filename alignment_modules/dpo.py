@@ -11,7 +11,7 @@ from alignment_modules.functional import BATCH_COUPLED_LOSSES, check_preference_
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.reference import build_reference, reference_mode
+from alignment_modules.policies.reference import build_reference, reference_mode, weights_mark
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
 
@@ -22,6 +22,9 @@ class DPOModule(AlignmentModule):
     With `h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))`, the default loss is
     `-log sigmoid(beta * h)`, averaged over the pairs of the whole optimizer step. Prompts are computed once a pair.
 
+    A batch may hold `chosen_loss_mask` and `rejected_loss_mask` `[batch, time]`: which of a completion's tokens the
+    policy wrote. The others, such as a user's turns in between, are context alone and count in no sum, length or mean.
+
     Args:
         reference: What the policy is held to: a folder, a `PolicyConfig` or a module. None: a frozen copy of the policy
             as it is now, or, for a LoRA policy, the policy with its adapter switched off.
@@ -31,7 +34,7 @@ class DPOModule(AlignmentModule):
         label_smoothing: Share of pairs assumed to be labelled the wrong way round, in [0, 0.5).
         nll_coef: Weight of the chosen completion's mean negative log-likelihood, added to each pair's loss (RPO).
         cache_reference: Keep the reference's log-probabilities of every pair seen, by the pair's tokens, so that only
-            the first epoch computes them.
+            the first epoch computes them. Forgotten as soon as the reference's weights change.
         f_divergence: "reverse_kl", "forward_kl", "js" or "alpha" (arXiv:2309.16240): what takes the log-ratio's place.
         alpha: Coefficient of the alpha-divergence, in [0, 1]: 1 is the reverse KL, 0 the forward KL.
         discopop_tau: Temperature of "discopop".
@@ -74,10 +77,12 @@ class DPOModule(AlignmentModule):
         self.cache_reference = cache_reference
         self.f_divergence, self.alpha, self.discopop_tau = f_divergence, alpha, discopop_tau
         self._reference_cache: dict[bytes, Tensor] = {}
+        self._reference_mark = b""
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
-        segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys))
+        loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
+        segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
         details = not self.training or self.logging_due
         scores = score(self.policy, segments, entropy=details, accuracy=details)
         logps = scores.token_logps.sum(dim=1).view(-1, 2)
@@ -111,21 +116,33 @@ class DPOModule(AlignmentModule):
 
     def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
         """Summed log-probabilities under the reference, [pairs, 2]."""
-        keys = self._pair_keys(batch) if self.cache_reference else []
+        if not self.cache_reference:
+            return self._score_reference(segments)
+        if self._reference_cache and weights_mark(self.policy, self.reference) != self._reference_mark:
+            self._reference_cache.clear()
+        keys = self._pair_keys(batch)
         if keys and all(key in self._reference_cache for key in keys):
             return torch.stack([self._reference_cache[key] for key in keys])
-        with reference_mode(self.policy, self.reference) as reference:
-            logps = score(reference, segments).token_logps.sum(dim=1).view(-1, 2)
-        self._reference_cache.update(zip(keys, logps.clone().unbind() if keys else (), strict=True))
+        logps = self._score_reference(segments)
+        self._reference_cache.update(zip(keys, logps.clone().unbind(), strict=True))
+        self._reference_mark = weights_mark(self.policy, self.reference)  # as the forward pass leaves them
         return logps
 
+    def _score_reference(self, segments: Segments) -> Tensor:
+        with reference_mode(self.policy, self.reference) as reference:
+            return score(reference, segments).token_logps.sum(dim=1).view(-1, 2)
+
     def _pair_keys(self, batch: dict[str, Any]) -> list[bytes]:
-        """One key a pair, made of its tokens: data sets and splits cannot be mistaken for each other."""
-        names = [key.removesuffix("_input_ids") for key in self.batch_keys if key.endswith("_input_ids")]
-        sides = [(batch[f"{name}_input_ids"].cpu(), batch[f"{name}_attention_mask"].cpu().bool()) for name in names]
+        """One key a pair, made of its tokens and of those not scored: data sets and splits are never mixed up."""
+        sides = []
+        for name in ("prompt", "chosen", "rejected"):
+            mask = batch[f"{name}_attention_mask"].cpu().bool()
+            sides.append((batch[f"{name}_input_ids"].cpu(), mask))
+            loss_mask = batch.get(f"{name}_loss_mask")
+            sides.append((mask & (mask if loss_mask is None else loss_mask.cpu().bool()), mask))
         keys = []
         for row in range(len(sides[0][0])):
-            parts = [ids[row][mask[row]].tolist() for ids, mask in sides]
+            parts = [values[row][mask[row]].tolist() for values, mask in sides]
             keys.append(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest())
         return keys
 

@@ -243,3 +243,108 @@ def test_an_empty_pair_adds_nothing(make, update, assert_same, tiny_llama, loss)
         return make(loss=loss, beta=0.5, reference=copy.deepcopy(reference), **options)
 
     assert_same(update(build, [batch]), update(build, [longer]))
+
+
+def turns_of_a_user(batch):
+    """Loss masks that leave out what a user said in the middle of each completion."""
+    masks = {f"{name}_loss_mask": batch[f"{name}_attention_mask"].clone() for name in ("chosen", "rejected")}
+    masks["chosen_loss_mask"][:, 1:3] = 0
+    masks["rejected_loss_mask"][:, 2:4] = 0
+    return batch | masks
+
+
+@pytest.fixture
+def long_pairs():
+    batch = pairs()
+    for name in ("chosen", "rejected"):
+        batch[f"{name}_attention_mask"] = torch.ones_like(batch[f"{name}_attention_mask"])
+    return batch
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "ipo"}, {"loss": "sigmoid_norm"}, {"nll_coef": 0.5}])
+def test_only_what_the_policy_wrote_counts(make, train, tiny_llama, long_pairs, options):
+    """Against sums over plain forward passes of whole rows."""
+    reference = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.3)
+    batch = turns_of_a_user(long_pairs)
+    module = make(beta=0.5, reference=copy.deepcopy(reference), optimizer=lambda p: torch.optim.SGD(p, lr=0), **options)
+    metrics = train(module, [copy.deepcopy(batch)]).callback_metrics
+    sums, lengths = {}, {}
+    for side in ("chosen", "rejected"):
+        mask = batch[f"{side}_loss_mask"]
+        lengths[side] = mask.sum(dim=1)
+        for who, model in (("policy", tiny_llama), ("reference", reference)):
+            rows = []
+            for row in range(4):
+                prompt = batch["prompt_input_ids"][row][batch["prompt_attention_mask"][row].bool()]
+                ids = torch.cat([prompt, batch[f"{side}_input_ids"][row]])
+                logps = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+                rows.append((logps[len(prompt) - 1 :] * mask[row]).sum())
+            sums[who, side] = torch.stack(rows).detach()
+    ratios = {side: sums["policy", side] - sums["reference", side] for side in ("chosen", "rejected")}
+    mean = {side: ratios[side] / lengths[side] for side in ratios}
+    expected = {
+        "ipo": (mean["chosen"] - mean["rejected"] - 1.0) ** 2,
+        "sigmoid_norm": -F.logsigmoid(0.5 * (mean["chosen"] - mean["rejected"])),
+        "sigmoid": -F.logsigmoid(0.5 * (ratios["chosen"] - ratios["rejected"])),
+    }[options.get("loss", "sigmoid")]
+    expected = expected - options.get("nll_coef", 0.0) * sums["policy", "chosen"] / lengths["chosen"]
+    assert float(metrics["train/logps/chosen"]) == pytest.approx(float(sums["policy", "chosen"].mean()), abs=1e-4)
+    assert float(metrics["train/logps/rejected"]) == pytest.approx(float(sums["policy", "rejected"].mean()), abs=1e-4)
+    assert float(metrics["train/loss"]) == pytest.approx(float(expected.mean()), abs=1e-4)
+
+
+def test_means_over_tokens_leave_out_what_the_policy_did_not_write(make, train, long_pairs):
+    """Accuracy and entropy of the scored tokens; the number of tokens is that of all."""
+    off = {"optimizer": lambda p: torch.optim.SGD(p, lr=0)}
+    plain = train(make(**off), [copy.deepcopy(long_pairs)]).callback_metrics
+    masked = train(make(**off), [turns_of_a_user(copy.deepcopy(long_pairs))]).callback_metrics
+    assert float(masked["train/entropy"]) != float(plain["train/entropy"])
+    assert float(masked["train/num_tokens"]) == float(plain["train/num_tokens"])
+    ones = {f"{name}_loss_mask": torch.ones_like(long_pairs[f"{name}_attention_mask"]) for name in ("chosen",)}
+    same = train(make(**off), [copy.deepcopy(long_pairs) | ones]).callback_metrics
+    assert {k: float(v) for k, v in same.items()} == {k: float(v) for k, v in plain.items()}
+
+
+def test_a_loss_mask_beyond_the_tokens_is_refused(make, train):
+    batch = pairs()
+    batch["rejected_loss_mask"] = torch.ones_like(batch["rejected_attention_mask"])
+    batch["rejected_attention_mask"][2, 4:] = 0
+    batch["rejected_loss_mask"][:2] = batch["rejected_loss_mask"][3:] = 0
+    batch["rejected_attention_mask"][2, :4] = 1
+    with pytest.raises(ValueError, match="rejected_loss_mask marks token 4 of row 2, which does not exist"):
+        train(make(), [batch])
+
+
+def test_the_cache_tells_loss_masks_apart(make, train, long_pairs):
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0), "cache_reference": True}
+    module = make(**still)
+    train(module, [copy.deepcopy(long_pairs), turns_of_a_user(copy.deepcopy(long_pairs))])
+    assert len(module._reference_cache) == 8
+    metrics = train(module, [turns_of_a_user(copy.deepcopy(long_pairs))]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "replaced"])
+def test_the_cache_ends_with_the_references_weights(make, train, tiny_llama, change):
+    other = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.2)
+
+    def second_loss(cache):
+        module = make(beta=0.5, cache_reference=cache, optimizer=lambda p: torch.optim.SGD(p, lr=0))
+        train(module, [pairs()])
+        if change == "load_state_dict":
+            module.reference.load_state_dict(other.state_dict())
+        elif change == "data":  # as a callback does that moves the reference after the policy
+            for mine, new in zip(module.reference.parameters(), other.parameters(), strict=True):
+                mine.data.mul_(0.0).add_(new.data)
+        else:
+            module.reference = copy.deepcopy(other)
+        return float(train(module, [pairs()]).callback_metrics["train/loss"])
+
+    expected = second_loss(False)
+    assert abs(expected - math.log(2)) > 1e-3
+    assert second_loss(True) == pytest.approx(expected, abs=1e-7)

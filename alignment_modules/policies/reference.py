@@ -109,6 +109,28 @@ def reference_mode(policy: nn.Module, reference: nn.Module | None) -> Iterator[n
         yield module
 
 
+def weights_mark(policy: nn.Module, reference: nn.Module | None) -> bytes:
+    """A cheap mark of a reference's weights as they stand: another one where they were changed or replaced.
+
+    Made of each tensor's address and version counter, and, since a write to `.data` counts no version, of a sample of
+    its values. For comparing a module with itself; `fingerprint` compares two.
+
+    Args:
+        policy: The policy.
+        reference: What `build_reference` gave; None stands for the policy's frozen part.
+    """
+    if reference is None:
+        tensors = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    else:
+        tensors = [*reference.parameters(), *reference.buffers()]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in local]
+    floats = [t.detach() for t in local if t.is_floating_point() and t.numel()]
+    parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
+    sample = torch.cat(parts).cpu().numpy().tobytes() if parts else b""
+    return hashlib.blake2b(repr(state).encode() + sample, digest_size=16).digest()
+
+
 def disable_dropout(policy: nn.Module) -> None:
     """Makes log-probabilities a function of weights and tokens alone (eval mode), and keeps the policy trainable.
 

@@ -195,6 +195,8 @@ class Segments:
         chosen_mask: Tensor,
         rejected_ids: Tensor,
         rejected_mask: Tensor,
+        chosen_loss_mask: Tensor | None = None,
+        rejected_loss_mask: Tensor | None = None,
     ) -> Segments:
         """Builds the segments of preference pairs; output rows alternate chosen and rejected, `[2 * pairs, time]`.
 
@@ -205,9 +207,12 @@ class Segments:
             chosen_mask: `[pairs, chosen_time]`.
             rejected_ids: `[pairs, rejected_time]`, the completion alone.
             rejected_mask: `[pairs, rejected_time]`.
+            chosen_loss_mask: `[pairs, chosen_time]`, nonzero where a chosen token is to be scored; None: all that
+                exist. What is not scored stays in the context of what is.
+            rejected_loss_mask: `[pairs, rejected_time]`, likewise.
 
         Raises:
-            ValueError: If shapes do not fit together.
+            ValueError: If shapes do not fit together, or a loss mask marks a token that does not exist.
         """
         width = max(chosen_ids.shape[1], rejected_ids.shape[1])
 
@@ -215,8 +220,16 @@ class Segments:
             sides = [torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (chosen, rejected)]
             return torch.stack(sides, dim=1).flatten(0, 1)
 
+        targets = None
+        if chosen_loss_mask is not None or rejected_loss_mask is not None:
+            targets = paired(
+                chosen_mask if chosen_loss_mask is None else _check_loss_mask("chosen", chosen_loss_mask, chosen_mask),
+                rejected_mask
+                if rejected_loss_mask is None
+                else _check_loss_mask("rejected", rejected_loss_mask, rejected_mask),
+            )
         return cls.from_prompts(
-            prompt_ids, prompt_mask, paired(chosen_ids, rejected_ids), paired(chosen_mask, rejected_mask)
+            prompt_ids, prompt_mask, paired(chosen_ids, rejected_ids), paired(chosen_mask, rejected_mask), targets
         )
 
     @property
@@ -277,6 +290,18 @@ def _check_shape(name: str, value: Tensor, like: Tensor | None) -> Tensor:
     if like is not None and value.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected its token ids' shape {tuple(like.shape)}")
     return value
+
+
+def _check_loss_mask(side: str, loss_mask: Tensor, mask: Tensor) -> Tensor:
+    """Refuses a loss mask that does not lie within the mask of the tokens that exist."""
+    stray = (_check_shape(f"{side}_loss_mask", loss_mask, mask) != 0) & (mask == 0)
+    if stray.any():
+        row, column = stray.nonzero()[0].tolist()
+        raise ValueError(
+            f"{side}_loss_mask marks token {column} of row {row}, which does not exist: {side}_attention_mask is 0 "
+            "there; only tokens that exist can be scored"
+        )
+    return loss_mask
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -188,3 +188,16 @@ def test_shapes_that_do_not_fit_are_named():
         Segments.from_prompts(ids, ids, ids, ids[:1])
     with pytest.raises(ValueError, match="3 rows, which is not a multiple of the 2 rows"):
         Segments.from_prompts(ids, ids, ids.new_zeros(3, 4), ids.new_zeros(3, 4))
+
+
+def test_what_is_not_scored_stays_in_the_context():
+    ones = torch.ones(1, 3)
+    prompt, chosen, rejected = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]]), torch.tensor([[7, 8, 9]])
+    scored = torch.tensor([[1, 0, 1]])
+    segments = Segments.from_pairs(prompt, ones, chosen, ones, rejected, ones, rejected_loss_mask=scored)
+    assert contents(segments) == {
+        0: ((1, 2, 3), 4), 1: ((1, 2, 3, 4), 5), 2: ((1, 2, 3, 4, 5), 6),
+        3: ((1, 2, 3), 7), 5: ((1, 2, 3, 7, 8), 9),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="chosen_loss_mask has shape"):
+        Segments.from_pairs(prompt, ones, chosen, ones, rejected, ones, torch.ones(1, 2))

@@ -32,6 +32,8 @@ class CheckpointContract(L.LightningModule):
     _loss_scale: Tensor | None
     _train_meters: Meters
     _stepped: bool
+    batch_cut_short: bool = False
+    """Whether `max_steps` was reached with steps of the last batch still to take."""
     _settled_meters: Meters | None = None
     _restored: dict[str, Any] | None = None
 
@@ -59,6 +61,7 @@ class CheckpointContract(L.LightningModule):
             "window": self._open_window() if position == "open" else None,
             "meters": per_rank(self.trainer, (meters or Meters()).state_dict()),
             "unlogged_step": self._stepped and position != "rewound",
+            "batch_cut_short": self.batch_cut_short,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -66,7 +69,8 @@ class CheckpointContract(L.LightningModule):
 
         Raises:
             ValueError: If the checkpoint was not written by this paradigm, or a fit resumes from it and its reference
-                had other weights or the command line now names another optimizer.
+                had other weights, the command line now names another optimizer, or `max_steps` ended that run in the
+                middle of a batch.
         """
         entry = checkpoint.get(_KEY)
         found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
@@ -83,6 +87,7 @@ class CheckpointContract(L.LightningModule):
                 "`policy`) as in the first run"
             )
         if resumes:
+            self._check_batch_is_whole(entry, checkpoint["global_step"])
             self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
         self._restored = entry
@@ -91,6 +96,7 @@ class CheckpointContract(L.LightningModule):
     def on_train_start(self) -> None:
         """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
         take_up(self.trainer)
+        self.batch_cut_short = False
         entry, self._restored = self._restored or {}, None
         meters = entry.get("meters")
         if meters is not None and len(meters) == self.trainer.world_size:
@@ -147,6 +153,16 @@ class CheckpointContract(L.LightningModule):
                 "that wrote the checkpoint."
             )
         return super().load_state_dict(whole, strict=strict, assign=assign)
+
+    def _check_batch_is_whole(self, entry: dict[str, Any], step: int) -> None:
+        """Refuses to go on in the middle of a batch, whose samples are gone."""
+        if entry.get("batch_cut_short") and not 0 <= self.trainer.max_steps <= step:
+            raise ValueError(
+                f"{self._checkpoint_name()} cannot be continued exactly: max_steps={step} ended its run with optimizer "
+                f"steps of the last batch still to take, and the samples they need are gone. Resume from an earlier "
+                "checkpoint, or start a new run with the exported folder as `policy`; a max_steps at the end of a "
+                f"batch can be extended ({getattr(self, 'optimizer_steps_per_batch', 1)} steps a batch)"
+            )
 
     def _keep_typed_optimizer(self, checkpoint: dict[str, Any]) -> None:
         """Lets the optimizer options of the command line win over those that its saved state would bring back."""

@@ -119,6 +119,7 @@ class GRPOModule(OnlineModule):
                 if number >= largest:  # a last, shorter batch: no rank has anything left
                     break
                 if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
+                    self.batch_cut_short = True
                     return
                 minibatch = replace(part, on_policy=rollout.on_policy)
                 self.optimizer_step_over(minibatch.micro_batches(self.micro_batch_size), minibatch.empty())

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from alignment_modules.rewards import verifiers
 from alignment_modules.rewards.model import SequenceClassifier
 from alignment_modules.rewards.protocol import RewardError, RewardTable
 
@@ -29,7 +30,8 @@ class RewardSet:
 
     Args:
         rewards: Each a callable (see `RewardFunction`); or the import path of one, e.g. "my_package.rewards.brevity" (a
-            class is instantiated without arguments); or a folder or hub id of a sequence-classification model.
+            class is instantiated without arguments); or a folder or hub id of a sequence-classification model; or the
+            name of one of this package's verifiers.
         weights: One factor per reward; None: all 1.
 
     Raises:
@@ -53,9 +55,11 @@ class RewardSet:
         self.names: tuple[str, ...] = _unique_names([_name(function) for function in self.functions])
         weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(self.functions):
-            raise ValueError(f"weights={weights} must hold one factor for each of the {len(self.functions)} rewards")
-        if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"weights={weights} must be finite")
+            raise ValueError(
+                f"reward_weights={weights} must hold one factor for each of the {len(self.functions)} rewards"
+            )
+        if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+            raise ValueError(f"reward_weights={weights} must be finite and not all 0")
         self.weights: tuple[float, ...] = tuple(weights)
         self._wanted = [_wanted(function, name) for function, name in zip(self.functions, self.names, strict=True)]
 
@@ -178,12 +182,16 @@ def _resolve(reward: Any, row: int) -> Callable[..., Any]:
     if isinstance(reward, str):
         if Path(reward).expanduser().is_dir():
             return SequenceClassifier(reward)
-        if _IMPORT_PATH.fullmatch(reward):
+        if getattr(verifier := getattr(verifiers, reward, None), "__module__", "") == verifiers.__name__:
+            reward = verifier
+        elif _IMPORT_PATH.fullmatch(reward):
             reward = _import(reward, label)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", reward):
             return SequenceClassifier(reward)
         else:
-            raise ValueError(f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name'")
+            raise ValueError(
+                f"{label} is neither a folder, a hub id, an import path such as 'package.module.name', nor one of this library"
+            )
     if inspect.isclass(reward):
         try:
             reward = reward()

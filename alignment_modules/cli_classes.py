@@ -72,7 +72,7 @@ def choices(option: str) -> list[type]:
 def subclasses(bases: Iterable[type]) -> list[type]:
     """All known subclasses that have a public name and are more than bases of others."""
     found: dict[type, None] = {}
-    waiting = [child for base in bases if base.__name__ != "Module" for child in base.__subclasses__()]
+    waiting: list[type] = [child for base in bases if base.__name__ != "Module" for child in base.__subclasses__()]
     while waiting:
         current = waiting.pop(0)
         if current not in found:

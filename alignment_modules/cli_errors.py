@@ -331,7 +331,7 @@ def _find(value: str, name: str) -> str:
     if nested:
         return nested[2] if nested[1].rpartition(".")[2] == name else ""
     try:
-        return _search(ast.literal_eval(value), name)
+        return _search(ast.literal_eval(value), name) or ("" if "class_path" in value else value)
     except (ValueError, SyntaxError):
         plain = re.match(r"[\w(){}\[\]]+\(", value)
         return "" if plain else value

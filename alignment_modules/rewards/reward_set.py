@@ -33,6 +33,7 @@ class RewardSet:
             class is instantiated without arguments); or a folder or hub id of a sequence-classification model; or the
             name of one of this package's verifiers.
         weights: One factor per reward; None: all 1.
+        option: What errors call `rewards`.
 
     Raises:
         ValueError: If a reward cannot be found or called, or the weights do not fit the rewards.
@@ -46,12 +47,19 @@ class RewardSet:
         (('brevity', 'exact_match'), [9.5, -1.5])
     """
 
-    def __init__(self, rewards: Sequence[Callable[..., Any] | str], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[Callable[..., Any] | str],
+        weights: Sequence[float] | None = None,
+        option: str = "rewards",
+    ) -> None:
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
         if not rewards:
             raise ValueError("rewards=[] must hold at least one reward")
-        self.functions: list[Callable[..., Any]] = [_resolve(reward, row) for row, reward in enumerate(rewards)]
+        self.functions: list[Callable[..., Any]] = [
+            _resolve(reward, f"{option}[{row}]") for row, reward in enumerate(rewards)
+        ]
         self.names: tuple[str, ...] = _unique_names([_name(function) for function in self.functions])
         weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(self.functions):
@@ -177,8 +185,8 @@ class _Rows:
         return {name: self[name] for name in names if name in self.given}
 
 
-def _resolve(reward: Any, row: int) -> Callable[..., Any]:
-    label = f"rewards[{row}]={reward!r}"
+def _resolve(reward: Any, place: str) -> Callable[..., Any]:
+    label = f"{place}={reward!r}"
     if isinstance(reward, str):
         if Path(reward).expanduser().is_dir():
             return SequenceClassifier(reward)
@@ -190,7 +198,8 @@ def _resolve(reward: Any, row: int) -> Callable[..., Any]:
             return SequenceClassifier(reward)
         else:
             raise ValueError(
-                f"{label} is neither a folder, a hub id, an import path such as 'package.module.name', nor one of this library"
+                f"{label} is neither a folder, a hub id, a verifier of this library, nor an import path such as "
+                "'package.module.name'"
             )
     if inspect.isclass(reward):
         try:

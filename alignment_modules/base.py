@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
+from alignment_modules.functional.ranges import check_options
 from alignment_modules.objective import Meters, Objective, Statistic
 from alignment_modules.optimization import bind_total_steps, parameter_groups
 from alignment_modules.policies.export import export_policy
@@ -59,6 +60,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         tokenizer: str | object | None = None,
         evaluation: EvaluationConfig | None = None,
     ) -> None:
+        check_options(AlignmentModule.__init__, locals())
         super().__init__()
         self.save_hyperparameters(ignore=_given_objects(inspect.currentframe()))
         self.policy = build_policy(policy)
@@ -67,7 +69,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.evaluation = evaluation or EvaluationConfig()
-        self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()])
+        self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()], option="evaluation.verifier")
         self._train_meters = Meters()
         self._eval_meters: dict[int, Meters] = {}
         self._window_weight: Tensor | float = 0.0

@@ -7,21 +7,31 @@ that matters is picked out of that and completed with what would have been accep
 import ast
 import difflib
 import importlib
-import inspect
 import re
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
+
+from alignment_modules.cli_classes import (
+    BASES,
+    bases_of,
+    choices,
+    import_path,
+    know_short_names,
+    last,
+    option_names,
+    path_of,
+    subclasses,
+)
+from alignment_modules.cli_hints import instead
+from alignment_modules.functional.ranges import describe
 
 _LONGEST = 300  # characters of a value or of a list of what is allowed
 
@@ -47,6 +57,7 @@ class AlignArgumentParser(LightningArgumentParser):
     """Parser whose errors take a few lines. Options must be written out: an abbreviation may become ambiguous later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        know_short_names()
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self._given: list[str] = []
 
@@ -68,7 +79,16 @@ class AlignArgumentParser(LightningArgumentParser):
         if not isinstance(given, list | tuple):  # Lightning also takes a dictionary or a Namespace
             return super().parse_args(args, *more, **keywords)
         self._given = [str(argument) for argument in given]
+        self._refuse_bases()
         return super().parse_args(_name_plateau(self._given), *more, **keywords)
+
+    def _refuse_bases(self) -> None:
+        bases = {name: base for base in BASES for name in (base.__name__, path_of(base))}
+        for before, argument in pairwise(["", *self._given]):
+            option, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+            if option.startswith("--") and not option.endswith("help") and value in bases:
+                classes = [c.__name__ for c in choices(option.lstrip("-")) if issubclass(c, bases[value])]
+                self.error(f"{option}={value}: only a base of other classes; choose one of them{_allowed(classes)}")
 
     def parse_path(self, path: Any, *more: Any, **keywords: Any) -> Any:
         """Reads a configuration file; a file that holds no options is refused by its name."""
@@ -147,7 +167,8 @@ def explain(parser: ArgumentParser, message: str) -> str:
         options = [option for option in parser._option_string_actions if option.startswith("--")]
         name = given.split("=")[0].split(" ")[0]
         hint = _close(name, options) if name.startswith("--") else "; every option starts with --"
-        return f"{_cut(given)}: there is no such option{hint}"
+        other = instead(name) if name.startswith("--") else None
+        return f"{_cut(given)}: there is no such option{f'; use --{other}' if other else hint}"
     causes, value = _read(message)
     if not causes:
         return message
@@ -156,7 +177,7 @@ def explain(parser: ArgumentParser, message: str) -> str:
     return (
         _option_error(parser, cause, value)
         or _class_error(parser, cause, value)
-        or _type_error(peers, value)
+        or _type_error(parser, peers, value)
         or message
     )
 
@@ -227,7 +248,7 @@ def _weight(text: str) -> int:
 
 def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
     unknown, required = _NO_OPTION.match(cause.text), _REQUIRED.match(cause.text)
-    owner = _last(cause.owner)
+    owner = last(cause.owner)
     more = f"\n  help: {_program(parser)} --{cause.keys[0]}.help {owner}" if owner and len(cause.keys) == 1 else ""
     if required:
         names = [".".join([*cause.keys, name]) for name in required[1].split(", ")]
@@ -237,17 +258,24 @@ def _option_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | No
         return None
     name = unknown[1] or unknown[2]
     if owner:
-        options = _options(_import(cause.owner))
+        options = option_names(import_path(cause.owner))
         name = name if name in options else re.sub(r"\.(class_path|init_args)\b.*", "", name)
-        first, last = name.partition(".")[0], _last(name)
+        first, final = name.partition(".")[0], last(name)
         where, said = ".".join([*cause.keys, name]), f"{owner} has no option {first!r}"
-        return f"--{where}{_shown(_find(value, last))}: {said}{_close(first, options)}{_allowed(options)}{more}"
+        if owner == "LightningDataModule":  # --data itself was forgotten
+            classes = [c.__name__ for c in choices("data")]
+            said = f"name the data module first, such as --data SFTDataModule{_allowed(classes)}"
+            return f"--{where}{_shown(_find(value, final))}: {said}"
+        other = None if first in options or _close(first, options) else instead(where)
+        hint = f"; use --{other}" if other else _close(first, options)
+        return f"--{where}{_shown(_find(value, final))}: {said}{hint}{_allowed(options)}{more}"
     siblings = [action.dest for action in parser._actions]
     parent = name.rpartition(".")[0]
     options = [dest for dest in siblings if dest.rpartition(".")[0] == parent and not dest.endswith("help")]
     options = [dest.rpartition(".")[2] for dest in options]
     said = f"there is no such option{f' of {parent}' if parent else ''}"
-    return f"--{name}: {said}{_close(name.rpartition('.')[2], options)}{_allowed(options)}"
+    other, close = instead(name), _close(last(name), options)
+    return f"--{name}: {said}{f'; use --{other}' if other and not close else close}{_allowed(options)}"
 
 
 def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | None:
@@ -267,28 +295,31 @@ def _class_error(parser: ArgumentParser, cause: _Cause, value: str) -> str | Non
     if not (path or subclass):
         return None
     given = path[1] if path else _find(value, cause.keys[-1])
-    bases = _bases(_typehint(parser, cause)) - {torch.Tensor}
+    bases = bases_of(_typehint(parser, cause))
     if not bases and path:  # a number, say: no class was asked for
         return None
-    classes = sorted(_subclasses(bases), key=str.lower)
+    classes = sorted(map(path_of, subclasses(bases)), key=str.lower)
     wanted = f"a subclass of {subclass[1]}" if subclass else "a class that this option takes"
-    close = _close(_last(given), map(_last, classes))
+    close = _close(last(given), map(last, classes))
     # Ours where there are any, else those that come with the base class; not what other packages derive from it.
     at_home = {base.__module__.partition(".")[0] for base in bases}
     for packages in ({"alignment_modules", "datamodules"}, at_home):
-        names = [_last(path) for path in classes if path.partition(".")[0] in packages]
+        names = [last(path) for path in classes if path.partition(".")[0] in packages]
         if names:
             break
     return f"{option}{_shown(given)}: not the name or import path of {wanted}{close}{_allowed(names)}"
 
 
-def _type_error(causes: list[_Cause], value: str) -> str | None:
+def _type_error(parser: ArgumentParser, causes: list[_Cause], value: str) -> str | None:
     matches = [match for cause in causes if not _NO_PATH.match(cause.text) and (match := _TYPE.match(cause.text))]
     if not matches:
         cause = causes[0]
         return f"--{'.'.join(cause.keys)}: {cause.text}" if len(causes) == 1 and cause.keys else None
     keys = causes[0].keys
     given = next((match[2] for match in matches if match[2]), None) or _find(value, keys[-1] if keys else "")
+    typehint = _typehint(parser, causes[0])
+    if "Range(" in str(typehint):
+        return f"--{'.'.join(keys)}{_shown(given)}: must be {describe(typehint)}"
     kinds = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", match[1]).replace("NoneType", "null") for match in matches]
     kinds = [re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", kind) for kind in dict.fromkeys(kinds)]
     return f"--{'.'.join(keys)}{_shown(given)}: must be {' or '.join(kinds)}"
@@ -300,7 +331,7 @@ def _find(value: str, name: str) -> str:
     if nested:
         return nested[2] if nested[1].rpartition(".")[2] == name else ""
     try:
-        return _search(ast.literal_eval(value), name)
+        return _search(ast.literal_eval(value), name) or ("" if "class_path" in value else value)
     except (ValueError, SyntaxError):
         plain = re.match(r"[\w(){}\[\]]+\(", value)
         return "" if plain else value
@@ -320,62 +351,14 @@ def _program(parser: ArgumentParser) -> str:
     return parser.prog.replace(" [options]", "")
 
 
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _options(owner: Any) -> list[str]:
-    """Names of the options of a class; an optimizer's parameters, which come later, are none."""
-    if not inspect.isclass(owner):
-        return list(inspect.signature(owner).parameters)
-    return ArgumentParser(exit_on_error=False).add_class_arguments(
-        owner, fail_untyped=False, skip={1} if _takes_parameters(owner) else None
-    )
-
-
-def _takes_parameters(owner: type) -> bool:
-    return next(iter(inspect.signature(owner).parameters), "") in ("params", "optimizer")
-
-
 def _typehint(parser: ArgumentParser, cause: _Cause) -> Any:
     if cause.owner and len(cause.keys) > 1:
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(_import(cause.owner), fail_untyped=False)
+        parser.add_class_arguments(import_path(cause.owner), fail_untyped=False)
         wanted = cause.keys[-1]
     else:
         wanted = cause.keys[0]
     return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == wanted), None)
-
-
-def _bases(typehint: Any) -> set[type]:
-    """The classes in a type; of a callable, those in what it returns."""
-    if inspect.isclass(typehint) and typing.get_origin(typehint) is None:
-        return set() if typehint.__module__ in ("builtins", "collections.abc") else {typehint}
-    arguments = typing.get_args(typehint)
-    if typing.get_origin(typehint) not in (typing.Union, types.UnionType, list):
-        arguments = arguments[-1:]
-    return set().union(*(_bases(argument) for argument in arguments if argument is not typehint))
-
-
-def _subclasses(bases: Iterable[type]) -> set[str]:
-    """Import paths of all known subclasses that have a public name."""
-    found = set[type]()
-    waiting: list[type] = []
-    for base in bases:
-        waiting.extend(() if base.__name__ == "Module" else base.__subclasses__())
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting.extend(current.__subclasses__())
-    return {
-        f"{c.__module__}.{c.__name__}" for c in found if not c.__name__.startswith("_") and not inspect.isabstract(c)
-    }
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def _close(name: str, names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional import (
     ADVANTAGE_SCALES,
+    KL_ESTIMATORS,
     LOSS_REDUCTIONS,
     aggregate,
     check_policy_gradient_options,
@@ -18,6 +19,7 @@ from alignment_modules.functional import (
     policy_gradient_loss,
     validate_kl_placement,
 )
+from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.online import OnlineModule
@@ -82,6 +84,7 @@ class GRPOModule(OnlineModule):
         **online: Any,
     ) -> None:
         check_options(GRPOModule.__init__, locals())
+        check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
         check_policy_gradient_options(
             loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, importance_level=importance_level
         )

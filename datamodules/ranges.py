@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -88,6 +88,8 @@ def describe(hint: Any) -> str:
         return " or ".join(map(describe, arguments))
     if origin is Literal:
         return " or ".join(map(repr, arguments))
+    if origin is Callable:
+        return "a callable"
     if origin is list:
         return f"a list of {describe(arguments[0])}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
@@ -105,6 +107,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is list:
         return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
+    if origin is Callable:
+        return callable(value)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if hint is str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from alignment_modules.rewards import verifiers
 from alignment_modules.rewards.calling import compute
 from alignment_modules.rewards.model import SequenceClassifier
 from alignment_modules.rewards.protocol import RewardError, RewardTable
@@ -28,8 +29,10 @@ class RewardSet:
 
     Args:
         rewards: Each a callable (see `RewardFunction`); or the import path of one, e.g. "my_package.rewards.brevity" (a
-            class is instantiated without arguments); or a folder or hub id of a sequence-classification model.
+            class is instantiated without arguments); or a folder or hub id of a sequence-classification model; or the
+            name of one of this package's verifiers.
         weights: One factor per reward; None: all 1.
+        option: What errors call `rewards`.
 
     Raises:
         ValueError: If a reward cannot be found or called, or the weights do not fit the rewards.
@@ -43,18 +46,27 @@ class RewardSet:
         (('brevity', 'exact_match'), [9.5, -1.5])
     """
 
-    def __init__(self, rewards: Sequence[Callable[..., Any] | str], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[Callable[..., Any] | str],
+        weights: Sequence[float] | None = None,
+        option: str = "rewards",
+    ) -> None:
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
         if not rewards:
             raise ValueError("rewards=[] must hold at least one reward")
-        self.functions: list[Callable[..., Any]] = [_resolve(reward, row) for row, reward in enumerate(rewards)]
+        self.functions: list[Callable[..., Any]] = [
+            _resolve(reward, f"{option}[{row}]") for row, reward in enumerate(rewards)
+        ]
         self.names: tuple[str, ...] = _unique_names([_name(function) for function in self.functions])
         weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(self.functions):
-            raise ValueError(f"weights={weights} must hold one factor for each of the {len(self.functions)} rewards")
-        if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"weights={weights} must be finite")
+            raise ValueError(
+                f"reward_weights={weights} must hold one factor for each of the {len(self.functions)} rewards"
+            )
+        if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+            raise ValueError(f"reward_weights={weights} must be finite and not all 0")
         self.weights: tuple[float, ...] = tuple(weights)
         self._wanted = [_wanted(function, name) for function, name in zip(self.functions, self.names, strict=True)]
 
@@ -181,17 +193,22 @@ class _Rows:
         return {name: self[name] for name in names if name in self.given}
 
 
-def _resolve(reward: Any, row: int) -> Callable[..., Any]:
-    label = f"rewards[{row}]={reward!r}"
+def _resolve(reward: Any, place: str) -> Callable[..., Any]:
+    label = f"{place}={reward!r}"
     if isinstance(reward, str):
         if Path(reward).expanduser().is_dir():
             return SequenceClassifier(reward)
-        if _IMPORT_PATH.fullmatch(reward):
+        if getattr(verifier := getattr(verifiers, reward, None), "__module__", "") == verifiers.__name__:
+            reward = verifier
+        elif _IMPORT_PATH.fullmatch(reward):
             reward = _import(reward, label)
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", reward):
             return SequenceClassifier(reward)
         else:
-            raise ValueError(f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name'")
+            raise ValueError(
+                f"{label} is neither a folder, a hub id, a verifier of this library, nor an import path such as "
+                "'package.module.name'"
+            )
     if inspect.isclass(reward):
         try:
             reward = reward()

@@ -52,6 +52,7 @@ class ExactMatch:
     def __init__(
         self, column: str = "answer", strip: bool = True, ignore_case: bool = False, extract: str | None = None
     ) -> None:
+        check_options(ExactMatch.__init__, locals())
         self.column = column
         self.strip = strip
         self.ignore_case = ignore_case
@@ -111,6 +112,7 @@ class RegexMatch:
     name = "regex_match"
 
     def __init__(self, pattern: str, full: bool = False) -> None:
+        check_options(RegexMatch.__init__, locals())
         self.pattern = TimedPattern(pattern, "pattern")
         self.full = full
 

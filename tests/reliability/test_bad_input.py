@@ -28,6 +28,38 @@ CASES = {
         ["align fit: error", "--model.betta=0.3", "DPOModule has no option", "did you mean 'beta'?", "label_smoothing"],
         PARSING,
     ),
+    "an option's name elsewhere": Case(
+        "sft", ["--lr", "1e-4"], ["--lr 1e-4: there is no such option; use --model.optimizer.lr\n"], PARSING
+    ),
+    "an optimizer's option by another name": Case(
+        "sft",
+        ["--model.optimizer.learning_rate", "1"],
+        ["--model.optimizer.learning_rate=1: AdamW has no option 'learning_rate'; use --model.optimizer.lr\n"],
+        PARSING,
+    ),
+    "a data module's option by another name": Case(
+        "sft",
+        ["--data.max_seq_length", "9"],
+        ["--data.max_seq_length=9: SFTDataModule has no option", "did you mean 'max_length'?"],
+        PARSING,
+    ),
+    "the batch size by another name": Case(
+        "sft", ["--per_device_train_batch_size=4"], ["there is no such option; use --data.batch_size\n"], PARSING
+    ),
+    "a base class of modules": Case(
+        "sft", ["--model", "OnlineModule"], ["--model=OnlineModule: only a base", "allowed: GRPOModule\n"], PARSING
+    ),
+    "a base class of schedules": Case(
+        "sft", ["--model.lr_scheduler=Schedule"], ["--model.lr_scheduler=Schedule: only a base", "Cosine"], PARSING
+    ),
+    "not a number": Case("dpo", ["--model.beta", ".nan"], ["beta=nan must be a finite number > 0"]),
+    "a number that is null": Case("dpo", ["--model.beta", "null"], ["beta=None must be a finite number > 0"]),
+    "more workers than any machine has": Case(
+        "sft", ["--data.num_workers", "1e20"], ["num_workers", "must be an integer from 0 to 1024"]
+    ),
+    "weights that are all zero": Case(
+        "grpo", ["--model.reward_weights", "[0]"], ["reward_weights=[0.0] must be finite and not all 0"]
+    ),
     "unknown option in a file": Case(
         "dpo", ["-c", "bad/option.yaml"], ["--model.betta=0.3", "DPOModule", "'beta'", "label_smoothing"], PARSING
     ),
@@ -61,13 +93,13 @@ CASES = {
     "no number in a schedule": Case(
         "sft",
         ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup_steps", "few"],
-        ["--model.lr_scheduler.warmup_steps=few: must be int\n"],
+        ["--model.lr_scheduler.warmup_steps=few: must be an integer from 0"],
         PARSING,
     ),
     "no number deep in the policy": Case(
         "sft",
         ["--model.policy.path", "policy", "--model.policy.lora.r", "few"],
-        ["--model.policy.lora.r=few: must be int\n"],
+        ["--model.policy.lora.r=few: must be an integer from 1"],
         PARSING,
     ),
     "a schedule without what it needs": Case(
@@ -131,7 +163,7 @@ CASES = {
         ["--model.rewards=alignment_modules.rewards.ExactMach", "did you mean 'ExactMatch'?"],
         PARSING,
     ),
-    "no number": Case("dpo", ["--model.beta", "big"], ["--model.beta=big", "must be float"], PARSING),
+    "no number": Case("dpo", ["--model.beta", "big"], ["--model.beta=big", "must be a finite number > 0"], PARSING),
     "no such choice": Case(
         "grpo", ["--model.kl_placement", "los"], ["--model.kl_placement=los", "'loss', 'reward'"], PARSING
     ),
@@ -425,6 +457,7 @@ def test_bad_input(align, name):
         (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
         ([], ["subcommand", "fit", "align --help"]),
         (["fit"], ["--data", "--model", "required"]),
+        (["fit", "--data.train", "x.jsonl"], ["--data.train=x.jsonl: name the data module", "--data SFTDataModule"]),
         (["fit", "--model", "DPOModule", "--data", "PreferenceDataModule"], ["--model.policy: required by DPOModule"]),
     ],
 )

@@ -5,12 +5,14 @@ by the same code. They need batches of prompts (`prompts` [batch, time] and `pro
 without prompts is measured by the module's own objective instead.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Natural, Positive, Range, Seed, Share, check_options
@@ -35,7 +37,8 @@ class EvaluationConfig:
         min_p: Tokens less likely than this share of the likeliest are dropped; 0 keeps all.
         stop_strings: Completions also end with these strings.
         verifier: A reward, or the import path of one: a completion is correct when it gives 1 or more.
-            None: exact match with the column `answer`. Where it does not apply (None), a completion is not counted.
+            None: exact match with the column `answer`. Where it does not apply (None, NaN), a completion is not
+            counted, but in `frac_not_judged`.
         seed: Seed of the samples.
 
     Raises:
@@ -100,11 +103,16 @@ class GenerationSteps(L.LightningModule):
         if "prompts" not in batch:
             self.evaluate_objective(batch, dataloader_idx)
             return
+        self.check_columns(self.verifier, batch)
         batch = self._indexed(batch)
         config = self.evaluation
         greedy = self.generate(batch, self.evaluation_parameters(greedy=True), seed=config.seed)
         correct, applies = self._correct(batch, greedy, 1)
-        statistics = {"exact_match": Statistic(correct.sum(), applies.sum()), **length_statistics(greedy)}
+        statistics = {
+            "exact_match": Statistic(correct.sum(), applies.sum()),
+            "frac_not_judged": Statistic((~applies).sum(), float(applies.numel())),
+            **length_statistics(greedy),
+        }
         if config.num_samples:
             samples = self.generate(
                 batch, self.evaluation_parameters(), num_samples=config.num_samples, seed=config.seed
@@ -116,26 +124,34 @@ class GenerationSteps(L.LightningModule):
         self.record_evaluation(statistics, dataloader_idx)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`."""
+        """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.
+
+        A reward is None where the verifier does not apply.
+        """
         if "prompts" not in batch:
             raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
         batch = self._indexed(batch)
         config, samples = self.evaluation, max(self.evaluation.num_samples, 1)
+        columns = _columns(batch) | {"prompt": given_prompts(self.tokenizer, batch)}
+        scored = bool(config.num_samples and (config.verifier or "answer" in columns))
+        if scored:
+            self.check_columns(self.verifier, batch)
+        elif config.num_samples and batch_idx == 0:
+            rank_zero_info("predict: the rows have no column 'answer', so their completions are not scored")
         completions = self.generate(
             batch, self.evaluation_parameters(greedy=not config.num_samples), num_samples=samples, seed=config.seed
         )
         texts = self.decode(completions)
         rows: list[dict[str, Any]] = [{"index": index} for index in batch["index"]] if "index" in batch else []
-        columns = _columns(batch) | {"prompt": given_prompts(self.tokenizer, batch)}
         rows = rows or [{} for _ in columns["prompt"]]
         for number, row in enumerate(rows):
             row.update({name: values[number] for name, values in columns.items()})
             own = texts[number * samples : (number + 1) * samples]
             row.update({"completions": own} if config.num_samples else {"completion": own[0]})
-        if config.num_samples and (config.verifier or "answer" in columns):
+        if scored:
             table, _ = self.judge(self.verifier, batch, completions, samples)
             for row, rewards in zip(rows, table.total.view(-1, samples).tolist(), strict=True):
-                row["rewards"] = rewards
+                row["rewards"] = [None if math.isnan(reward) else reward for reward in rewards]
         return rows
 
     def _correct(self, batch: Mapping[str, Any], completions: Completions, samples: int) -> tuple[Tensor, Tensor]:
@@ -207,6 +223,14 @@ class GenerationSteps(L.LightningModule):
         """Ids that end a completion in the data trained on, such as the chat template's end of turn."""
         return tuple(getattr(getattr(self._trainer, "datamodule", None), "stop_token_ids", ()))
 
+    def check_columns(self, rewards: RewardSet, batch: Mapping[str, Any]) -> None:
+        """Checks before anything is generated that the batch has the columns that the rewards ask for.
+
+        Raises:
+            RewardError: If one is missing.
+        """
+        rewards.check_columns(_columns(batch).keys())
+
     def judge(
         self, rewards: RewardSet, batch: Mapping[str, Any], completions: Completions, num_samples: int
     ) -> tuple[RewardTable, list[str]]:
@@ -231,11 +255,13 @@ class GenerationSteps(L.LightningModule):
         return table, texts
 
     def decode(self, completions: Completions) -> list[str]:
-        """The completions as text, without special tokens."""
-        ids, mask = completions.ids.cpu(), completions.mask.cpu()
-        return self.tokenizer.batch_decode(
-            [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)], skip_special_tokens=True
-        )
+        """The completions as text: without padding and the stop token, with all else, such as a special `<think>`."""
+        ids, mask, stops = completions.ids.cpu(), completions.mask.cpu(), set(self.stop_token_ids())
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        for row in rows:
+            while row and row[-1] in stops:
+                row.pop()
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
 
     def evaluation_parameters(self, greedy: bool = False) -> SamplingParameters:
         """How `test` and `predict` sample."""

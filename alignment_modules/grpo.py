@@ -27,6 +27,8 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reference import build_reference, reference_mode
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
+from alignment_modules.rewards import RewardError
+from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.rollout import Rollout
 
 
@@ -51,6 +53,7 @@ class GRPOModule(OnlineModule):
         loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
         scale_rewards: "group", "batch", "none", "leave_one_out" or "mean"; see `group_advantages` for the formulas.
         mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
+            Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **online: Keywords of `OnlineModule` (rewards, reward_weights, num_generations, max_completion_length,
@@ -102,6 +105,7 @@ class GRPOModule(OnlineModule):
         self.num_iterations, self.minibatches, self.micro_batch_size = num_iterations, minibatches, micro_batch_size
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
         self.reference = build_reference(reference, self.policy) if beta else None
+        self._finite: Tensor | bool = True
 
     @property
     def optimizer_steps_per_batch(self) -> int:
@@ -111,6 +115,7 @@ class GRPOModule(OnlineModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Samples and judges, then updates the policy on these samples."""
         started = monotonic()
+        self._finite = True
         rollout = self.roll_out(batch)
         self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
         order = torch.Generator().manual_seed(self.seed + self.global_step)
@@ -130,11 +135,23 @@ class GRPOModule(OnlineModule):
 
     @torch.no_grad()
     def roll_out(self, batch: dict[str, Any]) -> Rollout:
-        """Completions of the batch's prompts with their advantages, old and reference log-probabilities."""
+        """Completions of the batch's prompts with their advantages, old and reference log-probabilities.
+
+        Completions without a reward, and groups with fewer than two with one, are left out of the loss.
+
+        Raises:
+            RewardError: If no completion of any rank has a reward.
+        """
         completions = self.sample_completions(batch)
         rewards, statistics = self.judge_completions(batch, completions)
         statistics |= _group_statistics(rewards)
         prompts, group = rewards.shape
+        judged = ~rewards.isnan()
+        if not int(self.reduce(judged.sum(), "max")):
+            given = isinstance(batch.get("rewards"), Tensor)
+            whose = "the batch's rewards are" if given else f"{', '.join(self.rewards.names)} gave"
+            raise RewardError(f"{self.this_step} has nothing to learn from: {whose} None or NaN for all completions")
+        compared = judged & (judged.sum(dim=1, keepdim=True) >= 2)
         mask = completions.mask.view(prompts, group, -1)
         if self.mask_truncated and not self.stop_token_ids():
             raise ValueError("mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated")
@@ -146,7 +163,7 @@ class GRPOModule(OnlineModule):
             prompt_mask=batch["prompt_attention_mask"].bool(),
             completion_ids=completions.ids.view(prompts, group, -1),
             completion_mask=mask,
-            loss_mask=loss_mask & ~unpredicted,
+            loss_mask=loss_mask & ~unpredicted & compared[..., None],
             advantages=rewards,
             old_logps=completions.token_logps.view(prompts, group, -1),
             on_policy="old_logprobs" not in batch,
@@ -168,7 +185,7 @@ class GRPOModule(OnlineModule):
         return replace(rollout, advantages=advantages)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Advantages [prompts, G] of rewards [prompts, G]; scaling by the batch spans all ranks."""
+        """Advantages [prompts, G] of rewards [prompts, G], 0 where NaN; scaling by the batch spans all ranks."""
         if self.scale_rewards == "batch" and self.trainer.world_size > 1:
             gathered = self.all_gather_ragged(rewards)
             start = sum(len(part) for part in gathered[: self.global_rank])
@@ -179,6 +196,7 @@ class GRPOModule(OnlineModule):
         """The clipped policy-gradient loss of a piece of a rollout, summed as the loss's reduction says."""
         scores = self._score_active(rollout)
         token_logps = scores.token_logps
+        self._finite = self._finite & torch.where(scores.mask, token_logps.detach(), 0.0).isfinite().all()
         mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
         old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
         clipping: dict[str, Any] = {
@@ -204,7 +222,7 @@ class GRPOModule(OnlineModule):
         )
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
-            shares = clip_statistics(token_logps.detach(), old_logps, advantages, mask, **clipping)
+            shares = clip_statistics(token_logps.detach(), old_logps, advantages, scores.mask, **clipping)
             statistics |= {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
             if rollout.on_policy:  # how far decoding and scoring disagree; NaN where the batch brought the responses
@@ -216,6 +234,17 @@ class GRPOModule(OnlineModule):
                     torch.cat([largest, largest.new_full((1,), -torch.inf)]).max(), kind="max"
                 )
         return Objective(total, weight, statistics)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Also refuses to step on log-probabilities that are not finite.
+
+        Raises:
+            NonFiniteLogits: If a piece of the step had some; it names the step.
+        """
+        # The device has nothing left to do here: whether the step has weight was just asked.
+        if not bool(self._finite):
+            raise NonFiniteLogits(_not_finite(self.this_step, "policy"))
+        super().on_before_optimizer_step(optimizer)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
@@ -267,6 +296,8 @@ class GRPOModule(OnlineModule):
                 piece = rollout.select(slice(start, start + size))
                 scored = self._score(model, piece).token_logps
                 results[start : start + size] = scored.view(results[start : start + size].shape)
+        if not bool(results.isfinite().all()):
+            raise NonFiniteLogits(_not_finite(self.this_step, "reference" if reference else "policy"))
         return results
 
     def _score(self, model: nn.Module, rollout: Rollout) -> Scores:
@@ -295,6 +326,10 @@ def _group_statistics(rewards: Tensor) -> dict[str, Statistic]:
         "reward_std": Statistic((squares / (count - 1).clamp(min=1)).sqrt().sum(), groups),
         "frac_reward_zero_std": Statistic(((largest - smallest < 1e-6) & (count > 0)).sum(), groups),
     }
+
+
+def _not_finite(step: str, who: str) -> str:
+    return f"{step}: {who} gave logits that are not finite; its weights or inputs may hold NaN or infinity."
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> Statistic:

@@ -12,8 +12,9 @@ from alignment_modules.evaluation import length_statistics, prompt_texts
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
 from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.objective import Statistic
-from alignment_modules.rewards import RewardSet
-from alignment_modules.rollouts import Completions, SamplingParameters
+from alignment_modules.rewards import RewardError, RewardSet
+from alignment_modules.rollouts import Completions, NonFiniteLogits, SamplingParameters
+from alignment_modules.rollouts.stopping import StopStrings
 
 
 class OnlineModule(ManualOptimizationModule):
@@ -73,13 +74,16 @@ class OnlineModule(ManualOptimizationModule):
         self._rollout_counts: dict[str, Tensor | int] | None = None
 
     def check_batch(self, batch: Any) -> None:
-        """Also checks that what a batch brings of a rollout belongs together.
+        """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.
 
         Raises:
-            ValueError: If a key is missing, or `rewards` or `old_logprobs` come without the `responses` they belong to.
+            ValueError: If a key or column is missing, or `rewards` or `old_logprobs` come without the `responses` they
+                belong to.
         """
         super().check_batch(batch)
         check_given_rollout(batch)
+        if not isinstance(batch.get("rewards"), Tensor):
+            self.check_columns(self.rewards, batch)
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """What the last rollout holds: the prompts' and all completions' tokens, and the completions as samples."""
@@ -94,12 +98,19 @@ class OnlineModule(ManualOptimizationModule):
         self._window_tokens = self._window_tokens + tokens
 
     def sample_completions(self, batch: Mapping[str, Any]) -> Completions:
-        """G completions of each prompt, row-major; the batch's own `responses` where it brings them."""
+        """G completions of each prompt, row-major; the batch's own `responses` where it brings them.
+
+        Raises:
+            ValueError: If the policy's logits are not finite, or the number of responses does not fit the prompts.
+        """
         parameters = self.rollout_parameters()
         if "responses" not in batch:
-            return self.generate(
-                batch, parameters, num_samples=self.num_generations, seed=self.seed, step=self.global_step
-            )
+            try:
+                return self.generate(
+                    batch, parameters, num_samples=self.num_generations, seed=self.seed, step=self.global_step
+                )
+            except NonFiniteLogits as error:
+                raise NonFiniteLogits(f"{self.this_step}: {error}") from error
         ids, mask = batch["responses"], batch["response_mask"].bool()
         prompts = len(batch["prompts"])
         if len(ids) % prompts or len(ids) < 2 * prompts:
@@ -109,30 +120,49 @@ class OnlineModule(ManualOptimizationModule):
             )
         stops = torch.tensor(parameters.stop_token_ids or [-1], device=ids.device)
         old_logps = batch.get("old_logprobs", torch.full(ids.shape, torch.nan, device=ids.device)).float()
-        return Completions(ids, mask, old_logps, ~(torch.isin(ids, stops) & mask).any(dim=1))
+        stopped = (torch.isin(ids, stops) & mask).any(dim=1)
+        if parameters.stop_strings:
+            strings = StopStrings(parameters.stop_strings, self.tokenizer)
+            ended = [strings.ends(row[kept].tolist()) for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+            stopped = stopped | torch.tensor(ended, device=ids.device)
+        return Completions(ids, mask, old_logps, ~stopped)
 
     def judge_completions(
         self, batch: Mapping[str, Any], completions: Completions
     ) -> tuple[Tensor, dict[str, Statistic]]:
-        """Total reward of each completion [prompts, G], float32, and the statistics of each reward by name."""
+        """Total reward of each completion [prompts, G], float32, and the statistics of each reward by name.
+
+        NaN is the total of a completion that no reward applies to.
+
+        Raises:
+            RewardError: If a reward fails; it names the reward and the optimizer step.
+        """
         prompts = len(batch["prompts"])
         group = len(completions.ids) // prompts
         given = batch.get("rewards")
         if isinstance(given, Tensor):  # a list is a column of the data set
             names, values, total, texts = ["given"], given.view(-1, 1).float(), given.float(), None
         else:
-            table, texts = self.judge(self.rewards, batch, completions, group)
+            try:
+                table, texts = self.judge(self.rewards, batch, completions, group)
+            except RewardError as error:
+                raise RewardError(f"{self.this_step}: {error}") from error
             names, values, total = list(table.names), table.values, table.total
         total = total.to(self.device, torch.float32).view(prompts, group)
         self._remember(batch, completions, texts, dict(zip(names, values.T.tolist(), strict=True)), total)
-        return total, reward_statistics(names, values) | length_statistics(completions)
+        return total, reward_statistics(names, values, total) | length_statistics(completions)
+
+    @property
+    def this_step(self) -> str:
+        """The optimizer step being prepared, as messages name it."""
+        return f"optimizer step {self.global_step + 1}"
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judges one greedy completion of each prompt."""
         completions = self.generate(batch, self.rollout_parameters(greedy=True))
         table, _ = self.judge(self.rewards, batch, completions, 1)
         reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
-        statistics = reward_statistics(list(table.names), table.values) | length_statistics(completions)
+        statistics = reward_statistics(list(table.names), table.values, table.total) | length_statistics(completions)
         self.record_evaluation({"reward": reward, **statistics}, dataloader_idx)
 
     def rollout_parameters(self, greedy: bool = False) -> SamplingParameters:
@@ -196,14 +226,15 @@ def check_given_rollout(batch: Mapping[str, Any]) -> None:
         )
 
 
-def reward_statistics(names: list[str], values: Tensor) -> dict[str, Statistic]:
-    """Mean and standard deviation of each reward over the completions it applies to (NaN: not applicable).
+def reward_statistics(names: list[str], values: Tensor, total: Tensor) -> dict[str, Statistic]:
+    """Mean and standard deviation of each reward over the completions it applies to, and the share of the others.
 
     Args:
         names: One name a reward.
-        values: [completions, rewards] float.
+        values: [completions, rewards] float; NaN: not applicable.
+        total: The totals of all completions, of any shape; NaN: no reward applies.
     """
-    statistics = {}
+    statistics = {"frac_not_judged": Statistic(total.isnan().sum(), float(total.numel()))}
     for name, column in zip(names, values.unbind(dim=1), strict=True):
         applies = ~column.isnan()
         count, exact = applies.sum(), column.double()
@@ -211,4 +242,5 @@ def reward_statistics(names: list[str], values: Tensor) -> dict[str, Statistic]:
         statistics[f"rewards/{name}/std"] = Statistic(
             torch.stack([exact.nansum(), exact.square().nansum()]), count, kind="std"
         )
+        statistics[f"rewards/{name}/not_applicable"] = Statistic((~applies).sum(), float(len(column)))
     return statistics

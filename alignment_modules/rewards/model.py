@@ -32,10 +32,11 @@ class SequenceClassifier:
         batch_size: Completions in one forward pass.
         dtype: "float32", "bfloat16", "float16" or "float64".
         name: The name under which the reward is logged; None: the folder's.
+        trust_remote_code: Run model and tokenizer code that comes with `path`. Only for code that you have read.
 
     Raises:
-        ValueError: If the folder is missing or holds no tokenizer or no trained classification head, or if `label` does
-            not fit the model.
+        ValueError: If the folder is missing, holds no tokenizer or no trained classification head, or needs code of its
+            own without `trust_remote_code`, or if `label` does not fit the model.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SequenceClassifier:
         batch_size: Count = 16,
         dtype: str = "float32",
         name: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         check_options(SequenceClassifier.__init__, locals())
         if dtype not in DTYPES:
@@ -56,7 +58,7 @@ class SequenceClassifier:
         self.name = name or Path(path).name
         self.prompt_column = prompt_column
         self.batch_size = batch_size
-        self.model, self.tokenizer = _load(path, DTYPES[dtype])
+        self.model, self.tokenizer = _load(path, DTYPES[dtype], trust_remote_code)
         self.label = self._label_index(label)
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if use_chat_template and not has_template:
@@ -64,6 +66,11 @@ class SequenceClassifier:
         self.use_chat_template = has_template if use_chat_template is None else use_chat_template
         self.max_length = self._limit(max_length)
         self._warned = False
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """What the data must have."""
+        return () if self.prompt_column is None else (self.prompt_column,)
 
     def to(self, device: torch.device | str) -> SequenceClassifier:
         """Moves the model.
@@ -161,7 +168,7 @@ class SequenceClassifier:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(path).expanduser()
@@ -171,18 +178,32 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     source = str(folder) if is_folder else path
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,  # left out, transformers asks on standard input
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
+        _refuse_code(path, error)
         what = "holds no loadable" if is_folder else "is no folder, and no hub id of a reachable"
         raise ValueError(f"path={path!r} {what} sequence-classification model: {error}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"path={path!r} is not a trained sequence-classification model: it lacks {missing}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        _refuse_code(path, error)
         raise ValueError(f"path={path!r} holds no loadable tokenizer: {error}") from error
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _refuse_code(path: str, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"path={path!r} needs code that comes with it (auto_map in its configuration); read it, then set "
+            "trust_remote_code=true to run it"
+        ) from error

@@ -1,5 +1,5 @@
 """Sampling from policies."""
 
-from alignment_modules.rollouts.sampler import Completions, SamplingParameters, sample
+from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits, SamplingParameters, sample
 
-__all__ = ["Completions", "SamplingParameters", "sample"]
+__all__ = ["Completions", "NonFiniteLogits", "SamplingParameters", "sample"]

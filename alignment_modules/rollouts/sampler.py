@@ -57,6 +57,10 @@ class SamplingParameters:
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
+class NonFiniteLogits(ValueError):
+    """A policy gave NaN or infinite logits."""
+
+
 @dataclass
 class Completions:
     """Sampled completions; row `p * num_samples + g` is sample `g` of prompt `p`.
@@ -115,7 +119,8 @@ def sample(
         `prompts * num_samples` completions.
 
     Raises:
-        ValueError: If an argument is outside its range, a prompt has no token, or the policy's logits are not finite.
+        ValueError: If an argument is outside its range or a prompt has no token.
+        NonFiniteLogits: If the policy's logits are not finite; also a ValueError.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
@@ -192,5 +197,5 @@ def _rollout(
     mask = torch.arange(longest, device=device) < lengths[:, None]
     token_logps = chosen[:longest].t().log().float().masked_fill(~mask, 0.0)
     if not bool(token_logps.isfinite().all()):
-        raise ValueError("policy gave logits that are not finite; its weights or inputs may hold NaN or infinity.")
+        raise NonFiniteLogits("policy gave logits that are not finite; its weights or inputs may hold NaN or infinity.")
     return Completions(ids[:longest].t().masked_fill(~mask, pad_token_id), mask, token_logps, ~stopped)

@@ -44,6 +44,16 @@ class StopStrings:
         rows = ids[:, -self.window :].tolist()
         return [self._can_end(row[-1]) and self._found(row) for row in rows]
 
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether the last token of a whole completion, however it was made, completes a stop string.
+
+        Args:
+            ids: The completion's tokens.
+        """
+        row = list(ids[-self.window :])
+        before, after = self._decode(row[:-1]), self._decode(row)
+        return any(after.count(string) > before.count(string) for string in self.strings)
+
     def _can_end(self, token: int) -> bool:
         """Whether a token's own text may hold the last character of a stop string (looked up once per token)."""
         known = self._may_complete.get(token)

@@ -1,5 +1,6 @@
 """Sequence-classification models as rewards, against transformers called by hand on one row at a time."""
 
+import json
 import logging
 
 import pytest
@@ -107,6 +108,55 @@ def test_by_path_inside_a_reward_set(tmp_path):
     table = rewards(prompts=["p"], completions=["x", "y"], columns={"answer": ["x"]})
     assert table.names == ("judge", "exact_match")
     assert table.values.isfinite().all()
+
+
+CODE = """
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Path({marker!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-judge"
+
+
+class OwnJudge(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(16, 1, bias=False)
+        self.post_init()
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_in_a_folder_runs_only_when_it_is_trusted(tmp_path, monkeypatch, part):
+    folder, marker = tmp_path / "judge", tmp_path / "ran"
+    write_model(folder)
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    file = folder / {"model": "config.json", "tokenizer": "tokenizer_config.json"}[part]
+    config = json.loads(file.read_text())
+    if part == "model":
+        names = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnJudge"}
+        config |= {"model_type": "own-judge", "architectures": ["OwnJudge"], "auto_map": names}
+    else:
+        config |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    file.write_text(json.dumps(config))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    monkeypatch.setattr("signal.alarm", lambda *_: pytest.fail("asked on standard input"))
+    with pytest.raises(ValueError, match=r"judge' needs code that comes with it .* set trust_remote_code=true"):
+        SequenceClassifier(str(folder))
+    assert not marker.exists()
+    SequenceClassifier(str(folder), trust_remote_code=True)
+    assert marker.exists()
 
 
 def test_mistakes_are_named(tmp_path):

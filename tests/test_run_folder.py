@@ -130,9 +130,9 @@ def test_two_runs_at_a_time(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match=rf"{tmp_path}.*another run writes into it now \(process {other.pid} on"):
-            with locked(tmp_path):
-                pass
+        holder = rf"{tmp_path}.*another run writes into it now \(process {other.pid} on"
+        with pytest.raises(ValueError, match=holder), locked(tmp_path):
+            pass
         other.kill()
     with locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()

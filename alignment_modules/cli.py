@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -60,6 +61,10 @@ class FitConfigCallback(SaveConfigCallback):
                     "%s held an earlier run: moved to %s. (To go on with a run, add --ckpt_path last)", folder, target
                 )
         super().setup(trainer, pl_module, "fit")
+        for log in trainer.loggers:
+            if trainer.is_global_zero and isinstance(log, TensorBoardLogger):
+                Path(log.log_dir, log.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # it would keep the first run's values
+                log.save()
 
 
 class AlignCLI(LightningCLI):
@@ -142,8 +147,8 @@ class AlignCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FitConfigCallback):
                 callback.earlier = self._earlier
-        for logger_ in trainer.loggers:
-            keep_training(logger_)
+        for log in trainer.loggers:
+            keep_training(log)
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

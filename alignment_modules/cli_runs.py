@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 
 def resume_command(arguments: Sequence[str]) -> str:
-    """The command that goes on with a run.
+    """The command that goes on with a run, in words.
 
     Args:
         arguments: The command's arguments after `align`.
@@ -20,7 +20,7 @@ def resume_command(arguments: Sequence[str]) -> str:
         if not skip and not argument.startswith("--ckpt_path"):
             kept.append(argument)
         skip = argument == "--ckpt_path"
-    return shlex.join(["align", *kept, "--ckpt_path", "last"])
+    return f"with: {shlex.join(['align', *kept, '--ckpt_path', 'last'])}"
 
 
 def checkpoint_folders(config: Namespace) -> list[Path]:

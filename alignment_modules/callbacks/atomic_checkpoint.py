@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or target is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        temporary = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        temporary = target.with_name(f"{target.name}.{_host()}.{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target.parent)
@@ -165,12 +165,16 @@ def _local(path: _PATH) -> Path | None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes what killed writers left: of a process that is gone from this machine, or untouched for an hour."""
-    for file in folder.glob("*.tmp"):
-        _, host, process = file.stem.rsplit(".", 2) if file.stem.count(".") >= 2 else ("", "", "")
+    for file in folder.glob("*.ckpt.*.tmp"):
+        _, host, process = file.stem.rsplit(".", 2)
         with contextlib.suppress(OSError):
-            gone = host == socket.gethostname() and process.isdecimal() and not _is_running(int(process))
+            gone = host == _host() and process.isdecimal() and not _is_running(int(process))
             if gone or time.time() - file.stat().st_mtime > 3600:
                 file.unlink()
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
 
 
 def _is_running(process: int) -> bool:

@@ -1,5 +1,6 @@
 """Predictions as JSONL, written while they come."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import lightning as L
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from alignment_modules.callbacks.jsonl import to_json_line
+from alignment_modules.callbacks.jsonl import naming, to_json_line
 from alignment_modules.functional.ranges import check_options
 
 
@@ -33,11 +34,16 @@ class CompletionWriter(Callback):
         return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the file."""
+        """Opens the file.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         target = self._target(trainer)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
-        self._file = open(part, "w", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
+        with naming(part):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(part, "w", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
         self._count = 0
 
     def on_predict_batch_end(
@@ -53,12 +59,14 @@ class CompletionWriter(Callback):
 
         Raises:
             TypeError: If `predict_step` returned something else than rows.
+            OSError: If they cannot be written.
         """
         if self._file is not None:
             lines = [to_json_line(row) for row in _rows(outputs)]
-            self._file.writelines(lines)
+            with naming(Path(self._file.name)):
+                self._file.writelines(lines)
+                self._file.flush()
             self._count += len(lines)
-            self._file.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the file, joins the ranks' parts and says where they are."""
@@ -71,12 +79,14 @@ class CompletionWriter(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Closes the file."""
-        self._close()
+        with contextlib.suppress(OSError):  # what could not be written has been reported
+            self._close()
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with naming(Path(file.name)):
+                file.close()
 
 
 def _part(target: Path, rank: int) -> Path:
@@ -113,7 +123,8 @@ def _join(target: Path, world_size: int) -> int:
     keys = [json.loads(line).get("index") for line in lines]
     if all(isinstance(key, int) for key in keys):
         lines = [lines[row] for row in sorted(range(len(lines)), key=keys.__getitem__)]
-    target.write_text("".join(lines), encoding="utf-8")
+    with naming(target):  # the parts stay where this fails
+        target.write_text("".join(lines), encoding="utf-8")
     for part in parts:
         part.unlink(missing_ok=True)
     return len(lines)

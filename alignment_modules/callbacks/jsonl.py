@@ -1,7 +1,10 @@
 """One row, one line of JSON."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,22 @@ def to_json_line(row: dict[str, Any]) -> str:
         '{"text": "é", "reward": null}\n'
     """
     return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of writing say which file it was; the operating system's own often do not.
+
+    Args:
+        path: The file that is written to.
+
+    Raises:
+        OSError: If it cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,14 @@
 """What the policy writes while it learns: rollouts as a table in TensorBoard and as JSONL."""
 
+import contextlib
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from alignment_modules.callbacks.jsonl import to_json_line
 from alignment_modules.functional.ranges import Count, check_options
@@ -20,7 +22,7 @@ class SampleTable(Callback):
     `last_rollout` is a dictionary of lists of equal length: an id, prompt, completion, one entry per reward, reward,
     advantage, truncated, and whatever else the module adds. The table goes to every logger with TensorBoard's
     `add_text`, as `samples`; the same rows, uncut, go to a JSONL file. It is opt-in because it shows the data, and
-    TensorBoard has no password. Only rank 0 writes.
+    TensorBoard has no password. Only rank 0 writes. A write that fails is a warning.
 
     Args:
         every_n_steps: Optimizer steps between two tables; the first batch is always shown.
@@ -41,6 +43,7 @@ class SampleTable(Callback):
         self.path = path
         self.max_characters = max_characters
         self._last_shown: int | None = None
+        self._failed: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses a module that has no rollouts.
@@ -68,14 +71,26 @@ class SampleTable(Callback):
             return
         self._last_shown = step
         for logger in trainer.loggers:
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if callable(add_text):
-                add_text("samples", self._table(rows), global_step=step)
+            with self._going_on(str(getattr(logger, "log_dir", None) or logger.save_dir)):
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                if callable(add_text):
+                    add_text("samples", self._table(rows), global_step=step)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(self.path) if self.path else Path(trainer.default_root_dir) / "samples.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.writelines(to_json_line({"step": step, **row}) for row in rows)
+            with self._going_on(str(path)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.writelines(to_json_line({"step": step, **row}) for row in rows)
+
+    @contextlib.contextmanager
+    def _going_on(self, path: str) -> Iterator[None]:
+        """Makes a failed write a warning, once for each path: samples are not worth a run."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self._failed:
+                self._failed.add(path)
+                rank_zero_warn(f"cannot write samples to {path!r}: {error.strerror or error}. Training goes on")
 
     def _table(self, rows: list[dict[str, Any]]) -> str:
         columns = list(rows[0])

@@ -25,8 +25,7 @@ _SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
 ]  # Windows has no SIGHUP
 _ECHO_SECONDS = 2.0  # a scheduler may signal a process and its group, so that one signal comes twice
-_PATIENCE = timedelta(minutes=5)  # how long a failed process waits for the first one's checkpoint
-_STORE_KEY = "stop_and_save"
+_PATIENCE = timedelta(minutes=5)  # how long a failed process waits for the checkpoint that another one writes
 
 
 class StopAndSave(Callback):
@@ -42,10 +41,10 @@ class StopAndSave(Callback):
     weights nothing is saved after an exception, since one process alone cannot.
 
     Args:
-        resume: How to resume, for the message; None: by `ckpt_path`.
+        resume: How to resume, for the message.
     """
 
-    def __init__(self, resume: str | None = None) -> None:
+    def __init__(self, resume: str = "with `ckpt_path` set to it") -> None:
         self.resume = resume
         self._signal: int | None = None
         self._since = 0.0
@@ -146,14 +145,12 @@ class StopAndSave(Callback):
             return
         try:
             path = self._save(trainer, pl_module, alone=not stopped)
-            message = "" if path is None else f"checkpoint {path}"
+            message = None if path is None else f"checkpoint {path}\n  resume {self.resume}"
         except Exception as error:  # what ended the run matters more
             message = f"could not save a checkpoint: {error}"
-        if message and trainer.is_global_zero:
+        if message and (trainer.is_global_zero or not stopped):
             why = f"stopped by {signal.Signals(number).name}" if stopped else f"ended by {type(exception).__name__}"
-            how = "with `ckpt_path` set to it" if self.resume is None else f"with\n  {self.resume}"
-            how = f"\n  resume {how}" if path is not None else ""
-            sys.stderr.write(f"align: {why} after optimizer step {trainer.global_step}; {message}{how}\n")
+            sys.stderr.write(f"align: {why} after optimizer step {trainer.global_step}; {message}\n")
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, *, alone: bool) -> str | None:
         """Writes a checkpoint of the last completed step, if there is none; returns its path where there is one.
@@ -177,9 +174,8 @@ class StopAndSave(Callback):
         else:
             path = str(Path(saver.dirpath or ".") / f"stopped-epoch={trainer.current_epoch}-step={step}.ckpt")
         if alone and trainer.world_size > 1:
-            if not isinstance(trainer.strategy, DDPStrategy):
+            if not isinstance(trainer.strategy, DDPStrategy) or not _save_without_the_others(trainer, path):
                 return None
-            _save_on_first_rank(trainer, path)
         else:
             trainer.save_checkpoint(path)
         if isinstance(saver, Checkpoints):
@@ -207,22 +203,24 @@ def _rewind(trainer: L.Trainer, module: L.LightningModule) -> None:
     progress.is_last_batch = False
 
 
-def _save_on_first_rank(trainer: L.Trainer, path: str) -> None:
-    """Saves without a word from the other processes, which wait as long as the first one takes.
+def _save_without_the_others(trainer: L.Trainer, path: str) -> bool:
+    """Saves from this process alone, or waits for the one that does; returns whether it was this one.
 
-    A process that ended would have the launcher kill the first one in the middle of its work. Its connections are
-    closed, so that a first process waiting for its part of a sum hears of the failure.
+    Weights, optimizer and counters are the same in all processes, of which any number may have failed; those that have
+    not wait in a sum for those that have, so that no collective can be used. A process that ended would have the
+    launcher kill the one that saves.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
-    if trainer.is_global_zero:
-        try:
-            trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
-        finally:
-            store.set(_STORE_KEY, "done")
-        return
-    torch.distributed.destroy_process_group()
-    with contextlib.suppress(Exception):
-        store.wait([_STORE_KEY], _PATIENCE)
+    key = f"stop_and_save/{trainer.global_step}"
+    if store.add(key, 1) > 1:
+        with contextlib.suppress(Exception):
+            store.wait([f"{key}/done"], _PATIENCE)
+        return False
+    try:
+        trainer.strategy.checkpoint_io.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+    finally:
+        store.set(f"{key}/done", "")
+    return True
 
 
 def _is_child(trainer: L.Trainer) -> bool:

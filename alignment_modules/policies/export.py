@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from alignment_modules.policies.lora import has_adapter, merged_state
@@ -47,24 +48,32 @@ def export_policy(
     Raises:
         ValueError: `directory` holds something that is not an export, the adapters cannot be merged, or there are none
             to write, or their base is not on disk.
+        OSError: It cannot be written; a former export is untouched.
     """
     policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     target = Path(directory).expanduser().resolve()
     check_export(policy, target, lora=lora, tokenizer=tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         note = _write(policy, temporary, lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
             _set_token_ids(temporary, tokenizer, stop_token_ids)
         note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         _write_json(temporary / MARKER, note)
+        readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors leaves files to their owner alone
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(readable)
             _flush(file)
         _replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        kept = "the export there is untouched" if target.exists() else "nothing was left there"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"cannot write the export {str(target)!r}: {reason}; {kept}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

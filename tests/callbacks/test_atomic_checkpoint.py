@@ -3,7 +3,9 @@
 import errno
 import os
 import pickle
+import socket
 import subprocess
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -43,6 +45,38 @@ def test_round_trip_leaves_only_the_file(tmp_path):
     assert AtomicCheckpointIO().load_checkpoint(path)["epoch"] == 4
     AtomicCheckpointIO().remove_checkpoint(path)
     assert not path.exists()
+
+
+WRITER = """
+import sys, torch
+from alignment_modules.callbacks import AtomicCheckpointIO
+for step in range(20):
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "pytorch-lightning_version": "2"}, sys.argv[1])
+"""
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Each process has a temporary file of its own."""
+    path = tmp_path / "last.ckpt"
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as other:
+        while other.poll() is None:
+            AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
+        assert other.returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    host = socket.gethostname().replace(".", "-")
+    left = tmp_path / f"a.ckpt.{host}.{gone.pid}.tmp"
+    old, young = tmp_path / "a.ckpt.elsewhere.1.tmp", tmp_path / "b.ckpt.elsewhere.1.tmp"
+    running, foreign = tmp_path / f"a.ckpt.{host}.{os.getppid()}.tmp", tmp_path / "notes.tmp"
+    for file in (left, old, young, running, foreign):
+        file.touch()
+    os.utime(old, (0, 0))
+    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.ckpt", young, running, foreign])
 
 
 def full_after(count):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
-from alignment_modules.makers import check_makers
+from alignment_modules.makers import check_makers, check_rate
 from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic, with_value
 from alignment_modules.optimization import bind_total_steps, parameter_groups
+from alignment_modules.policies.architecture import check_trainable_types
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
@@ -131,9 +132,11 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
+        check_trainable_types(self)
         optimizer = self.make_optimizer(parameter_groups(self))
         if self.make_lr_scheduler is None:
             return optimizer
+        check_rate(optimizer)
         scheduler = self.make_lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             if not self.automatic_optimization:

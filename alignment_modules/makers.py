@@ -22,6 +22,19 @@ def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
         _check("lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
 
 
+def check_rate(optimizer: Optimizer) -> None:
+    """Refuses a schedule for an optimizer that sets its own learning rate.
+
+    Raises:
+        ValueError: If a parameter group has no rate.
+    """
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"lr_scheduler needs a learning rate to start from, but {type(optimizer).__name__} sets its own (lr=None): "
+            "give the optimizer lr, or leave lr_scheduler out"
+        )
+
+
 def _check(name: str, maker: Any, made: tuple[type, ...], argument: str, example: str) -> None:
     ready = isinstance(maker, made)
     if callable(maker) and not ready:

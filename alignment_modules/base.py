@@ -6,32 +6,35 @@ the totals are backpropagated as they are, and the gradients divided once, just 
 over the window. How a step is split therefore does not change it.
 """
 
-import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.parsing import collect_init_args
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.objective import Meters, Objective, Statistic
+from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
+from alignment_modules.makers import check_makers, check_rate
+from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic, with_value
 from alignment_modules.optimization import bind_total_steps, parameter_groups
+from alignment_modules.policies.architecture import check_trainable_types
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
+from alignment_modules.ranks import RankReductions
 from alignment_modules.rewards import ExactMatch, RewardSet
 
+_TINY = 1e-30  # instead of 0 as the weight of nothing
 
-class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
+
+class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters, RankReductions, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -62,20 +65,27 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     ) -> None:
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
-        self.save_hyperparameters(ignore=_given_objects(inspect.currentframe()))
+        check_makers(optimizer, lr_scheduler)
+        keep_hyperparameters(self)
         self.policy = build_policy(policy)
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.evaluation = evaluation or EvaluationConfig()
+        given = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
+        self.evaluation = given or EvaluationConfig()
         self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()], option="evaluation.verifier")
         self._train_meters = Meters()
         self._eval_meters: dict[int, Meters] = {}
         self._window_weight: Tensor | float = 0.0
         self._window_tokens: Tensor | float = 0.0
+        self._window_total: Tensor | float = 0.0
         self._num_tokens: Tensor | float = 0.0
         self._stepped = False
+        self._step_loss: Tensor | None = None
+        self._steps_without_targets = 0
+        self._learnt: bool | None = True  # an epoch that is resumed in its middle is not judged
+        self._own_weight: EarlyRead | None = None
         self._loss_scale: Tensor | None = None
 
     # What a paradigm or a user's subclass overrides
@@ -110,7 +120,13 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         return output if isinstance(output, Tensor) else output.logits
 
     def setup(self, stage: str) -> None:
-        """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy."""
+        """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy.
+
+        Raises:
+            ValueError: If they do not, or the Trainer clips gradients at NaN, which would make all weights NaN.
+        """
+        if math.isnan(self.trainer.gradient_clip_val or 0.0):
+            raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         if self.tokenizer is None:
             self.tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if self.tokenizer is not None:
@@ -120,9 +136,11 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
+        check_trainable_types(self)
         optimizer = self.make_optimizer(parameter_groups(self))
         if self.make_lr_scheduler is None:
             return optimizer
+        check_rate(optimizer)
         scheduler = self.make_lr_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             if not self.automatic_optimization:
@@ -154,10 +172,15 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self.train()
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
-        self._window_weight = self._window_tokens = 0.0
-        self._stepped, self._loss_scale = False, None
+        self._window_weight = self._window_tokens = self._window_total = 0.0
+        self._own_weight = self._loss_scale = self._step_loss = None
+        self._stepped, self._learnt = False, True
         width = max(map(len, lines := self.describe()))
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
+
+    def on_train_epoch_start(self) -> None:
+        """No optimizer step of this epoch was taken or skipped yet."""
+        self._learnt = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuses a batch of another paradigm; logs a step that was saved just before it would have been logged."""
@@ -192,8 +215,16 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Returns the summed objective; the gradients are normalised before the optimizer step."""
-        return self.scaled(self.record(batch))
+        """Returns the mean of the micro-batch, whose gradient is that of the sum.
+
+        Lightning and its callbacks read the value; the gradients are normalised before the optimizer step. Without a
+        Trainer (in `L.Fabric` or a loop of your own) nobody does that later: value and gradient are the mean's.
+        """
+        if self._trainer is None:
+            objective = self.objective(batch)
+            return objective.total / objective.weight.clamp(min=_TINY)
+        objective = self.record(batch)
+        return with_value(self.scaled(objective), objective.total / objective.weight.clamp(min=_TINY))
 
     def scaled(self, objective: Objective) -> Tensor:
         """What is backpropagated: the total; where gradients are 16-bit floats, brought near the size of a mean.
@@ -211,7 +242,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     def record(self, batch: dict[str, Any]) -> Objective:
         """Evaluates the objective of a micro-batch and adds its weight and statistics to the current window."""
         objective = self.objective(batch)
-        self._window_weight = self._window_weight + objective.weight
+        self._window_weight = self._window_weight + objective.weight.detach()
+        self._window_total = self._window_total + objective.total.detach()
+        self._own_weight = EarlyRead(self._window_weight)
         self._train_meters.update(objective.statistics | self.extra_metrics(batch, objective))
         if self.automatic_optimization:
             self._window_tokens = self._window_tokens + self.count_tokens(batch)["tokens"]
@@ -222,27 +255,44 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         self.evaluate_objective(batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the weight of the window; Lightning clips after this, on unscaled gradients."""
+        """Divides the gradients by the weight of the window; Lightning clips after this, on unscaled gradients.
+
+        A step without a single target, over all micro-batches and ranks, moves nothing: neither weights nor momentum
+        nor weight decay. It counts as a step, so that schedules and `max_steps` are those of any other data.
+        """
         window = torch.stack(
             [
                 torch.as_tensor(v, device=self.device, dtype=torch.float32)
-                for v in (self._window_weight, self._window_tokens)
+                for v in (self._window_weight, self._window_tokens, self._window_total)
             ]
         )
-        weight, tokens = self.reduce(window, "sum").unbind()
-        # Elsewhere than on the CPU looking at the weight waits for the device, so only steps that wait anyway look.
-        looks = self.logging_due or self.device.type == "cpu"
-        if self.automatic_optimization and looks and not weight:
-            raise ValueError(
-                f"optimizer step {self.global_step + 1} has nothing to learn from: not one target in the batches of "
-                "all its micro-batches and ranks (labels all -100, or empty completions). Look at the data's masks; a "
-                "single batch without targets is fine, a whole step is not"
-            )
+        weight, tokens, total = self.reduce(window, "sum").unbind()
+        # What this rank added up is known before its backward pass ends; only where it is nothing, all ranks' counts.
+        skipped = not (self._own_weight and self._own_weight.item()) and not float(weight)
+        self._num_tokens = self._num_tokens + tokens
+        self._window_weight = self._window_tokens = self._window_total = 0.0
+        self._own_weight = None
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if skipped:
+            self._skip_step(parameters)
+        else:
+            self._learnt = True
+            self._normalise(parameters, weight)
+            self._step_loss = total / weight
+        if self.logging_due:
+            rate = optimizer.param_groups[0]["lr"]
+            if rate is not None:  # some optimizers set their own
+                self._train_meters.update({"learning_rate": Statistic(torch.as_tensor(rate, dtype=torch.float32))})
+        self._stepped = True
+        if self.automatic_optimization:  # before the callbacks' on_train_batch_end
+            self.log_step(self.global_step + 1)
+
+    def _normalise(self, parameters: list[nn.Parameter], weight: Tensor) -> None:
         # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
         windows = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
-        scale = torch.where(weight > 0, windows * self.trainer.world_size / weight.clamp(min=1e-30), 0.0)
+        scale = windows * self.trainer.world_size / weight.clamp(min=_TINY)
         scale = scale if self._loss_scale is None else scale / self._loss_scale
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients: list[Any] = [p.grad for p in parameters]
         torch._foreach_mul_(gradients, scale)
         norm = self.clip(gradients)
         if self.logging_due:
@@ -250,61 +300,88 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             self._train_meters.update(
                 {"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)}
             )
-            rate = torch.tensor(float(optimizer.param_groups[0]["lr"]), dtype=torch.float32)
-            self._train_meters.update({"learning_rate": Statistic(rate)})
-        self._num_tokens = self._num_tokens + tokens
-        self._window_weight = self._window_tokens = 0.0
-        self._stepped = True
+
+    def _skip_step(self, parameters: list[nn.Parameter]) -> None:
+        """Takes the gradients away: an optimizer leaves a parameter without one, and its state, alone."""
+        for parameter in parameters:
+            parameter.grad = None
+        self._learnt = bool(self._learnt)
+        self._steps_without_targets += 1
+        if self._steps_without_targets == 1:
+            rank_zero_warn(
+                f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
+                "micro-batches and ranks (labels all -100, or empty completions). train/steps_without_targets counts "
+                "such steps"
+            )
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Clips normalised, unscaled gradients where the module does so itself; returns their norm before that."""
         return None
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs when an optimizer step was taken and the Trainer's logging interval says so."""
-        self.log_step()
-
     def on_train_epoch_end(self) -> None:
-        """Logs the steps of the epoch that no interval has logged."""
+        """Logs the steps of the epoch that no interval has logged.
+
+        Raises:
+            ValueError: If no step of the epoch had a target.
+        """
+        if self._learnt is False:
+            raise ValueError(
+                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target (labels "
+                "all -100, or empty completions). Look at the data's masks and lengths"
+            )
         unlogged = self._train_meters.copy()
         if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self._publish_training()
+            self._publish_training(self.global_step)
         if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._train_meters = unlogged  # cut short: a run that goes on logs them at its own next step
 
-    def log_step(self) -> None:
-        """Logs the means since the last logged step, at the optimizer step just taken."""
+    def log_step(self, step: int | None = None) -> None:
+        """Logs the means since the last logged step, at the optimizer step just taken (None: `global_step`)."""
+        step = self.global_step if step is None else step
+        if self._step_loss is not None:  # for callbacks, at each step and without waiting for the device
+            self.log("train/loss", self._step_loss, on_step=True, on_epoch=False, logger=False, batch_size=1)
+            self._step_loss = None
         if not self._stepped:
             return
-        if self._is_logged(self.global_step):
-            self._publish_training()
+        if self._is_logged(step):
+            self._publish_training(step)
         self._settled_meters, self._stepped = self._train_meters.copy(), False
 
-    def _publish_training(self) -> None:
+    def _publish_training(self, step: int) -> None:
         values = self._train_meters.compute(self.reduce)
         values["num_tokens"] = float(self._num_tokens)
+        values["steps_without_targets"] = float(self._steps_without_targets)
         self._train_meters.reset()
-        self.publish(values, "train")
+        self.publish(values, "train", step)
 
     @property
     def logging_due(self) -> bool:
         """Whether the optimizer step now being built will be logged: costly statistics are computed only then."""
-        return self._is_logged(self.global_step + 1)
+        return self._trainer is not None and self._is_logged(self.global_step + 1)
 
     def _is_logged(self, step: int) -> bool:
         interval = self.trainer.log_every_n_steps or 0  # type: ignore[attr-defined]
         return interval > 0 and (step == 1 or step % interval == 0)
 
-    def publish(self, values: Mapping[str, float], stage: Literal["train", "val", "test"]) -> None:
-        """Sends numbers to progress bar, callbacks and loggers, at the optimizer step as the horizontal axis."""
+    def publish(
+        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
+    ) -> None:
+        """Sends numbers to progress bar, callbacks and loggers; the horizontal axis is the optimizer step.
+
+        Callbacks have the loss of each training step already (`on_before_optimizer_step`), so that the bar alone gets
+        the mean of several.
+        """
         named = {f"{stage}/{name}": value for name, value in values.items()}
         shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
         outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
         for name, value in named.items():
+            if name == "train/loss":
+                self.trainer.progress_bar_metrics[name] = value
+                continue
             self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)
         if not outside_fit and not self.trainer.sanity_checking:
             for logger in self.loggers:
-                logger.log_metrics(named, step=self.global_step)
+                logger.log_metrics(named, step=self.global_step if step is None else step)
 
     def on_validation_epoch_end(self) -> None:
         """Publishes the validation means."""
@@ -320,43 +397,11 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
             self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
         self._eval_meters.clear()
 
-    def reduce(self, values: Tensor, how: str) -> Tensor:
-        """Combines a tensor over all ranks: "sum", "min" or "max"."""
-        if self.trainer.world_size == 1:
-            return values
-        # A copy: the collective writes into what it is given.
-        return self.trainer.strategy.reduce(values.to(self.device, copy=True), reduce_op=how)
-
-    def all_gather_ragged(self, values: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order, whatever its length."""
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, values.cpu())
-        return [part.to(self.device) for part in parts]
-
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
         return export_policy(
             self.policy, directory, self.tokenizer, lora=lora, stop_token_ids=self.data_stop_token_ids()
         )
-
-
-def _given_objects(frame: FrameType | None) -> list[str]:
-    """Constructor arguments that are not plain values: a checkpoint read with `weights_only=True` could not hold them.
-
-    The command line hands over its own text of every argument, which is plain.
-    """
-    if frame is None or _given_hyperparameters.get() is not None:
-        return []
-    levels = collect_init_args(frame, [], classes=(L.LightningModule,))
-    return [name for level in levels for name, value in level.items() if not _is_plain(value)]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def _count_parameters(module: nn.Module) -> str:

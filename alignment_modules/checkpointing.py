@@ -29,6 +29,8 @@ class CheckpointContract(L.LightningModule):
     _num_tokens: Tensor | float
     _window_weight: Tensor | float
     _window_tokens: Tensor | float
+    _window_total: Tensor | float
+    _steps_without_targets: int
     _loss_scale: Tensor | None
     _train_meters: Meters
     _stepped: bool
@@ -56,6 +58,7 @@ class CheckpointContract(L.LightningModule):
         checkpoint[_KEY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(self._num_tokens),
+            "steps_without_targets": self._steps_without_targets,
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
             "window": self._open_window() if position == "open" else None,
@@ -90,6 +93,7 @@ class CheckpointContract(L.LightningModule):
             self._check_batch_is_whole(entry, checkpoint["global_step"])
             self._keep_typed_optimizer(checkpoint)
         self._num_tokens = entry["num_tokens"]
+        self._steps_without_targets = entry.get("steps_without_targets", 0)
         self._restored = entry
         self.load_extra_state(entry["extra"])
 
@@ -107,6 +111,7 @@ class CheckpointContract(L.LightningModule):
         if window is None:
             return
         self._window_weight, self._window_tokens = window["weight"], window["tokens"]
+        self._window_total = window.get("total", 0.0)
         self._loss_scale = None if window["scale"] is None else torch.tensor(window["scale"], device=self.device)
         for name, parameter in self.named_parameters():
             if name in window["gradients"]:
@@ -125,6 +130,7 @@ class CheckpointContract(L.LightningModule):
         return {
             "weight": float(self._window_weight),
             "tokens": float(self._window_tokens),
+            "total": float(self._window_total),
             "scale": None if self._loss_scale is None else float(self._loss_scale),
             "gradients": gradients,
         }

@@ -8,7 +8,7 @@ without prompts is measured by the module's own objective instead.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import lightning as L
 import torch
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from alignment_modules.functional.ranges import Count, Natural, Positive, Range, Seed, Share, check_options
 from alignment_modules.metrics import pass_at_k
 from alignment_modules.objective import Meters, Objective, Statistic
+from alignment_modules.policies.architecture import own_stop_ids
+from alignment_modules.policies.load import vocabulary_size
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rewards import RewardSet, RewardTable
 from alignment_modules.rollouts import Completions, SamplingParameters, sample
+from alignment_modules.text_generation import TextPrompts, generate_text
 
 
 @dataclass
@@ -160,6 +163,7 @@ class GenerationSteps(L.LightningModule):
         total = table.total.view(-1, samples)
         return (total >= 1.0).double(), ~total.isnan()
 
+    @overload
     def generate(
         self,
         batch: Mapping[str, Any],
@@ -168,8 +172,31 @@ class GenerationSteps(L.LightningModule):
         num_samples: int = 1,
         seed: int = 0,
         step: int = 0,
-    ) -> Completions:
-        """Completions of a batch of prompts, sampled in eval mode; the policy's own modes are put back after."""
+    ) -> Completions: ...
+
+    @overload
+    def generate(
+        self, batch: TextPrompts, parameters: SamplingParameters | None = None, *, num_samples: int = 1, seed: int = 0
+    ) -> Any: ...
+
+    def generate(
+        self,
+        batch: Mapping[str, Any] | TextPrompts,
+        parameters: SamplingParameters | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        step: int = 0,
+    ) -> Any:
+        """Completions of a batch of prompts, sampled in eval mode; the policy's own modes are put back after.
+
+        For text it answers in text: `module.generate("1+1=")`, also for messages and for lists of either
+        (`generate_text` says how).
+        """
+        if isinstance(batch, (str, list)):
+            return generate_text(self, batch, parameters, num_samples=num_samples, seed=seed)
+        if parameters is None:
+            parameters = self.evaluation_parameters(greedy=True)
         if self.tokenizer is None and not parameters.stop_token_ids:
             raise ValueError("tokenizer=None: generation needs one to know where completions stop; give the module one")
         with eval_mode(self.policy):
@@ -213,9 +240,8 @@ class GenerationSteps(L.LightningModule):
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: end-of-sequence tokens of tokenizer and policy, and the data's end of turn."""
-        configured = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        found = configured if isinstance(configured, list) else [configured]
-        found = [*found, getattr(self.tokenizer, "eos_token_id", None)]
+        found: list[int | None] = [*own_stop_ids(self.policy, vocabulary_size(self.policy))]
+        found.append(getattr(self.tokenizer, "eos_token_id", None))
         found.extend(self.data_stop_token_ids())
         return tuple(sorted({int(token) for token in found if token is not None}))
 

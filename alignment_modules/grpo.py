@@ -114,6 +114,7 @@ class GRPOModule(OnlineModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Samples and judges, then updates the policy on these samples."""
+        self.require_trainer()
         started = monotonic()
         self._finite = True
         rollout = self.roll_out(batch)

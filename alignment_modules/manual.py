@@ -60,6 +60,18 @@ class ManualOptimizationModule(AlignmentModule):
             )
         return []
 
+    def require_trainer(self) -> None:
+        """Says what to do where there is no Trainer.
+
+        Raises:
+            RuntimeError: If the module is used without one.
+        """
+        if self._trainer is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step takes optimizer steps of its own and needs a Trainer: call "
+                "Trainer.fit(module, ...). In a loop of your own (L.Fabric), call objective() and step yourself"
+            )
+
     def optimizer_step_over(self, micro_batches: Sequence[Any], empty: Any) -> None:
         """One optimizer step: the gradients of all micro-batches, normalised, clipped, applied; then the schedule.
 
@@ -67,6 +79,7 @@ class ManualOptimizationModule(AlignmentModule):
             micro_batches: What `objective` takes, each.
             empty: A micro-batch without a scored token, with which a rank that has fewer keeps step with the others.
         """
+        self.require_trainer()
         started = monotonic()
         count = int(self.reduce(torch.tensor(max(len(micro_batches), 1), device=self.device), "max"))
         padded = [*micro_batches, *[empty] * (count - len(micro_batches))]
@@ -74,10 +87,6 @@ class ManualOptimizationModule(AlignmentModule):
         for number, micro_batch in enumerate(padded, start=1):
             with self._gradient_sync(last=number == count):
                 self.manual_backward(self.scaled(self.record(micro_batch)))
-        if not float(self.reduce(torch.as_tensor(self._window_weight, device=self.device).float(), "sum")):
-            # Not one token counts, say because all completions were truncated: momentum must not move the weights.
-            optimizer.zero_grad()
-            return
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,3 +135,59 @@ class Meters:
             device: Where the sums go.
         """
         self._values = {(kind, name): value.to(device) for kind in state for name, value in state[kind].items()}  # type: ignore[misc]
+
+
+class EarlyRead:
+    """One number of the device, on its way to the host from now on.
+
+    Reading it waits for what was queued before this object was made, and for nothing queued after: a count known after
+    the forward pass can be read while the backward pass still runs.
+
+    Args:
+        value: 0-dim tensor, or a number.
+
+    Example:
+        >>> EarlyRead(torch.tensor(3.0)).item()
+        3.0
+    """
+
+    def __init__(self, value: Tensor | float) -> None:
+        self._event: torch.Event | None = None
+        self._value = value
+        if isinstance(value, Tensor) and value.device.type == "cuda":
+            self._value = value.detach().to("cpu", non_blocking=True)
+            self._event = torch.Event(value.device)
+            self._event.record()
+
+    def item(self) -> float:
+        """The number."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def with_value(total: Tensor, value: Tensor) -> Tensor:
+    """A scalar of another value than `total` with exactly its gradient.
+
+    Args:
+        total: 0-dim tensor, what is differentiated.
+        value: 0-dim tensor, what is read.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> shown = with_value(10 * x, torch.tensor(1.5))
+        >>> shown.backward()
+        >>> shown.item(), x.grad.item()
+        (1.5, 10.0)
+    """
+    return _WithValue.apply(total, value.detach())

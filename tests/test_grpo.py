@@ -282,8 +282,10 @@ def test_a_rollout_without_a_scored_token_moves_nothing(make, train):
     module = make(optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1))
     train(module, [given()])
     before = fingerprint(module.policy)
-    trainer = train(module, [given(response_mask=torch.zeros(12, 5, dtype=torch.long))])
-    assert trainer.global_step == 0
+    empty = given(response_mask=torch.zeros(12, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="nothing to learn in epoch 0"), pytest.warns(UserWarning, match="is skipped"):
+        train(module, [empty])
+    assert module.trainer.callback_metrics["train/steps_without_targets"] == 1
     assert fingerprint(module.policy) == before
 
 

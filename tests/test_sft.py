@@ -2,13 +2,14 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from alignment_modules import PretrainModule, SFTModule
+from alignment_modules import EvaluationConfig, LoraConfig, PolicyConfig, PretrainModule, SFTModule
 
 
 class Plain(nn.Module):
@@ -124,3 +125,59 @@ def test_a_second_fit_forgets_what_an_interrupted_one_left(train, tiny_llama, ba
         return [float(metrics[f"train/{name}"]) for name in ("grad_norm", "loss", "num_tokens")]
 
     assert norm(True) == norm(False)
+
+
+def test_a_loop_without_a_trainer_gets_the_mean_and_its_gradient(tiny_llama, batch):
+    module = SFTModule(policy=tiny_llama)
+    module.train()
+    expected = plain_loss(tiny_llama, batch)
+    assert float(module.training_step(batch, 0).detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    gradient = torch.autograd.grad(expected, tiny_llama.lm_head.weight)[0]
+    module.training_step(batch, 0).backward()
+    torch.testing.assert_close(tiny_llama.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert module.configure_optimizers().param_groups
+    assert module.describe()["paradigm"] == "sft"
+    assert module(batch["input_ids"]).shape == (3, 8, 40)
+
+
+def test_fabric_trains_a_module(tiny_llama, batch):
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    module = SFTModule(policy=tiny_llama, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    wrapped, optimizer = fabric.setup(module, module.configure_optimizers())
+    losses = []
+    for _ in range(3):
+        loss = wrapped.training_step(batch, 0)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
+def test_objects_made_already_are_refused(tiny_llama, name):
+    optimizer = torch.optim.AdamW(tiny_llama.parameters())
+    made = {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}[name]
+    with pytest.raises(
+        ValueError, match=rf"{name} is a {type(made).__name__} that was made already; allowed is .*lambda"
+    ):
+        SFTModule(policy=tiny_llama, **{name: made})
+
+
+def test_a_module_comes_back_from_its_checkpoint(train, tmp_path, tiny_llama_config, tiny_llama, batch):
+    policy = PolicyConfig(config=tiny_llama_config, lora=LoraConfig(r=2))
+    module = SFTModule(policy=policy, evaluation=EvaluationConfig(num_samples=3), z_loss=0.5)
+    train(module, [batch]).save_checkpoint(tmp_path / "a.ckpt")
+    found = SFTModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert (found.z_loss, found.evaluation) == (0.5, EvaluationConfig(num_samples=3))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    train(SFTModule(policy=tiny_llama), [batch]).save_checkpoint(tmp_path / "b.ckpt")
+    with pytest.raises(TypeError, match=r"no objects: give those again, as in SFTModule.load_from_checkpoint\("):
+        SFTModule.load_from_checkpoint(tmp_path / "b.ckpt")
+    assert SFTModule.load_from_checkpoint(tmp_path / "b.ckpt", policy=tiny_llama).policy is tiny_llama
+
+
+def test_a_clipping_value_that_is_no_number_is_refused(train, tiny_llama, batch):
+    with pytest.raises(ValueError, match=r"gradient_clip_val=nan"):
+        train(SFTModule(policy=tiny_llama), [batch], gradient_clip_val=float("nan"))

@@ -88,6 +88,11 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         raise ValueError(f"policy.path={policy.path!r} is empty; give a folder in Hugging Face format or a hub id.")
     if policy.dtype not in DTYPES and not (policy.dtype == "auto" and policy.path is not None):
         raise ValueError(f"policy.dtype={policy.dtype!r}: allowed are {list(DTYPES)}, and 'auto' together with 'path'.")
+    if policy.dtype == "float16" and trainable and policy.lora is None:
+        raise ValueError(
+            "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
+            "Trainer(precision='16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
+        )
     if policy.quantization is not None:
         if policy.config is not None:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
 from alignment_modules.policies.config import DTYPES, PolicyConfig, check_options, from_mapping, resolve_folder
 from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
 
@@ -44,6 +45,11 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
         ImportError: `quantization` without bitsandbytes.
     """
     if isinstance(policy, nn.Module):
+        config: Any = getattr(policy, "config", None)
+        if hasattr(config, "to_dict"):
+            check_text_only(config.to_dict(), f"policy={type(policy).__name__}")
+        if trainable:
+            warn_of_left_out_losses(policy)
         return policy
     if isinstance(policy, (str, os.PathLike)):
         policy = PolicyConfig(path=os.fspath(policy))
@@ -56,6 +62,8 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
         )
     check_options(policy, trainable)
     model = _load(policy) if policy.path is not None else _fresh(policy)
+    if trainable:
+        warn_of_left_out_losses(model)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:
@@ -118,6 +126,8 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
     _check_model_folder(path)
     import transformers
 
+    check_text_only(_raw_config(path, revision), f"policy.path={path!r}")
+
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
@@ -162,6 +172,16 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
             sorted(report["unexpected_keys"])[:3],
         )
     return model
+
+
+def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
+    """What config.json says, before weights are read; empty where it cannot be read, which loading explains."""
+    import transformers
+
+    try:
+        return transformers.PretrainedConfig.get_config_dict(path, revision=revision)[0]
+    except (OSError, ValueError):
+        return {}
 
 
 def _exported_as(folder: Path) -> str | None:
@@ -212,6 +232,7 @@ def _fresh(policy: PolicyConfig) -> nn.Module:
     import transformers
 
     config = _architecture(dict(policy.config or {}))
+    check_text_only(config.to_dict(), "policy.config")
     options = {} if policy.attn_implementation is None else {"attn_implementation": policy.attn_implementation}
     try:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[policy.dtype], **options)
@@ -348,7 +369,7 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy")
     Raises:
         ValueError: The largest id does not fit; the message names both sizes.
     """
-    rows = _embedding_rows(policy)
+    rows = vocabulary_size(policy)
     if rows is None:
         return
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
@@ -360,7 +381,8 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy")
         )
 
 
-def _embedding_rows(policy: nn.Module) -> int | None:
+def vocabulary_size(policy: nn.Module) -> int | None:
+    """Number of ids that a policy has an embedding for; None where it does not tell."""
     try:
         embedding = policy.get_input_embeddings()  # type: ignore[operator]
         return int(embedding.weight.shape[0])

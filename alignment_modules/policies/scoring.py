@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from alignment_modules.functional.checks import check_positive
 from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
-from alignment_modules.policies.context import length_limit
+from alignment_modules.policies.context import check_length, length_limit
 from alignment_modules.policies.last_layer import feed_forward_on, find_feed_forward
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.segments import Segments
@@ -131,6 +131,7 @@ def score(
     if segments.tokens == 0:
         segments = _one_token(segments)
     model = _language_model(policy)
+    check_length(model, segments.longest, "a row")
     head = _find_head(model) if ability.hidden_states else None
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
         states = _packed_states(model, segments, hidden=head is not None, trim=ability.trims_last_layer)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.policies.context import length_limit
+from alignment_modules.policies.context import check_length, length_limit
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.cached_decoder import CachedDecoder
 from alignment_modules.rollouts.decoding import DecoderFactory, RecomputeDecoder, accepts
@@ -40,6 +40,7 @@ def select_decoder(policy: nn.Module, longest: int) -> DecoderFactory:
     Returns:
         A function that makes the decoder of one rollout.
     """
+    check_length(policy, longest, "a prompt with its longest completion")
     limit = length_limit(policy)
     if limit is not None and longest > limit:
         return RecomputeDecoder

@@ -236,10 +236,10 @@ CASES = {
         ["--data.train", "bad/no_target.jsonl"],
         ["no row is left to use", "dropped without target 2"],
     ),
-    "a batch without a supervised token": Case(
+    "an epoch without a supervised token": Case(
         "sft",
         ["--data", "my_data.Masked", "--data.tokenizer", "policy"],
-        ["optimizer step 2 has nothing to learn from", "labels all -100"],
+        ["nothing to learn in epoch 0", "labels all -100"],
         TRAINING,
     ),
     "batches of another paradigm": Case(
@@ -390,14 +390,13 @@ MASKED = '''
 from datamodules import SFTDataModule
 
 class Masked(SFTDataModule):
-    """From the second batch on nothing is supervised."""
+    """Nothing is supervised."""
 
     def __init__(self, tokenizer: str):
         super().__init__(train="sft.jsonl", tokenizer=tokenizer, batch_size=4)
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
-        if self.trainer.global_step:
-            batch["labels"].fill_(-100)
+        batch["labels"].fill_(-100)
         return batch
 '''
 

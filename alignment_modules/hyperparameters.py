@@ -1,0 +1,85 @@
+"""What a checkpoint keeps of a module's constructor arguments: plain values, and the dataclasses made of them."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities.parsing import collect_init_args
+
+from alignment_modules.evaluation import EvaluationConfig
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.lora import LoraConfig
+
+_CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig)
+
+
+class PlainHyperparameters(L.LightningModule):
+    """Says what is missing where a checkpoint alone does not make a module."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's, for modules whose arguments were plain values or configurations; others are given again.
+
+        Raises:
+            TypeError: If an argument without a default was an object, which a checkpoint does not hold.
+        """
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{error}. A checkpoint keeps plain values and configurations, no objects: give those again, as in "
+                f"{cls.__name__}.load_from_checkpoint({str(checkpoint_path)!r}, policy=...)"
+            ) from error
+
+
+def keep_hyperparameters(module: L.LightningModule) -> None:
+    """Saves the arguments of the constructor that calls this, and of its subclasses', as hyperparameters.
+
+    A checkpoint read with `weights_only=True` holds no objects: those are left out, configurations become mappings. The
+    command line hands over its own text of every argument, which is plain.
+
+    Args:
+        module: The module under construction.
+    """
+    caller = inspect.currentframe()
+    frame = None if caller is None else caller.f_back
+    if frame is None or _given_hyperparameters.get() is not None:
+        module.save_hyperparameters(frame=frame)
+        return
+    given = _arguments(frame)
+    plain = {name: as_plain(value) for name, value in given.items()}
+    objects = [name for name, value in given.items() if not _is_plain(plain[name])]
+    module.save_hyperparameters(ignore=objects, frame=frame)
+    for held in (module.hparams, module.hparams_initial):
+        held.update({name: plain[name] for name in held if plain.get(name) != held[name]})
+
+
+def _arguments(frame: FrameType) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for level in collect_init_args(frame, [], classes=(L.LightningModule,)):
+        arguments.update(level)
+    return arguments
+
+
+def as_plain(value: Any) -> Any:
+    """A configuration as the mapping of those of its fields that differ from their defaults; other values unchanged."""
+    if not isinstance(value, _CONFIGURATIONS):
+        return value
+    default = type(value)()
+    return {
+        field.name: as_plain(getattr(value, field.name))
+        for field in fields(value)
+        if getattr(value, field.name) != getattr(default, field.name)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

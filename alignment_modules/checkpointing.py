@@ -5,11 +5,14 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from alignment_modules.frozen import FrozenWeights, put_back
 from alignment_modules.objective import Meters
+from alignment_modules.optimization import Schedule
 from alignment_modules.policies.reference import fingerprint
 from alignment_modules.position import settle, take_up
 
@@ -17,11 +20,11 @@ _KEY = "alignment_module"
 
 
 class CheckpointContract(L.LightningModule):
-    """Keeps the frozen reference out of checkpoints, stays strict on every other key, and checks where one came from.
+    """Keeps what is not trained out of checkpoints, stays strict on every other key, and checks where one came from.
 
-    A checkpoint names its paradigm, the number of tokens trained on, the fingerprint of its reference and whatever
-    `extra_state` adds (plain numbers, strings, lists, dictionaries and tensors, so that it loads with
-    `weights_only=True`).
+    A checkpoint names its paradigm, the number of tokens trained on, the fingerprints of its reference and of the
+    policy's frozen weights, and whatever `extra_state` adds (plain numbers, strings, lists, dictionaries and tensors,
+    so that it loads with `weights_only=True`).
     """
 
     paradigm: ClassVar[str]
@@ -37,6 +40,7 @@ class CheckpointContract(L.LightningModule):
     batch_cut_short: bool = False
     """Whether `max_steps` was reached with steps of the last batch still to take."""
     _settled_meters: Meters | None = None
+    _frozen: FrozenWeights | None = None
     _restored: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
@@ -65,15 +69,16 @@ class CheckpointContract(L.LightningModule):
             "meters": per_rank(self.trainer, (meters or Meters()).state_dict()),
             "unlogged_step": self._stepped and position != "rewound",
             "batch_cut_short": self.batch_cut_short,
+            "left_out": self._leave_out_frozen(checkpoint["state_dict"]),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses checkpoints of another paradigm and, to resume, against another reference or of another optimizer.
 
         Raises:
-            ValueError: If the checkpoint was not written by this paradigm, or a fit resumes from it and its reference
-                had other weights, the command line now names another optimizer, or `max_steps` ended that run in the
-                middle of a batch.
+            ValueError: If the checkpoint was not written by this paradigm or holds what was trained on other frozen
+                weights, or a fit resumes from it and its reference had other weights, the command line now names
+                another optimizer, or `max_steps` ended that run in the middle of a batch.
         """
         entry = checkpoint.get(_KEY)
         found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
@@ -92,16 +97,20 @@ class CheckpointContract(L.LightningModule):
         if resumes:
             self._check_batch_is_whole(entry, checkpoint["global_step"])
             self._keep_typed_optimizer(checkpoint)
+        if left_out := entry.get("left_out"):
+            put_back(checkpoint["state_dict"], super().state_dict(), left_out, self._checkpoint_name())
         self._num_tokens = entry["num_tokens"]
         self._steps_without_targets = entry.get("steps_without_targets", 0)
-        self._restored = entry
+        self._restored = {**entry, "schedules": checkpoint.get("lr_schedulers", [])}
         self.load_extra_state(entry["extra"])
 
     def on_train_start(self) -> None:
         """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
         take_up(self.trainer)
-        self.batch_cut_short = False
+        self.batch_cut_short, self._frozen = False, FrozenWeights(self)
         entry, self._restored = self._restored or {}, None
+        for config, saved in zip(self.trainer.lr_scheduler_configs, entry.get("schedules", []), strict=False):
+            _warn_of_new_length(config.scheduler, saved)
         meters = entry.get("meters")
         if meters is not None and len(meters) == self.trainer.world_size:
             self._train_meters.load_state_dict(meters[self.global_rank], self.device)
@@ -159,6 +168,12 @@ class CheckpointContract(L.LightningModule):
                 "that wrote the checkpoint."
             )
         return super().load_state_dict(whole, strict=strict, assign=assign)
+
+    def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
+        """Takes the policy's frozen weights out of a checkpoint; strategies that cut weights up keep them."""
+        if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return {}
+        return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)
 
     def _check_batch_is_whole(self, entry: dict[str, Any], step: int) -> None:
         """Refuses to go on in the middle of a batch, whose samples are gone."""
@@ -225,6 +240,20 @@ def per_rank(trainer: L.Trainer, value: Any) -> list[Any] | None:
     values = [None] * trainer.world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _warn_of_new_length(schedule: Any, saved: dict[str, Any]) -> None:
+    """Says so where the steps before a checkpoint followed the schedule of a shorter or longer run."""
+    before = saved.get("total_steps")
+    if not isinstance(schedule, Schedule) or not schedule.needs_total_steps or before in (None, schedule.total_steps):
+        return
+    now, rate = schedule.total_steps, schedule.get_last_lr()[0]
+    rank_zero_warn(
+        f"{type(schedule).__name__}: this run has {now} optimizer steps, and had {before} when its checkpoint was "
+        f"written at step {schedule.last_epoch}. From here on the learning rate follows the schedule of {now} steps: "
+        f"it goes on from {rate:.3g}, where it stood at {saved['_last_lr'][0]:.3g}. A run of {now} steps from the "
+        "start would have had other rates before"
+    )
 
 
 def _describe(reference: str | None) -> str:

@@ -10,7 +10,6 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -168,9 +167,6 @@ class Schedule(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after the saved step; the saved `total_steps` counts only where none is known here.
 
-        Warns where the rates of the steps to come depend on the run's length and that has changed: the steps already
-        taken followed the old schedule, so the run is not the one that would have had the new length from the start.
-
         Args:
             state_dict: What `state_dict` gave.
 
@@ -190,18 +186,9 @@ class Schedule(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
         self.base_lrs = list(state_dict["base_lrs"])
-        before = state_dict.get("total_steps")
         if self.total_steps is None:
-            self.total_steps = before
+            self.total_steps = state_dict.get("total_steps")
         self._apply()
-        if self.needs_total_steps and before not in (None, self.total_steps):
-            old, new = state_dict.get("_last_lr", [math.nan])[0], self._last_lr[0]
-            rank_zero_warn(
-                f"{type(self).__name__}: the run now has {self.total_steps} optimizer steps, and had {before} when the "
-                f"checkpoint was written at step {self.last_epoch}. The learning rate goes on from {new:.3g} (it stood "
-                f"at {old:.3g}) and follows the schedule of {self.total_steps} steps; the steps before followed that "
-                f"of {before}"
-            )
 
 
 class ConstantSchedule(Schedule):

@@ -107,6 +107,8 @@ def settings(name: str, rng: random.Random) -> tuple[list[str], int]:
     if rng.random() < 0.5:
         options |= {"data.validation": f"{name}.jsonl", "trainer.val_check_interval": rng.choice([2, 5])}
         options |= {"trainer.limit_val_batches": 3}
+    if rng.random() < 0.3:
+        options |= {"model.policy.lora": json.dumps({"r": 2})}
     if name == "grpo":
         iterations, minibatches = rng.choice([(1, 1), (2, 1), (1, 2), (2, 2)])
         options |= {"model.num_generations": 4, "model.max_completion_length": 6, "model.micro_batch_size": 3}

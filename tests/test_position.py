@@ -160,7 +160,7 @@ def test_a_run_that_max_steps_ended_is_extended(run, first, epochs, accumulate, 
 
     end_of_epoch = ModelCheckpoint(run.folder / "ends", filename="end")
     before = run(end_of_epoch, max_steps=first, folder="first", **options)
-    with pytest.warns(UserWarning, match=f"has {total(9)} optimizer steps, and had {total(first)} when"):
+    with pytest.warns(UserWarning, match=f"has {total(9)} optimizer steps, and had {total(first)} when its checkpoint"):
         after = run(max_steps=9, resume=run.folder / "ends" / "end.ckpt", folder="more", **options)
     assert before.read + after.read == whole.read
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -214,10 +214,20 @@ def fingerprint(module: nn.Module) -> str:
         64 hexadecimal digits (BLAKE2b, 256 bits).
     """
     digest = hashlib.blake2b(digest_size=32)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for part in pool.map(_hash_entry, sorted(module.state_dict().items())):
-            digest.update(part)
+    for part in _hash_entries(sorted(module.state_dict().items())):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def fingerprints(entries: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """An exact hash of each entry of a state dictionary: 32 hexadecimal digits by name (see `fingerprint`)."""
+    entries = list(entries)
+    return {name: part.hex()[:32] for (name, _), part in zip(entries, _hash_entries(entries), strict=True)}
+
+
+def _hash_entries(entries: list[tuple[str, Any]]) -> Iterator[bytes]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        yield from pool.map(_hash_entry, entries)
 
 
 def _hash_entry(entry: tuple[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from alignment_modules.cli import main
 from alignment_modules.policies.load import build_policy, load_tokenizer
 
 RESULTS = Path(sys.argv[1])
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"  # the schedule is the recipe's own
 SETTINGS = {
     # an optimizer step is two batches; epoch 1 goes from step 3 to step 6
     "sft": ["--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"],
@@ -70,7 +71,8 @@ def run(name, paradigm, *options, workers=0, kill=None, odd=False, resume=None):
     if kill is not None:
         when = {"step": KILL[paradigm], "signal": int(kill), "odd": odd}
         callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": when})
-    arguments = ["fit", "--config", f"{paradigm}.yaml", *SETTINGS[paradigm], "--data.num_workers", str(workers)]
+    arguments = ["fit", "--config", str(RECIPES / f"{paradigm}.yaml"), "--config", f"{paradigm}.yaml"]
+    arguments += [*SETTINGS[paradigm], "--data.num_workers", str(workers)]
     arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.default_root_dir", str(root), *options]
     if resume is not None:
         arguments += ["--ckpt_path", str(resume)]

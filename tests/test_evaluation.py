@@ -1,12 +1,14 @@
 """Generation metrics of `test` and `predict`, and the table of paradigms."""
 
 import copy
+import json
 
 import lightning as L
 import pytest
 import torch
 
 from alignment_modules import DPOModule, EvaluationConfig, SFTModule, create_module, get_module_class
+from alignment_modules.callbacks import CompletionWriter
 from alignment_modules.rewards import reward_set
 
 
@@ -51,6 +53,51 @@ def test_rows_that_the_verifier_does_not_apply_to_are_not_counted(tiny_llama):
     found = test(module_with(tiny_llama, verifier=judged, num_samples=3), batches)
     assert found["test/exact_match"] == found["test/sample_accuracy"] == found["test/pass@3"] == 0.5
     assert test(module_with(tiny_llama, verifier=known), batches)["test/exact_match"] == 0.5
+
+
+def test_rows_without_an_answer_are_counted_as_not_judged(tiny_llama):
+    missing = [None, "1", float("nan"), "2"]
+    found = test(module_with(tiny_llama), [prompts(4, answer=missing)])
+    assert (found["test/exact_match"], found["test/frac_not_judged"]) == (0.0, 0.5)
+    nothing = test(module_with(tiny_llama, num_samples=2), [prompts(2, answer=[None, None])])
+    assert nothing["test/frac_not_judged"] == 1
+    assert not nothing.keys() & {"test/exact_match", "test/pass@2", "test/sample_accuracy"}
+
+
+def test_samples_that_could_not_be_judged_are_null_in_predictions(tiny_llama, tmp_path):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[CompletionWriter(str(tmp_path / "predictions.jsonl"))],
+    )
+    loader = torch.utils.data.DataLoader([prompts(2, answer=["1", None])], batch_size=None)
+    rows = trainer.predict(module_with(tiny_llama, num_samples=2), loader)[0]
+    assert [row["rewards"] for row in rows] == [[0.0, 0.0], [None, None]]
+    written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["rewards"] for row in written] == [[0.0, 0.0], [None, None]]
+
+
+def test_columns_of_the_verifier_are_looked_for_before_generation(tiny_llama, monkeypatch, caplog):
+    def gold_match(completions, gold):
+        return [1.0] * len(completions)
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    for options, name, missing in (({}, "exact_match", "answer"), ({"verifier": gold_match}, "gold_match", "gold")):
+        module = module_with(tiny_llama, num_samples=2, **options)
+        runs = [lambda m: test(m, [prompts(2, other=["1", "2"])])]
+        if options:
+            loader = torch.utils.data.DataLoader([prompts(2, answer=["1", "2"])], batch_size=None)
+            runs.append(lambda m, loader=loader: trainer.predict(m, loader))
+        monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("something was generated"))
+        for run in runs:
+            with pytest.raises(ValueError, match=f"reward '{name}' asks for '{missing}', which is not there; found: "):
+                run(module)
+    with caplog.at_level("INFO"):
+        loader = torch.utils.data.DataLoader([prompts(2), prompts(3)], batch_size=None)
+        rows = trainer.predict(module_with(tiny_llama, num_samples=2), loader)[0]
+    assert "rewards" not in rows[0]
+    assert caplog.text.count("the rows have no column 'answer', so their completions are not scored") == 1
 
 
 def test_the_verifier_is_built_once_and_at_once(tiny_llama, monkeypatch):

@@ -34,6 +34,12 @@ def prompts(count=4):
     return {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids), "index": list(range(count))}
 
 
+def lengths_of(module):
+    """Tokens of each completion of the last rollout; the stop token is not shown."""
+    shown = [len(text.split()) for text in module.last_rollout["completion"]]
+    return [count + (not cut) for count, cut in zip(shown, module.last_rollout["truncated"], strict=True)]
+
+
 @pytest.fixture
 def make(tiny_llama):
     def factory(**options):
@@ -60,7 +66,7 @@ def test_sampled_log_probs_are_those_of_scoring_and_the_first_ratio_is_one(make,
 def test_first_loss_is_minus_the_mean_advantage_over_tokens(make, train):
     module = make(loss="dapo")
     trainer = train(module, [prompts()])
-    lengths = torch.tensor([len(text.split()) for text in module.last_rollout["completion"]])
+    lengths = torch.tensor(lengths_of(module))
     advantages = torch.tensor(module.last_rollout["advantage"])
     expected = -(advantages * lengths).sum() / lengths.sum()
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(expected), abs=1e-6)
@@ -142,7 +148,7 @@ def test_throughput_counts_prompts_once_and_every_completion(make, train):
     module = make()
     batch = prompts()
     metrics = train(module, [batch]).callback_metrics
-    lengths = sum(len(text.split()) for text in module.last_rollout["completion"])
+    lengths = sum(lengths_of(module))
     counts = module.count_tokens(batch)
     assert int(counts["tokens"]) == 4 * 3 + lengths == metrics["train/num_tokens"]
     assert counts["samples"] == 16

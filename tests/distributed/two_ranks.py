@@ -79,6 +79,12 @@ class Batches:
             "rewards": rewards,
         }
 
+    def unjudged(self, rows):
+        """Groups with none, one and two rewards of three; the first rank has none at all."""
+        batch = self.grpo(rows)
+        judged = torch.tensor([row >= 3 and g < row - 3 for row in rows for g in range(3)])
+        return batch | {"rewards": batch["rewards"].masked_fill(~judged, torch.nan)}
+
     def sampled(self, rows):
         ids, mask = self.padded(rows, [2 + r % 3 for r in rows], 0, 4)
         return {"prompts": ids, "prompt_attention_mask": mask, "index": rows}
@@ -112,19 +118,20 @@ def modules(policy):
     yield "pretrain", lambda: PretrainModule(policy=copy.deepcopy(policy), **sgd)
     yield "sft", lambda: SFTModule(policy=copy.deepcopy(policy), **sgd)
     yield "dpo", lambda: DPOModule(policy=copy.deepcopy(policy), reference=copy.deepcopy(other), beta=0.5, **sgd)
-    yield (
-        "grpo",
-        lambda: GRPOModule(
-            policy=copy.deepcopy(policy),
-            reference=copy.deepcopy(other),
-            beta=0.1,
-            scale_rewards="batch",
-            micro_batch_size=4,
-            num_generations=3,
-            **online,
-            **sgd,
-        ),
-    )
+    for name in ("grpo", "unjudged"):
+        yield (
+            name,
+            lambda: GRPOModule(
+                policy=copy.deepcopy(policy),
+                reference=copy.deepcopy(other),
+                beta=0.1,
+                scale_rewards="batch",
+                micro_batch_size=4,
+                num_generations=3,
+                **online,
+                **sgd,
+            ),
+        )
     yield (
         "sampled",
         lambda: GRPOModule(

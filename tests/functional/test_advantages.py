@@ -107,6 +107,35 @@ def test_nan_is_left_out_of_its_group(scale):
 
 
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+def test_rows_without_a_reward_are_removed(scale):
+    """As the formulas say for groups of unequal sizes, in double precision; of a single reward nothing can be said."""
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    rewards[torch.rand(7, 5, generator=generator) < 0.4] = torch.nan
+    rewards[2], rewards[3, 1:] = torch.nan, torch.nan
+    kept = [[reward for reward in row if reward == reward] for row in rewards.tolist()]
+    assert {len(row) for row in kept} >= {0, 1, 2, 3}
+    everything = torch.tensor([reward for row in kept for reward in row], dtype=torch.float64)
+    result = group_advantages(rewards, scale=scale)
+    for row, group in zip(range(7), kept, strict=True):
+        judged = ~rewards[row].isnan()
+        assert (result[row][~judged] == 0).all()
+        if len(group) < 2:
+            assert (result[row] == 0).all()
+            continue
+        values = torch.tensor(group, dtype=torch.float64)
+        centred = values - values.mean()
+        expected = {
+            "group": centred / values.std(),
+            "batch": centred / everything.std(),
+            "none": centred,
+            "leave_one_out": values - (values.sum() - values) / (len(group) - 1),
+            "mean": centred / values.mean() if values.mean() > 0 else torch.zeros_like(values),
+        }[scale]
+        torch.testing.assert_close(result[row][judged], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
 def test_groups_with_one_or_no_reward(scale):
     nan = torch.nan
     assert (group_advantages(torch.tensor([[nan, nan, nan], [3.0, nan, nan]]), scale=scale) == 0).all()

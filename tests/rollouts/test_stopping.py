@@ -33,6 +33,17 @@ def test_empty_tokens_do_not_hide_a_stop_string():
     assert stop.completed(torch.tensor([[0, 1, 1, 2]])) == [True]
 
 
+def test_whole_completions_end_with_a_stop_string_or_do_not():
+    stop = StopStrings(("END", "a"), Letters("x", "E", "ND", "D", "a\n", "b"))
+    assert stop.ends([0, 1, 2])
+    assert stop.ends([1, 2, 1, 2])
+    assert stop.ends([4])
+    assert not stop.ends([1, 2, 0])
+    assert not stop.ends([1, 2, 3])  # the last token could end one, but ends none
+    assert not stop.ends([4, 5])
+    assert not stop.ends([])
+
+
 def test_stop_strings_need_a_tokenizer_and_text():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         StopStrings(("x",), None)

@@ -50,6 +50,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     """Whether log-probabilities of two models are compared, so that dropout must be off."""
     batch_keys: ClassVar[tuple[str, ...]] = ()
     """What a batch must hold to be trained or validated on."""
+    bar: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that the progress bar shows."""
 
     def __init__(
         self,
@@ -148,12 +150,15 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Sets modes, forgets what an interrupted fit left half done, and prints the resolved objective."""
+        """Sets modes and forgets what an interrupted fit left half done."""
         self.train()
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
         self._window_weight = self._window_tokens = 0.0
         self._stepped, self._loss_scale = False, None
+
+    def on_train_start(self) -> None:
+        """Prints the resolved objective."""
         width = max(map(len, lines := self.describe()))
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
 
@@ -290,7 +295,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, L.LightningModule):
     def publish(self, values: Mapping[str, float], stage: Literal["train", "val", "test"]) -> None:
         """Sends numbers to progress bar, callbacks and loggers, at the optimizer step as the horizontal axis."""
         named = {f"{stage}/{name}": value for name, value in values.items()}
-        shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
+        shown = {f"{stage}/{name}" for name in (*self.bar, "exact_match")}
         outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
         for name, value in named.items():
             self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from alignment_modules import callbacks, rewards
 from alignment_modules.base import AlignmentModule
+from alignment_modules.callbacks.logged_metrics import LoggedMetrics
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.online import OnlineModule
@@ -26,7 +27,10 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from datamodules import AlignmentDataModule, tasks
 
-BASES = (AlignmentModule, GenerationSteps, ManualOptimizationModule, OnlineModule, AlignmentDataModule, Schedule)
+BASES = (
+    *(AlignmentModule, GenerationSteps, ManualOptimizationModule, OnlineModule),
+    *(AlignmentDataModule, Schedule, LoggedMetrics),
+)
 """Classes that only others are made of; the command line refuses them by name."""
 
 OURS = ("alignment_modules", "datamodules")

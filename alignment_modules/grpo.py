@@ -1,5 +1,6 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Literal
@@ -62,6 +63,7 @@ class GRPOModule(OnlineModule):
     """
 
     paradigm = "grpo"
+    bar = ("reward", "completions/mean_length")
 
     def __init__(
         self,
@@ -215,6 +217,13 @@ class GRPOModule(OnlineModule):
                     torch.cat([largest, largest.new_full((1,), -torch.inf)]).max(), kind="max"
                 )
         return Objective(total, weight, statistics)
+
+    def publish(self, values: Mapping[str, float], stage: Literal["train", "val", "test"]) -> None:
+        """Also shows the share of groups whose rewards differ: the others teach nothing."""
+        super().publish(values, stage)
+        if stage == "train" and "frac_reward_zero_std" in values:
+            signal = 1.0 - values["frac_reward_zero_std"]
+            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""

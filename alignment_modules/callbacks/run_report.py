@@ -106,7 +106,7 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         for split, report in reports.items()
     ]
     batches = trainer.num_training_batches
-    total = module.total_optimizer_steps if hasattr(module, "total_optimizer_steps") else trainer.max_steps
+    total: Any = getattr(module, "total_optimizer_steps", None) or trainer.estimated_stepping_batches
     length = f"{total} optimizer steps" if math.isfinite(total) and total > 0 else "no limit"
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     rows = f" of {size} rows" if size else ""

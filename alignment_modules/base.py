@@ -53,6 +53,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
     """Whether log-probabilities of two models are compared, so that dropout must be off."""
     batch_keys: ClassVar[tuple[str, ...]] = ()
     """What a batch must hold to be trained or validated on."""
+    bar: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that the progress bar shows."""
 
     def __init__(
         self,
@@ -168,13 +170,17 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         return self
 
     def on_fit_start(self) -> None:
-        """Sets modes, forgets what an interrupted fit left half done, and prints the resolved objective."""
+        """Sets modes and forgets what an interrupted fit left half done."""
         self.train()
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
         self._window_weight = self._window_tokens = self._window_total = 0.0
         self._own_weight = self._loss_scale = self._step_loss = None
         self._stepped, self._learnt = False, True
+
+    def on_train_start(self) -> None:
+        """Takes up what a checkpoint left, and prints the resolved objective."""
+        super().on_train_start()
         width = max(map(len, lines := self.describe()))
         rank_zero_info("\n".join(f"  {key:<{width}}  {value}" for key, value in lines.items()))
 
@@ -372,11 +378,12 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         the mean of several.
         """
         named = {f"{stage}/{name}": value for name, value in values.items()}
-        shown = {f"{stage}/{name}" for name in ("loss", "reward", "exact_match", "rewards/accuracies")}
+        shown = {f"{stage}/{name}" for name in (*self.bar, "exact_match")}
         outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
         for name, value in named.items():
             if name == "train/loss":
-                self.trainer.progress_bar_metrics[name] = value
+                if name in shown:
+                    self.trainer.progress_bar_metrics[name] = value
                 continue
             self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)
         if not outside_fit and not self.trainer.sanity_checking:

@@ -29,6 +29,8 @@ from alignment_modules.callbacks import (
     ExactResume,
     ExportPolicy,
     FiniteGuard,
+    LearningWatch,
+    RunReport,
     StopAndSave,
     Throughput,
 )
@@ -89,7 +91,9 @@ class AlignCLI(LightningCLI):
         parser.add_lightning_class_args(ExportPolicy, "export")
         parser.add_lightning_class_args(CompletionWriter, "predictions")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.set_defaults({"trainer.default_root_dir": DEFAULT_ROOT})
+        parser.add_lightning_class_args(LearningWatch, "watch")
+        parser.add_lightning_class_args(RunReport, "report")
+        parser.set_defaults({"trainer.default_root_dir": DEFAULT_ROOT, "trainer.enable_model_summary": False})
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as typed: Lightning would override it with the checkpoint's hyperparameters."""
@@ -186,6 +190,7 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # a file with the user's own rewards lies beside the configuration
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*You defined a `validation_step` but have no")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -253,4 +258,6 @@ def _check_exists(checkpoint: str | None) -> None:
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "For seamless cloud" not in record.getMessage()
+    return not record.getMessage().startswith(
+        ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Loading `train_dataloader`")
+    )

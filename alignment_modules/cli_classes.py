@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from alignment_modules import callbacks, rewards
 from alignment_modules.base import AlignmentModule
+from alignment_modules.callbacks.logged_metrics import LoggedMetrics
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.online import OnlineModule
@@ -26,7 +27,10 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from datamodules import AlignmentDataModule, tasks
 
-BASES = (AlignmentModule, GenerationSteps, ManualOptimizationModule, OnlineModule, AlignmentDataModule, Schedule)
+BASES = (
+    *(AlignmentModule, GenerationSteps, ManualOptimizationModule, OnlineModule),
+    *(AlignmentDataModule, Schedule, LoggedMetrics),
+)
 """Classes that only others are made of; the command line refuses them by name."""
 
 OURS = ("alignment_modules", "datamodules")
@@ -50,7 +54,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "verifier": ("rewards", lambda: REWARDS),
     "optimizer": ("optimizers of torch", lambda: subclasses([Optimizer])),
     "lr_scheduler": ("schedules", lambda: subclasses([LRScheduler])),
-    "callbacks": ("callbacks", lambda: sorted({*CALLBACKS, *subclasses([Callback])}, key=lambda c: c not in CALLBACKS)),
+    "callbacks": ("callbacks", lambda: [*CALLBACKS, *(c for c in subclasses([Callback]) if c not in CALLBACKS)]),
     "policy": ("policy", lambda: [PolicyConfig]),
     "reference": ("policy", lambda: [PolicyConfig]),
     "lora": ("adapters", lambda: [LoraConfig]),
@@ -72,13 +76,19 @@ def choices(option: str) -> list[type]:
 def subclasses(bases: Iterable[type]) -> list[type]:
     """All known subclasses that have a public name and are more than bases of others."""
     found: dict[type, None] = {}
-    waiting: list[type] = [child for base in bases if base.__name__ != "Module" for child in base.__subclasses__()]
+    waiting: list[type] = []
+    for base in bases:
+        waiting.extend(() if base.__name__ == "Module" else base.__subclasses__())
     while waiting:
         current = waiting.pop(0)
         if current not in found:
             found[current] = None
             waiting.extend(current.__subclasses__())
-    return [c for c in found if not (c.__name__.startswith("_") or inspect.isabstract(c) or c in BASES)]
+    return [
+        c
+        for c in found
+        if not (c.__name__.startswith("_") or inspect.isabstract(c) or c in BASES or ".cli" in c.__module__)
+    ]
 
 
 def path_of(cls: type) -> str:
@@ -130,8 +140,8 @@ def options_of(cls: type) -> list[tuple[type, inspect.Parameter, Any, str]]:
         if "__init__" not in vars(level):
             continue
         hints = typing.get_type_hints(level if is_dataclass(level) else level.__init__, include_extras=True)  # type: ignore[misc]
-        told = docstring_parser.parse(inspect.getdoc(level) or "")
-        words = {p.arg_name: " ".join((p.description or "").split()) for p in told.params}
+        told = [p for c in (level, cls) for p in docstring_parser.parse(inspect.getdoc(c) or "").params]
+        words = {p.arg_name: " ".join((p.description or "").split()) for p in told}
         parameters = list(inspect.signature(level.__init__).parameters.values())  # type: ignore[misc]
         for parameter in parameters:
             if parameter.name not in seen and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):

@@ -7,6 +7,7 @@ that matters is picked out of that and completed with what would have been accep
 import ast
 import difflib
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -27,9 +28,11 @@ from alignment_modules.cli_classes import (
     know_short_names,
     last,
     option_names,
+    options_of,
     path_of,
     subclasses,
 )
+from alignment_modules.cli_help import print_help
 from alignment_modules.cli_hints import instead
 from alignment_modules.functional.ranges import describe
 
@@ -79,6 +82,10 @@ class AlignArgumentParser(LightningArgumentParser):
         if not isinstance(given, list | tuple):  # Lightning also takes a dictionary or a Namespace
             return super().parse_args(args, *more, **keywords)
         self._given = [str(argument) for argument in given]
+        try:
+            print_help(self, self._given)
+        except ValueError as error:
+            self.error(str(error))
         self._refuse_bases()
         return super().parse_args(_name_plateau(self._given), *more, **keywords)
 
@@ -353,12 +360,10 @@ def _program(parser: ArgumentParser) -> str:
 
 def _typehint(parser: ArgumentParser, cause: _Cause) -> Any:
     if cause.owner and len(cause.keys) > 1:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(import_path(cause.owner), fail_untyped=False)
-        wanted = cause.keys[-1]
-    else:
-        wanted = cause.keys[0]
-    return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == wanted), None)
+        owner = import_path(cause.owner)
+        options = options_of(owner) if inspect.isclass(owner) else []
+        return next((hint for _, parameter, hint, _ in options if parameter.name == cause.keys[-1]), None)
+    return next((getattr(a, "_typehint", None) for a in parser._actions if a.dest == cause.keys[0]), None)
 
 
 def _close(name: str, names: Iterable[str]) -> str:

@@ -54,6 +54,7 @@ class DPOModule(AlignmentModule):
         "rejected_attention_mask",
     )
     compares_log_probs = True
+    bar = ("loss", "rewards/accuracies", "rewards/margins")
 
     def __init__(
         self,

@@ -8,8 +8,8 @@ from alignment_modules.grpo import GRPOModule
 from alignment_modules.pretrain import PretrainModule
 from alignment_modules.sft import SFTModule
 
-_CLASSES: tuple[type[AlignmentModule], ...] = (PretrainModule, SFTModule, DPOModule, GRPOModule)
-_MODULES = {module.paradigm: module for module in _CLASSES}
+PARADIGMS: tuple[type[AlignmentModule], ...] = (PretrainModule, SFTModule, DPOModule, GRPOModule)
+_MODULES = {module.paradigm: module for module in PARADIGMS}
 
 
 def get_module_class(name: str) -> type[AlignmentModule]:

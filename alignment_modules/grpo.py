@@ -1,5 +1,6 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Literal
@@ -65,6 +66,7 @@ class GRPOModule(OnlineModule):
     """
 
     paradigm = "grpo"
+    bar = ("reward", "completions/mean_length")
 
     def __init__(
         self,
@@ -246,6 +248,15 @@ class GRPOModule(OnlineModule):
         if not bool(self._finite):
             raise NonFiniteLogits(_not_finite(self.this_step, "policy"))
         super().on_before_optimizer_step(optimizer)
+
+    def publish(
+        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
+    ) -> None:
+        """Also shows the share of groups whose rewards differ: the others teach nothing."""
+        super().publish(values, stage, step)
+        if stage == "train" and "frac_reward_zero_std" in values:
+            signal = 1.0 - values["frac_reward_zero_std"]
+            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""

@@ -29,6 +29,7 @@ class SFTModule(AlignmentModule):
 
     paradigm = "sft"
     batch_keys = ("input_ids", "labels")
+    bar = ("loss", "mean_token_accuracy")
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ def describe(hint: Any) -> str:
         return " or ".join(map(describe, arguments))
     if origin is Literal:
         return " or ".join(map(repr, arguments))
-    if origin is Callable:
+    if Callable in (origin, hint):
         return "a callable"
     if origin is list:
         return f"a list of {describe(arguments[0])}"
@@ -107,7 +107,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is list:
         return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
-    if origin is Callable:
+    if Callable in (origin, hint):
         return callable(value)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)

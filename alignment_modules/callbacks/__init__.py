@@ -6,6 +6,8 @@ from alignment_modules.callbacks.completion_writer import CompletionWriter
 from alignment_modules.callbacks.exact_resume import ExactResume
 from alignment_modules.callbacks.export import ExportPolicy
 from alignment_modules.callbacks.finite_guard import FiniteGuard
+from alignment_modules.callbacks.learning_watch import LearningWatch
+from alignment_modules.callbacks.run_report import RunReport
 from alignment_modules.callbacks.sample_table import SampleTable
 from alignment_modules.callbacks.stop_and_save import StopAndSave
 from alignment_modules.callbacks.throughput import Throughput
@@ -18,6 +20,8 @@ __all__ = [
     "ExactResume",
     "ExportPolicy",
     "FiniteGuard",
+    "LearningWatch",
+    "RunReport",
     "SampleTable",
     "StopAndSave",
     "Throughput",

@@ -55,7 +55,10 @@ CASES = {
     "not a number": Case("dpo", ["--model.beta", ".nan"], ["beta=nan must be a finite number > 0"]),
     "a number that is null": Case("dpo", ["--model.beta", "null"], ["beta=None must be a finite number > 0"]),
     "more workers than any machine has": Case(
-        "sft", ["--data.num_workers", "1e20"], ["num_workers", "must be an integer from 0 to 1024"]
+        "sft",
+        ["--data.num_workers", "1e20"],
+        ["--data.num_workers=1e+20: must be an integer from 0 to 1024"],
+        PARSING,
     ),
     "weights that are all zero": Case(
         "grpo", ["--model.reward_weights", "[0]"], ["reward_weights=[0.0] must be finite and not all 0"]

@@ -1,0 +1,159 @@
+"""What matters of a run: five lines at its start, a summary at its end."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback
+
+from alignment_modules.callbacks.logged_metrics import LoggedMetrics
+from alignment_modules.functional.ranges import check_options
+
+_LEAST, _MOST = "least", "most"
+_SHOWN = {  # metrics of the summary, and which of their values is the best
+    "train/loss": _LEAST,
+    "train/mean_token_accuracy": _MOST,
+    "train/rewards/accuracies": _MOST,
+    "train/rewards/margins": _MOST,
+    "train/reward": _MOST,
+    "train/completions/mean_length": None,
+    "val/loss": _LEAST,
+    "val/mean_token_accuracy": _MOST,
+    "val/rewards/accuracies": _MOST,
+    "val/reward": _MOST,
+    "val/exact_match": _MOST,
+}
+_NEXT = {  # what one usually does with the exported policy
+    "pretrain": "align fit --config configs/recipes/sft.yaml --model.policy.path {export} --data.train DEMONSTRATIONS",
+    "sft": "align fit --config configs/recipes/dpo.yaml --model.policy.path {export} --data.train PAIRS",
+    "dpo": "align fit --config configs/recipes/grpo.yaml --model.policy.path {export} --data.train QUESTIONS",
+    "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
+}
+
+
+class RunReport(LoggedMetrics, Callback):
+    """Prints what is trained on what for how long and where to, and at the end what came of it. Only rank 0 prints.
+
+    Works with any LightningModule; one with `describe()` says itself what its objective is.
+
+    Args:
+        enabled: False prints nothing.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        check_options(RunReport.__init__, locals())
+        self.enabled = enabled
+        self._history: dict[str, list[tuple[int, float]]] = {}
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the five lines."""
+        super().on_train_start(trainer, pl_module)
+        self._history.clear()
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self.enabled:
+            _print(trainer, _beginning(trainer, pl_module))
+
+    def on_logged(self, trainer: L.Trainer, step: int, metrics: dict[str, float]) -> None:
+        """Keeps the metrics that the summary shows."""
+        for name in _SHOWN.keys() & metrics.keys():
+            self._history.setdefault(name, []).append((step, metrics[name]))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the summary."""
+        if self.enabled and trainer.is_global_zero:
+            steps, seconds = trainer.global_step - self._first_step, time.monotonic() - self._started
+            done = f"{steps} optimizer steps in {_duration(seconds)}, peak memory {_peak_memory(pl_module)}"
+            lines = {"done": done} | self._metrics()
+            root = Path(trainer.default_root_dir)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                lines["files"] = _files(root)
+                following = _NEXT.get(getattr(pl_module, "paradigm", ""))
+                if following and (root / "export").is_dir():
+                    lines["next"] = following.format(export=root / "export")
+            _print(trainer, lines)
+
+    def _metrics(self) -> dict[str, str]:
+        lines = {}
+        for name, best in _SHOWN.items():
+            values = self._history.get(name, [])
+            if values and not (name == "train/loss" and "train/reward" in self._history):  # a surrogate says little
+                text = f"first {values[0][1]:.4g}, last {values[-1][1]:.4g}"
+                if best is not None:
+                    step, value = (min if best is _LEAST else max)(values, key=lambda entry: entry[1])
+                    text += f", best {value:.4g} at step {step}"
+                lines[name] = text
+        return lines
+
+
+def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    told = module.describe() if hasattr(module, "describe") else {}  # type: ignore[operator]
+    objective = ", ".join(filter(None, (told.get("paradigm", type(module).__name__), told.get("loss"))))
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    reports: Mapping[str, Mapping[str, Any]] = getattr(getattr(trainer, "datamodule", None), "reports", {})
+    counts = [
+        f"{split} {report.get('kept', report.get('rows')):,} rows"
+        + (f", {report['tokens']:,} tokens" if "tokens" in report else "")
+        for split, report in reports.items()
+    ]
+    batches = trainer.num_training_batches
+    total: Any = getattr(module, "total_optimizer_steps", None) or trainer.estimated_stepping_batches
+    length = f"{total} optimizer steps" if math.isfinite(total) and total > 0 else "no limit"
+    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    rows = f" of {size} rows" if size else ""
+    split = f"{trainer.world_size} processes" if trainer.world_size > 1 else "one process"
+    accumulated = trainer.accumulate_grad_batches
+    return {
+        "objective": objective,
+        "policy": told.get("policy", f"{type(module).__name__}, {trained:,} parameters trained"),
+        "data": "; ".join(counts) or f"{batches} batches an epoch",
+        "steps": f"{length}; an epoch has {batches} batches{rows} on {split}"
+        + (f", {accumulated} of them a step" if accumulated > 1 else ""),
+        "writes to": str(trainer.default_root_dir),
+    }
+
+
+def _print(trainer: L.Trainer, lines: Mapping[str, str]) -> None:
+    width = max(map(len, lines))
+    trainer.print("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
+
+
+def _files(root: Path) -> str:
+    """What lies in the run's folder, each with its size."""
+    found = []
+    for entry in sorted(root.iterdir()) if root.is_dir() else []:
+        inside = [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
+        size = sum(path.stat().st_size for path in inside)
+        found.append(f"{entry.name}{'/' if entry.is_dir() else ''} ({_size(size)})")
+    return f"{root}: {', '.join(found) or 'none'}"
+
+
+def _peak_memory(module: L.LightningModule) -> str:
+    if module.device.type == "cuda":
+        return f"{_size(torch.cuda.max_memory_allocated(module.device))} of the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _size(count: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h" if hours else "", f"{minutes} min" if minutes or hours else ""]
+    return " ".join([*filter(None, parts), f"{rest} s" if minutes or hours else f"{seconds:.1f} s"])

@@ -1,0 +1,99 @@
+"""The report says what runs and what came of it; the watch warns once of what teaches nothing."""
+
+import pytest
+
+from alignment_modules.callbacks import LearningWatch, RunReport
+
+
+class Logs:
+    """Makes a module log one number a step under each name, after its callbacks as our modules do."""
+
+    def __init__(self, module, **curves):
+        self.module, self.curves = module, {name.replace("__", "/"): values for name, values in curves.items()}
+        module.on_train_batch_end = self
+
+    def __call__(self, outputs, batch, batch_idx):
+        for name, values in self.curves.items():
+            value = values[min(self.module.global_step, len(values)) - 1]
+            self.module.log(name, value, logger=False, batch_size=1)
+
+
+def test_beginning_and_end(boring, make_trainer, loader, capsys, tmp_path):
+    module = boring()
+    Logs(module, train__loss=[3.0, 2.0, 1.0, 0.5, 2.5, 1.5], val__loss=[0.7])
+    (tmp_path / "export").mkdir()
+    module.paradigm = "sft"
+    make_trainer(RunReport(), log_every_n_steps=1).fit(module, loader)
+    lines = capsys.readouterr().out.splitlines()
+    start, end = lines[:5], lines[5:]
+    assert [line.split()[0] for line in start] == ["objective", "policy", "data", "steps", "writes"]
+    assert "Boring" in start[0]
+    assert "an epoch has 6 batches on one process" in start[3]
+    assert str(tmp_path) in start[4]
+    assert "6 optimizer steps in" in end[0]
+    assert "peak memory" in end[0]
+    told = {line.split()[0]: line for line in end}
+    assert "first 3, last 1.5, best 0.5 at step 4" in told["train/loss"]
+    assert "export/" in told["files"]
+    assert f"--model.policy.path {tmp_path / 'export'}" in told["next"]
+
+
+@pytest.mark.parametrize("manual", [0, 3])
+def test_metrics_are_read_at_logging_steps(boring, make_trainer, loader, capsys, manual):
+    module = boring(manual=manual)
+    Logs(module, train__loss=[float(step) for step in range(1, 30)])
+    make_trainer(RunReport(), log_every_n_steps=4).fit(module, loader)
+    steps = 6 * max(manual, 1)
+    assert f"first {max(manual, 1)}, last {steps}" in capsys.readouterr().out
+
+
+def test_silence(boring, make_trainer, loader, capsys):
+    make_trainer(RunReport(enabled=False), LearningWatch()).fit(boring(), loader)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("curves", "said"),
+    [
+        ({"train__frac_reward_zero_std": [1.0]}, "in no group did the rewards differ"),
+        ({"train__completions__clipped_ratio": [0.75]}, "75% of the completions were cut off"),
+        ({"train__entropy": [0.5, 0.001]}, "the entropy is 0.001 nats a token"),
+    ],
+)
+def test_each_trouble_is_told_once(boring, make_trainer, loader, capsys, curves, said):
+    module = boring()
+    Logs(module, train__reward=[0.0], **curves)
+    make_trainer(LearningWatch(patience=3), log_every_n_steps=1, max_epochs=3).fit(module, loader)
+    out = capsys.readouterr().out
+    assert out.count("warning:") == 1
+    assert said in out
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"train__frac_reward_zero_std": [1.0, 1.0, 0.9] * 6},
+        {"train__completions__clipped_ratio": [0.5]},
+        {"train__entropy": [0.02]},
+    ],
+)
+def test_no_warning_where_something_is_learnt(boring, make_trainer, loader, capsys, curves):
+    module = boring()
+    Logs(module, train__reward=[0.0], **curves)
+    make_trainer(LearningWatch(patience=3), log_every_n_steps=1, max_epochs=3).fit(module, loader)
+    assert "warning:" not in capsys.readouterr().out
+
+
+def test_truncated_rows(boring, make_trainer, capsys, loader):
+    from lightning.pytorch import LightningDataModule
+
+    class Cut(LightningDataModule):
+        reports = {"train": {"rows": 24, "kept": 24, "truncated": 20, "tokens": 96}}
+
+        def train_dataloader(self):
+            return loader
+
+    make_trainer(LearningWatch(), RunReport()).fit(boring(), datamodule=Cut())
+    out = capsys.readouterr().out
+    assert "20 of 24 training rows were truncated" in out
+    assert "train 24 rows, 96 tokens" in out

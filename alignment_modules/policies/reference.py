@@ -120,7 +120,7 @@ def weights_mark(policy: nn.Module, reference: nn.Module | None) -> bytes:
         reference: What `build_reference` gave; None stands for the policy's frozen part.
     """
     if reference is None:
-        tensors = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+        tensors: list[Tensor] = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
     else:
         tensors = [*reference.parameters(), *reference.buffers()]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]

@@ -343,7 +343,9 @@ CASES = {
         "grpo", ["--model.rewards", "my_rewards.too_few"], ["reward 'too_few' returned 1 values for 12 completions"]
     ),
     "a reward of NaN": Case(
-        "grpo", ["--model.rewards", "my_rewards.never_a_number"], ["row 0", "never_a_number", "NaN"]
+        "grpo",
+        ["--model.rewards", "my_rewards.never_a_number"],
+        ["optimizer step 1", "never_a_number", "NaN for all completions"],
     ),
     "a reward that is no number": Case(
         "grpo", ["--model.rewards", "my_rewards.a_word"], ["'a_word' returned str 'good' in row 0", "must be a number"]

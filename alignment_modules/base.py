@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
+from alignment_modules.hyperparameters import keep_hyperparameters
 from alignment_modules.makers import check_makers, check_rate
 from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic, with_value
 from alignment_modules.optimization import bind_total_steps, parameter_groups
-from alignment_modules.policies.architecture import check_trainable_types
+from alignment_modules.parts import ModuleParts
+from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
-from alignment_modules.ranks import RankReductions
 from alignment_modules.rewards import ExactMatch, RewardSet
 
 _TINY = 1e-30  # instead of 0 as the weight of nothing
 
 
-class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters, RankReductions, L.LightningModule):
+class AlignmentModule(GenerationSteps, CheckpointContract, ModuleParts, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -125,8 +125,9 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy.
 
         Raises:
-            ValueError: If they do not, or the Trainer clips gradients at NaN, which would make all weights NaN.
+            ValueError: If they do not, the Trainer clips gradients at NaN, or all of the module is compiled.
         """
+        refuse_compiled(self)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         if self.tokenizer is None:

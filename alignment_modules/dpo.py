@@ -30,7 +30,8 @@ class DPOModule(AlignmentModule):
             as it is now, or, for a LoRA policy, the policy with its adapter switched off.
         beta: Strength of the pull to the reference (`tau` for "ipo").
         loss: "sigmoid" (with `label_smoothing`: conservative DPO), "robust", "ipo", "hinge", "exo_pair", "nca_pair",
-            "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "sft".
+            "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "sft"
+            (each chosen completion's mean over its tokens, then the mean over pairs; `SFTModule` has one over tokens).
         label_smoothing: Share of pairs assumed to be labelled the wrong way round, in [0, 0.5).
         nll_coef: Weight of the chosen completion's mean negative log-likelihood, added to each pair's loss (RPO).
         cache_reference: Keep the reference's log-probabilities of every pair seen, by the pair's tokens, so that only

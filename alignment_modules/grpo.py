@@ -47,7 +47,8 @@ class GRPOModule(OnlineModule):
         epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
         epsilon_high: Clip range above 1 (clip-higher).
         delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
-        importance_level: "token", or "sequence" (GSPO).
+        importance_level: "token", or "sequence" (GSPO). The mean stays that of `loss`: "grpo" averages over
+            completions, as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
         num_iterations: Passes over each rollout.
         minibatches: Optimizer steps in a pass.
         micro_batch_size: Completions in one forward and backward pass; None: a whole minibatch.

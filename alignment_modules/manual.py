@@ -95,6 +95,12 @@ class ManualOptimizationModule(AlignmentModule):
         self._train_meters.update({"time/update": Statistic(torch.tensor(monotonic() - started))})
         self.log_step()
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Normalises and clips; the guard looks once more at what was clipped."""
+        super().on_before_optimizer_step(optimizer)
+        if self.max_grad_norm is not None:
+            self.guard(optimizer)
+
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Scales the gradients down to `max_grad_norm`."""
         if self.max_grad_norm is None:

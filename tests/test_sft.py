@@ -181,3 +181,14 @@ def test_a_module_comes_back_from_its_checkpoint(train, tmp_path, tiny_llama_con
 def test_a_clipping_value_that_is_no_number_is_refused(train, tiny_llama, batch):
     with pytest.raises(ValueError, match=r"gradient_clip_val=nan"):
         train(SFTModule(policy=tiny_llama), [batch], gradient_clip_val=float("nan"))
+
+
+def test_compiling_all_of_a_module_is_refused_and_its_policy_is_not(train, tiny_llama, batch):
+    with pytest.raises(ValueError, match=r"torch.compile\(SFTModule.*policy=torch.compile\(model\)"):
+        train(torch.compile(SFTModule(policy=copy.deepcopy(tiny_llama)), backend="eager"), [batch])
+    options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1)}
+    losses = [
+        float(train(SFTModule(policy=policy, **options), [batch] * 2).callback_metrics["train/loss"])
+        for policy in (copy.deepcopy(tiny_llama), torch.compile(copy.deepcopy(tiny_llama), backend="eager"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from alignment_modules.functional.ranges import check_options
 
+_LARGEST_IN_NORM = 1e18  # the sum of squares of many more such entries overflows float32
+
 
 class FiniteGuard(Callback):
     """Raises when the gradient of an optimizer step is not finite, naming the step and the parameter.
@@ -17,7 +19,9 @@ class FiniteGuard(Callback):
     On the CPU every step is checked before it is taken. Elsewhere, so as not to make the host wait for the device, a
     gradient that is not finite is set to zero on the device, and the error is raised at the next logging step
     (`log_every_n_steps`), before the next checkpoint, or at the end, whichever comes first; it names the step at which
-    it happened. With `precision="16-mixed"` the gradient scaler skips such steps itself; the guard leaves them to it.
+    it happened. The modules of this library call the guard again after they, or the Trainer, clipped. Where gradients
+    are clipped by their norm, finite ones so large that the norm overflows count as not finite: they would be scaled to
+    zero. With `precision="16-mixed"` the gradient scaler skips such steps itself; the guard leaves them to it.
 
     Args:
         every_step: Whether every step is checked before it is taken; None: on the CPU only.
@@ -29,6 +33,7 @@ class FiniteGuard(Callback):
         self._names: list[str] = []
         self._first_step: Tensor | None = None
         self._first_norms: Tensor | None = None
+        self._limit = torch.finfo(torch.float32).max
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets what another run left."""
@@ -40,6 +45,10 @@ class FiniteGuard(Callback):
         Raises:
             FloatingPointError: If it is not finite and this step is one that is checked at once.
         """
+        self.check(trainer, pl_module, optimizer)
+
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """The same, at any time between the backward pass and the step."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -51,20 +60,22 @@ class FiniteGuard(Callback):
         device = pl_module.device
         whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
         largest = torch.stack([norm.to(device, torch.float32) for norm in whole])
+        clips = trainer.gradient_clip_val or getattr(pl_module, "max_grad_norm", None)
+        limit = _LARGEST_IN_NORM if clips else torch.finfo(torch.float32).max
         at_once = device.type == "cpu" if self.every_step is None else self.every_step
         step = trainer.global_step + 1
         if at_once:
-            if not bool(largest.isfinite().all()):
-                raise FloatingPointError(_message(step, _names(pl_module, parameters), largest))
+            if not bool((largest <= limit).all()):
+                raise FloatingPointError(_message(step, _names(pl_module, parameters), largest, limit))
             return
-        finite = largest.isfinite().all()
+        finite = (largest <= limit).all()
         for gradient in gradients:
             gradient.masked_fill_(~finite.to(gradient.device), 0.0)
         if self._first_step is None or self._first_norms is None or len(self._first_norms) != len(largest):
             self.raise_if_noted()
             self._first_step = torch.full((), -1, dtype=torch.long, device=device)
             self._first_norms = torch.zeros_like(largest)
-            self._names = _names(pl_module, parameters)
+            self._names, self._limit = _names(pl_module, parameters), limit
         is_first = ~finite & (self._first_step < 0)
         self._first_norms = torch.where(is_first, largest, self._first_norms)
         self._first_step = torch.where(is_first, step, self._first_step)
@@ -90,7 +101,7 @@ class FiniteGuard(Callback):
             return
         step = int(self._first_step)
         if step >= 0:
-            message = _message(step, self._names, self._first_norms)
+            message = _message(step, self._names, self._first_norms, self._limit)
             self._first_step = None  # reported once: the checkpoint that a failing run leaves behind may be written
             raise FloatingPointError(message)
 
@@ -106,8 +117,8 @@ def _names(module: L.LightningModule, parameters: list[Any]) -> list[str]:
     return [known.get(id(parameter), f"parameter {row}") for row, parameter in enumerate(parameters)]
 
 
-def _message(step: int, names: list[str], largest: Tensor) -> str:
-    bad = (~largest.isfinite()).nonzero().flatten().tolist()
+def _message(step: int, names: list[str], largest: Tensor, limit: float) -> str:
+    bad = (~(largest <= limit)).nonzero().flatten().tolist()
     others = (
         f" and {len(bad) - 1} more of {len(names)} parameters" if len(bad) > 1 else f" (of {len(names)} parameters)"
     )

@@ -1,8 +1,14 @@
 """Estimators of KL(policy || reference) per token, and where each of them may stand.
 
-With `x = log p - log p_ref` of a sampled token: `k1 = x`, `k2 = x^2 / 2`, `k3 = exp(-x) - 1 + x`. All estimate the same
-number, but differentiating an estimate is not estimating the derivative: in a loss each estimator pulls to its own
-optimum, and in a reward only `k1` pulls to the right one (arXiv:2510.01555, arXiv:2512.21852, arXiv:2506.09477).
+With `x = log p - log p_ref` of a sampled token: `k1 = x`, `k2 = x^2 / 2`, `k3 = exp(-x) - 1 + x`. `k1` and `k3` average
+to the divergence, `k2` nearly so where it is small, but differentiating an estimate is not estimating the derivative:
+in a loss each estimator pulls to its own optimum, and in a reward only `k1` pulls to the right one (arXiv:2510.01555,
+arXiv:2512.21852, arXiv:2506.09477).
+
+In a loss a penalty is one of tokens: token `t` is moved by its own `x_t` alone, with the prefixes taken as given. The
+divergence of whole completions has the gradient `E[sum_t (sum_{s >= t} x_s) d log p_t]`: it also counts what a token
+does to the divergence of those after it. Both agree for completions of one token; beyond that `k1` in the reward alone
+is exact for completions.
 """
 
 from __future__ import annotations
@@ -42,12 +48,15 @@ def kl_penalty(
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference) on tokens that the (old) policy sampled.
 
-    | estimator in the loss | on-policy gradient | optimum |
+    | estimator in the loss | on-policy gradient at each token | optimum for completions of one token |
     |---|---|---|
     | `k2`, `k1+score`, `k3+score` | `E[x d log p]` | reverse KL, `p_ref exp(r / beta) / Z` |
     | `k3` | `E[(1 - exp(-x)) d log p]` | forward KL (the GRPO paper's) |
 
+    For longer completions the first row has the gradient of the next-token divergences at the sampled prefixes, not of
+    the completions' divergence (see the module's first lines); `E[x d log p]` is then summed over the tokens.
     `k3+score` is the ratio-corrected k3 of DeepSeek-V3.2 (arXiv:2512.02556), which is also right off policy.
+    The ratio is the token's, whatever the level of the policy gradient's.
     `validate_kl_placement` says which estimator may stand where.
 
     Args:

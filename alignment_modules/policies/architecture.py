@@ -98,6 +98,20 @@ def check_trainable_types(module: nn.Module) -> None:
         )
 
 
+def refuse_compiled(module: nn.Module) -> None:
+    """Refuses `torch.compile(module)` of a whole training module: its steps look at numbers that no graph holds.
+
+    Raises:
+        ValueError: If Lightning was given a compiled module; the message says what to compile.
+    """
+    if getattr(module, "_compiler_ctx", None) is not None:
+        name = type(module).__name__
+        raise ValueError(
+            f"torch.compile({name}(...)) is not possible: a training step decides by lengths and counts. Compile the "
+            f"model alone: {name}(policy=torch.compile(model), ...)"
+        )
+
+
 def own_stop_ids(model: nn.Module, vocabulary: int | None) -> list[int]:
     """The end-of-sequence ids of a model's generation configuration that its vocabulary holds.
 

@@ -131,7 +131,7 @@ def score(
     if segments.tokens == 0:
         segments = _one_token(segments)
     model = _language_model(policy)
-    check_length(model, segments.longest, "a row")
+    check_length(policy, segments.longest, "a row")
     head = _find_head(model) if ability.hidden_states else None
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
         states = _packed_states(model, segments, hidden=head is not None, trim=ability.trims_last_layer)

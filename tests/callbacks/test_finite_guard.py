@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
+from alignment_modules import GRPOModule, SFTModule
 from alignment_modules.callbacks import FiniteGuard
 
 
@@ -99,3 +100,37 @@ def test_frozen_and_unused_parameters(boring, make_trainer, loader):
     module.layer.bias.requires_grad_(False)
     module.unused = torch.nn.Parameter(torch.ones(2))
     make_trainer(FiniteGuard(), max_steps=2).fit(module, loader)
+
+
+def test_gradients_whose_norm_overflows_are_not_clipped_to_zero(boring, make_trainer, loader):
+    module = boring()
+    module.layer.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    with pytest.raises(FloatingPointError, match=r"step 1 is not finite: its largest entry is 1.* for 'layer.weight'"):
+        make_trainer(FiniteGuard(), gradient_clip_val=1.0).fit(module, loader)
+    deferred = boring()
+    deferred.layer.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    with pytest.raises(FloatingPointError, match=r"step 1 is not finite"):
+        make_trainer(FiniteGuard(every_step=False), gradient_clip_val=1.0).fit(deferred, loader)
+
+
+@pytest.mark.parametrize("every_step", [True, False])
+def test_what_clipping_made_is_looked_at(train, tiny_llama, every_step):
+    class Broken(SFTModule):
+        def clip_gradients(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            for parameter in self.parameters():
+                parameter.grad.mul_(float("nan"))
+
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(FloatingPointError, match="optimizer step 1 is not finite"):
+        train(
+            Broken(policy=tiny_llama),
+            [{"input_ids": ids, "labels": ids}],
+            gradient_clip_val=1.0,
+            callbacks=[FiniteGuard(every_step)],
+        )
+    assert all(parameter.isfinite().all() for parameter in tiny_llama.parameters())
+
+
+def test_a_norm_to_clip_at_must_be_a_number(tiny_llama):
+    with pytest.raises(ValueError, match="max_grad_norm=nan"):
+        GRPOModule(policy=tiny_llama, rewards=len, max_grad_norm=float("nan"))

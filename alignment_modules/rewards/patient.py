@@ -84,6 +84,8 @@ class PatientReward:
             RewardError: If a part of the batch fails for good and `on_failure` is "raise".
         """
         count = len(next(iter(arguments.values())))
+        if not count:
+            return []
         size = self.batch_size or math.ceil(count / self.max_workers)
         parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         pool = ThreadPoolExecutor(min(self.max_workers, len(parts)), thread_name_prefix=self.name)

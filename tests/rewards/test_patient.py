@@ -28,6 +28,7 @@ def test_parts_are_in_flight_at_the_same_time_and_keep_their_order():
 
     reward = PatientReward(judge, max_workers=4)
     assert reward(completions=TEXTS) == [float(number) for number in range(1, 13)]
+    assert reward(completions=[]) == []
 
 
 def test_it_asks_for_what_its_reward_asks_for():

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamodules.formats import Message
+from datamodules.templates import Frame, Stops, find_frame, rewriting
 from datamodules.tokens import continuation, starts_with, tokenise
+from datamodules.unseen import Unseen
 
 # For base models: plain words as roles, each reply ended by the tokenizer's own end-of-sequence token.
 PLAIN_TEMPLATE = (
@@ -43,11 +45,15 @@ class Chat:
     """Applies a tokenizer's chat template and finds the tokens that the model must learn to write.
 
     Where the template has `{% generation %}` markers they say which tokens; else each assistant turn is the text
-    between the conversation before it (with the generation prompt) and the conversation with it. That needs every
-    earlier rendering to be a prefix of the later one, which is checked: a template that rewrites history is refused. In
-    both cases no token lies across the place where a sampler starts to write, so the ids of a conversation begin with
-    those of its prompt, and a turn's stop token is supervised, and appended to the last turn where the template writes
-    none.
+    between the conversation before it (with the generation prompt) and what ends a reply in the template's own
+    rendering (`templates.Frame`). That needs every earlier rendering up to there to be a prefix of the later one, which
+    is checked: a template that rewrites history is refused. In both cases no token lies across the place where a
+    sampler starts to write, so the ids of a conversation begin with those of its prompt, and a turn's stop token is
+    supervised, and appended to the last turn where the template writes none.
+
+    A generation prompt that opens a thought, which the conversation then lacks: a reply that begins with that thought
+    is learnt behind the generation prompt, any other behind its header as the conversation shows it. What a template
+    does not show is refused where it was to be learnt, and else said once.
 
     Args:
         tokenizer: A `transformers` tokenizer with a chat template.
@@ -63,12 +69,10 @@ class Chat:
                 "template or a file with one, or use plain prompt and completion columns"
             )
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
-        decoder = getattr(tokenizer, "added_tokens_decoder", {})
-        self.special |= {int(index) for index, token in decoder.items() if getattr(token, "special", False)}
-        # These never end a turn, unless one of them doubles as the end-of-sequence token.
-        never = ("unk_token_id", "bos_token_id", "pad_token_id", "mask_token_id", "cls_token_id")
-        self.special -= {getattr(tokenizer, name, None) for name in never} - {tokenizer.eos_token_id}
+        self._stops = Stops(tokenizer)
+        self._ends = set(self._stops.special)  # and the stop tokens that the template writes, special or not
+        self._frames: dict[bool, Frame | None] = {}
+        self._unseen = Unseen()
 
     def render(self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
         """The conversation as text, with the header of a reply at its end if `prompt`.
@@ -87,11 +91,15 @@ class Chat:
     def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> np.ndarray:
         """Prompt ids, int32 `[time]`, that end with a reply's header or with the last assistant message left open."""
         if messages[-1]["role"] == "assistant":
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, continue_final_message=True
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, continue_final_message=True
+                )
+            except Exception as error:  # templates raise what they like
+                raise _refusal(messages, error) from error
         else:
-            text = self.render(messages, tools=tools, prompt=True)
+            text = self._before(messages, tools)
+        self._check_shown(messages, [], text, tools)
         return self._encode([text])[0]
 
     def encode(
@@ -124,33 +132,37 @@ class Chat:
 
     def encode_completion(
         self, prompt: list[Message], completion: list[Message], tools: list[Any] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and completion ids, int32 `[time]` each.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prompt and completion ids, int32 `[time]` each, and the completion's loss mask, bool `[time]`.
 
-        The completion starts after the reply's header and ends with its stop token.
+        The completion starts after the reply's header and ends with its stop token. The mask is true on what the
+        assistant writes: replies with their stop tokens, and not the other messages between them.
 
         Raises:
             ValueError: The completion does not start with an assistant message, or its tokens cannot be told.
         """
         messages = [*prompt, *completion]
         turns = self._turns(messages, len(prompt), False)
-        if turns[0] != len(prompt):
+        replies = [i for i in range(len(prompt), turns[-1] + 1) if messages[i]["role"] == "assistant"]
+        if replies[0] != len(prompt):
             raise ValueError(f"a completion must start with an assistant message, found {completion[0]['role']!r}")
-        text, spans = self._spans(messages, turns, tools)
+        text, spans = self._spans(messages, replies, tools)
         if spans[0].opening is None:
-            text, spans = self._between_renderings(messages, turns, tools)  # says why it cannot be told
+            text, spans = self._between_renderings(messages, replies, tools)  # says why it cannot be told
         ids, spans = self._encode_spans(text, spans)
-        return ids[: spans[0].opening], ids[spans[0].opening : spans[-1].end]
+        mask = np.zeros(len(ids), dtype=bool)
+        for reply, span in zip(replies, spans, strict=True):
+            mask[span.start : span.end] = reply in turns
+        start, end = spans[0].opening, spans[-1].end
+        return ids[:start], ids[start:end], mask[start:end]
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a reply: the end-of-sequence token and the token that the template ends assistant turns with."""
         stops = set() if self.tokenizer.eos_token_id is None else {int(self.tokenizer.eos_token_id)}
-        try:
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ids, _ = self.encode(probe)
-            stops.add(int(ids[-1]))
-        except ValueError:
-            pass
+        frame = self._frame(None)
+        if frame is not None:
+            found = (self._stops.last_id(text) for text in (frame.closing, frame.between))
+            stops.update(token for token in found if token is not None)
         return tuple(sorted(stops))
 
     @staticmethod
@@ -171,8 +183,55 @@ class Chat:
 
     def _spans(self, messages: list[Message], turns: list[int], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The conversation up to its last turn as text, and the characters of each turn."""
-        marked = self._between_markers(messages, turns, tools) if self._has_markers(tools) else None
-        return self._between_renderings(messages, turns, tools) if marked is None else marked
+        found = self._between_markers(messages, turns, tools) if self._has_markers(tools) else None
+        text, spans = self._between_renderings(messages, turns, tools) if found is None else found
+        text, spans = self._with_thought(messages, turns[-1], text, spans, tools)
+        self._check_shown(messages[: turns[-1] + 1], turns, text, tools)
+        return text, spans
+
+    def _frame(self, tools: list[Any] | None) -> Frame | None:
+        """What the template writes around a reply; None where that cannot be learnt."""
+        key = bool(tools)
+        if key not in self._frames:
+            frame = find_frame(lambda messages, prompt: self.render(messages, tools=tools, prompt=prompt), self._stops)
+            self._frames[key] = frame
+            if frame is not None:
+                found = (self._stops.last_id(text) for text in (frame.closing, frame.between))
+                self._ends.update(token for token in found if token is not None)
+        return self._frames[key]
+
+    def _before(self, messages: list[Message], tools: list[Any] | None) -> str:
+        """What a sampler is given to write the next reply."""
+        text, frame = self.render(messages, tools=tools, prompt=True), self._frame(tools)
+        if frame is None or not frame.header or text.endswith(frame.header):
+            return text
+        self._unseen.say(
+            "header", f"the chat template ignores add_generation_prompt; prompts end with its header {frame.header!r}"
+        )
+        return text + frame.header
+
+    def _check_shown(self, messages: list[Message], turns: list[int], text: str, tools: list[Any] | None) -> None:
+        if tools:
+            self._unseen.check_tools(self.render(messages, tools=tools), lambda: self.render(messages))
+        self._unseen.check(messages, turns, text, lambda changed: self.render(changed, tools=tools))
+
+    def _with_thought(
+        self, messages: list[Message], turn: int, text: str, spans: list[Span], tools: list[Any] | None
+    ) -> tuple[str, list[Span]]:
+        """Puts back the thought that the generation prompt opens and the rendering of the last turn leaves out."""
+        frame, content = self._frame(tools), messages[turn].get("content")
+        if frame is None or not frame.opened.strip() or not isinstance(content, str):
+            return text, spans
+        mark, body = frame.opened.strip(), content.strip()
+        before = self._before(messages[:turn], tools)
+        head = before.removesuffix(frame.opened)
+        answer = text[len(head) : spans[-1].end].removesuffix(frame.closing).strip()
+        held = body.startswith(mark) and body.endswith(answer) and text.startswith(head)
+        if not held or answer.startswith(mark):  # no thought, or it is shown
+            return text, spans
+        space = frame.opened[len(frame.opened.rstrip()) :]
+        whole = before + body[len(mark) :].removeprefix(space) + frame.closing
+        return whole, [*spans[:-1], Span(len(before), len(before), len(whole))]
 
     def _between_markers(
         self, messages: list[Message], turns: list[int], tools: list[Any] | None
@@ -204,15 +263,40 @@ class Chat:
                     return None
                 opening = self._opening(messages, turn, tools, text[:end])
                 spans.append(Span(opening, start if opening is None else max(start, opening), end))
-        return text, spans
+        end, closing, _ = self._reply_end(text, tools)
+        return text[: max(spans[-1].end, end + len(closing))], spans
 
     def _opening(self, messages: list[Message], turn: int, tools: list[Any] | None, text: str) -> int | None:
-        """Length of what a sampler is given to write turn `turn`, if `text` begins with it."""
+        """Length of what a sampler is given to write turn `turn`, if `text` begins with it.
+
+        Where the generation prompt opens a thought that `text` lacks, it is the length of all before that.
+        """
         try:
-            before = self.render(messages[:turn], tools=tools, prompt=True)
+            before = self._before(messages[:turn], tools)
         except ValueError:  # such as an assistant message that comes first
             return None
-        return len(before) if text.startswith(before) else None
+        if text.startswith(before):
+            return len(before)
+        frame = self._frame(tools)
+        head = before.removesuffix(frame.opened) if frame is not None and frame.opened else before
+        if head == before or not text.startswith(head):
+            return None
+        opened = before[len(head) :].rstrip()
+        if opened and text.startswith(head + opened):
+            return len(head + opened)
+        self._unseen.say(
+            "opened",
+            f"the generation prompt ends with {before[len(head) :]!r}, which replies in a conversation lack; they are "
+            "learnt behind their header alone (one that begins with it is learnt behind the whole generation prompt)",
+        )
+        return len(head)
+
+    def _reply_end(self, text: str, tools: list[Any] | None) -> tuple[int, str, str]:
+        """Where the last reply of a rendering ends, and what then closes it: as the last one, and as an earlier one."""
+        frame = self._frame(tools)
+        if frame is None or not text.endswith(frame.tail):
+            return len(text), "", ""
+        return len(text) - len(frame.tail), frame.closing, frame.between
 
     def _between_renderings(
         self, messages: list[Message], turns: list[int], tools: list[Any] | None
@@ -223,16 +307,14 @@ class Chat:
         whole = self.render(messages[: last + 1], tools=tools)
         spans = []
         for turn in turns:
-            before = self.render(messages[:turn], tools=tools, prompt=True)
             after = whole if turn == last else self.render(messages[: turn + 1], tools=tools)
-            if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
-                raise ValueError(
-                    f"the chat template rewrites history: the conversation up to message {turn} is not the beginning "
-                    "of the whole one, so the tokens of that reply cannot be told. Supervise the last turn alone "
-                    "(loss_on='last_turn'), or use a template with {% generation %} markers"
-                )
-            spans.append(Span(len(before), len(before), len(after)))
-        return whole, spans
+            end, closing, between = self._reply_end(after, tools)
+            reply = after[:end] + (closing if turn == last else between)
+            opening = self._opening(messages, turn, tools, whole)
+            if opening is None or opening > len(reply) or not whole.startswith(reply):
+                raise rewriting(turn, last, self._before(messages[:turn], tools), whole)
+            spans.append(Span(opening, opening, len(reply)))
+        return whole[: spans[-1].end], spans
 
     def _encode_spans(self, text: str, spans: list[Span]) -> tuple[np.ndarray, list[Span]]:
         """Ids of a text and the tokens of its spans, each up to its stop token and with it."""
@@ -244,7 +326,7 @@ class Chat:
         stops = [self._stop_in(ids, span.start, span.end) for span in found]
         if stops[-1] is None:  # the template closes the last turn behind its span, or not at all
             end = found[-1].end
-            tail = next((i for i in range(end, len(ids)) if int(ids[i]) in self.special), None)
+            tail = next((i for i in range(end, len(ids)) if int(ids[i]) in self._ends), None)
             if tail is None:
                 ids = self._append_eos(ids[:end])
                 found[-1] = found[-1]._replace(end=len(ids))
@@ -278,7 +360,7 @@ class Chat:
         """End of a span moved behind its stop token, if only white space lies between."""
         position = end
         while position < len(ids) and int(ids[position]) != stop_id:
-            if int(ids[position]) in self.special or self._text(ids[position : position + 1]).strip():
+            if int(ids[position]) in self._ends or self._text(ids[position : position + 1]).strip():
                 return end
             position += 1
         return position + 1 if position < len(ids) else end
@@ -286,7 +368,7 @@ class Chat:
     def _stop_in(self, ids: np.ndarray, start: int, end: int) -> int | None:
         """Position of the special token that ends a span (only white space may follow), or None."""
         for position in range(end - 1, start - 1, -1):
-            if int(ids[position]) in self.special:
+            if int(ids[position]) in self._ends:
                 return position
             if self._text(ids[position : position + 1]).strip():
                 return None

@@ -127,14 +127,14 @@ class Encoder:
             for example in examples
         ]
 
-    def completions(self, examples: Sequence[Example], side: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Prompt and completion ids of each example; `side` is "completion", "chosen" or "rejected"."""
+    def completions(self, examples: Sequence[Example], side: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Prompt ids, completion ids and the completion's loss mask; `side` is "completion", "chosen" or "rejected"."""
         plain = [example for example in examples if not isinstance(example.prompt, list)]
         pairs = iter(self.pairs([str(e.prompt or "") for e in plain], [getattr(e, side) for e in plain]))
         return [
             self.chat.encode_completion(example.prompt, getattr(example, side), example.tools)
             if isinstance(example.prompt, list)
-            else next(pairs)
+            else _whole(*next(pairs))
             for example in examples
         ]
 
@@ -171,3 +171,8 @@ class Encoder:
             messages = [*prompt, *completion]
             ids, mask = self.chat.encode(messages, first=len(prompt), last_only=last, tools=example.tools)
         return ids, np.ones_like(mask) if loss_on == "all" else mask
+
+
+def _whole(prompt: np.ndarray, completion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A plain pair, all of whose completion is to be scored."""
+    return prompt, completion, np.ones(len(completion), dtype=bool)

@@ -119,9 +119,8 @@ def weights_mark(policy: nn.Module, reference: nn.Module | None) -> bytes:
         policy: The policy.
         reference: What `build_reference` gave; None stands for the policy's frozen part.
     """
-    if reference is None:
-        tensors: list[Tensor] = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
-    else:
+    tensors: list[Any] = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    if reference is not None:
         tensors = [*reference.parameters(), *reference.buffers()]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in local]

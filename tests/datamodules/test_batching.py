@@ -184,6 +184,36 @@ def test_preference_counts(tokenizer):
     assert (data.reports["train"]["ties"], data.reports["train"]["dropped_identical"]) == (1, 1)
 
 
+def test_a_pair_of_several_turns_is_scored_on_the_replies(make_tokenizer, read):
+    tokenizer = make_tokenizer("boundaries")
+
+    def side(first, last):
+        said = [("assistant", first), ("user", "why?"), ("assistant", last)]
+        return [{"role": role, "content": content} for role, content in said]
+
+    prompt = [{"role": "user", "content": "q"}]
+    rows = [
+        {"prompt": prompt, "chosen": side("yes", "so"), "rejected": side("no", "because")},
+        {"prompt": prompt, "chosen": "ab", "rejected": "c"},
+    ]
+    texts = {}
+    for length in (200, 52):
+        data = PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False, max_length=length)
+        batch = next(iter(data.train_dataloader()))
+        for name in ("chosen", "rejected"):
+            ids, there, scored = (batch[f"{name}_{key}"] for key in ("input_ids", "attention_mask", "loss_mask"))
+            assert scored.dtype == there.dtype
+            assert scored.shape == there.shape
+            assert not (scored > there).any()
+            texts[length, name] = [read(tokenizer, row[mask.bool()]) for row, mask in zip(ids, scored, strict=True)]
+    assert texts[200, "chosen"] == texts[52, "chosen"] == ["yes<|im_end|>so<|im_end|>", "ab<|im_end|>"]
+    assert texts[200, "rejected"] == ["no<|im_end|>because<|im_end|>", "c<|im_end|>"]
+    assert texts[52, "rejected"][0].startswith("no<|im_end|>")
+    assert texts[52, "rejected"][0] != texts[200, "rejected"][0]
+    other = PreferenceDataModule(train=rows[1:], tokenizer=tokenizer)
+    assert not any("loss_mask" in key for key in next(iter(other.train_dataloader())))
+
+
 def test_unpaired(tokenizer):
     rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
     batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))

@@ -64,7 +64,7 @@ def test_only_the_completion_of_a_conversational_prompt(make_tokenizer, read):
         tokenizer = make_tokenizer(template)
         ids, mask = Chat(tokenizer).encode(CONVERSATION, first=2)
         assert supervised(tokenizer, read, ids, mask) == ["2<|im_end|>"]
-        prompt, completion = Chat(tokenizer).encode_completion(CONVERSATION[:3], CONVERSATION[3:])
+        prompt, completion, _ = Chat(tokenizer).encode_completion(CONVERSATION[:3], CONVERSATION[3:])
         assert read(tokenizer, completion) == "2<|im_end|>"
         np.testing.assert_array_equal(prompt, Chat(tokenizer).encode_prompt(CONVERSATION[:3]))
 

@@ -16,6 +16,7 @@ from datamodules import formats
 from datamodules.chat import Chat
 from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.questions import question_name
 from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
@@ -232,22 +233,23 @@ class AlignmentDataModule(LightningDataModule):
         if self.columns:
             rows = RenamedRows(rows, self.columns)
         others = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
+        seen = formats.summary(rows)
         kind, accepted, prompts = None, self.accepts, False
         if split in ("test", "predict"):  # prompts where the rows have some, in the module's own formats first
             own = [name for name in self.accepts if name != formats.TEXT]
-            kind = formats.recognise(rows[0], own) or formats.recognise(rows[0], others)
+            kind = formats.recognise(seen, own) or formats.recognise(seen, others)
             prompts = kind is not None
             accepted = tuple(dict.fromkeys((*self.accepts, *others)))
-        kind = kind or formats.recognise(rows[0], self.accepts)
+        kind = kind or formats.recognise(seen, self.accepts)
         if kind is None:
-            found = formats.recognise(rows[0])
+            found = formats.recognise(seen)
             found = f"; that is the format '{found}'" if found else ""
             raise ValueError(
-                f"{split}: {rows.where(0)} has the columns {sorted(formats.present(rows[0]))}{found}; "
+                f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
             )
         as_chat = self.as_chat or (
-            kind == formats.ALPACA and getattr(self.tokenizer, "chat_template", None) is not None
+            question_name(seen) == "instruction" and getattr(self.tokenizer, "chat_template", None) is not None
         )
         reader = SplitReader(
             split, rows, kind, self.encoder, max_length=self.max_length, overflow=self.overflow, as_chat=as_chat
@@ -261,4 +263,6 @@ class AlignmentDataModule(LightningDataModule):
     def _log(self, reader: SplitReader) -> None:
         lost = [key for key in reader.report if key.startswith("dropped") or key in ("truncated", "ties")]
         level = logging.WARNING if lost else logging.INFO
+        if warning := reader.mostly_too_long():
+            logger.warning(warning)
         logger.log(level, "%s from %s: %s", reader.split, reader.rows.name, reader.describe())

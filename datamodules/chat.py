@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.formats import Message
+from datamodules.messages import Message, shown
 from datamodules.templates import Frame, Stops, find_frame, rewriting
 from datamodules.tokens import continuation, starts_with, tokenise
 from datamodules.unseen import Unseen
@@ -82,7 +82,7 @@ class Chat:
         """
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, continue_final_message=False
+                shown(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, continue_final_message=False
             )
         except Exception as error:  # templates raise what they like
             raise _refusal(messages, error) from error
@@ -93,7 +93,7 @@ class Chat:
         if messages[-1]["role"] == "assistant":
             try:
                 text = self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, continue_final_message=True
+                    shown(messages), tools=tools, tokenize=False, continue_final_message=True
                 )
             except Exception as error:  # templates raise what they like
                 raise _refusal(messages, error) from error
@@ -168,6 +168,10 @@ class Chat:
     @staticmethod
     def _turns(messages: list[Message], first: int, last_only: bool) -> list[int]:
         turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+        learnt = [i for i in turns if messages[i].get("learn", True)]
+        if turns and not learnt:
+            raise ValueError("every assistant message of the conversation is marked as not to be learnt")
+        turns = learnt
         if not turns:
             roles = [message["role"] for message in messages]
             raise ValueError(f"the conversation has no assistant message to learn from; its roles are {roles}")
@@ -242,7 +246,7 @@ class Chat:
         template = self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
         try:
             rendered, marked = render_jinja_template(
-                conversations=[messages],
+                conversations=[shown(messages)],
                 tools=tools,
                 chat_template=template,
                 return_assistant_tokens_mask=True,

@@ -163,6 +163,9 @@ class Encoder:
 
     def _conversation(self, example: Example, loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
         last = loss_on == "last_turn"
+        marked = [*(example.messages or []), *(m for m in example.completion or [] if isinstance(m, dict))]
+        if loss_on == "all" and any(not message.get("learn", True) for message in marked):
+            raise ValueError("a message is marked as not to be learnt, but here every token is learnt")
         if example.messages is not None:
             ids, mask = self.chat.encode(example.messages, last_only=last, tools=example.tools)
         else:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
-Message = dict[str, Any]
-Text = str | list[Message]
+from datamodules.messages import Message, Text, conversation, plain_list, scalar, short, truth
+from datamodules.questions import NOT_READ, QUESTIONS, read_prompt, read_text, read_tools, with_system
+
+logger = logging.getLogger(__name__)
 
 TEXT = "text"
 PROMPT_COMPLETION = "prompt/completion"
@@ -21,7 +25,7 @@ SCORED = "scored completions"
 UNPAIRED = "unpaired preference"
 PROMPT = "prompt only"
 
-# Columns that a format is recognised by, most specific first.
+# Columns that a format is recognised by, most specific first; `prompt` may also be one of `questions.QUESTIONS`.
 COLUMNS: dict[str, tuple[str, ...]] = {
     PREFERENCE: ("prompt", "chosen", "rejected"),
     IMPLICIT_PREFERENCE: ("chosen", "rejected"),
@@ -34,21 +38,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     PROMPT: ("prompt",),
     TEXT: ("text",),
 }
-
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+# Formats that show what to write; a label of desirability beside one says that some of it is not to be learnt.
+DEMONSTRATIONS = (PROMPT_COMPLETION, MESSAGES, SHAREGPT, ALPACA)
+SAMPLE = 100  # rows that a source is recognised by
 
 
 @dataclass(frozen=True)
@@ -83,27 +75,62 @@ def present(row: Mapping[str, Any]) -> set[str]:
     return {name for name, value in row.items() if value is not None}
 
 
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The first row with the first value of each of its empty columns from the next rows, to recognise a source by.
+
+    A `label` counts wherever it stands. One that holds other values than two truth values (numbers of classes, words)
+    is an ordinary column: it is left out of the summary, with a line in the log.
+    """
+    sample = list(islice(rows, SAMPLE))
+    first = dict(sample[0])
+    for row in sample[1:]:
+        first.update({name: row.get(name) for name, value in first.items() if value is None})
+    labels = [scalar(row["label"]) for row in sample if row.get("label") is not None]
+    first.pop("label", None)
+    truths = [truth(label) for label in labels]
+    if labels and None not in truths and len(set(map(str, labels))) <= 2 * len(set(truths)):
+        numbers = {label for label in labels if not isinstance(label, (str, bool))}
+        if len(numbers) <= 2:
+            return {**first, "label": truths[0]}
+    if labels:
+        logger.info(
+            "column label holds no truth values (such as %s), so it is a column like any other", short(labels[0])
+        )
+    return first
+
+
 def recognise(row: Mapping[str, Any], allowed: Collection[str] = tuple(COLUMNS)) -> str | None:
     """Name of the most specific of the allowed formats whose columns the row has, or None.
 
-    Completions with a label of desirability are never taken without it: half of them are not to be learnt.
+    Demonstrations with a label of desirability are never taken without it: half of them are not to be learnt.
 
     >>> recognise({"prompt": "1+1=", "completion": "2", "source": "a"})
     'prompt/completion'
     >>> recognise({"prompt": "a", "chosen": "b", "rejected": "c", "text": "d"}, ["text"])
     'text'
     """
-    columns = present(row)
+    columns = _columns(row)
+    labelled = truth(row.get("label")) is not None
     for name, needed in COLUMNS.items():
-        if not columns.issuperset(needed):
-            continue
-        if name == UNPAIRED and _label(row["label"]) is None:
-            continue  # a `label` that is no yes or no is just another column
-        if name in allowed:
-            return name
+        shows = any(columns.issuperset(COLUMNS[other]) for other in DEMONSTRATIONS)
         if name == UNPAIRED:
-            allowed = set(allowed) - {PROMPT_COMPLETION}
+            if labelled and shows and UNPAIRED in allowed:
+                return UNPAIRED
+            if labelled and shows:
+                allowed = set(allowed) - set(DEMONSTRATIONS)
+        elif name in allowed and columns.issuperset(needed):
+            return name
     return None
+
+
+def demonstration(row: Mapping[str, Any]) -> str:
+    """Which of the demonstrations a row is, whatever its label."""
+    return next(name for name in DEMONSTRATIONS if _columns(row).issuperset(COLUMNS[name]))
+
+
+def _columns(row: Mapping[str, Any]) -> set[str]:
+    columns = present(row)
+    return columns | {"prompt"} if columns.intersection(QUESTIONS) else columns
 
 
 def describe(names: Sequence[str]) -> str:
@@ -121,7 +148,7 @@ def normalise(row: Mapping[str, Any], name: str, *, as_chat: bool = False) -> Ex
     Args:
         row: The row.
         name: Its format, one of `COLUMNS`.
-        as_chat: Turn plain prompts and completions into messages; Alpaca rows become a conversation instead of the
+        as_chat: Turn plain prompts and completions into messages; instructions become a conversation instead of the
             "### Instruction:" text.
 
     Returns:
@@ -130,13 +157,26 @@ def normalise(row: Mapping[str, Any], name: str, *, as_chat: bool = False) -> Ex
     Raises:
         ValueError: A column is missing or holds the wrong kind of value; the message says which and what was found.
     """
-    missing = [column for column in COLUMNS[name] if row.get(column) is None]
-    if missing:
+    shown = DEMONSTRATIONS if name == UNPAIRED else (name,)
+    columns = _columns(row)
+    if not any(columns.issuperset(COLUMNS[other]) for other in shown):
+        missing = [column for column in COLUMNS[name] if column not in columns]
         raise ValueError(
             f"needs column{'s' if len(missing) > 1 else ''} {', '.join(missing)} (format: {name}); "
-            f"found {sorted(present(row))}"
+            f"found {sorted(map(str, present(row)))}"
         )
-    return _NORMALISERS[name](row, as_chat)
+    for column in NOT_READ:
+        value = row.get(column)
+        if name != TEXT and value is not None and not (isinstance(value, (str, list, dict)) and not value):
+            raise ValueError(
+                f"column {column} holds {short(value)}, which is not read; only text is. Rename the column"
+            )
+    if name == IMPLICIT_PREFERENCE and "prompt" in columns:
+        name = PREFERENCE
+    example = _NORMALISERS[name](row, as_chat)
+    if example is not None and example.tools and isinstance(example.prompt, str):
+        raise ValueError("column tools needs messages, or as_chat=true with a chat template")
+    return example
 
 
 def split_conversation(messages: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -147,88 +187,22 @@ def split_conversation(messages: list[Message]) -> tuple[list[Message], list[Mes
     return messages[:last], messages[last:]
 
 
-def _plain(row: Mapping[str, Any], column: str, value: Any = None) -> str:
-    value = row[column] if value is None else value
+def _plain(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"column {column} must be a string, found {type(value).__name__}: {_short(value)}")
-    return value
+        raise ValueError(f"column {column} must be a string, found {type(value).__name__}: {short(value)}")
+    return str(value)
 
 
-def _text(row: Mapping[str, Any], column: str, value: Any = None) -> Text:
-    value = row[column] if value is None else value
-    return value if isinstance(value, str) else _messages(column, value)
-
-
-def _messages(column: str, value: Any) -> list[Message]:
-    if isinstance(value, Mapping) and "role" in value:
-        value = [value]
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+def _reply(prompt: Text, column: str, reply: Text) -> Text:
+    """A reply in the form its prompt has."""
+    if isinstance(prompt, list) and isinstance(reply, str):
+        return [{"role": "assistant", "content": reply}]
+    if isinstance(prompt, str) and isinstance(reply, list):
         raise ValueError(
-            f"column {column} must be a string or a list of messages, found {type(value).__name__}: {_short(value)}"
+            f"column {column} is a list of messages but the prompt is a plain string; use one form for both"
         )
-    if not value:
-        raise ValueError(f"column {column} is an empty list of messages")
-    return [_message(column, number, message) for number, message in enumerate(value)]
-
-
-def _message(column: str, number: int, message: Any) -> Message:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"column {column}: message {number} must be a mapping, found {_short(message)}")
-    clean: dict[str, Any] = _without_null(message)
-    if "role" not in clean and "from" in clean:
-        role = _SHAREGPT_ROLES.get(str(clean.pop("from")).lower())
-        if role is None:
-            raise ValueError(
-                f"column {column}: message {number} is from {message['from']!r}; known: {sorted(_SHAREGPT_ROLES)}"
-            )
-        clean = {"role": role, "content": clean.pop("value", None), **clean}
-    if not isinstance(clean.get("role"), str):
-        raise ValueError(f"column {column}: message {number} needs a role, found the keys {sorted(clean)}")
-    if not isinstance(clean.get("content"), (str, list)) and "tool_calls" not in clean:
-        raise ValueError(f"column {column}: message {number} needs a content string, found the keys {sorted(clean)}")
-    return clean
-
-
-def _without_null(value: Any) -> Any:
-    """The value without keys that hold None: Arrow tables give every mapping the keys of all the others."""
-    if isinstance(value, Mapping):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            return json.loads(tools) or None if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column tools is not valid JSON: {error.msg}") from None
-    return _without_null(list(tools)) if tools else None
-
-
-def _label(value: Any) -> bool | None:
-    """A label as a truth value (tables of text hold it as "true" or "false"), or None where it is none."""
-    if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
-    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _chat_prompt(prompt: Text, as_chat: bool) -> Text:
-    return [{"role": "user", "content": prompt}] if as_chat and isinstance(prompt, str) else prompt
-
-
-def _reply(prompt: Text, completion: Text) -> Text:
-    """A completion in the form its prompt has."""
-    if isinstance(prompt, list) and isinstance(completion, str):
-        return [{"role": "assistant", "content": completion}]
-    if isinstance(prompt, str) and isinstance(completion, list):
-        raise ValueError("the completion is a list of messages but the prompt is a plain string; use one form for both")
-    return completion
+    return reply
 
 
 def _from_text(row: Mapping[str, Any], as_chat: bool) -> Example:
@@ -236,104 +210,110 @@ def _from_text(row: Mapping[str, Any], as_chat: bool) -> Example:
 
 
 def _from_prompt(row: Mapping[str, Any], as_chat: bool) -> Example:
-    return Example(
-        prompt=_chat_prompt(_text(row, "prompt"), as_chat), tools=_tools(row), used=frozenset({"prompt", "tools"})
-    )
+    prompt = read_prompt(row, as_chat)
+    return Example(prompt=prompt.text, tools=prompt.tools, used=prompt.used)
 
 
-def _from_prompt_completion(row: Mapping[str, Any], as_chat: bool) -> Example:
-    prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    prompt = _chat_prompt(prompt, as_chat or isinstance(completion, list))
-    return Example(
-        prompt=prompt,
-        completion=_reply(prompt, completion),
-        tools=_tools(row),
-        used=frozenset({"prompt", "tools"}),
-    )
-
-
-def _from_unpaired(row: Mapping[str, Any], as_chat: bool) -> Example:
-    example = _from_prompt_completion(row, as_chat)
-    label = _label(row["label"])
-    if label is None:
-        raise ValueError(f"column label must be true or false, found {_short(row['label'])}")
-    return replace(example, label=label)
-
-
-def _conversation(row: Mapping[str, Any], column: str) -> Example:
-    messages = _messages(column, row[column])
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    prompt, completion = split_conversation(messages)
-    used = frozenset({column, "tools", "system"})
-    return Example(messages=messages, prompt=prompt, completion=completion or None, tools=_tools(row), used=used)
-
-
-def _from_messages(row: Mapping[str, Any], as_chat: bool) -> Example:
-    return _conversation(row, "messages")
-
-
-def _from_sharegpt(row: Mapping[str, Any], as_chat: bool) -> Example:
-    return _conversation(row, "conversations")
+def _from_prompt_completion(row: Mapping[str, Any], as_chat: bool, column: str = "completion") -> Example:
+    completion = read_text(column, row[column])
+    prompt = read_prompt(row, as_chat or isinstance(completion, list))
+    reply = _reply(prompt.text, column, completion)
+    return Example(prompt=prompt.text, completion=reply, tools=prompt.tools, used=prompt.used)
 
 
 def _from_alpaca(row: Mapping[str, Any], as_chat: bool) -> Example:
-    instruction, output = _plain(row, "instruction"), _plain(row, "output")
-    extra = _plain(row, "input") if row.get("input") else ""
-    used = frozenset({"instruction", "input", "system", "history"})
-    history = row.get("history") or []
-    system = row.get("system")
-    if not as_chat:
-        if history:
-            raise ValueError("column history needs a tokenizer with a chat template (or chat_template=...)")
-        parts = [system] if system else []
-        parts += [f"### Instruction:\n{instruction}"] + ([f"### Input:\n{extra}"] if extra else [])
-        return Example(prompt="\n\n".join([*parts, "### Response:\n"]), completion=output, used=used)
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in history:
-        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
-            raise ValueError(f"column history must be a list of [question, answer] pairs, found {_short(turn)}")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages.append({"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction})
-    return Example(prompt=messages, completion=[{"role": "assistant", "content": output}], used=used)
+    return _from_prompt_completion({**row, "output": _plain(row, "output")}, as_chat, "output")
+
+
+def _from_unpaired(row: Mapping[str, Any], as_chat: bool) -> Example:
+    label = truth(row["label"]) if row.get("label") is not None else None
+    if label is None:
+        raise ValueError(f"column label must be true or false, found {short(row.get('label'))}")
+    example = _NORMALISERS[demonstration(row)](row, as_chat)
+    if example is None or not example.completion:
+        raise ValueError("the conversation ends with no assistant message that the label could be about")
+    _refuse_marks("completion", example.completion)
+    return replace(example, messages=None, label=label)
+
+
+def _from_conversation(row: Mapping[str, Any], column: str) -> Example:
+    messages = cast(list[Message], with_system(row, conversation(column, row[column])))
+    prompt, completion = split_conversation(messages)
+    used = frozenset({column, "tools", "system"})
+    return Example(messages=messages, prompt=prompt, completion=completion or None, tools=read_tools(row), used=used)
+
+
+def _from_messages(row: Mapping[str, Any], as_chat: bool) -> Example:
+    return _from_conversation(row, "messages")
+
+
+def _from_sharegpt(row: Mapping[str, Any], as_chat: bool) -> Example:
+    return _from_conversation(row, "conversations")
+
+
+def _refuse_marks(column: str, reply: Text) -> None:
+    if isinstance(reply, list) and any(not message.get("learn", True) for message in reply):
+        raise ValueError(f"column {column} has a message that is marked as not to be learnt, but all of it is judged")
+
+
+def _pair(row: Mapping[str, Any], prompt: Text, sides: tuple[Text, Text], used: frozenset[str]) -> Example:
+    for column, side in zip(("chosen", "rejected"), sides, strict=True):
+        _refuse_marks(column, side)
+    chosen, rejected = (
+        _reply(prompt, column, side) for column, side in zip(("chosen", "rejected"), sides, strict=True)
+    )
+    return Example(prompt=prompt, chosen=chosen, rejected=rejected, tools=read_tools(row), used=used)
+
+
+def _sides(row: Mapping[str, Any]) -> tuple[Text, Text]:
+    chosen, rejected = read_text("chosen", row["chosen"]), read_text("rejected", row["rejected"])
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise ValueError("columns chosen and rejected must both be strings or both be lists of messages")
+    return chosen, rejected
 
 
 def _from_preference(row: Mapping[str, Any], as_chat: bool) -> Example:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if isinstance(chosen, list) != isinstance(rejected, list):
-        raise ValueError("columns chosen and rejected must both be strings or both be lists of messages")
-    if isinstance(chosen, list) and isinstance(rejected, list) and chosen[0]["role"] in ("user", "system"):
+    sides = _sides(row)
+    if isinstance(sides[0], list) and isinstance(sides[1], list) and sides[0][0]["role"] in ("user", "system"):
         # Some sets repeat the whole conversation in both columns beside the prompt: the conversation counts.
-        return _from_implicit(row, as_chat)
-    prompt = _chat_prompt(_text(row, "prompt"), as_chat or isinstance(chosen, list))
-    return Example(
-        prompt=prompt,
-        chosen=_reply(prompt, chosen),
-        rejected=_reply(prompt, rejected),
-        tools=_tools(row),
-        used=frozenset({"prompt", "tools"}),
-    )
+        example = _from_implicit(row, as_chat)
+        question = read_prompt(row, True).text
+        said = " ".join(str(message["content"]) for message in example.prompt or [] if isinstance(message, dict))
+        for message in question if isinstance(question, list) else []:
+            asked = message["content"].strip()
+            if asked not in said and not any(
+                m["content"].strip() in asked
+                for m in example.prompt or []
+                if isinstance(m, dict) and m["role"] == "user"
+            ):
+                raise ValueError(
+                    f"the question {short(asked)} is not in the conversations of chosen and rejected; let these begin "
+                    "with the reply, or rename the column of the question"
+                )
+        return example
+    prompt = read_prompt(row, as_chat or isinstance(sides[0], list))
+    return _pair(row, prompt.text, sides, prompt.used)
 
 
 def _from_implicit(row: Mapping[str, Any], as_chat: bool) -> Example:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = _sides(row)
     used = frozenset({"prompt", "tools", "chosen", "rejected"})
     if isinstance(chosen, str) and isinstance(rejected, str):
         cut = _common_prompt(chosen, rejected)
-        prompt = _chat_prompt(chosen[:cut], as_chat)
+        if not chosen[:cut].strip():
+            raise ValueError(
+                "chosen and rejected share no beginning and there is no column prompt, so the prompt would be empty"
+            )
+        prompt: Text = [{"role": "user", "content": chosen[:cut]}] if as_chat else chosen[:cut]
         sides = (chosen[cut:].lstrip(), rejected[cut:].lstrip()) if as_chat else (chosen[cut:], rejected[cut:])
-        return Example(prompt=prompt, chosen=_reply(prompt, sides[0]), rejected=_reply(prompt, sides[1]), used=used)
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise ValueError("columns chosen and rejected must both be strings or both be lists of messages")
+        return _pair(row, with_system(row, prompt), sides, used)
+    chosen, rejected = cast(list[Message], chosen), cast(list[Message], rejected)
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == 0:
         raise ValueError("chosen and rejected share no first message, so no prompt can be taken from them")
-    return Example(
-        prompt=chosen[:shared], chosen=chosen[shared:], rejected=rejected[shared:], tools=_tools(row), used=used
-    )
+    return _pair(row, with_system(row, chosen[:shared]), (chosen[shared:], rejected[shared:]), used)
 
 
 def _common_prompt(chosen: str, rejected: str) -> int:
@@ -352,9 +332,9 @@ def _common_prompt(chosen: str, rejected: str) -> int:
 
 
 def _from_scored(row: Mapping[str, Any], as_chat: bool) -> Example | None:
-    completions, rewards = row["completions"], row["rewards"]
+    completions, rewards = plain_list(row["completions"]), plain_list(row["rewards"])
     for column, value in (("completions", completions), ("rewards", rewards)):
-        if not isinstance(value, Sequence) or isinstance(value, str):
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise ValueError(f"column {column} must be a list, found {type(value).__name__}")
     if len(completions) != len(rewards) or len(completions) < 2:
         raise ValueError(
@@ -362,22 +342,19 @@ def _from_scored(row: Mapping[str, Any], as_chat: bool) -> Example | None:
             f"and {len(rewards)}"
         )
     scores = []
-    for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or reward != reward:
-            raise ValueError(f"column rewards must hold numbers, found {_short(reward)}")
+    for reward in map(scalar, rewards):
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not abs(reward) < math.inf:
+            raise ValueError(f"column rewards must hold numbers, found {short(reward)}")
+        if abs(reward) > 1e308:
+            raise ValueError(f"column rewards holds a number that is too large: {short(reward)}")
         scores.append(float(reward))
     if max(scores) == min(scores):
         return None
-    chosen = _text(row, "completions", completions[scores.index(max(scores))])
-    rejected = _text(row, "completions", completions[scores.index(min(scores))])
-    prompt = _chat_prompt(_text(row, "prompt"), as_chat or isinstance(chosen, list))
-    return Example(
-        prompt=prompt,
-        chosen=_reply(prompt, chosen),
-        rejected=_reply(prompt, rejected),
-        tools=_tools(row),
-        used=frozenset({"prompt", "tools"}),
+    chosen, rejected = (
+        read_text("completions", completions[scores.index(value)]) for value in (max(scores), min(scores))
     )
+    prompt = read_prompt(row, as_chat or isinstance(chosen, list) or isinstance(rejected, list))
+    return _pair(row, prompt.text, (chosen, rejected), prompt.used)
 
 
 _NORMALISERS: dict[str, Callable[[Mapping[str, Any], bool], Example | None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -13,13 +14,17 @@ from datamodules import formats
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
 from datamodules.encoding import Encoder, LossOn
 from datamodules.formats import Example
+from datamodules.messages import shown, truth
 from datamodules.sources import Rows
 from datamodules.tables import PromptTable, row_checksum
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
 _CHUNK = 1024  # rows tokenised in one call
 # Keys of a batch that a source's own column must not take.
-RESERVED = ("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "rewards", "old_logprobs")
+RESERVED = (
+    *("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "response_loss_mask"),
+    *("rewards", "old_logprobs", "completions", "prompt_ids", "completion_ids"),  # the last three are what rewards get
+)
 
 
 class SplitReader:
@@ -44,6 +49,9 @@ class SplitReader:
         self.split, self.rows, self.kind, self.encoder = split, rows, kind, encoder
         self.max_length, self.overflow, self.as_chat = max_length, overflow, as_chat
         self.report: dict[str, Any] = {"rows": len(rows), "format": kind}
+        # Whether `label` holds values that are no truth values in the first rows, so that it is just a column.
+        self.labelled = any(row.get("label") is not None for row in islice(rows, formats.SAMPLE))
+        self._lengths = array("q")
 
     def examples(self, see: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[tuple[int, Example]]:
         """Rows in canonical form, with their numbers; ties of scored completions are counted and left out.
@@ -55,10 +63,12 @@ class SplitReader:
             ValueError: A row does not fit the format; the message says which row and why.
         """
         for index, row in enumerate(self.rows):
-            if see is not None:
-                see(row)
             try:
+                if see is not None:
+                    see(row)
                 example = formats.normalise(row, self.kind, as_chat=self.as_chat)
+            except RecursionError:
+                raise ValueError(f"{self.place(index)}: a column is nested too deeply") from None
             except ValueError as error:
                 raise ValueError(f"{self.place(index)}: {error}") from None
             if example is None:
@@ -86,6 +96,14 @@ class SplitReader:
         except ValueError as error:
             raise ValueError(f"{self.place(index)}: {error}") from error
 
+    @staticmethod
+    def _refuse_label(row: Mapping[str, Any]) -> None:
+        if truth(row.get("label")) is not None:
+            raise ValueError(
+                "has a label of desirability, which the first rows lack, so it may not be to be learnt; give all rows "
+                "one and a module for such pairs, or rename the column"
+            )
+
     def place(self, index: int) -> str:
         """Split and place of a row, in words."""
         return f"{self.split}: {self.rows.where(index)}"
@@ -100,6 +118,7 @@ class SplitReader:
         Raises:
             ValueError: The row is too long and `overflow="error"`.
         """
+        self._lengths.append(length)
         self.report["longest"] = max(self.report.get("longest", 0), length)
         if length <= self.max_length:
             return False
@@ -128,13 +147,26 @@ class SplitReader:
             )
         raise ValueError(f"{self.split}: no row is left to use: {self.describe()}")
 
+    def mostly_too_long(self) -> str:
+        """A warning that names a fitting length where more than half of the rows are too long, else nothing."""
+        lengths = np.asarray(self._lengths)
+        long = int((lengths > self.max_length).sum())
+        if long * 2 <= len(lengths):
+            return ""
+        fits = int(np.quantile(lengths, 0.95, method="higher"))
+        return (
+            f"{self.split}: {long} of {len(lengths)} rows are longer than max_length={self.max_length}; "
+            f"max_length={fits} holds 95 of 100, max_length={int(lengths.max())} all"
+        )
+
     def describe(self) -> str:
         """The report in words."""
         return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
 
     def token_rows(self, loss_on: LossOn) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split)."""
-        for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on)):
+        see = self._refuse_label if self.kind in formats.DEMONSTRATIONS and not self.labelled else None
+        for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on), see):
             if self.overflow != "split":
                 if self.too_long(index, len(ids)):
                     continue
@@ -160,6 +192,8 @@ class SplitReader:
         names, used, has_reference, total = dict[str, None](), set[str](), False, 0
         if self.kind == formats.SCORED:  # the prompt alone counts here, also where all completions are equally good
             self.kind, used = formats.PROMPT, {"completions", "rewards"}
+        elif self.kind == formats.UNPAIRED:  # as it does with any label, or none
+            self.kind = formats.demonstration(self.rows[0])
 
         def encode(examples: Sequence[Example]) -> list[np.ndarray]:
             nonlocal has_reference
@@ -179,7 +213,8 @@ class SplitReader:
             if not self.too_long(number, len(ids)):
                 prompts.append(cut_left(ids, self.max_length, self.encoder.first))
                 index.append(number)
-        clash = sorted((set(names) - used) & set(RESERVED))
+        taken = {*RESERVED, "completion"} if has_reference and self.kind != formats.PROMPT_COMPLETION else set(RESERVED)
+        clash = sorted((set(names) - used) & taken)
         if clash:
             raise ValueError(
                 f"{self.split}: {self.rows.name} has the columns {clash}, which batches use themselves; rename them, "
@@ -199,7 +234,7 @@ class SplitReader:
 def _canonical(row: dict[str, Any], *, kind: str, as_chat: bool, answers: bool) -> dict[str, Any]:
     """A row's prompt, text or messages; and its own answer as text, its messages' contents joined, None without one."""
     example = formats.normalise(row, kind, as_chat=as_chat)
-    found = {"prompt": None if example is None else example.prompt}
+    found: dict[str, Any] = {"prompt": None if example is None else shown(example.prompt)}
     if answers:
         completion = None if example is None else example.completion
         if isinstance(completion, list):

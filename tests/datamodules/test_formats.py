@@ -1,6 +1,9 @@
+import json
 import logging
 
+import numpy as np
 import pytest
+import torch
 
 from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, formats
 from datamodules.encoding import Encoder
@@ -64,7 +67,6 @@ def test_alpaca():
         ("2+2 is four", "2+2 is five", "2+2 is"),
         ("2+2 is four", "2+2 is fo", "2+2 is"),
         ("\n\nHuman: q\n\nAssistant: I do", "\n\nHuman: q\n\nAssistant: I can", "\n\nHuman: q\n\nAssistant:"),
-        ("yes", "no", ""),
     ],
 )
 def test_implicit_prompt(chosen, rejected, prompt):
@@ -98,6 +100,21 @@ def test_implicit_prompt(chosen, rejected, prompt):
             "must hold numbers",
         ),
         ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, formats.ALPACA, "needs a tokenizer with a chat"),
+        ({"chosen": "yes", "rejected": "no"}, formats.IMPLICIT_PREFERENCE, "the prompt would be empty"),
+        ({"prompt": "a", "query": "b", "answer": 1}, formats.PROMPT, "columns prompt and query both hold a question"),
+        ({"prompt": "a", "images": ["x.png"]}, formats.PROMPT, "column images holds .* only text is"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, formats.PROMPT, "column tools needs messages"),
+        ({"prompt": "a", "system": 3}, formats.PROMPT, "column system must be a string, found int: 3"),
+        (
+            {"prompt": "a", "chosen": [USER, {**REPLY, "train": False}], "rejected": [USER, OTHER]},
+            formats.PREFERENCE,
+            "marked",
+        ),
+        ({"messages": [{"role": "cat", "content": "a"}]}, formats.MESSAGES, "message 0 is from 'cat'; known"),
+        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, formats.MESSAGES, "message 1 has weight=0.5; it must be 0, 1"),
+        ({"messages": [{**USER, "train": True}, REPLY]}, formats.MESSAGES, "only an assistant's messages are learnt"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, formats.MESSAGES, "of the type 'image'"),
+        ({"messages": "[{'role': 'user', 'content': 'a'}]"}, formats.MESSAGES, "messages is not valid JSON"),
         ({"messages": [USER, REPLY], "tools": "{"}, formats.MESSAGES, "tools is not valid JSON"),
     ],
 )
@@ -176,3 +193,98 @@ def test_tables_invent_no_arguments(tmp_path):
     for given, read in zip(rows, table, strict=True):
         example = normalise(read, formats.MESSAGES)
         assert (example.messages, example.tools) == (given["messages"], given["tools"])
+
+
+QUESTION = "what is it"
+SYSTEM = "be kind"
+ANSWERS = {
+    formats.PREFERENCE: {"chosen": "yes", "rejected": "no"},
+    formats.SCORED: {"completions": ["yes", "no"], "rewards": [1, 0]},
+    formats.UNPAIRED: {"completion": "yes", "label": True},
+    formats.PROMPT_COMPLETION: {"completion": "yes"},
+    formats.PROMPT: {"answer": 3},
+}
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+@pytest.mark.parametrize("column", ["prompt", "question", "query", "instruction", "input"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_question_and_system_reach_the_prompt_of_every_format(name, column, as_chat):
+    row = {column: QUESTION, "system": SYSTEM, **ANSWERS[name]}
+    assert recognise(row) == name
+    prompt = normalise(row, name, as_chat=as_chat).prompt
+    said = " ".join(message["content"] for message in prompt) if as_chat else prompt
+    assert said.index(SYSTEM) < said.index(QUESTION)
+    assert isinstance(prompt, list) == as_chat
+
+
+def test_input_belongs_to_its_instruction():
+    row = {"instruction": "add", "input": "1 2", "chosen": "3", "rejected": "4"}
+    assert "1 2" in normalise(row, formats.PREFERENCE).prompt
+    assert normalise(row, formats.PREFERENCE, as_chat=True).prompt[-1]["content"] == "add\n\n1 2"
+
+
+def test_a_prompt_that_contains_the_question_is_clear():
+    row = {"prompt": "Q: what is it", "question": QUESTION}
+    assert normalise(row, formats.PROMPT).prompt == row["prompt"]
+
+
+def test_messages_in_the_wild():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    call = {"name": "f", "arguments": '{"x": null}'}
+    rows = [
+        [{"role": "Human", "content": parts}, {"role": "bot", "content": "b", "weight": 0}],
+        json.dumps([{"from": "human", "value": "ab"}, {"from": "ai", "value": "b", "learn": False}]),
+    ]
+    for value in rows:
+        messages = normalise({"messages": value}, formats.MESSAGES).messages
+        assert messages == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b", "learn": False}]
+    function = {"name": "f", "arguments": {"x": None}}
+    for key, given in (("function_call", call), ("tool_calls", [{"type": "function", "function": call}])):
+        messages = normalise({"messages": [USER, {"role": "assistant", "content": None, key: given}]}, formats.MESSAGES)
+        reply = messages.messages[1]
+        assert (reply["content"], reply["tool_calls"][0]["function"]) == ("", function)
+        assert "calls " + reply["tool_calls"][0]["function"]["arguments"] == 'calls {"x": null}'
+
+
+@pytest.mark.parametrize("template", ["boundaries", "markers"])
+def test_marked_replies_are_not_learnt(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    row = {"messages": [USER, {**REPLY, "train": False}, USER, OTHER]}
+    batch = next(iter(SFTDataModule(train=[row], tokenizer=tokenizer).train_dataloader()))
+    labels = batch["labels"][0]
+    assert tokenizer.convert_ids_to_tokens(labels[labels >= 0].tolist()) == ["c", "<|im_end|>"]
+
+
+LABELS = [
+    *((True, False), (1, 0), (1, -1), (np.bool_(True), np.bool_(False)), (np.int64(1), np.int64(0))),
+    *((torch.tensor(True), torch.tensor(False)), ("good", "bad"), ("Desirable", "undesirable"), ("chosen", "rejected")),
+]
+
+
+@pytest.mark.parametrize("first", [{}, {"label": None}, None])
+@pytest.mark.parametrize("labels", LABELS, ids=str)
+@pytest.mark.parametrize("shape", [{"prompt": "a", "completion": "b"}, {"messages": [USER, REPLY]}])
+def test_every_spelling_of_a_label_is_one(make_tokenizer, labels, first, shape):
+    tokenizer = make_tokenizer("boundaries")
+    rows = [{**shape, "label": label} for label in labels]
+    if first is None:
+        batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
+        assert batch["label"].tolist() == [True, False]
+    else:
+        rows = [{**shape, **first}, *rows]
+    with pytest.raises(ValueError, match="that is the format 'unpaired preference'; SFTDataModule needs"):
+        SFTDataModule(train=rows, tokenizer=tokenizer).setup("fit")
+
+
+def test_a_label_far_down_is_refused(tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] * formats.SAMPLE + [{"prompt": "a", "completion": "b", "label": False}]
+    with pytest.raises(ValueError, match=r"train: row 100 of .*: has a label of desirability"):
+        SFTDataModule(train=rows, tokenizer=tokenizer).setup("fit")
+
+
+def test_classes_are_no_labels(tokenizer, caplog):
+    rows = [{"prompt": "a", "completion": "b", "label": number} for number in (0, 1, 2)]
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        SFTDataModule(train=rows, tokenizer=tokenizer).setup("fit")
+    assert "column label holds no truth values" in caplog.text

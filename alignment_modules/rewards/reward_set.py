@@ -198,8 +198,8 @@ def _resolve(reward: Any, place: str) -> Callable[..., Any]:
             return SequenceClassifier(reward)
         else:
             raise ValueError(
-                f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name', nor the name "
-                "of a verifier of this library"
+                f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name', nor the "
+                "name of a verifier of this library"
             )
     if inspect.isclass(reward):
         try:

@@ -209,7 +209,11 @@ def vars_of(cls, group):
 def test_short_names_of_rewards(parser, monkeypatch, form):
     """On the command line, where values are text, and in a file, which is read by the same loader."""
     monkeypatch.setattr("alignment_modules.base.build_policy", stub_policy)
-    given = ["--model=GRPOModule", "--model.policy=nowhere", f"--model.rewards={json.dumps(form)}"]
+    given = [
+        "--model=GRPOModule",
+        "--model.policy=nowhere",
+        f"--model.rewards={form if isinstance(form, str) else json.dumps(form)}",
+    ]
     if form[-1] == "RegexMatch":
         with pytest.raises(ValueError, match="class that needs arguments"):
             parser.instantiate(parser.parse_args(given))

@@ -206,8 +206,8 @@ def _resolve(reward: Any, place: str) -> Callable[..., Any]:
             return SequenceClassifier(reward)
         else:
             raise ValueError(
-                f"{label} is neither a folder, a hub id, a verifier of this library, nor an import path such as "
-                "'package.module.name'"
+                f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name', nor the "
+                "name of a verifier of this library"
             )
     if inspect.isclass(reward):
         try:

@@ -5,6 +5,7 @@ A value is refused with one message that names the option and the value, or it s
 
 import contextlib
 import io
+import json
 import math
 import typing
 from types import NoneType, UnionType
@@ -202,6 +203,22 @@ def vars_of(cls, group):
     classes = MODULES if group == "model" else DATA
     first = {base: next(c for c in classes if base in c.__mro__) for base in cls.__mro__}
     return {base for base, user in first.items() if user is cls}
+
+
+@pytest.mark.parametrize("form", ["ExactMatch", [{"class_path": "ExactMatch"}], ["ExactMatch", "RegexMatch"]], ids=str)
+def test_short_names_of_rewards(parser, monkeypatch, form):
+    """On the command line, where values are text, and in a file, which is read by the same loader."""
+    monkeypatch.setattr("alignment_modules.base.build_policy", stub_policy)
+    given = [
+        "--model=GRPOModule",
+        "--model.policy=nowhere",
+        f"--model.rewards={form if isinstance(form, str) else json.dumps(form)}",
+    ]
+    if form[-1] == "RegexMatch":
+        with pytest.raises(ValueError, match="class that needs arguments"):
+            parser.instantiate(parser.parse_args(given))
+        return
+    assert parser.instantiate(parser.parse_args(given)).model.rewards.names == ("exact_match",)
 
 
 @pytest.mark.parametrize("cls", {cls for _, cls in cases()}, ids=lambda cls: cls.__name__)

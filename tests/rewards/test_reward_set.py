@@ -324,3 +324,12 @@ def test_a_user_file_by_import_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     table = RewardSet(["mine_for_test.shout"])(completions=["A", "a"])
     assert (table.names, table.total.tolist()) == (("shout",), [1.0, 0.0])
+
+
+def test_verifiers_by_their_short_name():
+    rewards = RewardSet(["NumericAnswer", ExactMatch()])
+    assert rewards.names == ("numeric_answer", "exact_match")
+    with pytest.raises(ValueError, match=r"reward_weights=\[0.0, 0.0\] must be finite and not all 0"):
+        RewardSet(["NumericAnswer", "ExactMatch"], weights=[0.0, 0.0])
+    with pytest.raises(ValueError, match=r"rewards\[0\]='Decimal' is neither"):  # imported there, but no verifier
+        RewardSet(["Decimal"])

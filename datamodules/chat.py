@@ -215,7 +215,7 @@ class Chat:
         return text + frame.header
 
     def _check_shown(self, messages: list[Message], turns: list[int], text: str, tools: list[Any] | None) -> None:
-        if tools:
+        if tools and not self._unseen.tools_checked:
             self._unseen.check_tools(self.render(messages, tools=tools), lambda: self.render(messages))
         self._unseen.check(messages, turns, text, lambda changed: self.render(changed, tools=tools))
 

@@ -26,13 +26,13 @@ class Unseen:
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._tools_checked = False
+        self.tools_checked = False
 
     def check_tools(self, with_tools: str, without: Callable[[], str]) -> None:
         """Says once that the template does not show tools (looked at for the first conversation that has some)."""
-        if self._tools_checked:
+        if self.tools_checked:
             return
-        self._tools_checked = True
+        self.tools_checked = True
         try:
             unseen = with_tools == without()
         except ValueError:  # it needs them

@@ -18,7 +18,8 @@ from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
 from datamodules.questions import question_name
 from datamodules.reading import Batches, SplitReader
-from datamodules.sources import RenamedRows, has_validation, is_hub_id, load_from_hub, open_source
+from datamodules.rows import RenamedRows, Rows
+from datamodules.sources import has_validation, is_hub_id, load_from_hub, open_source
 from datamodules.splits import check_share, take_share
 
 logger = logging.getLogger(__name__)

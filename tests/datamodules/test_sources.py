@@ -246,7 +246,7 @@ def test_what_is_no_share(tokenizer, share):
 
 
 def test_a_share_of_nothing(tokenizer):
-    with pytest.raises(ValueError, match="validation=0.5 is a share of the training rows, but train=None"):
+    with pytest.raises(ValueError, match=r"validation=0\.5 is a share of the training rows, but train=None"):
         SFTDataModule(validation=0.5, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="has 1 row, so there is none to split off"):
         SFTDataModule(train=ROWS[:1], validation=0.5, tokenizer=tokenizer).setup("fit")

@@ -198,6 +198,8 @@ class SplitReader:
         def encode(examples: Sequence[Example]) -> list[np.ndarray]:
             nonlocal has_reference
             for example in examples:
+                if example.prompt == []:
+                    raise ValueError("the conversation starts with an assistant message, so its prompt is empty")
                 used.update(example.used)
                 has_reference |= example.completion is not None
             return self.encoder.prompts(examples)

@@ -39,6 +39,7 @@ from alignment_modules.cli_errors import AlignArgumentParser, find_cause
 from alignment_modules.cli_failures import is_message
 from alignment_modules.cli_runs import checkpoint_folders, follow_parent, is_of_run, resume_command
 from alignment_modules.run_folder import earlier_run, last_checkpoint, locked, set_aside
+from datamodules.sources import check_sources
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ class AlignCLI(LightningCLI):
         split = {"validate": "validation"}.get(self.subcommand, self.subcommand)
         if split != "fit" and split in data and data[split] is None and _is_ours(config.data):
             raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
+        if data and _is_ours(config.data):
+            check_sources(data, ("train", "validation") if split == "fit" else (split,))
         if "tokenizer" in data and data["tokenizer"] is None:
             data["tokenizer"] = _policy_path(config.model.init_args.policy)
 

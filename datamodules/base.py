@@ -19,7 +19,9 @@ from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSamp
 from datamodules.questions import question_name
 from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
-from datamodules.sources import RenamedRows, is_hub_id, load_from_hub, open_source
+from datamodules.rows import RenamedRows, Rows
+from datamodules.sources import has_validation, is_hub_id, load_from_hub, open_source
+from datamodules.splits import check_share, take_share
 from datamodules.workers import start_worker
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class AlignmentDataModule(LightningDataModule):
     Args:
         train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
             a map-style Dataset of dict rows, or a list of dict rows.
-        validation: Validation rows.
+        validation: Validation rows, or a share between 0 and 1 of the training rows, split off by `seed`.
         test: Test rows.
         predict: Rows to predict.
         tokenizer: A tokenizer, its folder or its hub id; None takes the `tokenizer` attribute of a source.
@@ -60,7 +62,7 @@ class AlignmentDataModule(LightningDataModule):
         self,
         *,
         train: Source = None,
-        validation: Source = None,
+        validation: float | Source = None,
         test: Source = None,
         predict: Source = None,
         tokenizer: str | object | None = None,
@@ -81,7 +83,9 @@ class AlignmentDataModule(LightningDataModule):
         allowed = self._overflow_policies()
         if overflow not in allowed:
             raise ValueError(f"overflow={overflow!r}; allowed: {', '.join(map(repr, allowed))}")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        if isinstance(validation, bool | int | float):
+            check_share(validation, train)
+        self.sources: dict[str, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.max_length, self.overflow = max_length, overflow
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.shuffle, self.seed, self.drop_last, self.num_workers = shuffle, seed, drop_last, num_workers
@@ -228,10 +232,24 @@ class AlignmentDataModule(LightningDataModule):
         sampler = EvaluationSampler(table, batch_size=size, num_replicas=replicas, rank=rank)
         return DataLoader(table, batch_size=None, sampler=sampler, collate_fn=collate, **self._loader_options())
 
-    def _make(self, split: str) -> Batches:
-        rows = open_source(self.sources[split], split)
+    def _read(self, split: str) -> Rows:
+        share = self.sources["validation"] if isinstance(self.sources["validation"], float) else None
+        opened = "train" if share and split == "validation" else split
+        source = self.sources[opened]
+        rows: Rows = open_source(source, opened)
+        if split == "train" and self.sources["validation"] is None and has_validation(source):
+            logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
+        if share and split in ("train", "validation"):
+            every, rows = len(rows), take_share(rows, share, self.seed, split)
+            logger.info(
+                "%s: %d of %d rows of train, by validation=%s and seed=%d", split, len(rows), every, share, self.seed
+            )
         if self.columns:
             rows = RenamedRows(rows, self.columns)
+        return rows
+
+    def _make(self, split: str) -> Batches:
+        rows = self._read(split)
         others = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
         seen = formats.summary(rows)
         kind, accepted, prompts = None, self.accepts, False

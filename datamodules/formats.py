@@ -88,7 +88,7 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     labels = [scalar(row["label"]) for row in sample if row.get("label") is not None]
     first.pop("label", None)
     truths = [truth(label) for label in labels]
-    if labels and None not in truths and len(set(map(str, labels))) <= 2 * len(set(truths)):
+    if labels and None not in truths:
         numbers = {label for label in labels if not isinstance(label, (str, bool))}
         if len(numbers) <= 2:
             return {**first, "label": truths[0]}

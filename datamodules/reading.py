@@ -15,7 +15,7 @@ from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, Tok
 from datamodules.encoding import Encoder, LossOn
 from datamodules.formats import Example
 from datamodules.messages import shown, truth
-from datamodules.sources import Rows
+from datamodules.rows import Rows
 from datamodules.tables import PromptTable, row_checksum
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
@@ -198,6 +198,8 @@ class SplitReader:
         def encode(examples: Sequence[Example]) -> list[np.ndarray]:
             nonlocal has_reference
             for example in examples:
+                if example.prompt == []:
+                    raise ValueError("the conversation starts with an assistant message, so its prompt is empty")
                 used.update(example.used)
                 has_reference |= example.completion is not None
             return self.encoder.prompts(examples)

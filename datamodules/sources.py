@@ -6,197 +6,19 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
+from datamodules.rows import ConcatRows, JsonlRows, Rows, SequenceRows
+from datamodules.splits import named_splits, split_files
+from datamodules.strict_json import find_line, strict_json
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # The split that a hub id or a saved dictionary of splits is read from when none is named.
 DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
-
-
-class Rows(Protocol):
-    """An indexable table of rows; `where` says in words where a row stands, for error messages."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-
-    def where(self, index: int) -> str:
-        """Describe the place of row `index` ("data.jsonl:17" or "row 17 of [...]")."""
-        ...
-
-
-class SequenceRows:
-    """Rows of anything with `__len__` and `__getitem__`: a list, a torch map-style Dataset, a `datasets.Dataset`.
-
-    Args:
-        rows: The rows, each a mapping from column name to value.
-        name: What error messages call the source.
-    """
-
-    def __init__(self, rows: Any, name: str) -> None:
-        self.rows = rows
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"{self.where(index)} is a {type(row).__name__}; every row must be a mapping from column name to value"
-            )
-        return dict(row)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def where(self, index: int) -> str:
-        """Describe the place of row `index`."""
-        return f"row {index} of {self.name}"
-
-
-class JsonlRows:
-    """A JSON Lines file that stays on disk: every line is checked once, then rows are parsed when asked for.
-
-    Blank lines are skipped. Only line offsets are held in memory (8 bytes a row), and no column types are unified, so
-    rows may have different columns.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: A line is not valid UTF-8 or JSON, or not an object; the message starts with `path:line`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = str(path)
-        offsets, lines, offset = [], [], 0
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    self._parse(raw, number)
-                    offsets.append(offset)
-                    lines.append(number)
-                offset += len(raw)
-        self._offsets = np.asarray(offsets, dtype=np.int64)
-        self._lines = np.asarray(lines, dtype=np.int64)
-
-    def _parse(self, raw: bytes, line: int) -> dict[str, Any]:
-        try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.path}:{line}: not valid JSON: {error.msg} at column {error.colno}; "
-                "each line must hold one JSON object"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{self.path}:{line}: holds a JSON {type(row).__name__}; each line must hold one JSON object "
-                'such as {"prompt": ..., "completion": ...}'
-            )
-        return row
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
-            return self._parse(file.readline(), int(self._lines[index]))
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    yield self._parse(raw, number)
-
-    def where(self, index: int) -> str:
-        """Describe the place of row `index` as `path:line`."""
-        return f"{self.path}:{int(self._lines[index])}"
-
-
-class ConcatRows:
-    """Several tables one after the other.
-
-    Args:
-        parts: The tables, in order.
-        name: What error messages call the whole.
-    """
-
-    def __init__(self, parts: Sequence[Rows], name: str) -> None:
-        self.parts = list(parts)
-        self.name = name
-        self._ends = np.cumsum([len(part) for part in self.parts])
-
-    def _locate(self, index: int) -> tuple[Rows, int]:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[part], index - (int(self._ends[part - 1]) if part else 0)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rows, index = self._locate(index)
-        return rows[index]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for part in self.parts:
-            yield from part
-
-    def where(self, index: int) -> str:
-        """Describe the place of row `index` in its own part."""
-        rows, index = self._locate(index)
-        return rows.where(index)
-
-
-class RenamedRows:
-    """Rows with some columns under other names.
-
-    Args:
-        rows: The rows.
-        names: New name of each old one.
-
-    Raises:
-        ValueError: The first row lacks a column that is to be renamed.
-    """
-
-    def __init__(self, rows: Rows, names: Mapping[str, str]) -> None:
-        self.rows, self.names, self.name = rows, dict(names), rows.name
-        unknown = sorted(set(names) - set(rows[0]))
-        if unknown:
-            raise ValueError(f"columns={dict(names)}: {rows.name} has no column {unknown}; found {sorted(rows[0])}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _rename(self, row: dict[str, Any]) -> dict[str, Any]:
-        new = set(self.names.values())
-        kept = {name: value for name, value in row.items() if name not in self.names and name not in new}
-        return {**kept, **{self.names[name]: row[name] for name in self.names if name in row}}
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rename(self.rows[index])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._rename, self.rows)
-
-    def where(self, index: int) -> str:
-        """Describe the place of row `index`."""
-        return self.rows.where(index)
 
 
 def open_source(source: Any, split: str) -> Rows:
@@ -225,6 +47,16 @@ def is_hub_id(source: Any) -> bool:
         return False
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(SUFFIXES)
     return not looks_like_path and source != ""
+
+
+def has_validation(source: Any) -> bool:
+    """Whether a training source is a folder that has rows for validation, too."""
+    if not isinstance(source, str) or not Path(source).expanduser().is_dir():
+        return False
+    saved = Path(source).expanduser() / "dataset_dict.json"
+    if saved.exists():
+        return "validation" in json.loads(saved.read_text(encoding="utf-8")).get("splits", [])
+    return "validation" in split_files(Path(source).expanduser(), SUFFIXES)
 
 
 def load_from_hub(source: str, split: str) -> Rows:
@@ -282,7 +114,28 @@ def _open_path_or_hub(source: str, split: str) -> Rows:
         return _open_file(path, split)
     if is_hub_id(source):
         return load_from_hub(source, split)
-    raise ValueError(f"{split}={source!r}: no such file or folder (looked in {Path.cwd()})")
+    raise ValueError(_not_found(source, split))
+
+
+def check_sources(sources: Mapping[str, Any], splits: Sequence[str]) -> None:
+    """Refuse a path of some splits that is not there, before anything is opened; hub ids are not looked up.
+
+    Raises:
+        ValueError: A path does not exist; the message names the split, the path and what is there.
+    """
+    for split in splits:
+        source = sources.get(split)
+        if not isinstance(source, str) or is_hub_id(source):
+            continue
+        if not any(Path(path).expanduser().exists() for path in (source, source.rpartition(":")[0] or source)):
+            raise ValueError(_not_found(source, split))
+
+
+def _not_found(source: str, split: str) -> str:
+    folder = Path(source).expanduser().absolute().parent
+    there = sorted(entry.name for entry in folder.iterdir())[:10] if folder.is_dir() else []
+    found = f"{folder} holds {there}" if folder.is_dir() else f"there is no folder {folder} either"
+    return f"{split}={source!r}: no such file or folder; {found}"
 
 
 def _open_folder(path: Path, chosen: str, split: str) -> Rows:
@@ -294,6 +147,20 @@ def _open_folder(path: Path, chosen: str, split: str) -> Rows:
             loaded = _pick_split(loaded, chosen, split, str(path))
         return SequenceRows(loaded, str(path))
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    by_split = split_files(path, SUFFIXES)
+    if by_split or chosen:
+        wanted = next(iter(named_splits(chosen or DEFAULT_SPLITS[split])), chosen)
+        named = {name: [str(file.relative_to(path)) for file in found] for name, found in by_split.items()}
+        if wanted not in by_split:
+            raise ValueError(
+                f"{split}={str(path)!r}: the folder has no file for {wanted!r}; by their names it has {named}. "
+                "Give the file itself, or a split as in 'folder:test'"
+            )
+        left = sorted({file.name for file in files} - {file.name for found in by_split.values() for file in found})
+        if left:
+            logger.warning("%s from %s: left out, since their names name no split: %s", split, path, left)
+        files = by_split[wanted]
+        logger.info("%s from %s: its files for %s: %s", split, path, wanted, named[wanted])
     kinds = sorted({file.suffix.lower() for file in files})
     if len(kinds) != 1:
         raise ValueError(
@@ -337,12 +204,14 @@ def _read_text(path: Path) -> str:
 def _open_json(path: Path) -> Rows:
     text = _read_text(path)
     try:
-        data = json.loads(text)
+        data = strict_json(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().splitlines()[0].strip() if text.strip() else ""
         if first.startswith("{") and first.endswith("}"):
             return JsonlRows(path)  # JSON Lines under the suffix .json is common
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:
+        raise ValueError(f"{find_line(text, path)}: {error}") from None
     if isinstance(data, dict) and "data" in data:
         data = data["data"]
     if isinstance(data, dict):

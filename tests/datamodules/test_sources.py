@@ -1,11 +1,13 @@
 import csv
 import json
+import logging
 
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules import PreferenceDataModule
-from datamodules.sources import JsonlRows, is_hub_id, open_source
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
+from datamodules.rows import JsonlRows
+from datamodules.sources import check_sources, is_hub_id, open_source
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b\n", "n": 2, "extra": [1]}]
 
@@ -128,6 +130,12 @@ def test_hub_ids(tmp_path, monkeypatch):
         ("a.json", b'[{"a": 1},\n{"a": }]', r"a\.json:2: not valid JSON"),
         ("a.json", b"3", "holds a JSON int; a list of objects is needed"),
         ("a.json", b"[3]", "row 0 of .* is a int; every row must be a mapping"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: the key 'a' stands twice in one object"),
+        ("a.jsonl", b'{"a": NaN}\n', r"a\.jsonl:1: NaN is no JSON value"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:1: .*digits"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000 + b"}\n", r"a\.jsonl:1: the JSON is nested too deeply"),
+        ("a.json", b'[{"a": 1},\n{"b": {"a": 1, "a": 2}}]', r"a\.json:2: the key 'a' stands twice in one object"),
+        ("a.json", b'[{"a": 1},\n\n{"a": -Infinity}]', r"a\.json:3: -Infinity is no JSON value"),
         ("a.csv", b"a,b\n1,2\n1\n", r"a\.csv:3: 1 fields, the header has 2"),
         ("a.csv", b"a,b\n", "has no rows"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: the header names \['a'\] more than once"),
@@ -157,3 +165,110 @@ def test_bad_sources(tmp_path):
         open_source(str(tmp_path / "empty"), "train")
     with pytest.raises(ValueError, match="has no rows"):
         open_source([], "train")
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("train-00000-of-00002", "my_dev_1", "Test")])
+@pytest.mark.parametrize("below", ["", "data", "by split"])
+def test_a_folder_gives_each_split_its_own_files(tmp_path, names, below):
+    for name in names:
+        folder = tmp_path / (name if below == "by split" else below)
+        folder.mkdir(exist_ok=True)
+        jsonl(folder / ("part.jsonl" if below == "by split" else f"{name}.jsonl"), [{"text": name}])
+    for split, name in zip(("train", "validation", "test"), names, strict=True):
+        assert [row["text"] for row in open_source(str(tmp_path), split)] == [name]
+    assert [row["text"] for row in open_source(str(tmp_path), "predict")] == [names[2]]
+    assert [row["text"] for row in open_source(f"{tmp_path}:dev", "train")] == [names[1]]
+
+
+def test_a_folder_without_a_file_for_the_split(tmp_path, caplog):
+    jsonl(tmp_path / "train.jsonl")
+    jsonl(tmp_path / "more.jsonl")
+    with pytest.raises(ValueError, match=r"no file for 'test'; by their names it has \{'train': \['train.jsonl'\]\}"):
+        open_source(str(tmp_path), "test")
+    open_source(str(tmp_path), "train")
+    assert "left out, since their names name no split: ['more.jsonl']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"n": "prompt"}, r"row 0 of .* already has a column 'prompt', which would be lost; rename it too"),
+        ({"n": "m", "prompt": "m"}, "two columns would be called 'm'"),
+    ],
+)
+def test_renaming_loses_no_column(tokenizer, columns, message):
+    with pytest.raises(ValueError, match=message):
+        PromptDataModule(train=[{"prompt": "a", "n": "b"}], tokenizer=tokenizer, columns=columns).setup("fit")
+
+
+def test_columns_may_change_places(tokenizer):
+    rows = [{"prompt": "a", "n": "b"}]
+    data = PromptDataModule(train=rows, tokenizer=tokenizer, columns={"n": "prompt", "prompt": "n"})
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["prompt"], batch["n"]) == (["b"], ["a"])
+
+
+@pytest.mark.parametrize("module", [SFTDataModule, PretrainDataModule, PreferenceDataModule, PromptDataModule])
+def test_a_share_of_the_training_rows_for_validation(tokenizer, module, caplog):
+    rows = [{"text": f"{i} .", "prompt": f"{i} ", "completion": ".", "chosen": "a", "rejected": "b"} for i in range(40)]
+
+    def texts(data, split):
+        data.setup(split)
+        loader = data.val_dataloader() if split == "validate" else data.train_dataloader()
+        keys = ("prompts", "prompt_input_ids", "input_ids")
+        ids = [row for batch in loader for row in batch[next(key for key in keys if key in batch)]]
+        return {tokenizer.decode(row).split()[0] + tokenizer.decode(row).split()[1] for row in ids}
+
+    options = {
+        "tokenizer": tokenizer,
+        "validation": 0.25,
+        **({} if module is not PretrainDataModule else {"packing": False}),
+    }
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        data = module(train=rows, **options)
+        data.setup("fit")
+    assert "validation: 10 of 40 rows of train" in caplog.text
+    assert (data.reports["train"]["rows"], data.reports["validation"]["rows"]) == (30, 10)
+    alone = module(train=rows, **options)
+    alone.setup("validate")
+    assert alone.reports["validation"] == data.reports["validation"]
+    first, second = ([row["text"] for row in data._read(split)] for split in ("train", "validation"))
+    assert sorted([*first, *second]) == sorted(row["text"] for row in rows)
+    assert [row["text"] for row in alone._read("validation")] == second
+    other = module(train=rows, **options, seed=1)
+    assert [row["text"] for row in other._read("validation")] != second
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf"), 1, 0, True])
+def test_what_is_no_share(tokenizer, share):
+    with pytest.raises(ValueError, match=r"validation=.*; a share of the training rows must be between 0 and 1"):
+        SFTDataModule(train=ROWS, validation=share, tokenizer=tokenizer)
+
+
+def test_a_share_of_nothing(tokenizer):
+    with pytest.raises(ValueError, match=r"validation=0\.5 is a share of the training rows, but train=None"):
+        SFTDataModule(validation=0.5, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="has 1 row, so there is none to split off"):
+        SFTDataModule(train=ROWS[:1], validation=0.5, tokenizer=tokenizer).setup("fit")
+
+
+def test_paths_are_looked_for_without_opening_them(tmp_path):
+    jsonl(tmp_path / "here.jsonl")
+    sources = {"train": str(tmp_path / "here.jsonl"), "validation": 0.1, "test": str(tmp_path / "gone.jsonl")}
+    check_sources(sources, ("train", "validation"))
+    with pytest.raises(ValueError, match=r"test='.*gone.jsonl': no such file or folder; .* holds \['here.jsonl'\]"):
+        check_sources(sources, ("test",))
+
+
+def test_rows_for_validation_are_pointed_to(tmp_path, tokenizer, caplog):
+    for name in ("train", "validation"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "a", "completion": name}])
+    with caplog.at_level(logging.INFO, logger="datamodules"):
+        SFTDataModule(train=str(tmp_path), tokenizer=tokenizer).setup("fit")
+    assert f"has rows for validation, too; validation='{tmp_path}' uses them" in caplog.text
+
+
+def test_mostly_truncated_rows_are_a_warning(tokenizer, caplog):
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (2, 20, 30)]
+    SFTDataModule(train=rows, tokenizer=tokenizer, max_length=8).setup("fit")
+    assert "2 of 3 rows are longer than max_length=8; max_length=32 holds" in caplog.text

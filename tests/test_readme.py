@@ -141,7 +141,7 @@ def test_every_command_runs_in_the_order_of_the_text(align):
         assert trainer.state.finished, line
     assert Path("runs/sft/predictions.jsonl").exists()
     assert Path("runs/dpo-lora/export/config.json").exists()
-    assert Path("runs/grpo/samples.jsonl").exists()
+    assert list(Path("runs").glob("grpo*/samples.jsonl"))  # a later command moved that run aside
 
 
 @pytest.mark.parametrize("block", blocks(README, "python"), ids=range(len(blocks(README, "python"))))

@@ -29,12 +29,13 @@ from alignment_modules.policies.architecture import check_trainable_types, refus
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
+from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
 
 _TINY = 1e-30  # instead of 0 as the weight of nothing
 
 
-class AlignmentModule(GenerationSteps, CheckpointContract, ModuleParts, L.LightningModule):
+class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModuleParts, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -53,8 +54,6 @@ class AlignmentModule(GenerationSteps, CheckpointContract, ModuleParts, L.Lightn
     """Whether log-probabilities of two models are compared, so that dropout must be off."""
     batch_keys: ClassVar[tuple[str, ...]] = ()
     """What a batch must hold to be trained or validated on."""
-    bar: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics that the progress bar shows."""
 
     def __init__(
         self,
@@ -360,50 +359,6 @@ class AlignmentModule(GenerationSteps, CheckpointContract, ModuleParts, L.Lightn
         values["steps_without_targets"] = float(self._steps_without_targets)
         self._train_meters.reset()
         self.publish(values, "train", step)
-
-    @property
-    def logging_due(self) -> bool:
-        """Whether the optimizer step now being built will be logged: costly statistics are computed only then."""
-        return self._trainer is not None and self._is_logged(self.global_step + 1)
-
-    def _is_logged(self, step: int) -> bool:
-        interval = self.trainer.log_every_n_steps or 0  # type: ignore[attr-defined]
-        return interval > 0 and (step == 1 or step % interval == 0)
-
-    def publish(
-        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
-    ) -> None:
-        """Sends numbers to progress bar, callbacks and loggers; the horizontal axis is the optimizer step.
-
-        Callbacks have the loss of each training step already (`on_before_optimizer_step`), so that the bar alone gets
-        the mean of several.
-        """
-        named = {f"{stage}/{name}": value for name, value in values.items()}
-        shown = {f"{stage}/{name}" for name in (*self.bar, "exact_match")}
-        outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
-        for name, value in named.items():
-            if name == "train/loss":
-                if name in shown:
-                    self.trainer.progress_bar_metrics[name] = value
-                continue
-            self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)
-        if not outside_fit and not self.trainer.sanity_checking:
-            for logger in self.loggers:
-                logger.log_metrics(named, step=self.global_step if step is None else step)
-
-    def on_validation_epoch_end(self) -> None:
-        """Publishes the validation means."""
-        self._publish_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Publishes the test means."""
-        self._publish_evaluation("test")
-
-    def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
-        for number, meters in sorted(self._eval_meters.items()):
-            suffix = f"/dataloader_idx_{number}" if len(self._eval_meters) > 1 else ""
-            self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
-        self._eval_meters.clear()
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""

@@ -160,3 +160,32 @@ def test_reference_and_old_policy_get_no_gradient():
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3))
+
+
+def test_a_penalty_in_the_loss_is_one_of_tokens():
+    """Completions of two tokens, all expectations exact: only `x` summed from each token on is the divergence's."""
+    generator = torch.Generator().manual_seed(0)
+    first, second, *reference = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3,), (3, 3), (3,), (3, 3))
+    )
+    first.requires_grad_()
+    second.requires_grad_()
+    reference = [values.log_softmax(-1) for values in reference]
+    logps = torch.stack([first.log_softmax(0)[:, None].expand(3, 3), second.log_softmax(1)], dim=2).reshape(
+        9, 2
+    )  # every completion [9, 2]
+    reference_logps = torch.stack([reference[0][:, None].expand(3, 3), reference[1]], dim=2).reshape(9, 2)
+    weights, x = logps.sum(1).exp(), logps - reference_logps
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, (first, second), retain_graph=True)])
+
+    divergence = gradient((weights * x.sum(1)).sum())
+    sampled, fixed = weights.detach()[:, None], x.detach()
+    to_go = torch.stack([fixed.sum(1), fixed[:, 1]], dim=1)
+    torch.testing.assert_close(gradient((sampled * to_go * logps).sum()), divergence)
+    tokens = gradient((sampled * fixed * logps).sum())
+    assert not torch.allclose(tokens, divergence, rtol=0.05)
+    for estimator in ("k2", "k1+score", "k3+score"):
+        penalty = kl_penalty(logps, reference_logps, estimator=estimator)
+        torch.testing.assert_close(gradient((sampled * penalty).sum()), tokens)

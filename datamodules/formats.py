@@ -167,7 +167,11 @@ def normalise(row: Mapping[str, Any], name: str, *, as_chat: bool = False) -> Ex
         )
     for column in NOT_READ:
         value = row.get(column)
-        if name != TEXT and value is not None and not (isinstance(value, (str, list, dict)) and not value):
+        if (
+            name not in (TEXT, PROMPT)
+            and value is not None
+            and not (isinstance(value, (str, list, dict)) and not value)
+        ):
             raise ValueError(
                 f"column {column} holds {short(value)}, which is not read; only text is. Rename the column"
             )

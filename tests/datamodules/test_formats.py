@@ -102,7 +102,11 @@ def test_implicit_prompt(chosen, rejected, prompt):
         ({"instruction": "a", "output": "b", "history": [["a", "b"]]}, formats.ALPACA, "needs a tokenizer with a chat"),
         ({"chosen": "yes", "rejected": "no"}, formats.IMPLICIT_PREFERENCE, "the prompt would be empty"),
         ({"prompt": "a", "query": "b", "answer": 1}, formats.PROMPT, "columns prompt and query both hold a question"),
-        ({"prompt": "a", "images": ["x.png"]}, formats.PROMPT, "column images holds .* only text is"),
+        (
+            {"prompt": "a", "completion": "b", "images": ["x.png"]},
+            formats.PROMPT_COMPLETION,
+            "column images holds .* only text is",
+        ),
         ({"prompt": "a", "tools": [{"name": "f"}]}, formats.PROMPT, "column tools needs messages"),
         ({"prompt": "a", "system": 3}, formats.PROMPT, "column system must be a string, found int: 3"),
         (

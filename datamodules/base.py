@@ -62,7 +62,7 @@ class AlignmentDataModule(LightningDataModule):
         self,
         *,
         train: Source = None,
-        validation: float | Source = None,
+        validation: Annotated[float, Range(0, 1, "()")] | Source = None,
         test: Source = None,
         predict: Source = None,
         tokenizer: str | object | None = None,

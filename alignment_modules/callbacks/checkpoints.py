@@ -7,6 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from alignment_modules.functional.ranges import Count, Positive, check_options
+
 
 class Checkpoints(ModelCheckpoint):
     """Keeps the last checkpoint of a run: every so many minutes, and at the end of each epoch.
@@ -26,11 +28,9 @@ class Checkpoints(ModelCheckpoint):
     """
 
     def __init__(
-        self, every_n_minutes: float | None = 10.0, every_n_steps: int | None = None, dirpath: str | None = None
+        self, every_n_minutes: Positive | None = 10.0, every_n_steps: Count | None = None, dirpath: str | None = None
     ) -> None:
-        for name, value in (("every_n_minutes", every_n_minutes), ("every_n_steps", every_n_steps)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be more than 0, or null for never")
+        check_options(Checkpoints.__init__, locals())
         super().__init__(dirpath=dirpath, save_on_train_epoch_end=True, enable_version_counter=False)
         self.every_n_minutes = every_n_minutes
         self.every_n_steps = every_n_steps

@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from alignment_modules.callbacks.checkpoints import Checkpoints
+from alignment_modules.functional.ranges import check_options
 
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
@@ -45,6 +46,7 @@ class StopAndSave(Callback):
     """
 
     def __init__(self, resume: str = "with `ckpt_path` set to it") -> None:
+        check_options(StopAndSave.__init__, locals())
         self.resume = resume
         self._signal: int | None = None
         self._since = 0.0

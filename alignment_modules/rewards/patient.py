@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from alignment_modules.functional.ranges import Count, Natural, Positive, Range, check_options
 from alignment_modules.rewards.calling import call, numbers
 from alignment_modules.rewards.protocol import RewardError
 from alignment_modules.rewards.reward_set import RewardSet
@@ -46,22 +47,13 @@ class PatientReward:
     def __init__(
         self,
         reward: str | Callable[..., Any],
-        retries: int = 0,
-        timeout: float | None = None,
-        max_workers: int = 8,
-        batch_size: int | None = None,
+        retries: Natural = 0,
+        timeout: Positive | None = None,
+        max_workers: Annotated[int, Range(1, 1024)] = 8,
+        batch_size: Count | None = None,
         on_failure: Literal["raise", "none"] = "raise",
     ) -> None:
-        if retries < 0:
-            raise ValueError(f"retries={retries} must be 0 or more")
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout} must be more than 0 seconds and finite, or null for no limit")
-        if max_workers < 1:
-            raise ValueError(f"max_workers={max_workers} must be 1 or more")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more, or null for equal shares")
-        if on_failure not in ("raise", "none"):
-            raise ValueError(f"on_failure={on_failure!r} must be one of 'raise', 'none'")
+        check_options(PatientReward.__init__, locals())
         held = RewardSet([reward])
         self.__wrapped__ = held.functions[0]  # what it asks for is what the reward asks for
         self.name = held.names[0]

@@ -37,6 +37,7 @@ NEEDED = {
     "GRPOModule": {"rewards": "ExactMatch"},
     "DPOModule": {"f_divergence": "alpha"},
     "SequenceClassifier": {"path": "nowhere"},
+    "PatientReward": {"reward": "ExactMatch"},
     "RegexMatch": {"pattern": "x"},
     "SoftOverlong": {"max_length": 8, "buffer": 4},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.messages import Message, shown
+from datamodules.messages import Message
+from datamodules.rendering import Renderer, joined
 from datamodules.templates import Frame, Stops, find_frame, rewriting
 from datamodules.tokens import continuation, starts_with, tokenise
 from datamodules.unseen import Unseen
@@ -23,8 +23,6 @@ PLAIN_TEMPLATE = (
     "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Span(NamedTuple):
@@ -69,34 +67,16 @@ class Chat:
                 "template or a file with one, or use plain prompt and completion columns"
             )
         self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
         self._stops = Stops(tokenizer)
         self._ends = set(self._stops.special)  # and the stop tokens that the template writes, special or not
         self._frames: dict[bool, Frame | None] = {}
         self._unseen = Unseen()
 
-    def render(self, messages: list[Message], *, tools: list[Any] | None = None, prompt: bool = False) -> str:
-        """The conversation as text, with the header of a reply at its end if `prompt`.
-
-        Raises:
-            ValueError: The template refuses the conversation.
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                shown(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, continue_final_message=False
-            )
-        except Exception as error:  # templates raise what they like
-            raise _refusal(messages, error) from error
-        return str(text)
-
     def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> np.ndarray:
         """Prompt ids, int32 `[time]`, that end with a reply's header or with the last assistant message left open."""
         if messages[-1]["role"] == "assistant":
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    shown(messages), tools=tools, tokenize=False, continue_final_message=True
-                )
-            except Exception as error:  # templates raise what they like
-                raise _refusal(messages, error) from error
+            text = self.renderer.left_open(messages, tools)
         else:
             text = self._before(messages, tools)
         self._check_shown(messages, [], text, tools)
@@ -177,17 +157,13 @@ class Chat:
             raise ValueError(f"the conversation has no assistant message to learn from; its roles are {roles}")
         return turns[-1:] if last_only else turns
 
-    def _has_markers(self, tools: list[Any] | None) -> bool:
-        template = self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
-        return bool(_MARKER.search(template))
-
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # Templates write special tokens themselves; adding them again would double the first one.
         return tokenise(self.tokenizer, texts)
 
     def _spans(self, messages: list[Message], turns: list[int], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The conversation up to its last turn as text, and the characters of each turn."""
-        found = self._between_markers(messages, turns, tools) if self._has_markers(tools) else None
+        found = self._between_markers(messages, turns, tools)
         text, spans = self._between_renderings(messages, turns, tools) if found is None else found
         text, spans = self._with_thought(messages, turns[-1], text, spans, tools)
         self._check_shown(messages[: turns[-1] + 1], turns, text, tools)
@@ -197,7 +173,9 @@ class Chat:
         """What the template writes around a reply; None where that cannot be learnt."""
         key = bool(tools)
         if key not in self._frames:
-            frame = find_frame(lambda messages, prompt: self.render(messages, tools=tools, prompt=prompt), self._stops)
+            frame = find_frame(
+                lambda messages, prompt: self.renderer.render(messages, tools=tools, prompt=prompt), self._stops
+            )
             self._frames[key] = frame
             if frame is not None:
                 found = (self._stops.last_id(text) for text in (frame.closing, frame.between))
@@ -206,7 +184,7 @@ class Chat:
 
     def _before(self, messages: list[Message], tools: list[Any] | None) -> str:
         """What a sampler is given to write the next reply."""
-        text, frame = self.render(messages, tools=tools, prompt=True), self._frame(tools)
+        text, frame = self.renderer.render(messages, tools=tools, prompt=True), self._frame(tools)
         if frame is None or not frame.header or text.endswith(frame.header):
             return text
         self._unseen.say(
@@ -216,8 +194,10 @@ class Chat:
 
     def _check_shown(self, messages: list[Message], turns: list[int], text: str, tools: list[Any] | None) -> None:
         if tools and not self._unseen.tools_checked:
-            self._unseen.check_tools(self.render(messages, tools=tools), lambda: self.render(messages))
-        self._unseen.check(messages, turns, text, lambda changed: self.render(changed, tools=tools))
+            self._unseen.check_tools(
+                self.renderer.render(messages, tools=tools), lambda: self.renderer.render(messages)
+            )
+        self._unseen.check(messages, turns, text, lambda changed: self.renderer.render(changed, tools=tools))
 
     def _with_thought(
         self, messages: list[Message], turn: int, text: str, spans: list[Span], tools: list[Any] | None
@@ -240,24 +220,14 @@ class Chat:
     def _between_markers(
         self, messages: list[Message], turns: list[int], tools: list[Any] | None
     ) -> tuple[str, list[Span]] | None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages = messages[: turns[-1] + 1]
-        template = self.tokenizer.get_chat_template(tools=tools) if tools else self.tokenizer.get_chat_template()
-        try:
-            rendered, marked = render_jinja_template(
-                conversations=[shown(messages)],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # templates raise what they like
-            raise _refusal(messages, error) from error
-        text, places = rendered[0], marked[0]
+        marked = self.renderer.marked(messages, tools)
+        if marked is None:
+            return None
+        text, places = marked
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(places) != len(assistants):
-            places = _joined(places)
+            places = joined(places)
         if len(places) != len(assistants):
             return None  # a turn without a marker, or with several: the renderings decide, or refuse
         spans = []
@@ -308,10 +278,10 @@ class Chat:
         last = turns[-1]
         if turns[0] == 0:
             raise ValueError("the conversation starts with an assistant message; a user or system one must come first")
-        whole = self.render(messages[: last + 1], tools=tools)
+        whole = self.renderer.render(messages[: last + 1], tools=tools)
         spans = []
         for turn in turns:
-            after = whole if turn == last else self.render(messages[: turn + 1], tools=tools)
+            after = whole if turn == last else self.renderer.render(messages[: turn + 1], tools=tools)
             end, closing, between = self._reply_end(after, tools)
             reply = after[:end] + (closing if turn == last else between)
             opening = self._opening(messages, turn, tools, whole)
@@ -386,19 +356,3 @@ class Chat:
 
     def _text(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist()))
-
-
-def _refusal(messages: list[Message], error: Exception) -> ValueError:
-    roles = [message["role"] for message in messages]
-    return ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}")
-
-
-def _joined(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Places in a text, with those that touch each other as one."""
-    joined: list[tuple[int, int]] = []
-    for start, end in places:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined

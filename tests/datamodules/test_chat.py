@@ -115,7 +115,7 @@ def test_a_token_across_the_boundary_is_taken_apart(read):
     )
     chat = Chat(tokenizer)
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "qi"}]
-    assert ": q" in tokenizer.tokenize(chat.render(messages))
+    assert ": q" in tokenizer.tokenize(chat.renderer.render(messages))
     ids, mask = chat.encode(messages)
     assert read(tokenizer, ids[mask]) == "qi<eos>"
     assert read(tokenizer, ids[~mask]) == "u: x<eos>\na: "

@@ -84,7 +84,6 @@ class AlignmentModule(
         self._window_tokens: Tensor | float = 0.0
         self._window_total: Tensor | float = 0.0
         self._num_tokens: Tensor | float = 0.0
-        self._step_loss: Tensor | None = None
         self._steps_without_targets = 0
         self._learnt: bool | None = True  # an epoch that is resumed in its middle is not judged
         self._own_weight: EarlyRead | None = None
@@ -176,7 +175,7 @@ class AlignmentModule(
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
         self._window_weight = self._window_tokens = self._window_total = 0.0
-        self._own_weight = self._loss_scale = self._step_loss = None
+        self._own_weight = self._loss_scale = None
         self._learnt = True
 
     def on_train_start(self) -> None:
@@ -284,7 +283,8 @@ class AlignmentModule(
         else:
             self._learnt = True
             self._normalise(parameters, weight)
-            self._step_loss = total / weight
+            # For callbacks, at each step and without waiting for the device; `self.log` would take a millisecond.
+            self.trainer.callback_metrics["train/loss"] = total / weight
         if self.logging_due:
             rate = optimizer.param_groups[0]["lr"]
             if rate is not None:  # some optimizers set their own
@@ -345,9 +345,6 @@ class AlignmentModule(
 
     def log_step(self, step: int) -> None:
         """Logs the means since the last logged step where this optimizer step is one to log."""
-        if self._step_loss is not None:  # for callbacks, at each step and without waiting for the device
-            self.log("train/loss", self._step_loss, on_step=True, on_epoch=False, logger=False, batch_size=1)
-            self._step_loss = None
         if self._is_logged(step):
             self._publish_training(step)
         self._keep_totals(step)

@@ -33,6 +33,7 @@ from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
 
 _TINY = 1e-30  # instead of 0 as the weight of nothing
+_NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
 class AlignmentModule(
@@ -315,8 +316,7 @@ class AlignmentModule(
         if self._steps_without_targets == 1:
             rank_zero_warn(
                 f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                "micro-batches and ranks (labels all -100, or empty completions). train/steps_without_targets counts "
-                "such steps"
+                f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
             )
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
@@ -333,8 +333,8 @@ class AlignmentModule(
         over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self._learnt is False and (over or self._steps_without_targets == self.global_step):
             raise ValueError(
-                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target (labels "
-                "all -100, or empty completions). Look at the data's masks and lengths"
+                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target "
+                f"({_NO_TARGETS}). Look at the data's masks and lengths"
             )
         unlogged = self._train_meters.copy()
         if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]

@@ -162,7 +162,7 @@ class StopAndSave(Callback):
         step = trainer.global_step
         if not whole or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return None
-        for saver in whole:
+        for saver in whole:  # what a saver wrote last, and at which step, it says in private attributes only
             if saver._last_checkpoint_saved and saver._last_global_step_saved == step:
                 return str(saver._last_checkpoint_saved)
         if step == self._first_step:

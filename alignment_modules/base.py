@@ -27,7 +27,7 @@ from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic,
 from alignment_modules.optimization import bind_total_steps, parameter_groups
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
-from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
+from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
 from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
@@ -67,11 +67,12 @@ class AlignmentModule(
         tokenizer: str | object | None = None,
         evaluation: EvaluationConfig | None = None,
     ) -> None:
+        check_makers(optimizer, lr_scheduler)
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
-        check_makers(optimizer, lr_scheduler)
         keep_hyperparameters(self)
         self.policy = build_policy(policy)
+        self._saves_frozen = is_fresh(policy)
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler

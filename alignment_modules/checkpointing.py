@@ -41,6 +41,7 @@ class CheckpointContract(L.LightningModule):
     batch_cut_short: bool = False
     """Whether `max_steps` was reached with steps of the last batch still to take."""
     _kept_totals: tuple[tuple[int, Totals], ...] = ()
+    _saves_frozen: bool = False
     _frozen: FrozenWeights | None = None
     _restored: dict[str, Any] | None = None
 
@@ -110,7 +111,7 @@ class CheckpointContract(L.LightningModule):
     def on_train_start(self) -> None:
         """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
         take_up(self.trainer)
-        self.batch_cut_short, self._frozen = False, FrozenWeights(self)
+        self.batch_cut_short, self._frozen = False, None if self._saves_frozen else FrozenWeights(self)
         entry, self._restored = self._restored or {}, None
         for config, saved in zip(self.trainer.lr_scheduler_configs, entry.get("schedules", []), strict=False):
             _warn_of_new_length(config.scheduler, saved)
@@ -183,7 +184,7 @@ class CheckpointContract(L.LightningModule):
         return super().load_state_dict(whole, strict=strict, assign=assign)
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
-        """Takes the policy's frozen weights out of a checkpoint; strategies that cut weights up keep them."""
+        """Takes the policy's frozen weights out of a checkpoint, where they can be loaded again and are whole."""
         if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return {}
         return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)

@@ -18,24 +18,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
+from alignment_modules.clipping import GuardedClipping
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.hyperparameters import keep_hyperparameters
+from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_makers, check_rate
 from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic, with_value
 from alignment_modules.optimization import bind_total_steps, parameter_groups
-from alignment_modules.parts import ModuleParts
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
-from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
+from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
 from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
 
 _TINY = 1e-30  # instead of 0 as the weight of nothing
+_NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
-class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModuleParts, L.LightningModule):
+class AlignmentModule(
+    GenerationSteps, CheckpointContract, Publishing, PlainHyperparameters, GuardedClipping, L.LightningModule
+):
     """Common base of all paradigms.
 
     Args:
@@ -64,11 +67,12 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         tokenizer: str | object | None = None,
         evaluation: EvaluationConfig | None = None,
     ) -> None:
+        check_makers(optimizer, lr_scheduler)
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
-        check_makers(optimizer, lr_scheduler)
         keep_hyperparameters(self)
         self.policy = build_policy(policy)
+        self._saves_frozen = is_fresh(policy)
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
@@ -82,8 +86,6 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         self._window_tokens: Tensor | float = 0.0
         self._window_total: Tensor | float = 0.0
         self._num_tokens: Tensor | float = 0.0
-        self._stepped = False
-        self._step_loss: Tensor | None = None
         self._steps_without_targets = 0
         self._learnt: bool | None = True  # an epoch that is resumed in its middle is not judged
         self._own_weight: EarlyRead | None = None
@@ -175,8 +177,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
         self._window_weight = self._window_tokens = self._window_total = 0.0
-        self._own_weight = self._loss_scale = self._step_loss = None
-        self._stepped, self._learnt = False, True
+        self._own_weight = self._loss_scale = None
+        self._learnt = True
 
     def on_train_start(self) -> None:
         """Takes up what a checkpoint left, and prints the resolved objective."""
@@ -189,8 +191,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         self._learnt = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuses a batch of another paradigm; logs a step that was saved just before it would have been logged."""
-        self.log_step()
+        """Refuses a batch of another paradigm."""
         self.check_batch(batch)
 
     def on_validation_epoch_start(self) -> None:
@@ -284,12 +285,12 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         else:
             self._learnt = True
             self._normalise(parameters, weight)
-            self._step_loss = total / weight
+            # For callbacks, at each step and without waiting for the device; `self.log` would take a millisecond.
+            self.trainer.callback_metrics["train/loss"] = total / weight
         if self.logging_due:
             rate = optimizer.param_groups[0]["lr"]
             if rate is not None:  # some optimizers set their own
                 self._train_meters.update({"learning_rate": Statistic(torch.as_tensor(rate, dtype=torch.float32))})
-        self._stepped = True
         if self.automatic_optimization:  # before the callbacks' on_train_batch_end
             self.log_step(self.global_step + 1)
 
@@ -316,8 +317,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         if self._steps_without_targets == 1:
             rank_zero_warn(
                 f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                "micro-batches and ranks (labels all -100, or empty completions). train/steps_without_targets counts "
-                "such steps"
+                f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
             )
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
@@ -328,30 +328,27 @@ class AlignmentModule(GenerationSteps, CheckpointContract, Publishing, ModulePar
         """Logs the steps of the epoch that no interval has logged.
 
         Raises:
-            ValueError: If no step of the epoch had a target.
+            ValueError: If no step of the epoch had a target. One that was cut short is judged only where no step of the
+                whole run had any.
         """
-        if self._learnt is False:
+        over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self._learnt is False and (over or self._steps_without_targets == self.global_step):
             raise ValueError(
-                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target (labels "
-                "all -100, or empty completions). Look at the data's masks and lengths"
+                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target "
+                f"({_NO_TARGETS}). Look at the data's masks and lengths"
             )
         unlogged = self._train_meters.copy()
         if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             self._publish_training(self.global_step)
-        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._train_meters = unlogged  # cut short: a run that goes on logs them at its own next step
+        if not over:
+            self._train_meters = unlogged  # a run that goes on logs them at its own next step
+        self._keep_totals(self.global_step)
 
-    def log_step(self, step: int | None = None) -> None:
-        """Logs the means since the last logged step, at the optimizer step just taken (None: `global_step`)."""
-        step = self.global_step if step is None else step
-        if self._step_loss is not None:  # for callbacks, at each step and without waiting for the device
-            self.log("train/loss", self._step_loss, on_step=True, on_epoch=False, logger=False, batch_size=1)
-            self._step_loss = None
-        if not self._stepped:
-            return
+    def log_step(self, step: int) -> None:
+        """Logs the means since the last logged step where this optimizer step is one to log."""
         if self._is_logged(step):
             self._publish_training(step)
-        self._settled_meters, self._stepped = self._train_meters.copy(), False
+        self._keep_totals(step)
 
     def _publish_training(self, step: int) -> None:
         values = self._train_meters.compute(self.reduce)

@@ -18,6 +18,8 @@ from alignment_modules.position import settle, take_up
 
 _KEY = "alignment_module"
 
+Totals = tuple[Meters, Tensor | float, int]  # what is not logged yet, tokens, and steps without targets
+
 
 class CheckpointContract(L.LightningModule):
     """Keeps what is not trained out of checkpoints, stays strict on every other key, and checks where one came from.
@@ -36,10 +38,10 @@ class CheckpointContract(L.LightningModule):
     _steps_without_targets: int
     _loss_scale: Tensor | None
     _train_meters: Meters
-    _stepped: bool
     batch_cut_short: bool = False
     """Whether `max_steps` was reached with steps of the last batch still to take."""
-    _settled_meters: Meters | None = None
+    _kept_totals: tuple[tuple[int, Totals], ...] = ()
+    _saves_frozen: bool = False
     _frozen: FrozenWeights | None = None
     _restored: dict[str, Any] | None = None
 
@@ -58,16 +60,18 @@ class CheckpointContract(L.LightningModule):
             except OSError as error:
                 rank_zero_warn(f"{type(logger).__name__} cannot write: {error}")
         position = settle(checkpoint, self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
-        meters = self._settled_meters if position == "rewound" else self._train_meters
+        totals = self._totals()
+        if position == "rewound":
+            totals = dict(self._kept_totals).get(self.global_step, totals)
+        meters, tokens, without_targets = totals
         checkpoint[_KEY] = {
             "paradigm": self.paradigm,
-            "num_tokens": float(self._num_tokens),
-            "steps_without_targets": self._steps_without_targets,
+            "num_tokens": float(tokens),
+            "steps_without_targets": without_targets,
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
             "window": self._open_window() if position == "open" else None,
-            "meters": per_rank(self.trainer, (meters or Meters()).state_dict()),
-            "unlogged_step": self._stepped and position != "rewound",
+            "meters": per_rank(self.trainer, meters.state_dict()),
             "batch_cut_short": self.batch_cut_short,
             "left_out": self._leave_out_frozen(checkpoint["state_dict"]),
         }
@@ -107,15 +111,15 @@ class CheckpointContract(L.LightningModule):
     def on_train_start(self) -> None:
         """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
         take_up(self.trainer)
-        self.batch_cut_short, self._frozen = False, FrozenWeights(self)
+        self.batch_cut_short, self._frozen = False, None if self._saves_frozen else FrozenWeights(self)
         entry, self._restored = self._restored or {}, None
         for config, saved in zip(self.trainer.lr_scheduler_configs, entry.get("schedules", []), strict=False):
             _warn_of_new_length(config.scheduler, saved)
         meters = entry.get("meters")
         if meters is not None and len(meters) == self.trainer.world_size:
             self._train_meters.load_state_dict(meters[self.global_rank], self.device)
-            self._stepped = entry["unlogged_step"]
-        self._settled_meters = self._train_meters.copy()
+        self._kept_totals = ()
+        self._keep_totals(self.global_step)
         window = entry.get("window")
         if window is None:
             return
@@ -125,6 +129,16 @@ class CheckpointContract(L.LightningModule):
         for name, parameter in self.named_parameters():
             if name in window["gradients"]:
                 parameter.grad = window["gradients"][name].to(parameter)
+
+    def _totals(self) -> Totals:
+        return self._train_meters.copy(), self._num_tokens, self._steps_without_targets
+
+    def _keep_totals(self, step: int) -> None:
+        """Keeps the totals at the end of an optimizer step, for a checkpoint that is put back to it.
+
+        Those of the step before stay: this one may still fail after it was counted.
+        """
+        self._kept_totals = (*self._kept_totals[-1:], (step, self._totals()))
 
     def _open_window(self) -> dict[str, Any] | None:
         """The gradients accumulated so far where a checkpoint falls between the micro-batches of a step.
@@ -170,7 +184,7 @@ class CheckpointContract(L.LightningModule):
         return super().load_state_dict(whole, strict=strict, assign=assign)
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
-        """Takes the policy's frozen weights out of a checkpoint; strategies that cut weights up keep them."""
+        """Takes the policy's frozen weights out of a checkpoint, where they can be loaded again and are whole."""
         if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return {}
         return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)

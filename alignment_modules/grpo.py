@@ -22,7 +22,7 @@ from alignment_modules.functional import (
 )
 from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.objective import EarlyRead, Objective, Statistic
 from alignment_modules.online import OnlineModule
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reference import build_reference, reference_mode
@@ -109,6 +109,7 @@ class GRPOModule(OnlineModule):
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
         self.reference = build_reference(reference, self.policy) if beta else None
         self._finite: Tensor | bool = True
+        self._early_finite = EarlyRead(True)
 
     @property
     def optimizer_steps_per_batch(self) -> int:
@@ -201,6 +202,7 @@ class GRPOModule(OnlineModule):
         scores = self._score_active(rollout)
         token_logps = scores.token_logps
         self._finite = self._finite & torch.where(scores.mask, token_logps.detach(), 0.0).isfinite().all()
+        self._early_finite = EarlyRead(self._finite)
         mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
         old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
         clipping: dict[str, Any] = {
@@ -245,8 +247,7 @@ class GRPOModule(OnlineModule):
         Raises:
             NonFiniteLogits: If a piece of the step had some; it names the step.
         """
-        # The device has nothing left to do here: whether the step has weight was just asked.
-        if not bool(self._finite):
+        if not self._early_finite.item():
             raise NonFiniteLogits(_not_finite(self.this_step, "policy"))
         super().on_before_optimizer_step(optimizer)
 

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters  # what the command line hands over
 from lightning.pytorch.utilities.parsing import collect_init_args
 
 from alignment_modules.evaluation import EvaluationConfig

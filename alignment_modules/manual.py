@@ -93,7 +93,7 @@ class ManualOptimizationModule(AlignmentModule):
         if scheduler is not None:
             scheduler.step()
         self._train_meters.update({"time/update": Statistic(torch.tensor(monotonic() - started))})
-        self.log_step()
+        self.log_step(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalises and clips; the guard looks once more at what was clipped."""

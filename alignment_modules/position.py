@@ -17,7 +17,8 @@ Position = Literal["whole", "rewound", "open"]
 def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     """Rewrites the loops' state to the end of the last optimizer step, or to the end of an epoch that is over.
 
-    Batches of a step that was not taken are read again, where the loader's state counts `batches_seen`.
+    Batches of a step that was not taken are read again where the loader's state counts `batches_seen`. In the middle of
+    a batch they count as not read with any loader: an exception may have left half a gradient.
 
     Args:
         checkpoint: What Lightning is about to write; `loops` is changed.
@@ -42,7 +43,7 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     states = loops["state_dict"].get("combined_loader", [])
     counted = len(states) == 1 and "batches_seen" in states[0]
     over = 0 if last else done % accumulate
-    back = over if counted else 0
+    back = over if counted or in_flight else 0
     validation = loops["epoch_loop.val_loop.batch_progress"]
     validated = _validated(validation, current)
     done, all_done = done - back, total["processed"] - back
@@ -63,7 +64,7 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     pending = int(bool(done) and not back and not validated)
     for progress in (validation["total"], validation["current"]):
         progress.update(ready=pending, started=pending, processed=0, completed=0)
-    if over and not counted:
+    if over and not back:
         return "open"
     return "rewound" if back or in_flight else "whole"
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
+
 from alignment_modules.objective import Meters
 from alignment_modules.ranks import RankReductions
 
@@ -34,12 +36,15 @@ class Publishing(RankReductions):
         named = {f"{stage}/{name}": value for name, value in values.items()}
         shown = {f"{stage}/{name}" for name in (*self.bar, "exact_match")}
         outside_fit = stage == "test" or (not self.trainer.training and self.trainer.state.fn == "validate")
-        for name, value in named.items():
-            if name == "train/loss":
-                if name in shown:
-                    self.trainer.progress_bar_metrics[name] = value
-                continue
-            self.log(name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False)
+        if stage == "train":  # all that `self.log` does with a plain number, in a fraction of its time
+            self.trainer.progress_bar_metrics.update({name: value for name, value in named.items() if name in shown})
+            for_callbacks = {name: torch.tensor(value) for name, value in named.items() if name != "train/loss"}
+            self.trainer.callback_metrics.update(for_callbacks)
+        else:
+            for name, value in named.items():
+                self.log(
+                    name, value, prog_bar=name in shown, logger=outside_fit, batch_size=1, add_dataloader_idx=False
+                )
         if not outside_fit and not self.trainer.sanity_checking:
             for logger in self.loggers:
                 logger.log_metrics(named, step=self.global_step if step is None else step)

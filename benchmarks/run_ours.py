@@ -64,9 +64,9 @@ def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = Fals
             self.steps.append((objective.total.detach(), objective.weight))
             return super().extra_metrics(batch, objective)
 
-        def publish(self, values: Any, stage: Any) -> None:
+        def publish(self, values: Any, stage: Any, step: int | None = None) -> None:
             self.published.append(dict(values))
-            super().publish(values, stage)
+            super().publish(values, stage, step)
 
     class Bare(Measured):
         """The same without a Trainer."""

@@ -245,6 +245,50 @@ def test_an_epoch_without_a_target_is_an_error(make, train):
     train(make(), [without_targets(4), batch(2)])
 
 
+def test_an_epoch_cut_short_is_judged_only_where_the_whole_run_learnt_nothing(make, train):
+    batches = [without_targets(4), batch(2)]
+    train(make(), batches, max_epochs=2, max_steps=3)  # the second epoch ends with its first step
+    with pytest.raises(ValueError, match="nothing to learn in epoch 0"):
+        train(make(), batches, max_steps=1)
+
+
+class FailsAtStep(torch.optim.SGD):
+    """After the step was counted and logged, as where memory runs out."""
+
+    last = 2
+
+    def step(self, closure=None):
+        closure()
+        self.last -= 1
+        if not self.last:
+            raise RuntimeError("no more memory")
+
+
+@pytest.mark.parametrize("interval", [1, 50])
+def test_a_step_that_fails_is_not_in_the_totals_of_a_checkpoint(make, train, tmp_path, interval):
+    module = make()
+    module.make_optimizer = lambda groups: FailsAtStep(groups, lr=0.1)
+    saver = ModelCheckpoint(tmp_path, filename="kept", save_on_exception=True, every_n_epochs=9)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        train(module, [batch(2), batch(3, 1)], callbacks=[saver], enable_checkpointing=True, log_every_n_steps=interval)
+    saved = torch.load(tmp_path / "kept.ckpt", weights_only=True)["alignment_module"]
+    assert saved["num_tokens"] == int(batch(2)["attention_mask"].sum())
+    assert saved["meters"] == [{}]  # step 1 is logged with any interval
+
+
+def test_what_an_epochs_end_has_logged_is_not_logged_again_after_a_failure(make, train, tmp_path):
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch:
+                raise RuntimeError("no more memory")
+
+    saver = ModelCheckpoint(tmp_path, filename="kept", save_on_exception=True, every_n_epochs=9)
+    options = {"enable_checkpointing": True, "log_every_n_steps": 50, "max_epochs": 2}
+    with pytest.raises(RuntimeError, match="no more memory"):
+        train(make(), [batch(2), batch(3, 1)], callbacks=[Fails(), saver], **options)
+    assert torch.load(tmp_path / "kept.ckpt", weights_only=True)["alignment_module"]["meters"] == [{}]
+
+
 def test_statistics_of_host_and_device_are_combined():
     meters, seen = Meters(), []
     meters.update({"on_device": Statistic(torch.ones((), device="meta"), 2.0), "on_host": Statistic(torch.ones(()))})

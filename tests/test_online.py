@@ -110,10 +110,12 @@ def test_a_group_with_a_single_reward_teaches_nothing(make, update, assert_same,
     assert_same(changed(batch), changed(alone))
 
 
-def test_a_step_with_groups_of_one_reward_only_is_no_step(make, train):
+def test_a_step_with_groups_of_one_reward_only_moves_nothing(make, train):
     module = make(beta=0.5)
     before = fingerprint(module.policy)
-    assert train(module, [given([nan, 1.0, nan, nan] * 2)]).global_step == 0
+    with pytest.raises(ValueError, match=r"nothing to learn in epoch 0: .*groups with fewer than two rewards"):
+        train(module, [given([nan, 1.0, nan, nan] * 2)])
+    assert module.trainer.global_step == 1
     assert fingerprint(module.policy) == before
 
 

@@ -214,6 +214,29 @@ def test_a_checkpoint_on_an_exception_continues_exactly(run, monkeypatch, moment
     assert_equal(resumed.end, whole.end)
 
 
+def test_half_a_gradient_is_in_no_checkpoint(run, monkeypatch):
+    """Of a loader whose position cannot be put back, the batches of the open step are lost, and nothing else."""
+    calls, backward = [], SFTModule.backward
+
+    def fail(self, loss):
+        backward(self, loss)
+        calls.append(1)
+        if len(calls) == 5:  # the second of the three batches of a step
+            raise Fails
+
+    kept = ModelCheckpoint(run.folder / "kept", filename="kept", save_on_exception=True, every_n_epochs=9)
+    monkeypatch.setattr(SFTModule, "backward", fail)
+    with pytest.raises(Fails):
+        run(kept, accumulate_grad_batches=3, folder="b", data=EagerLoader)
+    monkeypatch.undo()
+    path = run.folder / "kept" / "kept.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["alignment_module"]["window"] is None
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 3
+    resumed = run(accumulate_grad_batches=3, resume=path, folder="c", data=EagerLoader)
+    assert [rows for _, _, rows in resumed.read[:2]] == [[11, 12], [13, 14]]
+
+
 def validating(run, *callbacks, **options):
     class Both(OwnData):
         def val_dataloader(self):

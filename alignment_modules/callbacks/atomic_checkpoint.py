@@ -17,6 +17,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
+from alignment_modules.callbacks.steady_logging import write_error
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read; the message names the file and what is wrong with it."""
@@ -199,11 +201,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """The operating system's own words, which torch wraps."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
+    found = write_error(error)
+    if found is not None and found.strerror:
+        return found.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

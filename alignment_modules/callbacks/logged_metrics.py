@@ -25,7 +25,7 @@ class LoggedMetrics(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Reads what the batch before has logged: a module logs after its callbacks."""
+        """Reads what the batch before has logged, to the last of the hooks at its end."""
         self._read(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -36,10 +36,10 @@ class StopAndSave(Callback):
     process; the batch is finished, a checkpoint written, and the exit status is 128 + the signal's number. A second
     signal ends the process at once. Signals that the program was started to ignore (`nohup`) stay ignored.
 
-    An exception inside a batch leaves the weights of the last completed optimizer step. The checkpoint is put back to
-    that step: the batches read since then count as not read. It goes to the folder of the Trainer's first
-    `ModelCheckpoint` that saves whole checkpoints; without one nothing is saved. With several processes and sharded
-    weights nothing is saved after an exception, since one process alone cannot.
+    An exception inside a batch leaves the weights of the last completed optimizer step, to which the modules of this
+    library put every checkpoint back: the batches read since then count as not read. It goes to the folder of the
+    Trainer's first `ModelCheckpoint` that saves whole checkpoints; without one nothing is saved. With several processes
+    and sharded weights nothing is saved after an exception, since one process alone cannot.
 
     Args:
         resume: How to resume, for the message.
@@ -146,7 +146,7 @@ class StopAndSave(Callback):
         if trainer.state.fn != TrainerFn.FITTING or self._first_step is None:
             return
         try:
-            path = self._save(trainer, pl_module, alone=not stopped)
+            path = self._save(trainer, alone=not stopped)
             message = None if path is None else f"checkpoint {path}\n  resume {self.resume}"
         except Exception as error:  # what ended the run matters more
             message = f"could not save a checkpoint: {error}"
@@ -154,7 +154,7 @@ class StopAndSave(Callback):
             why = f"stopped by {signal.Signals(number).name}" if stopped else f"ended by {type(exception).__name__}"
             sys.stderr.write(f"align: {why} after optimizer step {trainer.global_step}; {message}\n")
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule, *, alone: bool) -> str | None:
+    def _save(self, trainer: L.Trainer, *, alone: bool) -> str | None:
         """Writes a checkpoint of the last completed step, if there is none; returns its path where there is one.
 
         `alone`: the other processes may be in the middle of anything.
@@ -164,12 +164,11 @@ class StopAndSave(Callback):
         step = trainer.global_step
         if not whole or trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]
             return None
-        for saver in whole:
+        for saver in whole:  # what a saver wrote last, and at which step, it says in private attributes only
             if saver._last_checkpoint_saved and saver._last_global_step_saved == step:
                 return str(saver._last_checkpoint_saved)
         if step == self._first_step:
             return None
-        _rewind(trainer, module)
         saver = whole[0]
         if isinstance(saver, Checkpoints):
             path = saver.next_path(trainer)
@@ -185,24 +184,6 @@ class StopAndSave(Callback):
         for saver in savers:
             saver._last_global_step_saved = step  # none of them saves this step once more
         return path
-
-
-def _rewind(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Puts the counters of an interrupted batch, or validation, back to the last completed optimizer step."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer.validating:
-        loop.val_loop.batch_progress.reset()  # half a validation's means are no validation's means
-    progress: Any = loop.batch_progress
-    if progress.current.ready == progress.current.processed:
-        return  # between two batches, where gradients of a half-accumulated step are good
-    module._window_weight = 0.0  # type: ignore[assignment]  # those in the interrupted batch are not
-    accumulated = trainer.accumulate_grad_batches if module.automatic_optimization else 1
-    done = progress.current.processed - progress.current.processed % accumulated
-    lost = progress.current.processed - done
-    progress.current.processed = progress.current.completed = done
-    total = progress.total
-    total.ready = total.started = total.completed = total.processed = total.processed - lost
-    progress.is_last_batch = False
 
 
 def _save_without_the_others(trainer: L.Trainer, path: str) -> bool:

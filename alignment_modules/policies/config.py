@@ -14,7 +14,6 @@ from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.lora import LoraConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-QUANTIZATIONS = ("4bit", "8bit")
 
 
 @dataclass

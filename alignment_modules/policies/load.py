@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 TOKENIZER_PREFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "merges")
 
 
+def is_fresh(policy: Any) -> bool:
+    """Whether a policy specification makes a model of random weights, which are not there to be loaded once more."""
+    config = policy.get("config") if isinstance(policy, Mapping) else getattr(policy, "config", None)
+    return config is not None and not isinstance(policy, nn.Module)
+
+
 def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = True) -> nn.Module:
     """Gives the module that a policy specification describes.
 

@@ -72,8 +72,6 @@ def fit(make_trainer, tmp_path):
         )  # fmt: skip
         sampler = ResumableSampler(table, batch_size=2)
         loader = ResumableLoader(table, batch_size=2, sampler=sampler)
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        loader.in_flight = lambda: progress.current.ready - progress.current.processed
         held = torch.utils.data.DataLoader(table, batch_size=4) if validation else None
         run.module, run.rows = made, rows.rows
         trainer.fit(made, loader, held, ckpt_path=ckpt_path)

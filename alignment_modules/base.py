@@ -216,9 +216,12 @@ class AlignmentModule(
         found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         missing = [key for key in self.batch_keys if not isinstance(batch, Mapping) or key not in batch]
         if missing:
+            hint = "Does the data module belong to another paradigm?"
+            if "completion_input_ids" in found:
+                hint = "No module trains on unpaired preferences yet"
             raise ValueError(
                 f"a batch for {type(self).__name__} must hold {', '.join(self.batch_keys)}; this one lacks "
-                f"{', '.join(missing)}: it holds {found}. Does the data module belong to another paradigm?"
+                f"{', '.join(missing)}: it holds {found}. {hint}"
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

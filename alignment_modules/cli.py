@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -44,6 +45,7 @@ from datamodules.sources import check_sources
 logger = logging.getLogger(__name__)
 
 DEFAULT_ROOT = "runs/default"
+_format_other_warning = warnings.formatwarning
 
 
 class FitConfigCallback(SaveConfigCallback):
@@ -116,11 +118,11 @@ class AlignCLI(LightningCLI):
             folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
             trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
         data = (config.get("data") or {}).get("init_args") or {}
-        split = {"validate": "validation"}.get(self.subcommand, self.subcommand)
-        if split != "fit" and split in data and data[split] is None and _is_ours(config.data):
+        split = {"fit": "train", "validate": "validation"}.get(self.subcommand, self.subcommand)
+        if split in data and data[split] is None and _is_ours(config.data):
             raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
         if data and _is_ours(config.data):
-            check_sources(data, ("train", "validation") if split == "fit" else (split,))
+            check_sources(data, ("train", "validation") if split == "train" else (split,))
         if "tokenizer" in data and data["tokenizer"] is None:
             data["tokenizer"] = _policy_path(config.model.init_args.policy)
 
@@ -195,9 +197,14 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*You defined a `validation_step` but have no")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")  # an epoch's last step is logged
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_no_advertisement)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a line for each of its steps in a log file
+    warnings.formatwarning = _format_warning
     _show_messages()
     return AlignCLI(
         AlignmentModule,
@@ -261,7 +268,17 @@ def _check_exists(checkpoint: str | None) -> None:
         raise ValueError(f"ckpt_path={checkpoint!r}: there is no such file; {found}")
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this project in one line; others with the place that they come from."""
+    ours = {Path(str(package.__file__)).parent for package in (alignment_modules, datamodules)}
+    if ours & set(Path(filename).parents):
+        return f"warning: {message}\n"
+    return _format_other_warning(message, category, filename, lineno, line)
+
+
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(
-        ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Loading `train_dataloader`")
+        ("\N{ELECTRIC LIGHT BULB}", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
     )

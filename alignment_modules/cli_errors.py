@@ -100,9 +100,12 @@ class AlignArgumentParser(LightningArgumentParser):
     def parse_path(self, path: Any, *more: Any, **keywords: Any) -> Any:
         """Reads a configuration file; a file that holds no options is refused by its name."""
         try:
-            options = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            with Path(path).expanduser().open(encoding="utf-8") as file:
+                options = yaml.safe_load(file)
+        except OSError:
             pass  # told below
+        except yaml.YAMLError as error:
+            self.error(f"--config={path}: is not valid YAML: {error}")
         except UnicodeDecodeError as error:
             self.error(f"--config={path}: must be a YAML file of options, but is not text in UTF-8: {error}")
         else:

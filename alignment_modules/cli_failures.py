@@ -37,4 +37,6 @@ def is_message(error: BaseException) -> bool:
         return True
     worked = any(module.startswith("lightning.pytorch.loops.") and name in _BATCHES for module, name, _ in frames)
     foreign = set(packages) - _OURS - _TOLD - _SETUP
+    if worked and frames[-1][0].startswith("lightning.pytorch.callbacks."):
+        worked = False  # a callback that finds nothing under the name that it is to monitor
     return not worked and not foreign and (isinstance(error, OSError) or (raised and packages[-1] in _TOLD))

@@ -140,17 +140,24 @@ def class_help(cls: type, option: str) -> str:
             lines.append(heading)
         kind = _kind(hint)
         default = "required" if parameter.default is parameter.empty else f"default {_shown(parameter.default)}"
+        default = "" if default == "default <factory>" else default
         own = f" Its options: --{option}.{parameter.name}.help" if choices(parameter.name) else ""
         words = words if _is_ours(level) else _cut(re.sub(r" \(default: .*?\)+", "", words), 160)
-        lines.append(_entry(parameter.name, f"{words}{own} [{', '.join(filter(None, (kind, default)))}]"))
+        told = ", ".join(filter(None, (kind, default)))
+        lines.append(_entry(parameter.name, f"{words}{own}{f' [{told}]' if told else ''}"))
     return "\n".join(lines)
 
 
 def _listing(kind: str) -> str:
     if kind == "losses":
-        return f"DPOModule: {', '.join(PREFERENCE_LOSSES)}\nGRPOModule: {', '.join(LOSS_REDUCTIONS)}"
+        found = {
+            "PretrainModule, SFTModule": ("nll", "dft"),
+            "DPOModule": PREFERENCE_LOSSES,
+            "GRPOModule": LOSS_REDUCTIONS,
+        }
+        return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())
     if kind not in _KINDS:
-        raise ValueError(f"align list {kind}: must be {', '.join([*_KINDS, 'losses'])}")
+        raise ValueError(f"{f'align list {kind}'.rstrip()}: must be one of {', '.join([*_KINDS, 'losses'])}")
     option = _KINDS[kind]
     option = f"model.{option}" if option in ("rewards", "lr_scheduler") else option
     return class_list(choices(option), f"trainer.{option}" if option == "callbacks" else option)

@@ -154,7 +154,7 @@ class GRPOModule(OnlineModule):
         judged = ~rewards.isnan()
         if not int(self.reduce(judged.sum(), "max")):
             given = isinstance(batch.get("rewards"), Tensor)
-            whose = "the batch's rewards are" if given else f"{', '.join(self.rewards.names)} gave"
+            whose = "the batch's rewards are" if given else f"{', '.join(map(repr, self.rewards.names))} gave"
             raise RewardError(f"{self.this_step} has nothing to learn from: {whose} None or NaN for all completions")
         compared = judged & (judged.sum(dim=1, keepdim=True) >= 2)
         mask = completions.mask.view(prompts, group, -1)

@@ -262,6 +262,8 @@ class AlignmentDataModule(LightningDataModule):
         if kind is None:
             found = formats.recognise(seen)
             found = f"; that is the format '{found}'" if found else ""
+            if empty := sorted(seen.keys() - formats.present(seen)):
+                found = f", and nothing but null in {empty}{found}"
             raise ValueError(
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"

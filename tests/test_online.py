@@ -152,7 +152,7 @@ def test_a_step_of_which_nothing_could_be_judged_is_an_error(make, train):
     def silent(completions):
         return [None] * len(completions)
 
-    message = "optimizer step 1 has nothing to learn from: silent, third_of gave None or NaN for all completions"
+    message = "optimizer step 1 has nothing to learn from: 'silent', 'third_of' gave None or NaN for all completions"
 
     def third_of(completions):
         return [nan] * len(completions)

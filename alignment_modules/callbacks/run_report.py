@@ -1,4 +1,4 @@
-"""What matters of a run: five lines at its start, a summary at its end."""
+"""What matters of a run: a few lines at its start, a summary at its end."""
 
 import math
 import resource
@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch import Callback
 
+from alignment_modules.callbacks.bar import end_bar
 from alignment_modules.callbacks.logged_metrics import LoggedMetrics
 from alignment_modules.functional.ranges import check_options
 
@@ -40,7 +41,7 @@ _NEXT = {  # what one usually does with the exported policy
 class RunReport(LoggedMetrics, Callback):
     """Prints what is trained on what for how long and where to, and at the end what came of it. Only rank 0 prints.
 
-    Works with any LightningModule; one with `describe()` says itself what its objective is.
+    Works with any LightningModule; one with `describe()` says itself what its objective and policy are.
 
     Args:
         enabled: False prints nothing.
@@ -50,13 +51,17 @@ class RunReport(LoggedMetrics, Callback):
         check_options(RunReport.__init__, locals())
         self.enabled = enabled
         self._history: dict[str, list[tuple[int, float]]] = {}
-        self._started = 0.0
+        self._started: float | None = None
         self._first_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the five lines."""
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets an earlier fit; where nothing is left to train, no training starts."""
         self._history.clear()
+        self._started = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the beginning."""
+        super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -71,8 +76,12 @@ class RunReport(LoggedMetrics, Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the summary."""
         if self.enabled and trainer.is_global_zero:
-            steps, seconds = trainer.global_step - self._first_step, time.monotonic() - self._started
-            done = f"{steps} optimizer steps in {_duration(seconds)}, peak memory {_peak_memory(pl_module)}"
+            end_bar(trainer)
+            if self._started is None:
+                done = f"nothing was left to train after optimizer step {trainer.global_step}"
+            else:
+                steps, seconds = trainer.global_step - self._first_step, time.monotonic() - self._started
+                done = f"{steps} optimizer steps in {_duration(seconds)}, peak memory {_peak_memory(pl_module)}"
             lines = {"done": done} | self._metrics()
             root = Path(trainer.default_root_dir)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -96,8 +105,6 @@ class RunReport(LoggedMetrics, Callback):
 
 
 def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
-    told = module.describe() if hasattr(module, "describe") else {}  # type: ignore[operator]
-    objective = ", ".join(filter(None, (told.get("paradigm", type(module).__name__), told.get("loss"))))
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     reports: Mapping[str, Mapping[str, Any]] = getattr(getattr(trainer, "datamodule", None), "reports", {})
     counts = [
@@ -112,9 +119,8 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
     rows = f" of {size} rows" if size else ""
     split = f"{trainer.world_size} processes" if trainer.world_size > 1 else "one process"
     accumulated = trainer.accumulate_grad_batches
-    return {
-        "objective": objective,
-        "policy": told.get("policy", f"{type(module).__name__}, {trained:,} parameters trained"),
+    own = {"objective": type(module).__name__, "policy": f"{trained:,} parameters trained"}
+    return ({} if hasattr(module, "describe") else own) | {
         "data": "; ".join(counts) or f"{batches} batches an epoch",
         "steps": f"{length}; an epoch has {batches} batches{rows} on {split}"
         + (f", {accumulated} of them a step" if accumulated > 1 else ""),
@@ -130,7 +136,7 @@ def _print(trainer: L.Trainer, lines: Mapping[str, str]) -> None:
 def _files(root: Path) -> str:
     """What lies in the run's folder, each with its size."""
     found = []
-    for entry in sorted(root.iterdir()) if root.is_dir() else []:
+    for entry in sorted(root.glob("[!.]*")):
         inside = [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
         size = sum(path.stat().st_size for path in inside)
         found.append(f"{entry.name}{'/' if entry.is_dir() else ''} ({_size(size)})")

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from alignment_modules.callbacks.bar import end_bar
 from alignment_modules.callbacks.checkpoints import Checkpoints
 from alignment_modules.functional.ranges import check_options
 
@@ -152,6 +153,7 @@ class StopAndSave(Callback):
             message = f"could not save a checkpoint: {error}"
         if message and (trainer.is_global_zero or not stopped):
             why = f"stopped by {signal.Signals(number).name}" if stopped else f"ended by {type(exception).__name__}"
+            end_bar(trainer)
             sys.stderr.write(f"align: {why} after optimizer step {trainer.global_step}; {message}\n")
 
     def _save(self, trainer: L.Trainer, *, alone: bool) -> str | None:

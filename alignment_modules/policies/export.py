@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,8 @@ def export_policy(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        note = _write(policy, temporary, lora)
+        with _without_bar():
+            note = _write(policy, temporary, lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
             _set_token_ids(temporary, tokenizer, stop_token_ids)
@@ -132,6 +134,20 @@ def check_export(
 def _base_path(policy: Any) -> str:
     path = policy.peft_config[policy.active_adapter].base_model_name_or_path or ""
     return os.path.abspath(os.path.expanduser(path)) if os.path.isdir(os.path.expanduser(path)) else path
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keeps transformers' progress bar from the screen, where the Trainer's own may still be."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:

@@ -208,6 +208,8 @@ def _check_model_folder(path: str) -> None:
         hint = (
             " It is the export of a plain module: build that module yourself and use safetensors.torch.load_model."
             if plain
+            else f" The policy that a run wrote is in {folder / 'export'}."
+            if (folder / "export" / "config.json").is_file()
             else ""
         )
         raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {_listing(folder)}.{hint}")

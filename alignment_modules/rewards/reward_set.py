@@ -205,9 +205,11 @@ def _resolve(reward: Any, place: str) -> Callable[..., Any]:
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", reward):
             return SequenceClassifier(reward)
         else:
+            classes = [item for item in vars(verifiers).values() if inspect.isclass(item)]
+            known = ", ".join(item.__name__ for item in classes if item.__module__ == verifiers.__name__)
             raise ValueError(
                 f"{label} is neither a folder, a hub id, nor an import path such as 'package.module.name', nor the "
-                "name of a verifier of this library"
+                f"name of a verifier of this library: {known}"
             )
     if inspect.isclass(reward):
         try:

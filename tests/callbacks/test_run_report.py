@@ -38,6 +38,20 @@ def test_beginning_and_end(boring, make_trainer, loader, capsys, tmp_path):
     assert f"--model.policy.path {tmp_path / 'export'}" in told["next"]
 
 
+def test_a_module_that_describes_itself_is_not_described_twice(boring, make_trainer, loader, capsys):
+    module = boring()
+    module.describe = dict
+    make_trainer(RunReport()).fit(module, loader)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["data", "steps", "writes"]
+
+
+def test_nothing_left_to_train(boring, make_trainer, loader, capsys):
+    make_trainer(RunReport(), max_epochs=0).fit(boring(), loader)
+    done = capsys.readouterr().out.splitlines()[0]
+    assert done.startswith("done")
+    assert "nothing was left to train after optimizer step 0" in done
+
+
 @pytest.mark.parametrize("manual", [0, 3])
 def test_metrics_are_read_at_logging_steps(boring, make_trainer, loader, capsys, manual):
     module = boring(manual=manual)

@@ -31,6 +31,13 @@ def test_overview(helped):
     assert text.index("pretrain") < text.index("sft") < text.index("dpo") < text.index("grpo")
 
 
+def test_losses(helped):
+    code, text = helped("list", "losses")
+    assert code == 0
+    assert "SFTModule: nll, dft\n" in text
+    assert "\nDPOModule: sigmoid," in text
+
+
 def test_a_subcommand(helped):
     code, text = helped("fit", "--help")
     assert code == 0
@@ -88,7 +95,10 @@ def test_mistakes(helped):
     assert "GRPOModule" in text
     code, text = helped("list", "models")
     assert code == 2
-    assert "align list models: must be modules, data" in text
+    assert "align list models: must be one of modules, data" in text
+    code, text = helped("list")
+    assert code == 2
+    assert "align list: must be one of" in text
 
 
 def test_other_classes_keep_the_usual_help():

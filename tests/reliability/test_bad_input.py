@@ -223,7 +223,7 @@ CASES = {
         "sft", ["--data.train", "bad/column.jsonl"], ["bad/column.jsonl:2", "needs column completion", "['prompt']"]
     ),
     "an empty file": Case("sft", ["--data.train", "bad/empty.jsonl"], ["train='bad/empty.jsonl'", "no rows"]),
-    "no source": Case("sft", ["--data.train", "null"], ["train=None", "SFTDataModule a source for train"]),
+    "no source": Case("sft", ["--data.train", "null"], ["train=None", "give --data.train a source"]),
     "every row longer than the limit": Case(
         "sft",
         ["--data.max_length", "3", "--data.overflow", "drop"],

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.optim import Optimizer
 
 import alignment_modules  # makes `--model DPOModule` known
 import datamodules  # makes `--data PreferenceDataModule` known
@@ -56,8 +57,10 @@ class FitConfigCallback(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing: a fit that fails before its first step leaves what an earlier one wrote as it was."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets an earlier run aside, and saves."""
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Before the first step: sets an earlier run aside, and saves."""
+        if self.already_saved:
+            return
         if trainer.is_global_zero and self.earlier:
             folder = Path(trainer.default_root_dir)
             target = set_aside(folder, self.earlier)

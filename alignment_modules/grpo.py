@@ -276,7 +276,8 @@ class GRPOModule(OnlineModule):
             "KL": kl,
             "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
             f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.seed}",
-            "updates": f"{self.num_iterations} passes of {self.minibatches} optimizer steps a rollout",
+            "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
+            f"a pass {self.minibatches}",
         }
 
     def _score_active(self, rollout: Rollout) -> Scores:

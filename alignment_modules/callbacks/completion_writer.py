@@ -34,7 +34,7 @@ class CompletionWriter(Callback):
         return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the file.
+        """Opens the file; what an earlier run wrote stays until there are new rows.
 
         Raises:
             OSError: If it cannot be written.
@@ -43,7 +43,7 @@ class CompletionWriter(Callback):
         part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
         with naming(part):
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(part, "w", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
+            self._file = open(part, "a", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
         self._count = 0
 
     def on_predict_batch_end(
@@ -64,6 +64,8 @@ class CompletionWriter(Callback):
         if self._file is not None:
             lines = [to_json_line(row) for row in _rows(outputs)]
             with naming(Path(self._file.name)):
+                if not self._count:
+                    self._file.truncate(0)
                 self._file.writelines(lines)
                 self._file.flush()
             self._count += len(lines)

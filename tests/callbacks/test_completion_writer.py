@@ -50,6 +50,23 @@ def test_an_interrupted_run_leaves_what_it_had(tmp_path, boring, make_trainer, l
     assert writer._file is None
 
 
+def test_an_earlier_runs_rows_stay_until_there_are_new_ones(tmp_path, boring, make_trainer, loader, read_jsonl):
+    module = boring()
+    make_trainer(CompletionWriter()).predict(module, loader, return_predictions=False)
+    original = module.predict_step
+
+    def failing(batch, batch_idx):
+        raise RuntimeError("stop")
+
+    module.predict_step = failing
+    with pytest.raises(RuntimeError, match="stop"):
+        make_trainer(CompletionWriter()).predict(module, loader)
+    assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 24
+    module.predict_step = original
+    make_trainer(CompletionWriter()).predict(module, loader, return_predictions=False)
+    assert len(read_jsonl(tmp_path / "predictions.jsonl")) == 24
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

@@ -81,6 +81,14 @@ def test_a_run_that_is_refused_leaves_an_earlier_one_as_it_was(fit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_that_fails_in_its_first_batch_leaves_an_earlier_one_where_it_was(fit, tmp_path):
+    assert fit("sft", "--trainer.max_steps", "1").code == 0
+    before = weights(tmp_path / "run")
+    assert fit("grpo", "--model.rewards", "my_rewards.wants_a_column").code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+
+
 @pytest.mark.parametrize("name", ["the user's", "the default"])
 def test_the_last_checkpoint_in_a_folder_of_its_own(fit, tmp_path, name):
     path = [

@@ -39,7 +39,7 @@ from alignment_modules.callbacks import (
 from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.cli_errors import AlignArgumentParser, find_cause
 from alignment_modules.cli_failures import is_message
-from alignment_modules.cli_runs import checkpoint_folders, follow_parent, is_of_run, resume_command
+from alignment_modules.cli_runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
 from alignment_modules.run_folder import earlier_run, last_checkpoint, locked, set_aside
 from datamodules.sources import check_sources
 
@@ -132,7 +132,7 @@ class AlignCLI(LightningCLI):
     def _claim_folder(self, config: Namespace) -> None:
         """Makes the run's folder its own; only the first process does."""
         root, checkpoint = config.trainer.default_root_dir, config.get("ckpt_path")
-        if getattr(rank_zero_only, "rank", 0) != 0 or "://" in root or config.trainer.get("fast_dev_run"):
+        if not is_first_process() or "://" in root or config.trainer.get("fast_dev_run"):
             return
         self._cleanup.enter_context(locked(Path(root)))
         if not is_of_run(checkpoint, [Path(root), *checkpoint_folders(config)]):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from alignment_modules.cli_runs import is_first_process
 from alignment_modules.run_folder import earlier_run, last_checkpoint, locked, set_aside
 
 
@@ -137,3 +138,11 @@ def test_two_runs_at_a_time(tmp_path):
     with locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])
+def test_only_the_first_process_claims_a_folder(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert is_first_process()
+    monkeypatch.setenv(name, "1")
+    assert not is_first_process()

@@ -296,7 +296,7 @@ class TestCheckpoints:
             path = found[step]
 
     def test_mistakes(self):
-        with pytest.raises(ValueError, match="every_n_minutes=0 must be more than 0, or null"):
+        with pytest.raises(ValueError, match="every_n_minutes=0 must be a finite number > 0 or null"):
             Checkpoints(every_n_minutes=0)
         with pytest.raises(ValueError, match="every_n_steps=-1"):
             Checkpoints(every_n_steps=-1)

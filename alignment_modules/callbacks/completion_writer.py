@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,7 +65,7 @@ class CompletionWriter(Callback):
         if self._file is not None:
             lines = [to_json_line(row) for row in _rows(outputs)]
             with naming(Path(self._file.name)):
-                if not self._count:
+                if not self._count and os.fstat(self._file.fileno()).st_size:
                     self._file.truncate(0)
                 self._file.writelines(lines)
                 self._file.flush()

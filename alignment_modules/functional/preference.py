@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import exp_bounded
-from alignment_modules.functional.ranges import Positive, Range, Share, check_options
+from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 """Names that `preference_loss` takes as `f_divergence`."""
@@ -31,9 +32,82 @@ class _Pairs(NamedTuple):
     reference_margin: Tensor
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
-    beta: float
-    label_smoothing: float
-    discopop_tau: float
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How pairs of completions are compared, as one value that checks itself.
+
+    Args:
+        loss: One of `PREFERENCE_LOSSES`.
+        beta: Strength of the pull to the reference, > 0 (`tau` for "ipo").
+        label_smoothing: Assumed share of wrong labels, in [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such
+            term.
+        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
+        alpha: Coefficient of the alpha-divergence, in [0, 1]; 1 is "reverse_kl", 0 is "forward_kl".
+        discopop_tau: Temperature of "discopop", > 0.
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or without effect on this loss.
+    """
+
+    loss: str = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0
+    f_divergence: str = "reverse_kl"
+    alpha: Share = 0.5
+    discopop_tau: Positive = 0.05
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, PREFERENCE_LOSSES)
+        check_choice("f_divergence", self.f_divergence, F_DIVERGENCES)
+        check_options(Preference, vars(self))
+        if self.label_smoothing and self.loss not in _SMOOTHED:
+            raise ValueError(
+                f"label_smoothing must be 0 for loss={self.loss!r}, which has no such term, got "
+                f"{self.label_smoothing}; it is used by {', '.join(sorted(_SMOOTHED))}"
+            )
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
+        if self.f_divergence != "reverse_kl" and self.loss not in _DIVERGENT:
+            raise ValueError(
+                f"f_divergence must be 'reverse_kl' for loss={self.loss!r}, got {self.f_divergence!r}; "
+                f"others are used by {', '.join(sorted(_DIVERGENT))}"
+            )
+
+    def __call__(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """`preference_loss` with these options."""
+        check_same_shape(
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            reference_chosen_logps=reference_chosen_logps,
+            reference_rejected_logps=reference_rejected_logps,
+        )
+        for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
+            if lengths is not None:
+                check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
+        if (chosen_lengths is None) != (rejected_lengths is None) and self.loss != "sft":
+            raise ValueError("chosen_lengths and rejected_lengths must be given together")
+        reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
+        pairs = _Pairs(
+            chosen=_divergence_score(policy_chosen_logps - reference_chosen, self.f_divergence, self.alpha),
+            rejected=_divergence_score(policy_rejected_logps - reference_rejected, self.f_divergence, self.alpha),
+            policy_chosen=policy_chosen_logps,
+            policy_margin=policy_chosen_logps - policy_rejected_logps,
+            reference_margin=reference_chosen - reference_rejected,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
+        return _LOSSES[self.loss](pairs, self)
 
 
 def preference_loss(
@@ -80,15 +154,15 @@ def preference_loss(
         reference_chosen_logps: `[batch]`, under the reference; treated as constant.
         reference_rejected_logps: `[batch]`.
         loss: One of `PREFERENCE_LOSSES`.
-        beta: Strength of the pull to the reference, > 0.
-        label_smoothing: Assumed share of wrong labels, in [0, 0.5).
+        beta: As in `Preference`, and so are the others.
+        label_smoothing: Assumed share of wrong labels.
         chosen_lengths: `[batch]`, tokens of each chosen completion, for `ipo`, `sigmoid_norm` and `sft`. None: their
             log-probabilities are taken as they are, averages or sums.
         rejected_lengths: `[batch]`, likewise.
         f_divergence: One of `F_DIVERGENCES` (arXiv:2309.16240): replaces `w` and `l` by its score where the formula
             has them through their difference.
-        alpha: Coefficient of the alpha-divergence; 1 is `reverse_kl`, 0 is `forward_kl`.
-        discopop_tau: Temperature of `discopop`, > 0.
+        alpha: Coefficient of the alpha-divergence.
+        discopop_tau: Temperature of `discopop`.
 
     Returns:
         `[batch]`.
@@ -100,78 +174,14 @@ def preference_loss(
     >>> preference_loss(zero, zero, zero, zero)
     tensor([0.6931])
     """
-    check_preference_options(
-        loss=loss,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        f_divergence=f_divergence,
-        alpha=alpha,
-        discopop_tau=discopop_tau,
-    )
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
-    )
-    for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
-        if lengths is not None:
-            check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
-    if (chosen_lengths is None) != (rejected_lengths is None) and loss != "sft":
-        raise ValueError("chosen_lengths and rejected_lengths must be given together")
-    reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
-    pairs = _Pairs(
-        chosen=_divergence_score(policy_chosen_logps - reference_chosen, f_divergence, alpha),
-        rejected=_divergence_score(policy_rejected_logps - reference_rejected, f_divergence, alpha),
-        policy_chosen=policy_chosen_logps,
-        policy_margin=policy_chosen_logps - policy_rejected_logps,
-        reference_margin=reference_chosen - reference_rejected,
+    return Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_tau=discopop_tau,
     )
-    return _LOSSES[loss](pairs)
-
-
-def check_preference_options(
-    *,
-    loss: str,
-    beta: Positive,
-    label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0,
-    f_divergence: str = "reverse_kl",
-    alpha: Share = 0.5,
-    discopop_tau: Positive = 0.05,
-) -> None:
-    """Check the options of `preference_loss` without tensors, for example when a module is built.
-
-    Args:
-        loss: One of `PREFERENCE_LOSSES`.
-        beta: > 0.
-        label_smoothing: In [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such term.
-        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
-        alpha: In [0, 1].
-        discopop_tau: > 0.
-
-    Raises:
-        ValueError: If an option is unknown, out of range, or without effect on this loss.
-    """
-    check_choice("loss", loss, PREFERENCE_LOSSES)
-    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
-    check_options(check_preference_options, locals())
-    if label_smoothing and loss not in _SMOOTHED:
-        raise ValueError(
-            f"label_smoothing must be 0 for loss={loss!r}, which has no such term, got {label_smoothing}; "
-            f"it is used by {', '.join(sorted(_SMOOTHED))}"
-        )
-    if loss == "exo_pair" and not label_smoothing:
-        raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
-    if f_divergence != "reverse_kl" and loss not in _DIVERGENT:
-        raise ValueError(
-            f"f_divergence must be 'reverse_kl' for loss={loss!r}, got {f_divergence!r}; "
-            f"others are used by {', '.join(sorted(_DIVERGENT))}"
-        )
 
 
 def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: Share) -> Tensor:
@@ -202,6 +212,36 @@ def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths:
     return (token_logps.masked_fill(~mask, 0) * weights).sum(dim=1)
 
 
+def reward_pair_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, *, margins: Tensor | None = None, center_coef: NonNegative = 0.0
+) -> Tensor:
+    """Bradley-Terry loss of a reward model on pairs: `-log s(r_w - r_l - margin) + center_coef (r_w + r_l)^2`.
+
+    Args:
+        chosen_scores: `[batch]`, the scores `r_w` of the chosen completions.
+        rejected_scores: `[batch]`, the scores `r_l` of the rejected ones.
+        margins: `[batch]`, by how much the chosen one should win (Llama 2, arXiv:2307.09288); None: by anything.
+        center_coef: Pull of the scores' mean to 0 (arXiv:2312.09244 uses 0.01): differences alone do not fix it.
+
+    Returns:
+        `[batch]`.
+
+    Raises:
+        ValueError: If shapes differ or `center_coef` is negative.
+
+    >>> reward_pair_loss(torch.tensor([1.0]), torch.tensor([1.0]), center_coef=0.01)
+    tensor([0.7331])
+    """
+    check_options(reward_pair_loss, locals())
+    check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    difference = chosen_scores - rejected_scores
+    if margins is not None:
+        check_same_shape(chosen_scores=chosen_scores, margins=margins)
+        difference = difference - margins.detach()
+    losses = -F.logsigmoid(difference)
+    return losses + center_coef * (chosen_scores + rejected_scores).square() if center_coef else losses
+
+
 def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
     """`f'(p / p_ref)` up to a constant that drops out of differences."""
     if f_divergence == "forward_kl":
@@ -225,79 +265,79 @@ def _logistic(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def _sigmoid(pairs: _Pairs) -> Tensor:
-    return _logistic(pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing)
+def _sigmoid(pairs: _Pairs, options: Preference) -> Tensor:
+    return _logistic(options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing)
 
 
-def _robust(pairs: _Pairs) -> Tensor:
-    logits, flipped = pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing
+def _robust(pairs: _Pairs, options: Preference) -> Tensor:
+    logits, flipped = options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing
     return (-(1 - flipped) * F.logsigmoid(logits) + flipped * F.logsigmoid(-logits)) / (1 - 2 * flipped)
 
 
-def _ipo(pairs: _Pairs) -> Tensor:
-    return (_mean_margin(pairs) - 1 / (2 * pairs.beta)).square()
+def _ipo(pairs: _Pairs, options: Preference) -> Tensor:
+    return (_mean_margin(pairs) - 1 / (2 * options.beta)).square()
 
 
-def _hinge(pairs: _Pairs) -> Tensor:
-    return F.relu(1 - pairs.beta * (pairs.chosen - pairs.rejected))
+def _hinge(pairs: _Pairs, options: Preference) -> Tensor:
+    return F.relu(1 - options.beta * (pairs.chosen - pairs.rejected))
 
 
-def _exo_pair(pairs: _Pairs) -> Tensor:
-    logits = pairs.beta * (pairs.chosen - pairs.rejected)
-    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-pairs.label_smoothing))
-    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(pairs.label_smoothing))
+def _exo_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    logits = options.beta * (pairs.chosen - pairs.rejected)
+    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-options.label_smoothing))
+    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(options.label_smoothing))
     return wins + losses
 
 
-def _nca_pair(pairs: _Pairs) -> Tensor:
-    chosen, rejected = pairs.beta * pairs.chosen, pairs.beta * pairs.rejected
+def _nca_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    chosen, rejected = options.beta * pairs.chosen, options.beta * pairs.rejected
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-def _bco_pair(pairs: _Pairs) -> Tensor:
-    return -F.logsigmoid(pairs.beta * pairs.chosen) - F.logsigmoid(-pairs.beta * pairs.rejected)
+def _bco_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    return -F.logsigmoid(options.beta * pairs.chosen) - F.logsigmoid(-options.beta * pairs.rejected)
 
 
-def _sppo_hard(pairs: _Pairs) -> Tensor:
-    target = 0.5 / pairs.beta
+def _sppo_hard(pairs: _Pairs, options: Preference) -> Tensor:
+    target = 0.5 / options.beta
     return (pairs.chosen - target).square() + (pairs.rejected + target).square()
 
 
-def _apo_zero(pairs: _Pairs) -> Tensor:
-    return torch.sigmoid(-pairs.beta * pairs.chosen) + torch.sigmoid(pairs.beta * pairs.rejected)
+def _apo_zero(pairs: _Pairs, options: Preference) -> Tensor:
+    return torch.sigmoid(-options.beta * pairs.chosen) + torch.sigmoid(options.beta * pairs.rejected)
 
 
-def _apo_down(pairs: _Pairs) -> Tensor:
-    return torch.sigmoid(pairs.beta * pairs.chosen) + torch.sigmoid(-pairs.beta * (pairs.chosen - pairs.rejected))
+def _apo_down(pairs: _Pairs, options: Preference) -> Tensor:
+    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-options.beta * (pairs.chosen - pairs.rejected))
 
 
-def _aot(pairs: _Pairs) -> Tensor:
+def _aot(pairs: _Pairs, options: Preference) -> Tensor:
     margin = pairs.policy_margin.sort(dim=0).values - pairs.reference_margin.sort(dim=0).values
-    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+    return _logistic(options.beta * margin, options.label_smoothing)
 
 
-def _aot_unpaired(pairs: _Pairs) -> Tensor:
+def _aot_unpaired(pairs: _Pairs, options: Preference) -> Tensor:
     margin = pairs.chosen.sort(dim=0).values - pairs.rejected.sort(dim=0).values
-    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+    return _logistic(options.beta * margin, options.label_smoothing)
 
 
-def _discopop(pairs: _Pairs) -> Tensor:
-    logits = pairs.beta * (pairs.chosen - pairs.rejected)
-    modulation = logits / pairs.discopop_tau
+def _discopop(pairs: _Pairs, options: Preference) -> Tensor:
+    logits = options.beta * (pairs.chosen - pairs.rejected)
+    modulation = logits / options.discopop_tau
     # The product m * exp(-logits) in one exponent: alone, the second factor overflows while the first vanishes.
     exponential = exp_bounded(F.logsigmoid(modulation) - logits, 60.0)
     return -F.logsigmoid(logits) * torch.sigmoid(-modulation) + exponential
 
 
-def _sigmoid_norm(pairs: _Pairs) -> Tensor:
-    return _logistic(pairs.beta * _mean_margin(pairs), pairs.label_smoothing)
+def _sigmoid_norm(pairs: _Pairs, options: Preference) -> Tensor:
+    return _logistic(options.beta * _mean_margin(pairs), options.label_smoothing)
 
 
-def _sft(pairs: _Pairs) -> Tensor:
+def _sft(pairs: _Pairs, options: Preference) -> Tensor:
     return -_per_token(pairs.policy_chosen, pairs.chosen_lengths)
 
 
-_LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
+_LOSSES: dict[str, Callable[[_Pairs, Preference], Tensor]] = {
     "sigmoid": _sigmoid,
     "robust": _robust,
     "ipo": _ipo,

@@ -351,7 +351,7 @@ def test_the_cache_ends_with_the_references_weights(make, train, tiny_llama, cha
 
 
 class Unigram(nn.Module):
-    """The same distribution at every position, so that a completion's probability is that of its tokens in any order."""
+    """The same distribution at every position: a completion's probability is that of its tokens in any order."""
 
     def __init__(self, logits):
         super().__init__()
@@ -367,11 +367,11 @@ def test_thousands_of_tokens_keep_the_sign_of_a_small_margin(train, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(16, generator=generator)
     logits[1] = logits[0] + 1e-5  # token 1 is the better one of two
-    chosen = torch.randint(16, (32, 8192), generator=generator)
+    chosen = torch.randint(16, (12, 8192), generator=generator)
     chosen[:, -1] = 1
-    rejected = torch.cat([chosen[:, :-1], torch.zeros(32, 1, dtype=torch.int64)], dim=1)
+    rejected = torch.cat([chosen[:, :-1], torch.zeros(12, 1, dtype=torch.int64)], dim=1)
     rejected = rejected[:, torch.randperm(8192, generator=generator)]
-    batch = {"prompt_input_ids": torch.zeros(32, 1, dtype=torch.int64), "chosen_input_ids": chosen}
+    batch = {"prompt_input_ids": torch.zeros(12, 1, dtype=torch.int64), "chosen_input_ids": chosen}
     batch["rejected_input_ids"] = rejected
     batch |= {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
     module = DPOModule(policy=Unigram(logits), reference=Unigram(torch.zeros(16)))

@@ -31,9 +31,9 @@ from alignment_modules.functional.preference import (
     Preference,
     length_desensitized_logps,
     preference_loss,
-    reward_pair_loss,
 )
 from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
+from alignment_modules.functional.reward import reward_pair_loss
 from alignment_modules.functional.unpaired import UnpairedLoss, unpaired_loss
 
 __all__ = [

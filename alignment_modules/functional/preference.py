@@ -13,13 +13,13 @@ from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import exp_bounded
-from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
+from alignment_modules.functional.ranges import Positive, Range, Share, check_options
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 """Names that `preference_loss` takes as `f_divergence`."""
 
 BATCH_COUPLED_LOSSES = frozenset({"aot", "aot_unpaired"})
-"""Losses that sort over the batch: they depend on which pairs share a micro-batch, so on how a step is split."""
+"""Losses that sort the pairs they are given: for a part of them, say by `Preference.partners` what the whole is."""
 
 
 class _Pairs(NamedTuple):
@@ -32,6 +32,7 @@ class _Pairs(NamedTuple):
     reference_margin: Tensor
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
+    partners: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,21 @@ class Preference:
         *,
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
+        partners: Tensor | None = None,
     ) -> Tensor:
-        """`preference_loss` with these options."""
+        """`preference_loss` with these options.
+
+        Args:
+            policy_chosen_logps: As in `preference_loss`, and so are the others that are not named here.
+            policy_rejected_logps: `[batch]`.
+            reference_chosen_logps: `[batch]`.
+            reference_rejected_logps: `[batch]`.
+            chosen_lengths: `[batch]` or None.
+            rejected_lengths: `[batch]` or None.
+            partners: `[batch, 2]`, what `partners` gave for these pairs, where they are a part of those that are
+                sorted. The sum over all parts is then that of the whole, and so is its gradient; the other losses
+                ignore it.
+        """
         check_same_shape(
             policy_chosen_logps=policy_chosen_logps,
             policy_rejected_logps=policy_rejected_logps,
@@ -106,8 +120,39 @@ class Preference:
             reference_margin=reference_chosen - reference_rejected,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
+            partners=partners,
         )
         return _LOSSES[self.loss](pairs, self)
+
+    @torch.no_grad()
+    def partners(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> Tensor:
+        """For the losses of `BATCH_COUPLED_LOSSES`, what sorting holds each pair's two values against.
+
+        Args:
+            policy_chosen_logps: `[batch]`, as in `preference_loss`, of all pairs that are sorted together.
+            policy_rejected_logps: `[batch]`.
+            reference_chosen_logps: `[batch]`.
+            reference_rejected_logps: `[batch]`.
+
+        Returns:
+            `[batch, 2]`: the value of the same rank on the other side, for the pair's value on the left of the
+            difference and for that on its right.
+        """
+        policy, reference = (
+            (policy_chosen_logps, policy_rejected_logps),
+            (reference_chosen_logps, reference_rejected_logps),
+        )
+        if self.loss == "aot":
+            left, right = policy[0] - policy[1], reference[0] - reference[1]
+        else:
+            left, right = policy[0] - reference[0], policy[1] - reference[1]
+        return torch.stack([right.sort().values[_ranks(left)], left.sort().values[_ranks(right)]], dim=1)
 
 
 def preference_loss(
@@ -212,36 +257,6 @@ def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths:
     return (token_logps.masked_fill(~mask, 0) * weights).sum(dim=1)
 
 
-def reward_pair_loss(
-    chosen_scores: Tensor, rejected_scores: Tensor, *, margins: Tensor | None = None, center_coef: NonNegative = 0.0
-) -> Tensor:
-    """Bradley-Terry loss of a reward model on pairs: `-log s(r_w - r_l - margin) + center_coef (r_w + r_l)^2`.
-
-    Args:
-        chosen_scores: `[batch]`, the scores `r_w` of the chosen completions.
-        rejected_scores: `[batch]`, the scores `r_l` of the rejected ones.
-        margins: `[batch]`, by how much the chosen one should win (Llama 2, arXiv:2307.09288); None: by anything.
-        center_coef: Pull of the scores' mean to 0 (arXiv:2312.09244 uses 0.01): differences alone do not fix it.
-
-    Returns:
-        `[batch]`.
-
-    Raises:
-        ValueError: If shapes differ or `center_coef` is negative.
-
-    >>> reward_pair_loss(torch.tensor([1.0]), torch.tensor([1.0]), center_coef=0.01)
-    tensor([0.7331])
-    """
-    check_options(reward_pair_loss, locals())
-    check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    difference = chosen_scores - rejected_scores
-    if margins is not None:
-        check_same_shape(chosen_scores=chosen_scores, margins=margins)
-        difference = difference - margins.detach()
-    losses = -F.logsigmoid(difference)
-    return losses + center_coef * (chosen_scores + rejected_scores).square() if center_coef else losses
-
-
 def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
     """`f'(p / p_ref)` up to a constant that drops out of differences."""
     if f_divergence == "forward_kl":
@@ -312,13 +327,24 @@ def _apo_down(pairs: _Pairs, options: Preference) -> Tensor:
 
 
 def _aot(pairs: _Pairs, options: Preference) -> Tensor:
-    margin = pairs.policy_margin.sort(dim=0).values - pairs.reference_margin.sort(dim=0).values
-    return _logistic(options.beta * margin, options.label_smoothing)
+    return _in_order(pairs.policy_margin, pairs.reference_margin, pairs.partners, options)
 
 
 def _aot_unpaired(pairs: _Pairs, options: Preference) -> Tensor:
-    margin = pairs.chosen.sort(dim=0).values - pairs.rejected.sort(dim=0).values
-    return _logistic(options.beta * margin, options.label_smoothing)
+    return _in_order(pairs.chosen, pairs.rejected, pairs.partners, options)
+
+
+def _in_order(left: Tensor, right: Tensor, partners: Tensor | None, options: Preference) -> Tensor:
+    if partners is None:
+        return _logistic(options.beta * (left.sort().values - right.sort().values), options.label_smoothing)
+    # Each difference stands here twice, once with the gradient of either side.
+    held = _logistic(options.beta * (left - partners[:, 0]), options.label_smoothing)
+    held = held + _logistic(options.beta * (partners[:, 1] - right), options.label_smoothing)
+    return held - 0.5 * held.detach()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(stable=True).argsort(stable=True)
 
 
 def _discopop(pairs: _Pairs, options: Preference) -> Tensor:

@@ -346,3 +346,27 @@ def test_unpaired_refuses():
     with pytest.raises(ValueError, match="desirable_weight=-1 must be"):
         unpaired(desirable_weight=-1)
     assert torch.equal(unpaired(kl=None, loss="apo_zero_unpaired"), unpaired(loss="apo_zero_unpaired"))
+
+
+@pytest.mark.parametrize("loss", sorted(BATCH_COUPLED_LOSSES))
+@pytest.mark.parametrize("cuts", [[1] * 9, [4, 5], [9], [3, 0, 6]])
+def test_sorted_losses_from_parts(loss, cuts):
+    """Parts that know their partners give the value and the gradient of the whole, ties included."""
+    logps = [x.clone() for x in log_probs(pairs=9)]
+    for tensor in logps:
+        tensor[4] = tensor[2]  # a pair that is there twice
+        tensor[5:7] = tensor[5]
+    preference = Preference(**options(loss))
+    inputs = [x.clone().requires_grad_() for x in logps[:2]]
+    whole = preference(*inputs, *logps[2:]).sum()
+    expected = torch.autograd.grad(whole, inputs, allow_unused=True)
+    partners, start, total = preference.partners(*logps), 0, 0.0
+    for count in cuts:
+        rows = slice(start, start + count)
+        total = total + preference(*(x[rows] for x in (*inputs, *logps[2:])), partners=partners[rows]).sum()
+        start += count
+    torch.testing.assert_close(total, whole)
+    for found, wanted in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        for twice in ([2, 4], [5, 6]):  # which of the equal ones stands first is nobody's business
+            torch.testing.assert_close(found[twice].sum(), wanted[twice].sum())
+        torch.testing.assert_close(found[[0, 1, 3, 7, 8]], wanted[[0, 1, 3, 7, 8]])

@@ -54,15 +54,20 @@ def check_length(model: nn.Module, tokens: int, what: str) -> None:
     Raises:
         ValueError: If there is a table and it is too short; the message names both lengths.
     """
-    if model not in _table_sizes:
-        _table_sizes[model] = _table_size(model)
-    limit = _table_sizes[model]
+    limit = position_limit(model)
     if limit is not None and tokens > limit:
         raise ValueError(
             f"{what} of {tokens} tokens does not fit {type(model).__name__}, which has learned positions for {limit} "
             "(max_position_embeddings or n_positions of its configuration): shorten the data (max_length) or the "
             "completions (max_completion_length), or use another model"
         )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Longest row, in tokens, that a model's table of learned positions has room for; None: it has no such table."""
+    if model not in _table_sizes:
+        _table_sizes[model] = _table_size(model)
+    return _table_sizes[model]
 
 
 def _table_size(model: nn.Module) -> int | None:

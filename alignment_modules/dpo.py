@@ -1,6 +1,7 @@
 """Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -80,12 +81,16 @@ class DPOModule(AlignmentModule):
         self._reference_cache: dict[bytes, Tensor] = {}
         self._reference_mark = b""
 
+    def segments(self, batch: Mapping[str, Any]) -> Segments:
+        """Each prompt with its two completions."""
+        loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
+        return Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
+
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
-        loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
-        segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
+        segments = batch.get("segments") or self.segments(batch)
         details = not self.training or self.logging_due
-        scores = score(self.policy, segments, entropy=details, accuracy=details)
+        scores = score(self.policy, segments, ask=["entropy", "accuracy"] if details else [])
         logps = sequence_logps(scores.token_logps).view(-1, 2)
         lengths = scores.mask.sum(dim=1).view(-1, 2)
         reference_logps = self.reference_logps(batch, segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -66,3 +67,27 @@ def unpaired_loss(
     return torch.where(
         desirable, desirable_weight * torch.sigmoid(-beta * ratio), undesirable_weight * torch.sigmoid(beta * ratio)
     )
+
+
+def mismatched(prompts: Sequence[Hashable | None], index: Sequence[int] | None = None) -> list[int]:
+    """Which completion KTO holds each prompt against: that of the nearest row before it with another prompt.
+
+    Args:
+        prompts: What tells prompts apart, one a row, for all rows of an optimizer step; None: the row has no
+            completion and takes no part.
+        index: Numbers by which the rows are put in order; None: as they stand. The first row follows the last.
+
+    Returns:
+        For each row the number of the other; -1 where it takes no part, or all prompts are the same.
+
+    >>> mismatched(["a", "a", "b", None, "c"])
+    [4, 4, 1, -1, 2]
+    """
+    order = [row for row, prompt in enumerate(prompts) if prompt is not None]
+    if index is not None:
+        order.sort(key=lambda row: index[row])
+    others = [-1] * len(prompts)
+    for place in range(2 * len(order)):  # twice around: the first rows look back at the last
+        row, before = order[place % len(order)], order[place % len(order) - 1]
+        others[row] = others[before] if prompts[row] == prompts[before] else before
+    return others

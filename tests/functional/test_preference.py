@@ -15,7 +15,6 @@ from alignment_modules.functional import (
     length_desensitized_logps,
     preference_loss,
     reward_pair_loss,
-    unpaired_loss,
 )
 
 BETA = 0.3
@@ -288,64 +287,6 @@ def test_reward_pairs_refuse():
         reward_pair_loss(torch.zeros(2), torch.zeros(2), margins=torch.zeros(2, 1))
     with pytest.raises(ValueError, match="center_coef=-1 must be a finite number of 0 or more"):
         reward_pair_loss(torch.zeros(2), torch.zeros(2), center_coef=-1)
-
-
-RATIOS, LABELS = torch.tensor([2.0, -1, 3, 0.5], dtype=torch.float64), torch.tensor([1, 0, 1, 0])
-
-
-def unpaired(ratios=RATIOS, labels=LABELS, kl=0.5, **options):
-    return unpaired_loss(ratios - 7, torch.full_like(ratios, -7), labels, kl, **options)
-
-
-def test_kto_constants():
-    mismatched = torch.tensor([4.0, 2, -3, -1])
-    kl = mismatched.mean().clamp(min=0)
-    assert kl == 0.5
-    assert unpaired(kl=kl).mean().item() == pytest.approx(0.4657410, abs=5e-8)
-    halves = [unpaired(RATIOS[part], LABELS[part], kl) for part, kl in ((slice(2), 3.0), (slice(2, 4), 0.0))]
-    assert torch.cat(halves).mean().item() == pytest.approx(0.466087, abs=5e-7)
-
-
-@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
-def test_unpaired_by_hand(loss):
-    z = 0.5 if loss == "kto" else 0.0
-    expected = [
-        1.5 * (1 - sigmoid(BETA * (r - z))) if good else 0.7 * (1 - sigmoid(BETA * (z - r)))
-        for r, good in zip(RATIOS.tolist(), LABELS.tolist(), strict=True)
-    ]
-    result = unpaired(loss=loss, beta=BETA, desirable_weight=1.5, undesirable_weight=0.7)
-    assert result.tolist() == pytest.approx(expected, rel=1e-9)
-    function = lambda x: unpaired(x, loss=loss, beta=BETA)  # noqa: E731
-    assert torch.autograd.gradcheck(function, (RATIOS.clone().requires_grad_(),))
-
-
-def test_unpaired_constants_get_no_gradient():
-    reference, kl = torch.zeros(4, requires_grad=True), torch.tensor(0.5, requires_grad=True)
-    policy = torch.zeros(4, requires_grad=True)
-    unpaired_loss(policy, reference, LABELS, kl).sum().backward()
-    assert policy.grad is not None
-    assert reference.grad is None
-    assert kl.grad is None
-
-
-def test_unpaired_far_away_stays_finite():
-    ratios = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
-    losses = unpaired(ratios)
-    losses.sum().backward()
-    assert losses.tolist() == [0.0, 0.0, 0.0, 0.0] or torch.isfinite(losses).all()
-    assert torch.isfinite(ratios.grad).all()
-
-
-def test_unpaired_refuses():
-    with pytest.raises(ValueError, match="loss='kpo' must be 'kto' or 'apo_zero_unpaired'"):
-        unpaired(loss="kpo")
-    with pytest.raises(ValueError, match="loss='kto' needs kl"):
-        unpaired(kl=None)
-    with pytest.raises(ValueError, match="labels must have the shape of policy_logps"):
-        unpaired(labels=LABELS[:3])
-    with pytest.raises(ValueError, match="desirable_weight=-1 must be"):
-        unpaired(desirable_weight=-1)
-    assert torch.equal(unpaired(kl=None, loss="apo_zero_unpaired"), unpaired(loss="apo_zero_unpaired"))
 
 
 @pytest.mark.parametrize("loss", sorted(BATCH_COUPLED_LOSSES))

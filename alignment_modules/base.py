@@ -24,6 +24,7 @@ from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_entries, check_makers, make_optimizer
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
+from alignment_modules.optimization import bind_total_steps
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
@@ -159,15 +160,13 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         check_trainable_types(self)
         entries, manual = self.trained(), not self.automatic_optimization
         check_entries(self, entries, several=manual)
+
+        def bind(schedule: Any) -> None:
+            strict = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            bind_total_steps(schedule, self.total_optimizer_steps, strict=strict)
+
         made = [
-            make_optimizer(
-                part,
-                self.optimizer_for(name),
-                self.make_lr_scheduler,
-                lambda: self.total_optimizer_steps,
-                counts_steps=manual,
-                strict=not self.trainer.fast_dev_run,  # type: ignore[attr-defined]
-            )
+            make_optimizer(part, self.optimizer_for(name), self.make_lr_scheduler, bind, counts_steps=manual)
             for name, part in entries.items()
         ]
         return made if len(made) > 1 else made[0]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alignment_modules.optimization import bind_total_steps, parameter_groups
+from alignment_modules.optimization import parameter_groups
 
 
 def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
@@ -66,31 +66,29 @@ def make_optimizer(
     trained: nn.Module,
     optimizer: Callable[..., Optimizer],
     lr_scheduler: Callable[..., Any] | None,
-    total_steps: Callable[[], int | float],
+    bind: Callable[[Any], None],
     *,
     counts_steps: bool,
-    strict: bool,
-) -> dict[str, Any]:
+) -> Optimizer | dict[str, Any]:
     """An optimizer over the trainable parameters, and its schedule over optimizer steps, as Lightning takes them.
 
     Args:
         trained: What the optimizer moves.
         optimizer: Called with parameter groups.
         lr_scheduler: Called with the optimizer; None: no schedule.
-        total_steps: Gives the steps of the whole run; asked only where a schedule wants to know.
+        bind: Tells a schedule the length of the run.
         counts_steps: Whether only schedules that count steps can be used.
-        strict: Whether a run that is too short for the schedule's phases is an error.
 
     Raises:
         ValueError: If the optimizer has no rate to schedule, or the schedule waits for a metric and may not.
     """
     made = optimizer(parameter_groups(trained))
     if lr_scheduler is None:
-        return {"optimizer": made}
+        return made
     check_rate(made)
     scheduler = lr_scheduler(made)
     if not isinstance(scheduler, ReduceLROnPlateau):
-        bind_total_steps(scheduler, total_steps(), strict=strict)
+        bind(scheduler)
         return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
     if counts_steps:
         raise ValueError(

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import BATCH_COUPLED_LOSSES, Preference, sequence_logps
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 from alignment_modules.objective import Objective, Statistic
@@ -15,13 +14,21 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reference import build_reference, reference_mode, weights_mark
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.pieces import cut_as, join
+from alignment_modules.training.updates import UpdateModule
 
 
-class DPOModule(AlignmentModule):
+class DPOModule(UpdateModule):
     r"""Direct preference optimization on batches of prompt, chosen and rejected completion.
 
     With `h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))`, the default loss is
     `-log sigmoid(beta * h)`, averaged over the pairs of the whole optimizer step. Prompts are computed once a pair.
+
+    "aot" and "aot_unpaired" sort the pairs of an optimizer step. They are scored once without gradients, over all
+    micro-batches and ranks, and each pair is given the values that stand at its own places in the other order: its
+    micro-batch then has its part of the whole's gradient, exactly. Such a module takes its optimizer steps itself, one
+    a batch (`micro_batch_size` and `max_grad_norm` here, in place of the Trainer's accumulation and clipping); with all
+    other losses the Trainer does. Validation sorts within each batch.
 
     A batch may hold `chosen_loss_mask` and `rejected_loss_mask` `[batch, time]`: which of a completion's tokens the
     policy wrote. The others, such as a user's turns in between, are context alone and count in no sum, length or mean.
@@ -40,7 +47,8 @@ class DPOModule(AlignmentModule):
         f_divergence: "reverse_kl", "forward_kl", "js" or "alpha" (arXiv:2309.16240): what takes the log-ratio's place.
         alpha: Coefficient of the alpha-divergence, in [0, 1]: 1 is the reverse KL, 0 the forward KL.
         discopop_tau: Temperature of "discopop".
-        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+        **common: Keywords of `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation) and, for
+            "aot" and "aot_unpaired", of `UpdateModule` (micro_batch_size, max_grad_norm).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -75,6 +83,8 @@ class DPOModule(AlignmentModule):
         check_options(DPOModule.__init__, locals())
         preference = Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)
         super().__init__(**common)
+        self.sorts = loss in BATCH_COUPLED_LOSSES
+        self.automatic_optimization = not self.sorts
         self.preference, self.beta, self.nll_coef = preference, beta, nll_coef
         self.reference = build_reference(reference, self.policy)
         self.cache_reference = cache_reference
@@ -86,6 +96,25 @@ class DPOModule(AlignmentModule):
         loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
         return Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
 
+    def before_updates(self, pieces: list[Any]) -> list[Any]:
+        """For losses that sort: gives each pair its partners among all pairs of the step."""
+        if not self.sorts or (len(pieces) == 1 and self.trainer.world_size == 1):
+            return pieces
+        found = []
+        for piece in pieces:
+            segments = piece.get("segments") or self.segments(piece)
+            scores = score(self.policy, segments)
+            logps = [sequence_logps(scores.token_logps).view(-1, 2), self.reference_logps(piece, segments)]
+            found.append({"logps": torch.cat(logps, dim=1), "counted": scores.mask.any(dim=1).view(-1, 2).all(dim=1)})
+        own = join(found)
+        logps, counted = own["logps"], own["counted"]
+        ranks = self.all_gather_ragged(logps[counted])
+        start = sum(map(len, ranks[: self.global_rank]))
+        partners = torch.zeros_like(logps[:, :2])
+        partners[counted] = self.preference.partners(*torch.cat(ranks).unbind(1))[start:][: int(counted.sum())]
+        known = {"reference_logps": logps[:, 2:], "partners": partners}
+        return [piece | part for piece, part in zip(pieces, cut_as(known, pieces), strict=True)]
+
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
         segments = batch.get("segments") or self.segments(batch)
@@ -93,10 +122,13 @@ class DPOModule(AlignmentModule):
         scores = score(self.policy, segments, ask=["entropy", "accuracy"] if details else [])
         logps = sequence_logps(scores.token_logps).view(-1, 2)
         lengths = scores.mask.sum(dim=1).view(-1, 2)
-        reference_logps = self.reference_logps(batch, segments)
+        partners, reference_logps = batch.get("partners"), batch.get("reference_logps")
+        if reference_logps is None:
+            reference_logps = self.reference_logps(batch, segments)
         # A pair without a scored token in either completion compares nothing.
         counted = lengths.amin(dim=1) > 0
-        if self.preference.loss in BATCH_COUPLED_LOSSES:  # nor may it take part in the others' order
+        if self.sorts:  # nor may it take part in the others' order
+            partners = None if partners is None else partners[counted]
             logps, lengths, reference_logps = logps[counted], lengths[counted], reference_logps[counted]
             counted = counted[counted]
         losses = self.preference(
@@ -104,6 +136,7 @@ class DPOModule(AlignmentModule):
             *reference_logps.unbind(1),
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
+            partners=partners,
         )
         if self.nll_coef:
             losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
@@ -165,12 +198,11 @@ class DPOModule(AlignmentModule):
     def describe(self) -> dict[str, str]:
         """Adds the loss, its normaliser and what the reference is."""
         options = self.preference
-        coupled = "; couples the pairs of a micro-batch, so it depends on how a batch is split"
         return super().describe() | {
             "loss": f"{options.loss}, beta {options.beta}, label smoothing {options.label_smoothing}, "
             f"nll_coef {self.nll_coef}"
             + f", divergence {options.f_divergence}" * (options.f_divergence != "reverse_kl")
-            + (coupled if options.loss in BATCH_COUPLED_LOSSES else ""),
+            + "; sorts the pairs of the optimizer step, over all micro-batches and ranks" * self.sorts,
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
             "reference": "the policy, adapter off"
             if self.reference is None

@@ -1,8 +1,11 @@
 """A batch of rows, cut into micro-batches; what stands in where a rank has fewer than the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SEGMENTS = "segments"  # built from a whole batch, so that no part of it has them
@@ -41,6 +44,45 @@ def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: A dictionary of row tensors and lists.
     """
     return _select(batch, slice(0, 0))
+
+
+def join(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Puts pieces together again, or the batches of several ranks: the rows of all, in order.
+
+    Args:
+        pieces: At least one dictionary of row tensors and lists. An entry that one of them lacks is left out; tensors
+            `[rows, time]` are padded with 0 on the right to the longest.
+
+    Example:
+        >>> join([{"x": torch.tensor([[1]]), "y": [1]}, {"x": torch.tensor([[2, 3]]), "y": [2]}])
+        {'x': tensor([[1, 0],
+                [2, 3]]), 'y': [1, 2]}
+    """
+    shared = [name for name in pieces[0] if name != SEGMENTS and all(name in piece for piece in pieces)]
+    return {name: _join([piece[name] for piece in pieces]) for name in shared}
+
+
+def cut_as(batch: Mapping[str, Any], pieces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cuts a batch at the places where some pieces of as many rows begin and end.
+
+    Args:
+        batch: A dictionary of row tensors and lists.
+        pieces: What it is cut like; some may have no row.
+    """
+    ends = list(accumulate(map(_rows, pieces)))
+    return [_select(batch, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _join(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
+    if not _has_rows(first):
+        return first
+    if first.dim() == 2:
+        width = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+    return torch.cat(parts)
 
 
 def _has_rows(value: Any) -> bool:

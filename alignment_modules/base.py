@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
-from alignment_modules.clipping import clip_to_norm, guard
+from alignment_modules.clipping import finish_gradients, guard
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
@@ -29,7 +29,7 @@ from alignment_modules.policies.architecture import check_trainable_types, refus
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
 from alignment_modules.policies.reference import disable_dropout
-from alignment_modules.publishing import is_logged, publish
+from alignment_modules.publishing import is_logged, publish, publish_evaluation, publish_training
 from alignment_modules.rewards import ExactMatch, RewardSet
 from alignment_modules.training.pieces import SEGMENTS
 from alignment_modules.training.window import TINY, Window
@@ -272,38 +272,27 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         """
         pairs = zip(self.windows, self.trainer.optimizers, strict=False)
         name = next((name for name, own in pairs if own is optimizer), "policy")
-        policy, window = name == "policy", self.windows[name]
-        closed = window.close(self.reduce, self.device)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        measured, manual = {}, not self.automatic_optimization
-        if closed.empty:
-            for parameter in parameters:  # an optimizer leaves a parameter without a gradient, and its state, alone
-                parameter.grad = None
-            if window.skipped == 1:
-                rank_zero_warn(
-                    f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                    f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
-                )
-        else:
-            gradients: list[Any] = [p.grad for p in parameters]
-            # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
-            accumulated = 1 if manual else self.trainer.accumulate_grad_batches
-            torch._foreach_mul_(gradients, accumulated * self.trainer.world_size / closed.divisor)
-            clips = self.max_grad_norm if manual else None
-            norm = None if clips is None else clip_to_norm(gradients, clips)
-            if self.logging_due:
-                norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
-                measured["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if clips is not None:
-                guard(self, optimizer)
-            if policy:  # for callbacks, at each step and without waiting for the device
-                self.trainer.callback_metrics["train/loss"] = closed.loss
-        rate = optimizer.param_groups[0]["lr"]
-        if self.logging_due and rate is not None:  # some optimizers set their own
-            measured["learning_rate"] = torch.as_tensor(rate, dtype=torch.float32)
-        named = {key if policy else f"{name}/{key}": Statistic(value) for key, value in measured.items()}
-        self._train_meters.update(named)
-        if not manual:  # before the callbacks' on_train_batch_end
+        window, prefix = self.windows[name], "" if name == "policy" else f"{name}/"
+        closed, own, due = window.close(self.reduce, self.device), not self.automatic_optimization, self.logging_due
+        # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
+        parts = self.trainer.world_size * (1 if own else self.trainer.accumulate_grad_batches)
+        clips, scale = self.max_grad_norm if own else None, None if closed.empty else parts / closed.divisor
+        norm = finish_gradients(optimizer, scale, clips, measure=due)
+        if clips is not None:
+            guard(self, optimizer)
+        if closed.empty and window.skipped == 1:
+            rank_zero_warn(
+                f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
+                f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
+            )
+        elif not closed.empty:  # for callbacks, at each step and without waiting for the device
+            self.trainer.callback_metrics[f"train/{prefix}loss"] = closed.loss
+        if due:
+            measured = {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+            for key, value in measured.items():  # None: nothing was divided, or the optimizer sets its own rate
+                if value is not None:
+                    self._train_meters.update({f"{prefix}{key}": Statistic(torch.as_tensor(value).float())})
+        if not own:  # before the callbacks' on_train_batch_end
             self.log_step(self.global_step + 1)
 
     def configure_gradient_clipping(self, optimizer: Any, *options: Any, **more: Any) -> None:
@@ -342,7 +331,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
             )
         unlogged = self._train_meters.copy()
         if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self._publish_training(self.global_step)
+            publish_training(self, self.global_step)
         if not over:
             self._train_meters = unlogged  # a run that goes on logs them at its own next step
         self._keep_totals(self.global_step)
@@ -355,15 +344,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
     def log_step(self, step: int) -> None:
         """Logs the means since the last logged step where this optimizer step is one to log."""
         if is_logged(self.trainer, step):
-            self._publish_training(step)
+            publish_training(self, step)
         self._keep_totals(step)
-
-    def _publish_training(self, step: int) -> None:
-        values = self._train_meters.compute(self.reduce)
-        values["num_tokens"] = float(self.window.num_tokens)
-        values["steps_without_targets"] = float(self.window.skipped)
-        self._train_meters.reset()
-        self.publish(values, "train", step)
 
     def publish(
         self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
@@ -373,17 +355,11 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
 
     def on_validation_epoch_end(self) -> None:
         """Publishes the validation means."""
-        self._publish_evaluation("val")
+        publish_evaluation(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Publishes the test means."""
-        self._publish_evaluation("test")
-
-    def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
-        for number, meters in sorted(self._eval_meters.items()):
-            suffix = f"/dataloader_idx_{number}" if len(self._eval_meters) > 1 else ""
-            self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
-        self._eval_meters.clear()
+        publish_evaluation(self, "test")
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""

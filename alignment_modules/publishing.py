@@ -1,10 +1,15 @@
 """Where a module's numbers go: to the progress bar, to callbacks and to loggers, over the optimizer steps."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import lightning as L
 import torch
+
+if TYPE_CHECKING:
+    from alignment_modules.base import AlignmentModule
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -46,3 +51,21 @@ def publish(
     if not outside_fit and not trainer.sanity_checking:
         for logger in module.loggers:
             logger.log_metrics(named, step=step)
+
+
+def publish_training(module: AlignmentModule, step: int) -> None:
+    """Publishes the training means since this was last done, over all ranks, and begins new ones."""
+    values = module._train_meters.compute(module.reduce)
+    values["num_tokens"] = float(module.window.num_tokens)
+    values["steps_without_targets"] = float(module.window.skipped)
+    module._train_meters.reset()
+    module.publish(values, "train", step)
+
+
+def publish_evaluation(module: AlignmentModule, stage: Literal["val", "test"]) -> None:
+    """Publishes the means of each validation or test loader, over all ranks."""
+    several = len(module._eval_meters) > 1
+    for number, meters in sorted(module._eval_meters.items()):
+        suffix = f"/dataloader_idx_{number}" if several else ""
+        module.publish({f"{name}{suffix}": v for name, v in meters.compute(module.reduce).items()}, stage)
+    module._eval_meters.clear()

@@ -159,13 +159,14 @@ class UpdateModule(AlignmentModule):
         for number, piece in enumerate(padded, start=1):
             with self._gradient_sync(entry, last=number == count):
                 self.manual_backward(self.record(piece, objective(piece), of))
-        optimizer: Any = self.trainer.optimizers[position]
+        wrapped: Any = self.optimizers()  # as Lightning wraps them: their steps are the run's
+        optimizer: Any = wrapped[position] if isinstance(wrapped, list) else wrapped
         if len(self.windows) > 1 and isinstance(self.trainer.strategy, DDPStrategy):
             average_gradients(entry)
         if of == "policy":
-            self._counted(position).step()
+            optimizer.step()
         else:
-            self.trainer.strategy.optimizer_step(optimizer, lambda: None)  # not a step of the run
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)  # not a step of the run
         (optimizer if len(self.windows) == 1 else self).zero_grad()
         if self.trainer.lr_scheduler_configs:
             scheduler: Any = self.trainer.lr_scheduler_configs[position].scheduler
@@ -174,11 +175,6 @@ class UpdateModule(AlignmentModule):
         self._train_meters.update({name: Statistic(torch.tensor(monotonic() - started))})
         if of == "policy":
             self.log_step(self.global_step)
-
-    def _counted(self, position: int) -> Any:
-        """The optimizer as Lightning wraps it: its steps are the run's."""
-        wrapped: Any = self.optimizers()
-        return wrapped[position] if isinstance(wrapped, list) else wrapped
 
     def _count(self, pieces: Sequence[Any], units: Units | None) -> dict[str, Tensor] | None:
         """The weight of each term over all pieces and ranks; None where the objective has one."""

@@ -58,7 +58,6 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
     """What a batch must hold to be trained or validated on."""
     bar: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that the progress bar shows."""
-    micro_batch_size: int | None = None
     max_grad_norm: float | None = None
 
     def __init__(
@@ -215,7 +214,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         if self._trainer is None or self.trainer.testing or self.trainer.predicting:
             return batch
         self.check_batch(batch)
-        found = self.segments(batch) if self.micro_batch_size is None else None  # pieces have their own
+        found = self.segments(batch)
         return batch if found is None else {**batch, SEGMENTS: found}
 
     def on_validation_epoch_start(self) -> None:

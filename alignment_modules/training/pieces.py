@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-SEGMENTS = "segments"  # built from a whole batch, so that no part of it has them
+SEGMENTS = "segments"  # what an objective reads: of the whole batch, or a list of those of its pieces
 
 
 def cut(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
     """Cuts a batch into pieces of at most `size` rows, in order.
 
-    Tensors and lists are cut along their first dimension; numbers, strings and the like go to every piece. Segments are
-    not carried: a piece that is not the whole batch builds its own.
+    Tensors and lists are cut along their first dimension; numbers, strings and the like go to every piece. The
+    `segments` of a whole batch are not carried to its parts; a list of them, one a piece, is handed out.
 
     Args:
         batch: A dictionary of row tensors `[rows, ...]` and lists of `rows` entries.
@@ -28,10 +28,13 @@ def cut(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
         >>> cut({"x": [1, 2, 3], "name": "a"}, 2)
         [{'x': [1, 2], 'name': 'a'}, {'x': [3], 'name': 'a'}]
     """
-    rows = _rows(batch)
-    if size is None or size >= rows:
+    rows, segments = _rows(batch), batch.get(SEGMENTS)
+    if size is None or (size >= rows and not isinstance(segments, list)):
         return [dict(batch)] if rows else []
-    return [_select(batch, slice(start, start + size)) for start in range(0, rows, size)]
+    pieces = [_select(batch, slice(start, start + size)) for start in range(0, rows, size)]
+    if isinstance(segments, list):
+        pieces = [{**piece, SEGMENTS: own} for piece, own in zip(pieces, segments, strict=True)]
+    return pieces
 
 
 def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.objective import Objective, Statistic
-from alignment_modules.training.pieces import cut, empty_like
+from alignment_modules.training.pieces import SEGMENTS, cut, empty_like
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]
 
@@ -99,6 +99,15 @@ class UpdateModule(AlignmentModule):
                 "which clips by itself: remove it and set max_grad_norm on the module"
             )
         return []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Also builds the `segments` of each piece, where a batch of rows is going to be cut."""
+        trains = self._trainer is not None and self.trainer.training and not self.automatic_optimization
+        size = self.micro_batch_size if trains else None
+        if size is None or type(self).segments is AlignmentModule.segments:
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+        self.check_batch(batch)
+        return {**batch, SEGMENTS: [self.segments(piece) for piece in cut(batch, size)]}
 
     def require_trainer(self) -> None:
         """Says what to do where there is no Trainer.

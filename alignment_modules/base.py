@@ -28,6 +28,7 @@ from alignment_modules.optimization import bind_total_steps, parameter_groups
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
+from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reference import disable_dropout
 from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
@@ -129,6 +130,7 @@ class AlignmentModule(
             ValueError: If they do not, the Trainer clips gradients at NaN, or all of the module is compiled.
         """
         refuse_compiled(self)
+        prepare(self.policy)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         if self.tokenizer is None:

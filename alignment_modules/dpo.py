@@ -85,7 +85,7 @@ class DPOModule(AlignmentModule):
         loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
         segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
         details = not self.training or self.logging_due
-        scores = score(self.policy, segments, entropy=details, accuracy=details)
+        scores = score(self.policy, segments, ask=["entropy", "accuracy"] if details else [])
         logps = sequence_logps(scores.token_logps).view(-1, 2)
         lengths = scores.mask.sum(dim=1).view(-1, 2)
         reference_logps = self.reference_logps(batch, segments)

@@ -309,7 +309,7 @@ class GRPOModule(OnlineModule):
             rollout.loss_mask.flatten(0, 1),
         )
         details = torch.is_grad_enabled() and (bool(self.entropy_coef) or self.logging_due)
-        return score(model, segments, temperature=self.sampling.temperature, entropy=details)
+        return score(model, segments, temperature=self.sampling.temperature, ask=["entropy"] if details else [])
 
 
 def _group_statistics(rewards: Tensor) -> dict[str, Statistic]:

@@ -1,12 +1,13 @@
 """Supervised fine-tuning: the negative log-likelihood of a step's supervised tokens, averaged over all of them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import aggregate
 from alignment_modules.functional.ranges import NonNegative, Range, check_options
 from alignment_modules.objective import Objective, Statistic
-from alignment_modules.policies.scoring import score
+from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 
 
@@ -43,20 +44,22 @@ class SFTModule(AlignmentModule):
         super().__init__(**common)
         self.loss, self.label_smoothing, self.z_loss = loss, label_smoothing, z_loss
 
-    def objective(self, batch: dict[str, Any]) -> Objective:
-        """Negative log-likelihood summed over the supervised tokens."""
-        segments = Segments.from_labels(
+    def segments(self, batch: Mapping[str, Any]) -> Segments:
+        """What is read of a batch; on the host when it comes from the loader, and carried over with it."""
+        return Segments.from_labels(
             batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
         )
-        details = not self.training or self.logging_due
-        scores = score(
-            self.policy,
-            segments,
-            entropy=details,
-            accuracy=details,
-            normalizer=self.z_loss > 0,
-            mean_logp=self.label_smoothing > 0,
-        )
+
+    def objective(self, batch: dict[str, Any]) -> Objective:
+        """Negative log-likelihood summed over the supervised tokens."""
+        segments = batch.get("segments") or self.segments(batch)
+        asked: dict[Ask, bool] = {
+            "entropy": not self.training or self.logging_due,
+            "accuracy": not self.training or self.logging_due,
+            "normalizer": self.z_loss > 0,
+            "mean_logp": self.label_smoothing > 0,
+        }
+        scores = score(self.policy, segments, ask=[name for name, wanted in asked.items() if wanted])
         nll = -scores.token_logps
         loss = nll * nll.detach().neg().exp() if self.loss == "dft" else nll
         if scores.mean_logp is not None:

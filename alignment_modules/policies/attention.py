@@ -128,7 +128,7 @@ def _make_plan(segments: Segments, hidden_size: int) -> AttentionPlan:
         tuple(buckets),
         gather.to(device, non_blocking=True),
         position.to(device, non_blocking=True),
-        position[segments.source.cpu().unique()].sort().values.to(device, non_blocking=True),
+        position[(segments.host or segments).source.cpu().unique()].sort().values.to(device, non_blocking=True),
         segments.longest,
     )
 

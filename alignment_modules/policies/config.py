@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.lora import LoraConfig
 
+Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass
 class PolicyConfig:
-    """Where a causal language model comes from and how it is held. Give exactly one of `path` and `config`.
+    """Where a language model comes from and how it is held. Give exactly one of `path` and `config`.
 
     Attributes:
         path: Folder in Hugging Face format, or a hub id. A folder that holds a PEFT adapter is loaded by merging it
@@ -34,6 +36,10 @@ class PolicyConfig:
         quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
         gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
             more time.
+        head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
+            by a linear map without bias, `score.weight` `[1, hidden]`. The folder of a sequence-classification model of
+            one output keeps its own; any other model gets a fresh one, normal with variance 1 / (hidden + 1)
+            (arXiv:2009.01325), drawn from the global torch seed. Under `lora` it is trained whole.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run model code that comes with `path`. Only for code that you have read.
     """
@@ -45,6 +51,7 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     gradient_checkpointing: bool = False
+    head: Head = "lm"
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -153,3 +160,34 @@ def resolve_folder(path: str, name: str = "path") -> str:
             "hub id."
         )
     return path
+
+
+def adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
+    """What a folder's or hub id's adapter_config.json says; None where it holds no adapter.
+
+    Raises:
+        ValueError: The file is not valid JSON.
+    """
+    if Path(path).is_dir():
+        file: Path | str | None = Path(path) / "adapter_config.json"
+        if not Path(str(file)).is_file():
+            return None
+    else:
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        try:
+            file = find_adapter_config_file(path, revision=revision)
+        except OSError:  # not on the hub either: loading the model says what is wrong
+            return None
+        if file is None:
+            return None
+    try:
+        return json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+
+
+def listing(folder: Path) -> list[str]:
+    """What a folder holds, for a message: at most 12 names."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return names if len(names) <= 12 else [*names[:12], f"and {len(names) - 12} more"]

@@ -18,14 +18,33 @@ import torch
 from torch import nn
 
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
-from alignment_modules.policies.config import DTYPES, PolicyConfig, check_options, from_mapping, resolve_folder
+from alignment_modules.policies.config import (
+    DTYPES,
+    Head,
+    PolicyConfig,
+    adapter_config,
+    check_options,
+    from_mapping,
+    listing,
+    resolve_folder,
+)
+from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
+from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
 
-__all__ = ["LoraConfig", "PolicyConfig", "build_policy", "check_vocabulary", "load_tokenizer"]
+__all__ = [
+    "LoraConfig",
+    "PolicyConfig",
+    "build_policy",
+    "check_head",
+    "check_vocabulary",
+    "is_fresh",
+    "load_tokenizer",
+    "vocabulary_size",
+]
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_PREFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "merges")
 
 
 def is_fresh(policy: Any) -> bool:
@@ -34,13 +53,17 @@ def is_fresh(policy: Any) -> bool:
     return config is not None and not isinstance(policy, nn.Module)
 
 
-def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = True) -> nn.Module:
-    """Gives the module that a policy specification describes.
+def build_policy(
+    policy: str | PolicyConfig | nn.Module, *, trainable: bool = True, head: Head | None = None
+) -> nn.Module:
+    """Gives the module that a policy specification describes, ready to be read (see `policies.probing`).
 
     Args:
         policy: A folder or hub id, a configuration (a mapping with its fields is accepted too), or a module, which is
             returned as it is.
         trainable: Whether the module is to be trained; a quantized model without LoRA is refused then.
+        head: The head that is needed: "lm" or "scalar". A path alone gets it; what comes with another is refused. None:
+            any will do.
 
     Returns:
         The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
@@ -50,15 +73,48 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
         ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
         ImportError: `quantization` without bitsandbytes.
     """
+    model = _build(policy, trainable, head)
+    check_head(model, head)
+    if trainable:
+        warn_of_left_out_losses(model)
+    prepare(model)
+    return model
+
+
+def check_head(model: nn.Module, head: Head | None) -> None:
+    """Refuses a transformers model with another head than the one needed; other modules cannot be told.
+
+    Args:
+        model: The policy.
+        head: "lm", "scalar" (of one output), or None for any.
+
+    Raises:
+        ValueError: If it has the other one, or gives several numbers for a text.
+    """
+    inner = language_model(model)
+    if inner is None or head is None:
+        return
+    if classifies(inner) != (head == "scalar"):
+        wanted = "a scalar head" if head == "scalar" else "a language-modelling head"
+        raise ValueError(
+            f"policy={type(inner).__name__} has no {wanted.partition(' ')[2]}; {wanted} is needed here: "
+            f"PolicyConfig(head={head!r})"
+        )
+    if head == "scalar" and inner.config.num_labels != 1:
+        raise ValueError(
+            f"policy={type(inner).__name__} gives {inner.config.num_labels} numbers for a text (num_labels of its "
+            "configuration); a scalar head gives one"
+        )
+
+
+def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head | None) -> nn.Module:
     if isinstance(policy, nn.Module):
         config: Any = getattr(policy, "config", None)
         if hasattr(config, "to_dict"):
             check_text_only(config.to_dict(), f"policy={type(policy).__name__}")
-        if trainable:
-            warn_of_left_out_losses(policy)
         return policy
     if isinstance(policy, (str, os.PathLike)):
-        policy = PolicyConfig(path=os.fspath(policy))
+        policy = PolicyConfig(path=os.fspath(policy), head=head or "lm")
     elif isinstance(policy, Mapping):
         policy = from_mapping(policy)
     elif not isinstance(policy, PolicyConfig):
@@ -67,9 +123,9 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
             "torch.nn.Module."
         )
     check_options(policy, trainable)
+    if head not in (None, policy.head):
+        raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
     model = _load(policy) if policy.path is not None else _fresh(policy)
-    if trainable:
-        warn_of_left_out_losses(model)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:
@@ -83,7 +139,7 @@ def build_policy(policy: str | PolicyConfig | nn.Module, *, trainable: bool = Tr
 
 def _load(policy: PolicyConfig) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
-    adapter = _adapter_config(path, policy.revision)
+    adapter = adapter_config(path, policy.revision)
     if adapter is None:
         return _from_pretrained(path, policy, policy.revision)
     if policy.quantization is not None:
@@ -108,26 +164,6 @@ def _load(policy: PolicyConfig) -> nn.Module:
     return model
 
 
-def _adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
-    if Path(path).is_dir():
-        file: Path | str | None = Path(path) / "adapter_config.json"
-        if not Path(str(file)).is_file():
-            return None
-    else:
-        from transformers.utils.peft_utils import find_adapter_config_file
-
-        try:
-            file = find_adapter_config_file(path, revision=revision)
-        except OSError:  # not on the hub either: loading the model says what is wrong
-            return None
-        if file is None:
-            return None
-    try:
-        return json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
-
-
 def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> nn.Module:
     _check_model_folder(path)
     import transformers
@@ -139,8 +175,13 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
         options["attn_implementation"] = policy.attn_implementation
     if policy.quantization is not None:
         options["quantization_config"] = _quantization(policy)
+    if policy.head == "scalar":
+        auto, kind = transformers.AutoModelForSequenceClassification, "sequence-classification model"
+        options["config"] = _one_output(path, policy, revision)
+    else:
+        auto, kind = transformers.AutoModelForCausalLM, "causal language model"
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             path,
             dtype=DTYPES.get(policy.dtype, "auto"),
             use_safetensors=True,
@@ -160,10 +201,13 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
             else ""
         )
         raise ValueError(
-            f"policy.path={path!r}: {where} cannot be loaded as a causal language model.{hint} "
-            f"({type(error).__name__}: {error})"
+            f"policy.path={path!r}: {where} cannot be loaded as a {kind}.{hint} ({type(error).__name__}: {error})"
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
+    if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
+        _draw_head(model)
+        report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing:
         raise ValueError(
@@ -178,6 +222,32 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
             sorted(report["unexpected_keys"])[:3],
         )
     return model
+
+
+def _one_output(path: str, policy: PolicyConfig, revision: str | None) -> Any:
+    """The configuration of a folder's model with a single output: as it is, or for a language model given one."""
+    import transformers
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code, **options)
+    except Exception as error:  # loading the model says what is wrong
+        logger.debug("%s: %s", path, error)
+        return None
+    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
+        config.num_labels = 1
+    elif config.num_labels != 1:
+        raise ValueError(
+            f"policy.path={path!r} with policy.head='scalar': its model gives {config.num_labels} numbers for a text "
+            "(num_labels); a scalar head gives one"
+        )
+    return config
+
+
+def _draw_head(model: Any) -> None:
+    """A fresh scalar head: normal with variance 1 / (hidden + 1) from the global torch seed (arXiv:2009.01325)."""
+    with torch.no_grad():
+        model.score.weight.normal_(std=(model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -212,17 +282,12 @@ def _check_model_folder(path: str) -> None:
             if (folder / "export" / "config.json").is_file()
             else ""
         )
-        raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {_listing(folder)}.{hint}")
+        raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {listing(folder)}.{hint}")
     if not weights:
         raise ValueError(
             f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
-            f"{_listing(folder)}."
+            f"{listing(folder)}."
         )
-
-
-def _listing(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return names if len(names) <= 12 else [*names[:12], f"and {len(names) - 12} more"]
 
 
 def _quantization(policy: PolicyConfig) -> Any:
@@ -242,13 +307,20 @@ def _fresh(policy: PolicyConfig) -> nn.Module:
     config = _architecture(dict(policy.config or {}))
     check_text_only(config.to_dict(), "policy.config")
     options = {} if policy.attn_implementation is None else {"attn_implementation": policy.attn_implementation}
+    scalar = policy.head == "scalar"
+    auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    if scalar:
+        config.num_labels = 1
     try:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[policy.dtype], **options)
+        model = auto.from_config(config, dtype=DTYPES[policy.dtype], **options)
     except Exception as error:  # whatever the architecture makes of impossible sizes
+        kind = "sequence-classification model" if scalar else "causal language model"
         raise ValueError(
-            f"policy.config={policy.config!r} cannot be built as a causal language model ({type(error).__name__}: "
-            f"{error})"
+            f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
+    if scalar:
+        _draw_head(model)
+    return model
 
 
 def _architecture(options: dict[str, Any]) -> Any:
@@ -304,96 +376,3 @@ def _free_embedding_output(model: nn.Module) -> None:
     disable: Any = getattr(model, "disable_input_require_grads", None)
     if disable is not None:
         disable()
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Loads the tokenizer of a model folder or hub id.
-
-    A folder with an adapter and no tokenizer gives its base model's.
-
-    Args:
-        path: Folder or hub id.
-        trust_remote_code: Run tokenizer code that comes with `path`.
-        revision: Branch, tag or commit of a hub id.
-
-    Returns:
-        A `transformers.PreTrainedTokenizerBase`.
-
-    Raises:
-        ValueError: The folder is missing or holds no tokenizer, or the tokenizer cannot be read.
-    """
-    return _load_tokenizer(os.fspath(path), trust_remote_code, revision, frozenset())
-
-
-def _load_tokenizer(path: str, trust_remote_code: bool, revision: str | None, seen: frozenset[str]) -> Any:
-    """Follows adapters to their base, each folder once."""
-    folder = resolve_folder(path, "tokenizer")
-    if Path(folder).is_dir() and not any(
-        e.name.startswith(TOKENIZER_PREFIXES) or e.suffix in (".model", ".tiktoken") for e in Path(folder).iterdir()
-    ):
-        adapter = _adapter_config(folder, None)
-        base = (adapter or {}).get("base_model_name_or_path")
-        seen = seen | {os.path.realpath(folder)}
-        if base and os.path.realpath(Path(base).expanduser()) in seen:
-            raise ValueError(
-                f"tokenizer={path!r}: the folder holds no tokenizer, and the base model that its adapter names "
-                f"(base_model_name_or_path={base!r}) leads back to it."
-            )
-        if base:
-            return _load_tokenizer(base, trust_remote_code, None, seen)
-        raise ValueError(
-            f"tokenizer={path!r}: the folder holds no tokenizer (such as tokenizer.json); it holds "
-            f"{_listing(Path(folder))}."
-        )
-    import transformers
-
-    try:
-        options = {"revision": revision} if revision else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-        size = len(tokenizer)
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
-        where = (
-            "the folder's tokenizer"
-            if Path(folder).is_dir()
-            else f"neither a folder (looked at {Path(folder).absolute()}) nor on the hub: it"
-        )
-        raise ValueError(f"tokenizer={path!r}: {where} cannot be loaded. ({type(error).__name__}: {error})") from error
-    if size == 0:
-        raise ValueError(f"tokenizer={path!r} has an empty vocabulary.")
-    return tokenizer
-
-
-def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy") -> None:
-    """Makes sure that the policy has an embedding for every id that the tokenizer can give.
-
-    A policy with more rows than the tokenizer has tokens is fine (vocabularies are often padded). A plain module that
-    tells no size (no `get_input_embeddings`, no `config.vocab_size`) is not checked.
-
-    Args:
-        policy: The model.
-        tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length.
-        name: What the model is called in the message.
-
-    Raises:
-        ValueError: The largest id does not fit; the message names both sizes.
-    """
-    rows = vocabulary_size(policy)
-    if rows is None:
-        return
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
-    if needed > rows:
-        raise ValueError(
-            f"The tokenizer has {needed} ids (largest {needed - 1}) but the {name} {type(policy).__name__} has "
-            f"embeddings for {rows}. "
-            "Use the tokenizer that belongs to the model, or give a fresh model vocab_size >= the tokenizer's size."
-        )
-
-
-def vocabulary_size(policy: nn.Module) -> int | None:
-    """Number of ids that a policy has an embedding for; None where it does not tell."""
-    try:
-        embedding = policy.get_input_embeddings()  # type: ignore[operator]
-        return int(embedding.weight.shape[0])
-    except (AttributeError, NotImplementedError, TypeError):
-        rows = getattr(getattr(policy, "config", None), "vocab_size", None)
-        return rows if isinstance(rows, int) else None

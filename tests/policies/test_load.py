@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import alignment_modules
-from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy, check_vocabulary, load_tokenizer
+from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
+from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from alignment_modules.policies import scoring
 from alignment_modules.policies.attention import ATTENTION_NAME
-from alignment_modules.policies.scoring import capabilities, score
+from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
 
 VOCABULARY = 40
@@ -81,13 +82,20 @@ class Wrong(nn.Module):
         return input_ids.double()
 
 
+def runs(rows, time, g):
+    """Masks of existing tokens: one run in each row, with padding before and after it."""
+    column = torch.arange(time)
+    start, end = torch.randint(2, (rows, 1), generator=g), torch.randint(time - 2, time + 1, (rows, 1), generator=g)
+    return (start <= column) & (column < end)
+
+
 def prompts_batch(seed=0, prompts=3, samples=2, empty=True):
     g = torch.Generator().manual_seed(seed)
     batch = {
         "prompt_ids": torch.randint(VOCABULARY, (prompts, 5), generator=g),
-        "prompt_mask": torch.rand(prompts, 5, generator=g) < 0.8,
+        "prompt_mask": runs(prompts, 5, g),
         "completion_ids": torch.randint(VOCABULARY, (prompts * samples, 6), generator=g),
-        "completion_mask": torch.rand(prompts * samples, 6, generator=g) < 0.8,
+        "completion_mask": runs(prompts * samples, 6, g),
     }
     if empty:
         batch["prompt_mask"][0] = False
@@ -172,10 +180,10 @@ def test_numbers_and_every_gradient_equal_the_naive_computation(name):
     expected, expected_entropy, expected_correct = naive_prompts(policy, batch)
     atol = 1e-10 if name in {"gpt2", "falcon"} else GRADIENT
     expected_gradients = gradients(policy, expected)
-    assert capabilities(policy).packed == (name in PACKED)
-    assert capabilities(policy).hidden_states
+    assert prepare(policy).packed == (name in PACKED)
+    assert prepare(policy).hidden_states
 
-    scores = score(policy, Segments.from_prompts(**batch), entropy=True, accuracy=True)
+    scores = score(policy, Segments.from_prompts(**batch), ask=("entropy", "accuracy"))
     torch.testing.assert_close(scores.token_logps, expected, rtol=0, atol=LOGPS.get(name, 1e-11))
     torch.testing.assert_close(scores.entropy, expected_entropy, rtol=0, atol=LOGPS.get(name, 1e-11))
     assert torch.equal(scores.correct, expected_correct)
@@ -220,12 +228,12 @@ def test_a_plain_module(returns):
     policy, batch = Plain(returns).double(), prompts_batch()
     expected = naive_prompts(policy, batch, temperature=0.7)
     expected_gradients = gradients(policy, expected[0])
-    scores = score(policy, Segments.from_prompts(**batch), temperature=0.7, entropy=True, accuracy=True)
+    scores = score(policy, Segments.from_prompts(**batch), temperature=0.7, ask=("entropy", "accuracy"))
     torch.testing.assert_close(scores.token_logps, expected[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(scores.entropy, expected[1], rtol=0, atol=1e-12)
     assert torch.equal(scores.correct, expected[2])
     assert_same_gradients(gradients(policy, scores.token_logps), expected_gradients, 1e-12)
-    assert not capabilities(policy).packed
+    assert not prepare(policy).packed
 
 
 def test_a_module_that_gives_no_logits_is_named():
@@ -256,8 +264,8 @@ def test_lora(targets):
     expected_gradients = gradients(policy, expected)
     segments = Segments.from_prompts(**batch)
     found = score(policy, segments).token_logps
-    assert capabilities(policy).packed
-    assert capabilities(policy).hidden_states == (targets == "all-linear")
+    assert prepare(policy).packed
+    assert prepare(policy).hidden_states == (targets == "all-linear")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
     assert_same_gradients(gradients(policy, found), expected_gradients, GRADIENT)
     with policy.disable_adapter(), torch.no_grad():
@@ -280,7 +288,7 @@ def test_prompt_tuning_is_padded():
     count = int(batch["completion_mask"][2].sum())
     expected = log_p.gather(1, full[1:, None])[-count:, 0]
     torch.testing.assert_close(found[2][batch["completion_mask"][2]], expected, rtol=0, atol=1e-11)
-    assert not capabilities(policy).packed
+    assert not prepare(policy).packed
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
@@ -339,7 +347,7 @@ def test_nothing_to_score_is_zero_and_still_reaches_every_parameter(name, empty)
         batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
     else:
         batch["target_mask"] = torch.zeros_like(batch["completion_mask"])
-    scores = score(policy, Segments.from_prompts(**batch), entropy=True, accuracy=True)
+    scores = score(policy, Segments.from_prompts(**batch), ask=("entropy", "accuracy"))
     assert scores.token_logps.shape == batch["completion_ids"].shape
     assert (scores.token_logps == 0).all()
     assert not scores.mask.any()
@@ -354,7 +362,7 @@ def test_temperature_divides_the_capped_logits(temperature):
     for name in ("llama", "gemma2"):
         policy, batch = build(name), prompts_batch()
         expected = naive_prompts(policy, batch, temperature)
-        scores = score(policy, Segments.from_prompts(**batch), temperature=temperature, entropy=True)
+        scores = score(policy, Segments.from_prompts(**batch), temperature=temperature, ask=("entropy",))
         torch.testing.assert_close(scores.token_logps, expected[0], rtol=0, atol=LOGPS.get(name, 1e-11))
         torch.testing.assert_close(scores.entropy, expected[1], rtol=0, atol=LOGPS.get(name, 1e-11))
 
@@ -362,7 +370,7 @@ def test_temperature_divides_the_capped_logits(temperature):
 def test_entropy_is_differentiable():
     policy, batch = build("llama"), prompts_batch()
     expected = gradients(policy, naive_prompts(policy, batch)[1])
-    found = gradients(policy, score(policy, Segments.from_prompts(**batch), entropy=True).entropy)
+    found = gradients(policy, score(policy, Segments.from_prompts(**batch), ask=("entropy",)).entropy)
     assert_same_gradients(found, expected, GRADIENT)
 
 
@@ -398,7 +406,7 @@ def test_bfloat16_autocast(name):
 def test_bfloat16_weights():
     policy = build("llama", torch.bfloat16)
     scores = score(policy, Segments.from_prompts(**prompts_batch()))
-    assert capabilities(policy).packed
+    assert prepare(policy).packed
     assert scores.token_logps.dtype == torch.float32
     assert scores.token_logps.isfinite().all()
 
@@ -416,7 +424,7 @@ def test_frozen_parts_get_no_gradient_and_the_rest_the_same():
 def test_logits_of_all_positions_are_never_built(monkeypatch):
     policy, batch = build("llama"), prompts_batch()
     segments = Segments.from_prompts(**batch)
-    capabilities(policy)
+    prepare(policy)
     rows = []
     original = scoring.linear_token_scores
     monkeypatch.setattr(
@@ -432,7 +440,7 @@ def test_logits_of_all_positions_are_never_built(monkeypatch):
 def test_the_last_feed_forward_block_sees_the_predicting_tokens_alone(checkpointing):
     policy, batch = build("llama"), prompts_batch()
     segments = Segments.from_prompts(**batch)
-    assert capabilities(policy).trims_last_layer
+    assert prepare(policy).trims_last_layer
     assert len(segments.source.unique()) < 0.9 * segments.tokens
     if checkpointing:  # its second forward pass would not know
         policy.gradient_checkpointing_enable()
@@ -454,14 +462,14 @@ def test_a_last_block_that_mixes_tokens_is_not_trimmed(monkeypatch):
     original = block.forward
     # The same for every token of the row, so that packing is not what it breaks.
     monkeypatch.setattr(block, "forward", lambda hidden: original(hidden) + 0.1 * (hidden.shape[1] > 3))
-    assert not capabilities(policy).trims_last_layer
+    assert not prepare(policy).trims_last_layer
     score(policy, Segments.from_prompts(**batch))
 
 
 def test_a_head_that_is_not_linear_sees_the_predicting_tokens_alone():
     policy = lora(build("llama", tie_word_embeddings=False), ["lm_head"])
     segments = Segments.from_prompts(**prompts_batch())
-    capabilities(policy)
+    prepare(policy)
     shapes = []
     policy.get_base_model().lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
     score(policy, segments)
@@ -485,7 +493,7 @@ def test_a_scored_policy_is_used_as_before(tmp_path, caplog):
     policy.save_pretrained(tmp_path)
     assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()
     clone = copy.deepcopy(policy)
-    assert capabilities(clone).packed
+    assert prepare(clone).packed
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -496,7 +504,7 @@ def test_the_probe_leaves_modes_and_random_numbers_alone(training):
     modes = [module.training for module in policy.modules()]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    capabilities(policy)
+    prepare(policy)
     assert [module.training for module in policy.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -508,16 +516,16 @@ def test_another_attention_implementation_is_kept():
     found = score(policy, Segments.from_prompts(**batch)).token_logps
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert policy.config._attn_implementation == "eager"
-    assert "eager is kept" in capabilities(policy).reason
+    assert "eager is kept" in prepare(policy).reason
     policy.set_attn_implementation("sdpa")
-    assert capabilities(policy).packed
+    assert prepare(policy).packed
     policy.set_attn_implementation("eager")
-    assert not capabilities(policy).packed
+    assert not prepare(policy).packed
 
 
 def test_contexts_longer_than_the_window_are_padded():
     policy = build("mistral_window")
-    assert capabilities(policy).window == 6
+    assert prepare(policy).window == 6
     short = {**prompts_batch(empty=False)}
     short["prompt_mask"][:, 2:] = False
     short["completion_mask"][:, 4:] = False
@@ -542,7 +550,7 @@ def test_a_model_whose_numbers_differ_when_packed_is_padded(monkeypatch):
 
     monkeypatch.setattr(policy.model, "forward", mixes_neighbours)
     found = score(policy, Segments.from_prompts(**batch)).token_logps
-    assert "packed and padded rows differ" in capabilities(policy).reason
+    assert "packed and padded rows differ" in prepare(policy).reason
     assert policy.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found, naive_prompts(policy, batch)[0], rtol=0, atol=1e-11)
 

@@ -62,6 +62,13 @@ def contents(segments):
     return found
 
 
+def runs(rows, time, g):
+    """Masks of existing tokens: one run in each row, which may be empty or whole."""
+    ends = torch.randint(time + 1, (rows, 2), generator=g).sort(dim=1).values
+    column = torch.arange(time)
+    return (ends[:, :1] <= column) & (column < ends[:, 1:])
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
@@ -69,7 +76,7 @@ def test_from_labels_equals_plain_loops(seed, masked, packed):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(50, (4, 9), generator=g)
     labels = torch.where(torch.rand(4, 9, generator=g) < 0.5, torch.randint(50, (4, 9), generator=g), -100)
-    mask = (torch.rand(4, 9, generator=g) < 0.7) if masked else None
+    mask = runs(4, 9, g) if masked else None
     position_ids = None
     if packed:
         position_ids = torch.zeros(4, 9, dtype=torch.int64)
@@ -94,7 +101,7 @@ def test_from_prompts_equals_plain_loops(seed, with_targets):
         torch.randint(50, (3, 5), generator=g),
         torch.randint(50, (3 * samples, 6), generator=g),
     )
-    prompt_mask, completion_mask = torch.rand(3, 5, generator=g) < 0.6, torch.rand(3 * samples, 6, generator=g) < 0.6
+    prompt_mask, completion_mask = runs(3, 5, g), runs(3 * samples, 6, g)
     prompt_mask[seed % 3] &= seed % 2 == 0  # an empty prompt in every second case
     completion_mask[(seed + 1) % (3 * samples)] = False
     target_mask = (torch.rand(3 * samples, 6, generator=g) < 0.3) if with_targets else None
@@ -160,9 +167,9 @@ def test_padded_rows_ask_the_same(seed):
     g = torch.Generator().manual_seed(seed)
     given = (
         torch.randint(1, 50, (3, 5), generator=g),
-        torch.rand(3, 5, generator=g) < 0.7,
+        runs(3, 5, g),
         torch.randint(1, 50, (9, 6), generator=g),
-        torch.rand(9, 6, generator=g) < 0.5,
+        runs(9, 6, g),
     )
     segments = Segments.from_prompts(*given)
     input_ids, mask, row, column = segments.padded()
@@ -201,3 +208,52 @@ def test_what_is_not_scored_stays_in_the_context():
     }  # fmt: skip
     with pytest.raises(ValueError, match="chosen_loss_mask has shape"):
         Segments.from_pairs(prompt, ones, chosen, ones, rejected, ones, torch.ones(1, 2))
+
+
+IDS = torch.arange(1, 13).view(2, 6)
+WHOLE = torch.ones(2, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+def test_padding_on_any_side_is_no_hole(padding):
+    mask = WHOLE.clone()
+    mask[1, :2] = mask[1, :2] if padding == "right" else 0
+    mask[1, 4:] = mask[1, 4:] if padding == "left" else 0
+    Segments.from_prompts(IDS, mask, IDS, mask)
+    Segments.from_labels(IDS, IDS, mask)
+    Segments.from_pairs(IDS, mask, IDS, mask, IDS, mask)
+
+
+def test_a_hole_between_tokens_is_refused_by_name():
+    broken = WHOLE.clone()
+    broken[1, 2:4] = 0
+    where = "has a hole: it is 0 at row 1, column 2, between tokens that exist"
+    with pytest.raises(ValueError, match=f"^prompt_mask {where}"):
+        Segments.from_prompts(IDS, broken, IDS, WHOLE)
+    with pytest.raises(ValueError, match=f"^completion_mask {where}"):
+        Segments.from_prompts(IDS, WHOLE, IDS, broken)
+    for position, name in enumerate(("prompt", "chosen", "rejected")):
+        given = [IDS, WHOLE] * 3
+        given[2 * position + 1] = broken
+        with pytest.raises(ValueError, match=f"^{name}_attention_mask {where}"):
+            Segments.from_pairs(*given)
+    with pytest.raises(ValueError, match=f"^attention_mask {where}"):
+        Segments.from_labels(IDS, IDS, broken)
+    documents = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 0, 1]])  # padding between documents is none
+    Segments.from_labels(IDS, IDS, broken, documents)
+    documents[1, 4] = 2
+    with pytest.raises(ValueError, match=r"^attention_mask has a hole: it is 0 at row 1, column 2"):
+        Segments.from_labels(IDS, IDS, broken, documents)
+
+
+def test_a_gap_in_what_is_scored_leaves_no_gap_in_the_context():
+    own = WHOLE.clone()
+    own[:, 2:4] = 0  # a tool's result
+    segments = Segments.from_prompts(IDS, WHOLE, IDS, WHOLE, own)
+    assert contents(segments) == reference_prompts(IDS, WHOLE, IDS, WHOLE, own)
+    assert contents(segments)[4][0] == (*range(1, 7), *range(1, 5))
+
+
+def test_pairs_of_unequal_number_are_named():
+    with pytest.raises(ValueError, match="rejected_input_ids has 1 rows and prompt_input_ids 2"):
+        Segments.from_pairs(IDS, WHOLE, IDS, WHOLE, IDS[:1], WHOLE[:1])

@@ -1,0 +1,136 @@
+"""One forward pass of a policy over segments: packed where it reads them, else in right-padded rows."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alignment_modules.policies.attention import plan_attention
+from alignment_modules.policies.context import length_limit
+from alignment_modules.policies.last_layer import feed_forward_on
+from alignment_modules.policies.segments import Segments
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head: `logits = softcap(scale * (hidden @ weight.T + bias))`."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits `[..., outputs]` of states `[..., hidden]`, computed in `dtype` where one is given."""
+        weight: Tensor = self.linear.weight
+        bias: Tensor | None = self.linear.bias
+        if dtype is not None:
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        logits = F.linear(hidden, weight, bias) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = False) -> Tensor:
+    """Hidden states `[reads, d]` of the tokens that are read, or their logits `[reads, vocabulary]`.
+
+    Args:
+        model: A language model whose attention reads plans.
+        segments: At least one token.
+        hidden: Whether the hidden states are wanted.
+        trim: Whether the last feed-forward block may be left out where nothing is read.
+    """
+    plan = plan_attention(segments, model.config.get_text_config().hidden_size)
+    source = plan.position[segments.source]
+    inputs: dict[str, Any] = {
+        "input_ids": segments.token_ids[plan.gather][None],
+        # A mask of four dimensions is handed on as it is, so no [row, row] mask is built; our attention reads none.
+        "attention_mask": segments.token_ids.new_zeros((1, 1, 0, 0), dtype=torch.bool),
+        "position_ids": segments.position_ids[plan.gather][None],
+        "use_cache": False,
+        "segment_plan": plan,
+    }
+    with feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext():
+        if hidden:
+            return model.base_model(**inputs).last_hidden_state[0].index_select(0, source)
+        return model(**inputs, logits_to_keep=source).logits[0]
+
+
+def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Tensor:
+    """The same from right-padded rows, for any policy."""
+    input_ids, attention_mask, row, column = segments.padded()
+    model = language_model(policy)
+    inputs: dict[str, Any] = {}
+    # A causal policy sees nothing of padding on the right. Without a mask transformers takes its fastest kernels, and
+    # no padding token is left with nothing to attend to; other modules get the mask if they have a name for it.
+    if model is not None:
+        inputs["use_cache"] = False
+    elif "attention_mask" in inspect.signature(policy.forward).parameters:
+        inputs["attention_mask"] = attention_mask
+    limit = length_limit(model)
+    if limit is not None and segments.longest > limit:
+        return _states_row_by_row(model, input_ids, attention_mask, row, column, hidden=hidden)
+    if model is not None and hidden:
+        return model.base_model(input_ids=input_ids, **inputs).last_hidden_state[row, column]
+    output = policy(input_ids, **inputs)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None or logits.dim() != 3 or len(logits) != len(input_ids) or logits.shape[1] < input_ids.shape[1]:
+        found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"policy {type(policy).__name__} gave {found} for input_ids of shape {tuple(input_ids.shape)}; "
+            "expected logits [batch, time, vocabulary], or an object that has them as .logits"
+        )
+    virtual = logits.shape[1] - input_ids.shape[1]  # prompt tuning puts tokens of its own in front
+    return logits[row, column + virtual]
+
+
+def _states_row_by_row(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, row: Tensor, column: Tensor, *, hidden: bool
+) -> Tensor:
+    """The same from rows without neighbours or padding, for models whose numbers depend on the longest row."""
+    found, order = [], []
+    for number, length in enumerate(attention_mask.sum(1).tolist()):
+        own = (row == number).nonzero().squeeze(1)
+        inputs = {"input_ids": input_ids[number : number + 1, :length], "use_cache": False}
+        states = model.base_model(**inputs).last_hidden_state if hidden else model(**inputs).logits
+        found.append(states[0].index_select(0, column[own]))
+        order.append(own)
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def language_model(policy: nn.Module) -> Any:
+    """The transformers model inside the policy; None where there is none, or where it is not called as it is."""
+    transformers, peft = sys.modules.get("transformers"), sys.modules.get("peft")
+    if transformers is None:  # then no object can be one of its models
+        return None
+    if peft is not None and isinstance(policy, peft.PeftModel):
+        if policy.active_peft_config.is_prompt_learning:
+            return None
+        policy = policy.get_base_model()
+    return policy if isinstance(policy, transformers.PreTrainedModel) else None
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether a transformers model is a sequence classifier: one head on a whole text, called `score`."""
+    return isinstance(getattr(model, "score", None), nn.Module) and model.get_output_embeddings() is None  # type: ignore[operator]
+
+
+def find_head(model: Any) -> Head | None:
+    """The model's head, if it is a plain linear map behind a backbone that can be called on its own."""
+    if classifies(model):
+        linear = model.score
+        if hasattr(linear, "modules_to_save"):  # trained whole beside adapters, and switched off with them
+            own = linear.modules_to_save[linear.active_adapters[0]]
+            linear = linear.original_module if linear.disable_adapters else own
+        return Head(linear) if type(linear) is nn.Linear and model.base_model is not model else None
+    linear = model.get_output_embeddings()
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,111 @@
+"""Reading: one forward pass of a policy, from which any number of readers take what they need.
+
+`score` reads log-probabilities off it, a `ValueHead` values, a reward model its scalar: a shared trunk is one reading
+and two readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.functional.linear_head import upcast
+from alignment_modules.policies.context import check_length
+from alignment_modules.policies.forward import Head, classifies, find_head, language_model, packed_states, padded_states
+from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The states of the tokens that segments ask for, and the head that the policy puts on them.
+
+    Attributes:
+        states: `[reads, hidden]`, differentiable in the policy's parameters; where `head` is None the policy's outputs
+            themselves, `[reads, vocabulary]` or `[reads, outputs]`. Rows of `segments.source`.
+        head: The policy's linear head; None where it cannot be told from the rest.
+        segments: What was read.
+    """
+
+    states: Tensor
+    head: Head | None
+    segments: Segments
+
+    @property
+    def targets(self) -> Tensor:
+        """States `[targets, hidden]` of the tokens that predict the targets."""
+        return self.states if self.segments.last_rows is None else self.states[: len(self.segments.target_ids)]
+
+    @property
+    def last(self) -> Tensor:
+        """State `[rows, hidden]` of each row's last token, 0 for a row without tokens (`segments.has_last()`).
+
+        Raises:
+            ValueError: If the segments were made with `reads="targets"`.
+        """
+        rows = self.segments.last_rows
+        if rows is None:
+            raise ValueError('the segments were made with reads="targets"; reads="last" or "targets+last" is needed')
+        states = self.states[len(self.segments.target_ids) :]
+        return states.new_zeros(self.segments.shape[0], *states.shape[1:]).index_copy(0, rows, states)
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """What the policy's own head makes of states: `[..., outputs]` in float32 (float64 for a float64 policy).
+
+        Args:
+            states: `targets`, `last` or some rows of them.
+        """
+        states = upcast(states)
+        with torch.autocast(states.device.type, enabled=False):
+            return states if self.head is None else self.head(states, states.dtype)
+
+    def place(self, values: Tensor) -> Tensor:
+        """Puts one value a target where it belongs: `[targets, ...]` to `[rows, time, ...]`, 0 elsewhere."""
+        rows, time = self.segments.shape
+        flat = values.new_zeros(rows * time, *values.shape[1:]).index_copy(0, self.segments.slot, values)
+        return flat.view(rows, time, *values.shape[1:])
+
+
+def read(policy: nn.Module, segments: Segments) -> Reading:
+    """One forward pass; differentiable in all parameters of the policy.
+
+    The states are those of the padded computation up to rounding. Train or eval mode is the caller's business, as is
+    `torch.no_grad`. Where nothing is asked for the policy still runs on one token, so that what is made of the reading
+    hangs on the parameters, and every rank of a distributed run takes part in the backward pass.
+
+    Args:
+        policy: A causal language model or sequence classifier of transformers, also with peft adapters, or any causal
+            module that maps `input_ids` `[batch, time]` to outputs `[batch, time, vocabulary or outputs]` (a tensor,
+            or an object with `.logits`).
+        segments: What to read, on the policy's device.
+
+    Returns:
+        The reading.
+
+    Raises:
+        ValueError: If a row is too long for the policy, or its output has not the expected shape.
+    """
+    ability = prepare(policy)
+    if segments.tokens == 0:
+        segments = _one_token(segments)
+    model = language_model(policy)
+    check_length(policy, segments.longest, "a row")
+    head = find_head(model) if ability.hidden_states else None
+    if head is None and model is not None and classifies(model):
+        raise ValueError(
+            f"policy {type(model).__name__} cannot be read: its head `score` must be a linear map of the last hidden "
+            f"state ({ability.reason})"
+        )
+    if ability.packed and (ability.window is None or segments.longest <= ability.window):
+        states = packed_states(model, segments, hidden=head is not None, trim=ability.trims_last_layer)
+    else:
+        states = padded_states(policy, segments, hidden=head is not None)
+    return Reading(states, head, segments)
+
+
+def _one_token(segments: Segments) -> Segments:
+    """A stand-in for a batch without reads: the policy still runs, and its parameters stay in the graph."""
+    zero = segments.token_ids.new_zeros(1)
+    return replace(segments, token_ids=zero, position_ids=zero, lengths=(1,), parents=(-1,))

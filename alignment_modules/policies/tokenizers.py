@@ -1,0 +1,106 @@
+"""Tokenizers of folders and hub ids, and whether their ids fit a policy. `transformers` is imported on use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from alignment_modules.policies.config import adapter_config, listing, resolve_folder
+
+TOKENIZER_PREFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "merges")
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """Loads the tokenizer of a model folder or hub id.
+
+    A folder with an adapter and no tokenizer gives its base model's.
+
+    Args:
+        path: Folder or hub id.
+        trust_remote_code: Run tokenizer code that comes with `path`.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerBase`.
+
+    Raises:
+        ValueError: The folder is missing or holds no tokenizer, or the tokenizer cannot be read.
+    """
+    return _load_tokenizer(os.fspath(path), trust_remote_code, revision, frozenset())
+
+
+def _load_tokenizer(path: str, trust_remote_code: bool, revision: str | None, seen: frozenset[str]) -> Any:
+    """Follows adapters to their base, each folder once."""
+    folder = resolve_folder(path, "tokenizer")
+    if Path(folder).is_dir() and not any(
+        e.name.startswith(TOKENIZER_PREFIXES) or e.suffix in (".model", ".tiktoken") for e in Path(folder).iterdir()
+    ):
+        adapter = adapter_config(folder, None)
+        base = (adapter or {}).get("base_model_name_or_path")
+        seen = seen | {os.path.realpath(folder)}
+        if base and os.path.realpath(Path(base).expanduser()) in seen:
+            raise ValueError(
+                f"tokenizer={path!r}: the folder holds no tokenizer, and the base model that its adapter names "
+                f"(base_model_name_or_path={base!r}) leads back to it."
+            )
+        if base:
+            return _load_tokenizer(base, trust_remote_code, None, seen)
+        raise ValueError(
+            f"tokenizer={path!r}: the folder holds no tokenizer (such as tokenizer.json); it holds "
+            f"{listing(Path(folder))}."
+        )
+    import transformers
+
+    try:
+        options = {"revision": revision} if revision else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        size = len(tokenizer)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        where = (
+            "the folder's tokenizer"
+            if Path(folder).is_dir()
+            else f"neither a folder (looked at {Path(folder).absolute()}) nor on the hub: it"
+        )
+        raise ValueError(f"tokenizer={path!r}: {where} cannot be loaded. ({type(error).__name__}: {error})") from error
+    if size == 0:
+        raise ValueError(f"tokenizer={path!r} has an empty vocabulary.")
+    return tokenizer
+
+
+def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy") -> None:
+    """Makes sure that the policy has an embedding for every id that the tokenizer can give.
+
+    A policy with more rows than the tokenizer has tokens is fine (vocabularies are often padded). A plain module that
+    tells no size (no `get_input_embeddings`, no `config.vocab_size`) is not checked.
+
+    Args:
+        policy: The model.
+        tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length.
+        name: What the model is called in the message.
+
+    Raises:
+        ValueError: The largest id does not fit; the message names both sizes.
+    """
+    rows = vocabulary_size(policy)
+    if rows is None:
+        return
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
+    if needed > rows:
+        raise ValueError(
+            f"The tokenizer has {needed} ids (largest {needed - 1}) but the {name} {type(policy).__name__} has "
+            f"embeddings for {rows}. "
+            "Use the tokenizer that belongs to the model, or give a fresh model vocab_size >= the tokenizer's size."
+        )
+
+
+def vocabulary_size(policy: nn.Module) -> int | None:
+    """Number of ids that a policy has an embedding for; None where it does not tell."""
+    try:
+        embedding = policy.get_input_embeddings()  # type: ignore[operator]
+        return int(embedding.weight.shape[0])
+    except (AttributeError, NotImplementedError, TypeError):
+        rows = getattr(getattr(policy, "config", None), "vocab_size", None)
+        return rows if isinstance(rows, int) else None

@@ -14,17 +14,15 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
-from alignment_modules.clipping import finish_gradients, guard
 from alignment_modules.evaluation import EvaluationConfig, Evaluator
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
-from alignment_modules.makers import check_entries, check_makers, make_optimizer
+from alignment_modules.makers import check_makers, make_optimizers
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
-from alignment_modules.optimization import bind_total_steps
 from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import (
@@ -37,15 +35,14 @@ from alignment_modules.policies.load import (
 )
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reference import disable_dropout
-from alignment_modules.publishing import is_logged, publish, publish_evaluation, publish_training
+from alignment_modules.publishing import end_epoch, is_logged, publish, publish_evaluation, publish_training
 from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.text_generation import TextPrompts
-from alignment_modules.training.pieces import SEGMENTS
+from alignment_modules.training.pieces import SEGMENTS, count_tokens
+from alignment_modules.training.steps import finish_step, guard
 from alignment_modules.training.window import TINY, Window
-
-_NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
 class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModule):
@@ -134,13 +131,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """How much one batch holds: `tokens` (without padding), `samples` and `padding`."""
-        # A loss mask says which of the tokens are scored, and adds none.
-        counted = [key for key in batch if key.endswith("mask") and not key.endswith("loss_mask")]
-        masks = [batch[key] for key in counted if isinstance(batch[key], Tensor)]
-        if not masks:
-            masks = [torch.ones_like(batch["input_ids"])]
-        tokens = torch.stack([mask.sum() for mask in masks]).sum()
-        return {"tokens": tokens, "samples": len(masks[0]), "padding": sum(m.numel() for m in masks) - tokens}
+        return count_tokens(batch)
 
     # Lightning
 
@@ -177,18 +168,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def configure_optimizers(self) -> Any:
         """An optimizer, and a schedule that counts its steps, for each entry of `trained`."""
         check_trainable_types(self)
-        entries, manual = self.trained(), not self.automatic_optimization
-        check_entries(self, entries, several=manual)
-
-        def bind(schedule: Any) -> None:
-            strict = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            bind_total_steps(schedule, self.total_optimizer_steps, strict=strict)
-
-        made = [
-            make_optimizer(part, self.optimizer_for(name), self.make_lr_scheduler, bind, counts_steps=manual)
-            for name, part in entries.items()
-        ]
-        return made if len(made) > 1 else made[0]
+        return make_optimizers(self, self.trained())
 
     @property
     def total_optimizer_steps(self) -> int | float:
@@ -349,30 +329,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         A step without a single target, over all micro-batches and ranks, moves nothing: neither weights nor momentum
         nor weight decay. It counts as a step, so that schedules and `max_steps` are those of any other data.
         """
-        pairs = zip(self.windows, self.trainer.optimizers, strict=False)
-        name = next((name for name, own in pairs if own is optimizer), "policy")
-        window, prefix = self.windows[name], "" if name == "policy" else f"{name}/"
-        closed, own, due = window.close(self.reduce, self.device), not self.automatic_optimization, self.logging_due
-        # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
-        parts = self.trainer.world_size * (1 if own else self.trainer.accumulate_grad_batches)
-        clips, scale = self.max_grad_norm if own else None, None if closed.empty else parts / closed.divisor
-        norm = finish_gradients(optimizer, scale, clips, measure=due)
-        if clips is not None:
-            guard(self, optimizer)
-        if closed.empty and window.skipped == 1:
-            rank_zero_warn(
-                f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
-            )
-        elif not closed.empty:  # for callbacks, at each step and without waiting for the device
-            self.trainer.callback_metrics[f"train/{prefix}loss"] = closed.loss
-        if due:
-            measured = {"grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-            for key, value in measured.items():  # None: nothing was divided, or the optimizer sets its own rate
-                if value is not None:
-                    self._train_meters.update({f"{prefix}{key}": Statistic(torch.as_tensor(value).float())})
-        if not own:  # before the callbacks' on_train_batch_end
-            self.log_step(self.global_step + 1)
+        finish_step(self, optimizer)
 
     def configure_gradient_clipping(self, optimizer: Any, *options: Any, **more: Any) -> None:
         """Lightning's own, after which a `FiniteGuard` looks once more."""
@@ -402,18 +359,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
             ValueError: If no step of the epoch had a target. One that was cut short is judged only where no step of the
                 whole run had any.
         """
-        over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.window.learnt is False and (over or self.window.skipped == self.global_step):
-            raise ValueError(
-                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target "
-                f"({_NO_TARGETS}). Look at the data's masks and lengths"
-            )
-        unlogged = self._train_meters.copy()
-        if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            publish_training(self, self.global_step)
-        if not over:
-            self._train_meters = unlogged  # a run that goes on logs them at its own next step
-        self._keep_totals(self.global_step)
+        end_epoch(self)
 
     @property
     def logging_due(self) -> bool:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import lightning as L
 import torch
 
+from alignment_modules.training.steps import NO_TARGETS
+
 if TYPE_CHECKING:
     from alignment_modules.base import AlignmentModule
 
@@ -69,3 +71,25 @@ def publish_evaluation(module: AlignmentModule, stage: Literal["val", "test"]) -
         suffix = f"/dataloader_idx_{number}" if several else ""
         module.publish({f"{name}{suffix}": v for name, v in meters.compute(module.reduce).items()}, stage)
     module._eval_meters.clear()
+
+
+def end_epoch(module: AlignmentModule) -> None:
+    """Publishes the steps of an epoch that no interval has logged.
+
+    Raises:
+        ValueError: If no step of the epoch had a target. One that was cut short is judged only where no step of the
+            whole run had any.
+    """
+    step, window = module.global_step, module.window
+    over = module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    if window.learnt is False and (over or window.skipped == step):
+        raise ValueError(
+            f"nothing to learn in epoch {module.current_epoch}: not one of its optimizer steps had a target "
+            f"({NO_TARGETS}). Look at the data's masks and lengths"
+        )
+    unlogged = module._train_meters.copy()
+    if module._train_meters and module.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        publish_training(module, step)
+    if not over:
+        module._train_meters = unlogged  # a run that goes on logs them at its own next step
+    module._keep_totals(step)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 SEGMENTS = "segments"  # what an objective reads: of the whole batch, or a list of those of its pieces
@@ -44,6 +45,17 @@ def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: A dictionary of row tensors and lists.
     """
     return _select(batch, slice(0, 0))
+
+
+def count_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+    """How much a batch holds by its masks: `tokens` (without padding), `samples` and `padding`."""
+    # A loss mask says which of the tokens are scored, and adds none.
+    counted = [key for key in batch if key.endswith("mask") and not key.endswith("loss_mask")]
+    masks = [batch[key] for key in counted if isinstance(batch[key], Tensor)]
+    if not masks:
+        masks = [torch.ones_like(batch["input_ids"])]
+    tokens = torch.stack([mask.sum() for mask in masks]).sum()
+    return {"tokens": tokens, "samples": len(masks[0]), "padding": sum(m.numel() for m in masks) - tokens}
 
 
 def _has_rows(value: Any) -> bool:

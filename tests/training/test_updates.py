@@ -261,8 +261,8 @@ def test_a_class_can_be_both(train, assert_same):
 def test_a_foreign_batch_gets_its_message_before_its_segments(train):
     module = Both(own=False, policy=toy.Policy())
     with pytest.raises(ValueError, match="a batch for Both must hold input_ids; this one lacks input_ids"):
-        train(module, [{"prompts": torch.zeros(1, 1)}])
-    loader = DataLoader([{"prompts": torch.zeros(1, 1)}], batch_size=None)
+        train(module, [{"labels": torch.zeros(1, 1)}])
+    loader = DataLoader([{"labels": torch.zeros(1, 1)}], batch_size=None)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match="a batch for Both must hold input_ids"):
         trainer.validate(module, loader, verbose=False)

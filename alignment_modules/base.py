@@ -23,7 +23,7 @@ from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_makers, make_optimizers
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
-from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled
+from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled, refuse_float16
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import (
     PolicyConfig,
@@ -40,7 +40,7 @@ from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.text_generation import TextPrompts
-from alignment_modules.training.pieces import SEGMENTS, count_tokens
+from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens
 from alignment_modules.training.steps import finish_step, guard
 from alignment_modules.training.window import TINY, Window
 
@@ -149,11 +149,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """
         refuse_compiled(self)
         prepare(self.policy)
-        if stage == "fit" and self.trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
-            raise ValueError(
-                f"Trainer(precision={self.trainer.precision!r}) is not allowed: the sums of a language model's step "
-                "overflow float16 gradients. Use 'bf16-mixed', or '32-true'"
-            )
+        if stage == "fit":
+            refuse_float16(self.trainer.precision)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         data = getattr(self.trainer, "datamodule", None)
@@ -239,13 +236,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         Raises:
             ValueError: If it is not a dictionary or lacks a key.
         """
-        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        missing = [key for key in self.batch_keys if not isinstance(batch, Mapping) or key not in batch]
-        if missing:
-            raise ValueError(
-                f"a batch for {type(self).__name__} must hold {', '.join(self.batch_keys)}; this one lacks "
-                f"{', '.join(missing)}: it holds {found}. Does the data module belong to another paradigm?"
-            )
+        check_keys(batch, self.batch_keys, type(self).__name__)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean of the micro-batch, whose gradient is that of the sum.

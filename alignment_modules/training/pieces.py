@@ -1,6 +1,6 @@
 """A batch of rows, cut into micro-batches; what stands in where a rank has fewer than the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,26 @@ def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: A dictionary of row tensors and lists.
     """
     return _select(batch, slice(0, 0))
+
+
+def check_keys(batch: Any, keys: Sequence[str], name: str) -> None:
+    """Checks that a batch holds what it is read for.
+
+    Args:
+        batch: What the loader gave.
+        keys: What it must hold.
+        name: Who reads it, for the message.
+
+    Raises:
+        ValueError: If it is not a dictionary or lacks a key.
+    """
+    found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    missing = [key for key in keys if not isinstance(batch, Mapping) or key not in batch]
+    if missing:
+        raise ValueError(
+            f"a batch for {name} must hold {', '.join(keys)}; this one lacks {', '.join(missing)}: it holds {found}. "
+            "Does the data module belong to another paradigm?"
+        )
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:

@@ -191,8 +191,9 @@ class UpdateModule(AlignmentModule):
         if counted[0] is None:
             return None
         names = list(counted[0])
-        weights = torch.stack([torch.stack([found[name].float() for name in names]) for found in counted if found])
-        return dict(zip(names, self.reduce(weights.sum(dim=0), "sum").unbind(), strict=True))
+        sums = [torch.as_tensor(sum(found[name] for found in counted if found)) for name in names]
+        weights = torch.stack([weight.to(self.device, torch.float32) for weight in sums])
+        return dict(zip(names, self.reduce(weights, "sum").unbind(), strict=True))
 
     def _gradient_sync(self, entry: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients only with the last micro-batch of a step."""

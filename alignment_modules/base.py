@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.clipping import GuardedClipping
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
+from alignment_modules.frozen import frozen_children
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_makers, check_rate
@@ -27,8 +28,9 @@ from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic,
 from alignment_modules.optimization import bind_total_steps, parameter_groups
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.frozen import companions
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
-from alignment_modules.policies.reference import disable_dropout
+from alignment_modules.policies.modes import disable_dropout
 from alignment_modules.publishing import Publishing
 from alignment_modules.rewards import ExactMatch, RewardSet
 
@@ -50,6 +52,8 @@ class AlignmentModule(
         tokenizer: A tokenizer, or the folder of one. None: the tokenizer of the Trainer's datamodule. Needed only to
             generate, to call rewards and to export.
         evaluation: How `test` and `predict` generate and judge.
+        override_lr: Whether a run that resumes takes `optimizer`'s learning rate as it is given now. Otherwise the
+            optimizer goes on as it was saved, and another rate than the checkpoint's is refused.
     """
 
     paradigm: ClassVar[str] = "base"
@@ -66,6 +70,7 @@ class AlignmentModule(
         lr_scheduler: LRSchedulerCallable | None = None,
         tokenizer: str | object | None = None,
         evaluation: EvaluationConfig | None = None,
+        override_lr: bool = False,
     ) -> None:
         check_makers(optimizer, lr_scheduler)
         check_options(AlignmentModule.__init__, locals())
@@ -73,8 +78,8 @@ class AlignmentModule(
         keep_hyperparameters(self)
         self.policy = build_policy(policy)
         self._saves_frozen = is_fresh(policy)
-        self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
+        self.override_lr = override_lr
         self.make_lr_scheduler = lr_scheduler
         self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         given = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
@@ -99,7 +104,8 @@ class AlignmentModule(
 
     def describe(self) -> dict[str, str]:
         """What is printed at the start of `fit`: the resolved objective, line by line."""
-        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)}
+        held = {name: companion.describe() for name, companion in companions(self).items()}
+        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)} | held
 
     def extra_metrics(self, batch: dict[str, Any], objective: Objective) -> dict[str, Statistic]:
         """More statistics to log for one micro-batch."""
@@ -135,8 +141,9 @@ class AlignmentModule(
             self.tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if self.tokenizer is not None:
             check_vocabulary(self.policy, self.tokenizer)
-            if self.reference is not None:
-                check_vocabulary(self.reference, self.tokenizer, name="reference")
+            for name, companion in companions(self).items():
+                if companion.module is not None:
+                    check_vocabulary(companion.module, self.tokenizer, name=name)
 
     def configure_optimizers(self) -> Any:
         """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
@@ -163,10 +170,10 @@ class AlignmentModule(
         return self.trainer.estimated_stepping_batches
 
     def train(self, mode: bool = True) -> "AlignmentModule":
-        """Training mode, but for the reference, which stays in eval mode for ever, and dropout where it must be off."""
+        """Training mode, but for what is frozen as a whole, and for dropout where it must be off."""
         super().train(mode)
-        if getattr(self, "reference", None) is not None:
-            self.reference.eval()  # type: ignore[union-attr]
+        for child in frozen_children(self).values():
+            child.eval()
         if mode and self.compares_log_probs:
             disable_dropout(self.policy)
         return self

@@ -24,8 +24,9 @@ from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
 from alignment_modules.objective import EarlyRead, Objective, Statistic
 from alignment_modules.online import OnlineModule
+from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.reference import build_reference, reference_mode
+from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.rewards import RewardError
@@ -107,7 +108,7 @@ class GRPOModule(OnlineModule):
         self.importance_level, self.loss, self.entropy_coef = importance_level, loss, entropy_coef
         self.num_iterations, self.minibatches, self.micro_batch_size = num_iterations, minibatches, micro_batch_size
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
-        self.reference = build_reference(reference, self.policy) if beta else None
+        self.reference = frozen_companion(reference, self.policy) if beta else None
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
 
@@ -306,7 +307,7 @@ class GRPOModule(OnlineModule):
         """Log-probabilities [P, G, T] of a whole rollout without a graph, in micro-batches."""
         results = torch.zeros_like(rollout.completion_mask, dtype=torch.float32)
         size = max((self.micro_batch_size or results.shape[0] * results.shape[1]) // results.shape[1], 1)
-        with reference_mode(self.policy, self.reference if reference else self.policy) as model:
+        with self.reference.reading() if reference and self.reference else reading_mode(self.policy) as model:
             for start in range(0, len(rollout), size):
                 piece = rollout.select(slice(start, start + size))
                 scored = self._score(model, piece).token_logps

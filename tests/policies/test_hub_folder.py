@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, load_tokenizer
-from alignment_modules.policies.reference import fingerprint
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"

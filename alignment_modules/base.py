@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, Evaluator
+from alignment_modules.frozen import frozen_children
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_makers, make_optimizers
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
 from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled, refuse_float16
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.frozen import companions
 from alignment_modules.policies.load import (
     PolicyConfig,
     build_policy,
@@ -34,8 +36,8 @@ from alignment_modules.policies.load import (
     load_tokenizer,
     vocabulary_size,
 )
+from alignment_modules.policies.modes import disable_dropout
 from alignment_modules.policies.probing import prepare
-from alignment_modules.policies.reference import disable_dropout
 from alignment_modules.publishing import end_epoch, is_logged, publish, publish_evaluation, publish_training
 from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
@@ -58,6 +60,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         tokenizer: A tokenizer, or the folder of one. None: the tokenizer of the Trainer's datamodule. Needed only to
             generate, to call rewards and to export.
         evaluation: How `test` and `predict` generate and judge.
+        override_lr: Whether a run that resumes takes `optimizer`'s learning rate as it is given now. Otherwise the
+            optimizer goes on as it was saved, and another rate than the checkpoint's is refused.
     """
 
     paradigm: ClassVar[str] = "base"
@@ -79,6 +83,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         lr_scheduler: LRSchedulerCallable | None = None,
         tokenizer: str | object | None = None,
         evaluation: EvaluationConfig | None = None,
+        override_lr: bool = False,
     ) -> None:
         check_makers(optimizer, lr_scheduler)
         check_options(AlignmentModule.__init__, locals())
@@ -86,8 +91,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         keep_hyperparameters(self)
         self.policy = build_policy(policy)
         self._saves_frozen = is_fresh(policy)
-        self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
+        self.override_lr = override_lr
         self.make_lr_scheduler = lr_scheduler
         stops = own_stop_ids(self.policy, vocabulary_size(self.policy))
         self.codec = Codec(load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, stops)
@@ -124,7 +129,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def describe(self) -> dict[str, str]:
         """What is printed at the start of `fit`: the resolved objective, line by line."""
-        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)}
+        held = {name: companion.describe() for name, companion in companions(self).items()}
+        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)} | held
 
     def extra_metrics(self, batch: dict[str, Any], objective: Objective) -> dict[str, Statistic]:
         """More statistics to log for one micro-batch."""
@@ -160,8 +166,9 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
             self.tokenizer = getattr(data, "tokenizer", None)
         if self.tokenizer is not None:
             check_vocabulary(self.policy, self.tokenizer)
-            if self.reference is not None:
-                check_vocabulary(self.reference, self.tokenizer, name="reference")
+            for name, companion in companions(self).items():
+                if companion.module is not None:
+                    check_vocabulary(companion.module, self.tokenizer, name=name)
 
     def configure_optimizers(self) -> Any:
         """An optimizer, and a schedule that counts its steps, for each entry of `trained`."""
@@ -174,10 +181,10 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         return self.trainer.estimated_stepping_batches
 
     def train(self, mode: bool = True) -> "AlignmentModule":
-        """Training mode, but for the reference, which stays in eval mode for ever, and dropout where it must be off."""
+        """Training mode, but for what is frozen as a whole, and for dropout where it must be off."""
         super().train(mode)
-        if getattr(self, "reference", None) is not None:
-            self.reference.eval()  # type: ignore[union-attr]
+        for child in frozen_children(self).values():
+            child.eval()
         if mode and self.compares_log_probs:
             disable_dropout(self.policy)
         return self

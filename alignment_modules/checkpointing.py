@@ -1,6 +1,6 @@
 """What a checkpoint of this library holds beside Lightning's own entries, and what it refuses to load."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignment_modules.frozen import FrozenWeights, put_back
 from alignment_modules.objective import Meters
 from alignment_modules.optimization import Schedule
-from alignment_modules.policies.reference import fingerprint
+from alignment_modules.policies.frozen import Frozen, companions
 from alignment_modules.position import settle, take_up
 from alignment_modules.training.window import Window
 
@@ -25,13 +25,13 @@ Totals = tuple[Meters, Tensor | float, int]  # what is not logged yet, tokens, a
 class CheckpointContract(L.LightningModule):
     """Keeps what is not trained out of checkpoints, stays strict on every other key, and checks where one came from.
 
-    A checkpoint names its paradigm, the number of tokens trained on, the fingerprints of its reference and of the
-    policy's frozen weights, and whatever `extra_state` adds (plain numbers, strings, lists, dictionaries and tensors,
-    so that it loads with `weights_only=True`).
+    A checkpoint names its paradigm, the number of tokens trained on, the fingerprints of its companions and of what
+    else is frozen, and whatever `extra_state` adds (plain numbers, strings, lists, dictionaries and tensors, so that it
+    loads with `weights_only=True`).
     """
 
     paradigm: ClassVar[str]
-    reference: nn.Module | None
+    override_lr: bool
     windows: dict[str, Window]
     _train_meters: Meters
     batch_cut_short: bool = False
@@ -57,14 +57,14 @@ class CheckpointContract(L.LightningModule):
                 rank_zero_warn(f"{type(logger).__name__} cannot write: {error}")
         position = settle(checkpoint, self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
         totals = self._totals()
-        if position == "rewound":
+        if position != "whole":
             totals = dict(self._kept_totals).get(self.global_step, totals)
         meters, tokens, without_targets = totals
         checkpoint[_KEY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(tokens),
             "steps_without_targets": without_targets,
-            "reference": self._reference_fingerprint(),
+            "companions": self._companions(),
             "extra": self.extra_state(),
             "meters": per_rank(self.trainer, meters.state_dict()),
             "batch_cut_short": self.batch_cut_short,
@@ -72,32 +72,28 @@ class CheckpointContract(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses checkpoints of another paradigm and, to resume, against another reference or of another optimizer.
+        """Refuses checkpoints of another paradigm and, to resume, with other companions or of another optimizer.
 
         Raises:
             ValueError: If the checkpoint was not written by this paradigm or holds what was trained on other frozen
-                weights, or a fit resumes from it and its reference had other weights, the command line now names
-                another optimizer, or `max_steps` ended that run in the middle of a batch.
+                weights, or a fit resumes from it and a companion had other weights, the command line now names another
+                optimizer or other options of it, or `max_steps` ended that run in the middle of a batch.
         """
-        entry = checkpoint.get(_KEY)
-        found = "no module of this library" if entry is None else f"paradigm {entry['paradigm']!r}"
-        if entry is None or entry["paradigm"] != self.paradigm:
+        entry = checkpoint.get(_KEY, {})
+        found = f"paradigm {entry['paradigm']!r}" if entry else "no module of this library"
+        if "companions" not in entry or entry["paradigm"] != self.paradigm:
+            found += ", in an earlier version" if entry and "companions" not in entry else ""
             raise ValueError(
                 f"{self._checkpoint_name()} was written by {found}; {type(self).__name__} resumes only paradigm "
                 f"{self.paradigm!r}. To start from its weights, give the exported folder as `policy`."
             )
         resumes = self._trainer is not None and self._trainer.state.fn == "fit"
-        if resumes and entry["reference"] != (now := self._reference_fingerprint()):
-            raise ValueError(
-                f"{self._checkpoint_name()} was trained against {_describe(entry['reference'])}, this run has "
-                f"{_describe(now)}: pass the same `reference` (or, where it is a copy of the policy, the same "
-                "`policy`) as in the first run"
-            )
         if resumes:
+            self._check_companions(entry["companions"])
             self._check_batch_is_whole(entry, checkpoint["global_step"])
-            self._keep_typed_optimizer(checkpoint)
+            self._check_optimizer(checkpoint)
         if left_out := entry.get("left_out"):
-            put_back(checkpoint["state_dict"], super().state_dict(), left_out, self._checkpoint_name())
+            put_back(checkpoint["state_dict"], self.state_dict(), left_out, self._checkpoint_name())
         policy = self.windows["policy"]
         policy.num_tokens, policy.skipped = entry["num_tokens"], entry.get("steps_without_targets", 0)
         self._restored = {**entry, "schedules": checkpoint.get("lr_schedulers", [])}
@@ -106,7 +102,7 @@ class CheckpointContract(L.LightningModule):
     def on_train_start(self) -> None:
         """Puts back the loaders and the sums of what is not logged yet."""
         take_up(self.trainer)
-        self.batch_cut_short, self._frozen = False, None if self._saves_frozen else FrozenWeights(self)
+        self.batch_cut_short, self._frozen = False, FrozenWeights(self, ["policy"] if self._saves_frozen else [])
         entry, self._restored = self._restored or {}, None
         for config, saved in zip(self.trainer.lr_scheduler_configs, entry.get("schedules", []), strict=False):
             _warn_of_new_length(config.scheduler, saved)
@@ -127,33 +123,24 @@ class CheckpointContract(L.LightningModule):
         """
         self._kept_totals = (*self._kept_totals[-1:], (step, self._totals()))
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All weights but the reference's (a sharded, distributed checkpoint keeps them: its loader demands it)."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if not self._saves_shards():
-            for key in [key for key in state if key.startswith(f"{prefix}reference.")]:
-                del state[key]
-        return state
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads strictly; only the reference's keys may be absent.
+        """Loads strictly, all or nothing.
 
         Raises:
-            RuntimeError: If `strict` and the keys differ otherwise, or shapes differ; nothing was loaded then.
+            RuntimeError: If `strict` and the keys differ, or shapes differ; where keys differ, nothing was loaded.
         """
-        whole = {**dict(self._reference_items()), **state_dict}
-        own = super().state_dict()
-        missing, unknown = [key for key in own if key not in whole], [key for key in whole if key not in own]
+        own = self.state_dict()
+        missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
         if strict and (missing or unknown):
             raise RuntimeError(
                 f"{self._checkpoint_name()} does not fit {type(self).__name__}. Missing key(s) in state_dict: "
                 f"{_some(missing)}. Unexpected key(s) in state_dict: {_some(unknown)}. Build the module as in the run "
                 "that wrote the checkpoint."
             )
-        return super().load_state_dict(whole, strict=strict, assign=assign)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
-        """Takes the policy's frozen weights out of a checkpoint, where they can be loaded again and are whole."""
+        """Takes the frozen weights out of a checkpoint, where they can be loaded again and are whole."""
         if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             return {}
         return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)
@@ -168,10 +155,23 @@ class CheckpointContract(L.LightningModule):
                 f"batch can be extended ({getattr(self, 'optimizer_steps_per_batch', 1)} steps a batch)"
             )
 
-    def _keep_typed_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the optimizer options of the command line win over those that its saved state would bring back."""
-        then = checkpoint.get("hyper_parameters", {}).get("optimizer")
-        now = self.hparams.get("optimizer")
+    def _companions(self) -> dict[str, str]:
+        """What each frozen companion is: its fingerprint, or how else a run that resumes gets it back."""
+        return {name: _state(companion) for name, companion in companions(self).items()}
+
+    def _check_companions(self, then: dict[str, str]) -> None:
+        now = self._companions()
+        for name in {**then, **now}:
+            if then.get(name) != now.get(name):
+                raise ValueError(
+                    f"{self._checkpoint_name()} was trained against {_describe(name, then)}, this run has "
+                    f"{_describe(name, now)}: pass the same `{name}` (or, where it is a copy of the policy, the same "
+                    "`policy`) as in the first run"
+                )
+
+    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """The optimizer goes on as it was saved; refuses what the command line would have it do otherwise."""
+        then, now = checkpoint.get("hyper_parameters", {}).get("optimizer"), self.hparams.get("optimizer")
         if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
             return
         if then.get("class_path") != now.get("class_path"):
@@ -180,30 +180,22 @@ class CheckpointContract(L.LightningModule):
                 f"{now.get('class_path')}: resume with the same, or give the exported folder as `policy`"
             )
         old, new = then.get("init_args") or {}, now.get("init_args") or {}
-        for option in [option for option in new if option in old and old[option] != new[option]]:
-            rank_zero_info(f"optimizer.{option}: {new[option]} as given now; the checkpoint had {old[option]}")
+        changed = [option for option in new if option in old and old[option] != new[option]]
+        if self.override_lr and "lr" in changed:
+            changed.remove("lr")
+            rank_zero_info(f"optimizer.lr: {new['lr']} as given now; the checkpoint had {old['lr']}")
             for state in [*checkpoint.get("optimizer_states", ()), *checkpoint.get("lr_schedulers", ())]:
-                _replace(state, option, old[option], new[option])
+                _change_rate(state, old["lr"], new["lr"])
+        for option in changed:
+            way = ", set override_lr=true to go on with the new one" if option == "lr" else ""
+            raise ValueError(
+                f"optimizer.{option}={new[option]}, but {self._checkpoint_name()} goes on with its optimizer as it was "
+                f"saved, with {old[option]}: give that{way}, or start a new run with the exported folder as `policy`"
+            )
 
     def _checkpoint_name(self) -> str:
         path = None if self._trainer is None else getattr(self._trainer, "ckpt_path", None)
         return f"checkpoint {str(path)!r}" if path else "this checkpoint"
-
-    def _reference_items(self) -> Iterator[tuple[str, Any]]:
-        if self.reference is not None:
-            for key, value in self.reference.state_dict().items():
-                yield f"reference.{key}", value
-
-    def _reference_fingerprint(self) -> str | None:
-        if self.reference is None:
-            return None
-        if not hasattr(self, "_cached_fingerprint"):
-            self._cached_fingerprint = fingerprint(self.reference)
-        return self._cached_fingerprint
-
-    def _saves_shards(self) -> bool:
-        trainer = self._trainer
-        return trainer is not None and getattr(trainer.strategy, "_save_distributed_checkpoint", False)
 
 
 def per_rank(trainer: L.Trainer, value: Any) -> list[Any] | None:
@@ -239,21 +231,29 @@ def _warn_of_new_length(schedule: Any, saved: dict[str, Any]) -> None:
     )
 
 
-def _describe(reference: str | None) -> str:
-    return "no reference" if reference is None else f"a reference with fingerprint {reference[:12]}"
+def _state(companion: Frozen) -> str:
+    if companion.module is None:
+        return "the policy, adapter off"
+    return "saved" if companion.saved else str(companion.fingerprint())
+
+
+def _describe(name: str, held: Mapping[str, str]) -> str:
+    state = held.get(name)
+    if state is None or " " in state:
+        return f"no {name}" if state is None else f"{state}, as {name}"
+    return f"a {name} that is saved with it" if state == "saved" else f"a {name} with fingerprint {state[:12]}"
 
 
 def _some(keys: list[str]) -> str:
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
-def _replace(state: dict[str, Any], option: str, old: Any, new: Any) -> None:
-    """Puts a new value of an option into the saved state of an optimizer or a schedule."""
+def _change_rate(state: dict[str, Any], old: float, new: float) -> None:
+    """Scales the rates in the saved state of an optimizer or a schedule, which may have moved them."""
+
+    def scaled(rate: Any) -> Any:
+        return new if rate == old else rate * new / old
+
     for group in state.get("param_groups", ()):
-        if option == "lr":  # a schedule has moved it away from what was given
-            group["lr"] = new if group["lr"] == old else group["lr"] * new / old
-            group.update({"initial_lr": new} if "initial_lr" in group else {})
-        elif group.get(option) == old or group.get(option) == tuple(old if isinstance(old, list) else [old]):
-            group[option] = new  # not where the group has its own value, as vectors have for weight decay
-    if option == "lr" and "base_lrs" in state:
-        state["base_lrs"] = [new] * len(state["base_lrs"])
+        group.update({key: scaled(group[key]) for key in ("lr", "initial_lr") if key in group})
+    state.update({key: [scaled(rate) for rate in state[key]] for key in ("base_lrs", "_last_lr") if key in state})

@@ -1,6 +1,5 @@
 """Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from alignment_modules.functional import BATCH_COUPLED_LOSSES, Preference, sequence_logps
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 from alignment_modules.objective import Objective, Statistic
+from alignment_modules.policies.frozen import frozen_companion, row_keys
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.reference import build_reference, reference_mode, weights_mark
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.pieces import cut_as, join
@@ -86,10 +85,8 @@ class DPOModule(UpdateModule):
         self.sorts = loss in BATCH_COUPLED_LOSSES
         self.automatic_optimization = not self.sorts
         self.preference, self.beta, self.nll_coef = preference, beta, nll_coef
-        self.reference = build_reference(reference, self.policy)
+        self.reference = frozen_companion(reference, self.policy)
         self.cache_reference = cache_reference
-        self._reference_cache: dict[bytes, Tensor] = {}
-        self._reference_mark = b""
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """Each prompt with its two completions."""
@@ -147,35 +144,12 @@ class DPOModule(UpdateModule):
 
     def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
         """Summed log-probabilities under the reference, [pairs, 2]."""
-        if not self.cache_reference:
-            return self._score_reference(segments)
-        if self._reference_cache and weights_mark(self.policy, self.reference) != self._reference_mark:
-            self._reference_cache.clear()
-        keys = self._pair_keys(batch)
-        if keys and all(key in self._reference_cache for key in keys):
-            return torch.stack([self._reference_cache[key] for key in keys])
-        logps = self._score_reference(segments)
-        self._reference_cache.update(zip(keys, logps.clone().unbind(), strict=True))
-        self._reference_mark = weights_mark(self.policy, self.reference)  # as the forward pass leaves them
-        return logps
 
-    def _score_reference(self, segments: Segments) -> Tensor:
-        with reference_mode(self.policy, self.reference) as reference:
-            return sequence_logps(score(reference, segments).token_logps).view(-1, 2)
+        def compute() -> Tensor:
+            with self.reference.reading() as reference:
+                return sequence_logps(score(reference, segments).token_logps).view(-1, 2)
 
-    def _pair_keys(self, batch: dict[str, Any]) -> list[bytes]:
-        """One key a pair, made of its tokens and of those not scored: data sets and splits are never mixed up."""
-        sides = []
-        for name in ("prompt", "chosen", "rejected"):
-            mask = batch[f"{name}_attention_mask"].cpu().bool()
-            sides.append((batch[f"{name}_input_ids"].cpu(), mask))
-            loss_mask = batch.get(f"{name}_loss_mask")
-            sides.append((mask & (mask if loss_mask is None else loss_mask.cpu().bool()), mask))
-        keys = []
-        for row in range(len(sides[0][0])):
-            parts = [values[row][mask[row]].tolist() for values, mask in sides]
-            keys.append(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest())
-        return keys
+        return self.reference.cached(_pair_keys(batch), compute) if self.cache_reference else compute()
 
     def statistics(
         self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor
@@ -204,9 +178,7 @@ class DPOModule(UpdateModule):
             + f", divergence {options.f_divergence}" * (options.f_divergence != "reverse_kl")
             + "; sorts the pairs of the optimizer step, over all micro-batches and ranks" * self.sorts,
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
-            "reference": "the policy, adapter off"
-            if self.reference is None
-            else f"{type(self.reference).__name__}, frozen{', log-probabilities cached' * self.cache_reference}",
+            "reference": f"{self.reference.describe()}{', log-probabilities cached' * self.cache_reference}",
         }
 
 
@@ -218,3 +190,14 @@ def _token_statistics(scores: Scores) -> dict[str, Statistic]:
         "mean_token_accuracy": Statistic((chosen & mask).sum(), mask.sum()),
         "entropy": Statistic(scores.entropy.detach().sum(), scores.mask.sum()),
     }
+
+
+def _pair_keys(batch: dict[str, Any]) -> list[bytes]:
+    """One key a pair, made of its tokens and of those not scored."""
+    columns = []
+    for name in ("prompt", "chosen", "rejected"):
+        mask = batch[f"{name}_attention_mask"].bool()
+        loss_mask = batch.get(f"{name}_loss_mask")
+        scored = mask if loss_mask is None else mask & loss_mask.bool()
+        columns += [(batch[f"{name}_input_ids"], mask), (scored, mask)]
+    return row_keys(*columns)

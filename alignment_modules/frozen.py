@@ -3,22 +3,39 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from alignment_modules.policies.reference import fingerprints
+from alignment_modules.policies.fingerprints import fingerprints
+from alignment_modules.policies.frozen import companions
+
+
+def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that have parameters of which none is trained, by name."""
+    found = {}
+    for name, child in module.named_children():
+        flags = {parameter.requires_grad for parameter in child.parameters()}
+        if flags == {False}:
+            found[name] = child
+    return found
 
 
 class FrozenWeights:
-    """The parameters of a module that are frozen at the start of a fit, but for those of its `reference`.
+    """The parameters of a module that are frozen at the start of a fit, and the buffers of its frozen children.
+
+    Companions (`Frozen`) look after themselves and are not among them.
 
     Args:
         module: The module, as it is about to be trained.
+        kept: Names of children whose weights a checkpoint keeps, frozen or not.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        frozen = ((name, p) for name, p in _parameters(module) if not p.requires_grad)
+    def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
+        held = tuple(f"{name}." for name in (*companions(module), *kept))
+        whole = tuple(f"{name}." for name in frozen_children(module))
+        frozen = [(name, p) for name, p in _parameters(module) if not p.requires_grad]
+        frozen += [(name, b) for name, b in _buffers(module) if name.startswith(whole)]
         # PyTorch counts the changes of a tensor, so that one which is thawed and frozen again is known to have moved.
-        self._versions = {name: p._version for name, p in frozen if not name.startswith("reference.")}
+        self._versions = {name: tensor._version for name, tensor in frozen if not name.startswith(held)}
         self._fingerprints: dict[str, str] = {}
 
     def leave_out(self, module: nn.Module, state: dict[str, Any], *, describe: bool) -> dict[str, str]:
@@ -32,7 +49,8 @@ class FrozenWeights:
         Returns:
             The fingerprint of each entry left out; empty without `describe`.
         """
-        still = {n for n, p in _parameters(module) if not p.requires_grad and self._versions.get(n) == p._version}
+        now = [*_parameters(module), *_buffers(module)]
+        still = {n for n, t in now if not t.requires_grad and self._versions.get(n) == t._version}
         # a quantized weight has entries of its own below its name
         keys = [key for key in state if any(name in still for name in _prefixes(key))]
         if describe:
@@ -68,8 +86,12 @@ def put_back(state: dict[str, Any], own: dict[str, Any], left_out: dict[str, str
     state.update(present)
 
 
-def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def _parameters(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return module.named_parameters(remove_duplicate=False)
+
+
+def _buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return module.named_buffers(remove_duplicate=False)
 
 
 def _prefixes(key: str) -> Iterable[str]:

@@ -22,8 +22,8 @@ from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
 from alignment_modules.objective import EarlyRead, Objective, Statistic
 from alignment_modules.paradigms.acting import ActingModule
+from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.reference import build_reference
 from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
@@ -99,7 +99,7 @@ class GRPOModule(ActingModule):
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
-        self.reference = build_reference(reference, self.policy) if beta else None
+        self.reference = frozen_companion(reference, self.policy) if beta else None
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
 

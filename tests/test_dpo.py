@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from alignment_modules import DPOModule, LoraConfig, PolicyConfig, SFTModule
-from alignment_modules.policies.reference import fingerprint
+from alignment_modules.policies.fingerprints import fingerprint
 
 
 def pairs(count=4, seed=0):
@@ -51,9 +51,9 @@ def test_learning_raises_the_margin(make, train):
 
 def test_reference_is_frozen_for_ever(make, train):
     module = make()
-    before = fingerprint(module.reference)
+    before = module.reference.fingerprint()
     trainer = train(module, [pairs()] * 3)
-    assert fingerprint(module.reference) == before
+    assert module.reference.fingerprint() == before
     assert fingerprint(module.policy) != before
     trained = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert not any(id(p) in trained or p.requires_grad for p in module.reference.parameters())
@@ -91,14 +91,14 @@ def test_checkpoint_without_reference_resumes(make, train, tmp_path):
     held = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert not any("reference" in key for key in held["state_dict"])
     module = make()
-    initial = fingerprint(module.reference)
+    initial = module.reference.fingerprint()
 
     resumed = L.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     resumed.fit(module, torch.utils.data.DataLoader([pairs()] * 2, batch_size=None), ckpt_path=tmp_path / "a.ckpt")
     assert resumed.global_step == 4
-    assert fingerprint(module.reference) == initial
+    assert module.reference.fingerprint() == initial
 
 
 @pytest.mark.parametrize("kind", ["paradigm", "reference"])
@@ -132,11 +132,11 @@ def test_cached_reference_gives_the_same_losses(make, train, monkeypatch):
     plain = train(make(), batches, max_epochs=2).callback_metrics
     module = make(cache_reference=True)
     calls = []
-    original = module.reference.forward
-    module.reference.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    original = module.reference.module.forward
+    module.reference.module.forward = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
     cached = train(module, batches, max_epochs=2).callback_metrics
     assert float(cached["train/loss"]) == pytest.approx(float(plain["train/loss"]), abs=1e-6)
-    assert len(module._reference_cache) == 4
+    assert len(module.reference._scores) == 4
     assert len(calls) == 1
 
 
@@ -152,7 +152,7 @@ def test_the_cache_knows_pairs_by_their_tokens(make, train):
     trainer.fit(module, *loaders)
     for name in ("train/loss", "val/loss"):
         assert float(trainer.callback_metrics[name]) == pytest.approx(math.log(2), abs=1e-6)
-    assert len(module._reference_cache) == 8
+    assert len(module.reference._scores) == 8
 
 
 def test_other_divergences_have_their_own_loss(make, train):
@@ -168,7 +168,7 @@ def test_lora_reference_is_the_adapter_switched_off(train, tiny_llama_config):
     torch.manual_seed(0)
     policy = PolicyConfig(config=tiny_llama_config, lora=LoraConfig(r=4, dropout=0.3))
     module = DPOModule(policy=policy, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2))
-    assert module.reference is None
+    assert module.reference.module is None
     metrics = train(module, [pairs()]).callback_metrics
     assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
     assert train(module, [pairs()] * 8).callback_metrics["train/loss"] < math.log(2)
@@ -321,7 +321,7 @@ def test_the_cache_tells_loss_masks_apart(make, train, long_pairs):
     still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0), "cache_reference": True}
     module = make(**still)
     train(module, [copy.deepcopy(long_pairs), turns_of_a_user(copy.deepcopy(long_pairs))])
-    assert len(module._reference_cache) == 8
+    assert len(module.reference._scores) == 8
     metrics = train(module, [turns_of_a_user(copy.deepcopy(long_pairs))]).callback_metrics
     assert float(metrics["train/loss"]) == pytest.approx(math.log(2), abs=1e-7)
 
@@ -337,12 +337,12 @@ def test_the_cache_ends_with_the_references_weights(make, train, tiny_llama, cha
         module = make(beta=0.5, cache_reference=cache, optimizer=lambda p: torch.optim.SGD(p, lr=0))
         train(module, [pairs()])
         if change == "load_state_dict":
-            module.reference.load_state_dict(other.state_dict())
+            module.reference.module.load_state_dict(other.state_dict())
         elif change == "data":  # as a callback does that moves the reference after the policy
             for mine, new in zip(module.reference.parameters(), other.parameters(), strict=True):
                 mine.data.mul_(0.0).add_(new.data)
         else:
-            module.reference = copy.deepcopy(other)
+            module.reference.module = copy.deepcopy(other)
         return float(train(module, [pairs()]).callback_metrics["train/loss"])
 
     expected = second_loss(False)

@@ -165,7 +165,7 @@ class TestDPO:
 
         margin = logps(tiny_llama, "chosen") - logps(tiny_llama, "rejected")
         with torch.no_grad():
-            reference_margin = logps(module.reference, "chosen") - logps(module.reference, "rejected")
+            reference_margin = logps(module.reference.module, "chosen") - logps(module.reference.module, "rejected")
         margin = margin - reference_margin
         (-F.logsigmoid(0.5 * margin)).mean().backward()
         expected = {f"policy.{name}": -p.grad for name, p in tiny_llama.named_parameters()}

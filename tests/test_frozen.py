@@ -6,10 +6,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.utils.data import DataLoader
 
 from alignment_modules import SFTModule
-from alignment_modules.policies import LoraConfig
+from alignment_modules.policies import LoraConfig, PolicyConfig, frozen_companion
 from alignment_modules.policies.lora import add_lora
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -86,6 +87,66 @@ def test_another_base_is_refused_by_name(tiny_llama, tmp_path, change):
         ValueError, match=r"two.ckpt.* frozen tensors; this model has others in the place of 1 .*layers.1"
     ):
         fit(adapted(other), resume=path)
+
+
+class WithHelpers(SFTModule):
+    """A user's module: two children that are not trained, under names of the user's own."""
+
+    def __init__(self, seed=0, **options):
+        super().__init__(**options)
+        torch.manual_seed(seed)
+        self.helper = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()).requires_grad_(False)
+        self.teacher = frozen_companion(None, self.policy, name="teacher")
+        self.modes = []
+
+    def objective(self, batch):
+        self.modes.append([child.training for child in (self.policy, *self.helper, *self.teacher.modules())])
+        self.helper(torch.ones(3, 2))
+        return super().objective(batch)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_frozen_children_are_in_eval_mode_and_in_no_checkpoint(tiny_llama, tiny_llama_config, tmp_path, fresh):
+    policy = PolicyConfig(config=tiny_llama_config) if fresh else tiny_llama
+    module = WithHelpers(policy=policy)
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    loader = DataLoader(BATCHES, batch_size=None)
+    trainer.fit(module, loader, loader)
+    assert module.modes[-1] == [True] + [False] * (len(module.modes[-1]) - 1)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    held = torch.load(tmp_path / "two.ckpt", weights_only=True)
+    assert all(key.startswith("policy.") for key in held["state_dict"])
+    assert set(held["alignment_module"]["companions"]) == {"teacher"}
+    other = WithHelpers.load_from_checkpoint(tmp_path / "two.ckpt", policy=copy.deepcopy(module.policy))
+    assert equal(other, module)
+    with pytest.raises(ValueError, match=r"this model has others in the place of . of them \(helper"):
+        WithHelpers.load_from_checkpoint(tmp_path / "two.ckpt", policy=copy.deepcopy(module.policy), seed=1)
+    again = WithHelpers(policy=tiny_llama)
+    again.teacher.module.lm_head.weight.data += 1.0
+    with pytest.raises(ValueError, match=r"trained against a teacher with fingerprint .* pass the same `teacher`"):
+        trainer.fit(again, loader, ckpt_path=tmp_path / "two.ckpt")
+
+
+class Averages(SFTModule):
+    """Keeps an average of the policy, as TR-DPO does with its reference."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.average = frozen_companion(None, self.policy, saved=True)
+
+    def on_train_batch_end(self, *_):
+        self.average.refresh(0.5)
+
+
+def test_a_companion_that_moves_is_saved_and_goes_on(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SFTModule", Averages)
+    whole = fit(copy.deepcopy(tiny_llama))
+    half = fit(copy.deepcopy(tiny_llama), steps=2, path=tmp_path / "two.ckpt")
+    resumed = fit(copy.deepcopy(tiny_llama), resume=tmp_path / "two.ckpt")
+    assert equal(resumed, whole)
+    assert not equal(half.average.module, half.policy)
+    assert {key.split(".")[0] for key in whole.state_dict()} == {"policy", "average"}
 
 
 class Thaw(Callback):

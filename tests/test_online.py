@@ -10,7 +10,7 @@ import torch
 from alignment_modules import GRPOModule
 from alignment_modules.callbacks import SampleTable
 from alignment_modules.functional import ADVANTAGE_SCALES
-from alignment_modules.policies.reference import fingerprint
+from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rewards import ExactMatch, RewardError
 
 
@@ -233,7 +233,7 @@ def test_logits_that_are_not_finite_name_the_step(make, train, where):
     class Spoil(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             if batch_idx == 2:
-                model = module.reference if where == "reference" else module.policy
+                model = module.reference.module if where == "reference" else module.policy
                 next(iter(model.parameters())).data.fill_(nan)
 
     batch = prompts() if where == "sampling" else given([0.0, 1.0] * 4)

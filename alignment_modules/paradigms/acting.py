@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
-from alignment_modules.policies.reference import reference_mode
+from alignment_modules.policies.frozen import Frozen
+from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.rewards import RewardError, RewardSet
@@ -150,7 +151,7 @@ class ActingModule(UpdateModule):
         return score(model, segments.to(self.device), temperature=self.actor.sampling.temperature, ask=ask)
 
     @torch.no_grad()
-    def score_rollout(self, rollout: Rollout, companion: nn.Module | None = None) -> Tensor:
+    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None) -> Tensor:
         """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
@@ -162,7 +163,7 @@ class ActingModule(UpdateModule):
         """
         results = torch.zeros(rollout.ids.shape, device=self.device)
         size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
-        with reference_mode(self.policy, self.policy if companion is None else companion) as model:
+        with reading_mode(self.policy) if companion is None else companion.reading() as model:
             for start in range(0, len(rollout), size):
                 piece = rollout.select(slice(start, start + size))
                 rows = slice(start * rollout.group, (start + size) * rollout.group)

@@ -179,9 +179,9 @@ def words(value):
 
 @pytest.mark.parametrize(("group", "cls"), list(cases()), ids=lambda value: getattr(value, "__name__", value))
 def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
-    for place in ("alignment_modules.base.build_policy", "alignment_modules.dpo.build_reference"):
+    for place in ("alignment_modules.base.build_policy", "alignment_modules.dpo.frozen_companion"):
         monkeypatch.setattr(place, stub_policy)
-    monkeypatch.setattr("alignment_modules.grpo.build_reference", stub_policy)
+    monkeypatch.setattr("alignment_modules.grpo.frozen_companion", stub_policy)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     wrong, count = [], 0
     for level, parameter, hint, _ in options_of(cls):

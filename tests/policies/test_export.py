@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
-from alignment_modules.policies.reference import fingerprint
 from alignment_modules.policies.tokenizers import load_tokenizer
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)

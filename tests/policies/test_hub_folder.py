@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import PolicyConfig, build_policy
-from alignment_modules.policies.reference import fingerprint
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer
 
 TEMPLATE = (

@@ -139,7 +139,7 @@ def test_importing_costs_no_transformers():
         "import sys, types; parent = sys.modules['alignment_modules'] = types.ModuleType('alignment_modules'); "
         f"parent.__path__ = [{str(Path(alignment_modules.__file__).parent)!r}]; "
         "import alignment_modules.policies.load, alignment_modules.policies.export, "
-        "alignment_modules.policies.reference; print({'transformers', 'peft', 'datasets'} & set(sys.modules))"
+        "alignment_modules.policies.frozen; print({'transformers', 'peft', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

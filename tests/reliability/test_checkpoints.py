@@ -52,7 +52,8 @@ class TestWritten:
     def test_holds_the_policy_and_no_reference(self, written, paradigm):
         checkpoint = torch.load(written[paradigm], weights_only=True)
         assert all(key.startswith("policy.") for key in checkpoint["state_dict"])
-        assert (checkpoint["alignment_module"]["reference"] is None) == (paradigm in ("pretrain", "sft"))
+        companions = checkpoint["alignment_module"]["companions"]
+        assert set(companions) == ({"reference"} if paradigm in ("dpo", "grpo") else set())
 
     def test_resumes(self, align, written, paradigm):
         result = fit(align, paradigm, "--trainer.max_steps", "3", "--ckpt_path", written[paradigm])
@@ -93,6 +94,13 @@ def test_of_no_module_of_ours(align, changed):
     result = fit(align, "sft", "--ckpt_path", changed(lambda checkpoint: checkpoint.pop("alignment_module")))
     assert result.code == 1
     assert "was written by no module of this library" in result.text
+
+
+def test_of_an_earlier_version(align, changed):
+    path = changed(lambda checkpoint: checkpoint["alignment_module"].pop("companions"))
+    result = fit(align, "sft", "--ckpt_path", path)
+    assert result.code == 1
+    assert "was written by paradigm 'sft', in an earlier version" in result.text
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -154,7 +162,7 @@ def test_with_an_unknown_key(align, changed, key):
 def test_against_another_reference(align, written, paradigm):
     result = fit(align, paradigm, "--model.reference", "other", "--ckpt_path", written[paradigm])
     assert result.code == 1
-    trained = torch.load(written[paradigm], weights_only=True)["alignment_module"]["reference"]
+    trained = torch.load(written[paradigm], weights_only=True)["alignment_module"]["companions"]["reference"]
     for part in (str(written[paradigm]), trained[:12], "pass the same `reference`"):
         assert part in result.text
 
@@ -175,7 +183,8 @@ def test_that_is_not_there(align, written):
 
 def test_never_overrides_what_was_typed(align, written):
     typed = ("--model.beta", "0.9", "--model.optimizer.lr", "0.25", "--trainer.max_steps", "4")
-    result = fit(align, "dpo", *typed, "--ckpt_path", written["dpo"])
+    resumed = (*typed, "--model.override_lr", "true", "--ckpt_path", written["dpo"])
+    result = fit(align, "dpo", *resumed)
     assert result.code == 0, result.text
     config = yaml.safe_load((result.root / "config.yaml").read_text())
     assert config["model"]["init_args"]["beta"] == 0.9
@@ -203,11 +212,21 @@ def test_a_typed_learning_rate_reaches_a_running_schedule(align, schedule):
 
     path, first = groups("--model.optimizer.weight_decay", "0.5")
     assert 0 < first[0]["lr"] < 0.01
+    start = path.with_name(path.name.replace("step=4", "step=2"))
     for rate in (0.01, 0.02):
-        start = path.with_name(path.name.replace("step=4", "step=2"))
-        _, resumed = groups("--model.optimizer.weight_decay", "0.3", "--model.optimizer.lr", rate, "--ckpt_path", start)
+        typed = ("--model.optimizer.lr", rate, "--model.override_lr", "true", "--model.optimizer.weight_decay", "0.5")
+        _, resumed = groups(*typed, "--ckpt_path", start)
         assert [group["lr"] for group in resumed] == pytest.approx([first[0]["lr"] * rate / 0.01] * 2)
-        assert [group["weight_decay"] for group in resumed] == [0.3, 0.0]
+        assert [group["weight_decay"] for group in resumed] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(("option", "value", "then"), [("lr", "0.25", "0.01"), ("weight_decay", "0.3", "0.01")])
+def test_an_option_that_the_saved_optimizer_would_not_take(align, written, option, value, then):
+    result = fit(align, "sft", f"--model.optimizer.{option}", value, "--ckpt_path", written["sft"])
+    assert result.code == 1
+    for part in (f"optimizer.{option}={value}", str(written["sft"]), f"with {then}", "start a new run"):
+        assert part in result.text
+    assert ("set override_lr=true" in result.text) == (option == "lr")
 
 
 def test_another_optimizer(align, written):

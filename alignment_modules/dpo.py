@@ -13,7 +13,7 @@ from alignment_modules.policies.frozen import frozen_companion, row_keys
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
-from alignment_modules.training.pieces import cut_as, join
+from alignment_modules.training.pieces import cut_as
 from alignment_modules.training.updates import UpdateModule
 
 
@@ -103,13 +103,11 @@ class DPOModule(UpdateModule):
             scores = score(self.policy, segments)
             logps = [sequence_logps(scores.token_logps).view(-1, 2), self.reference_logps(piece, segments)]
             found.append({"logps": torch.cat(logps, dim=1), "counted": scores.mask.any(dim=1).view(-1, 2).all(dim=1)})
-        own = join(found)
-        logps, counted = own["logps"], own["counted"]
-        ranks = self.all_gather_ragged(logps[counted])
-        start = sum(map(len, ranks[: self.global_rank]))
+        rows, own = self.rows_of_step(found)
+        logps, counted = rows["logps"], rows["counted"]
         partners = torch.zeros_like(logps[:, :2])
-        partners[counted] = self.preference.partners(*torch.cat(ranks).unbind(1))[start:][: int(counted.sum())]
-        known = {"reference_logps": logps[:, 2:], "partners": partners}
+        partners[counted] = self.preference.partners(*logps[counted].unbind(1))
+        known = {"reference_logps": logps[own, 2:], "partners": partners[own]}
         return [piece | part for piece, part in zip(pieces, cut_as(known, pieces), strict=True)]
 
     def objective(self, batch: dict[str, Any]) -> Objective:

@@ -14,7 +14,7 @@ from alignment_modules.policies.frozen import frozen_companion, row_keys
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
-from alignment_modules.training.pieces import cut_as, join
+from alignment_modules.training.pieces import cut_as
 from alignment_modules.training.updates import UpdateModule
 
 ROW = ("prompt_input_ids", "prompt_attention_mask", "completion_input_ids", "completion_attention_mask")
@@ -84,9 +84,8 @@ class KTOModule(UpdateModule):
         Raises:
             ValueError: If that is so in training.
         """
-        own = join([{"completion_loss_mask": piece[ROW[3]], **piece} for piece in pieces])
-        ranks, rank = (self.all_gather_ragged(own), self.global_rank) if self.training else ([own], 0)
-        rows, start = join(ranks), sum(len(part["label"]) for part in ranks[:rank])
+        marked = [{"completion_loss_mask": piece[ROW[3]], **piece} for piece in pieces]
+        rows, own = self.rows_of_step(marked)
         written = (rows[ROW[3]].bool() & rows["completion_loss_mask"].bool()).any(dim=1).tolist()
         keys = zip(row_keys((rows[ROW[0]], rows[ROW[1]])), written, strict=True)
         others = mismatched([key if some else None for key, some in keys], rows.get("index"))
@@ -95,16 +94,21 @@ class KTOModule(UpdateModule):
                 f"loss='kto' needs completions of other prompts, but all {sum(written)} of this optimizer step have "
                 "the same: use a larger batch_size, shuffled rows, no short last batch, or loss='apo_zero_unpaired'"
             )
-        other = torch.tensor(others, device=rows["label"].device)[start:][: len(own["label"])]
-        pairs = own | {name: rows[name][other] for name in rows if name.startswith("completion")}
-        exists = pairs[ROW[3]].bool() & (other >= 0)[:, None]
+        other = torch.tensor(others, device=rows["label"].device)
+        exists = rows[ROW[3]][other].bool() & (other >= 0)[:, None]
         if limit := position_limit(self.policy):
-            exists &= exists.cumsum(dim=1) <= limit - own[ROW[1]].sum(dim=1, keepdim=True)
-        pairs |= {ROW[3]: exists, "completion_loss_mask": pairs["completion_loss_mask"].bool() & exists}
-        found = [self.logps(self.segments(piece)) for piece in cut_as(pairs, pieces)]
-        sums = torch.stack([torch.stack([(ours - theirs).sum(), some.sum()]) for ours, theirs, some in found]).sum(
-            dim=0
+            exists &= exists.cumsum(dim=1) <= limit - rows[ROW[1]].sum(dim=1, keepdim=True)
+        mine = (
+            rows[ROW[0]],
+            rows[ROW[1]],
+            rows[ROW[2]][other],
+            exists,
+            exists & rows["completion_loss_mask"][other].bool(),
         )
+        pairs = dict(zip((*ROW, "completion_loss_mask"), (column[own] for column in mine), strict=True))
+        found = [self.logps(self.segments(piece)) for piece in cut_as(pairs, pieces)]
+        ours, theirs, some = map(torch.cat, zip(*found, strict=True))
+        sums = torch.stack([(ours - theirs).sum(), some.sum()])
         total, count = self.reduce(sums, "sum") if self.training else sums
         return (total / count.clamp(min=1)).clamp(min=0)
 
@@ -140,10 +144,9 @@ class KTOModule(UpdateModule):
         super().publish({**values, **margins}, stage, step)
 
     def describe(self) -> dict[str, str]:
-        """Adds the loss, its normaliser and what the reference is."""
+        """Adds the loss and its normaliser."""
         weights = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.weights.items())
         return super().describe() | {
             "loss": f"{self.loss}, beta {self.beta}, {weights}",
             "normaliser": "completions of the optimizer step, over all micro-batches and ranks",
-            "reference": self.reference.describe(),
         }

@@ -31,7 +31,7 @@ def cut(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
         >>> cut({"x": [1, 2, 3], "name": "a"}, 2)
         [{'x': [1, 2], 'name': 'a'}, {'x': [3], 'name': 'a'}]
     """
-    rows, segments = _rows(batch), batch.get(SEGMENTS)
+    rows, segments = count_rows(batch), batch.get(SEGMENTS)
     if size is None or (size >= rows and not isinstance(segments, list)):
         return [dict(batch)] if rows else []
     pieces = [_select(batch, slice(start, start + size)) for start in range(0, rows, size)]
@@ -103,8 +103,21 @@ def cut_as(batch: Mapping[str, Any], pieces: Sequence[Mapping[str, Any]]) -> lis
         batch: A dictionary of row tensors and lists.
         pieces: What it is cut like; some may have no row.
     """
-    ends = list(accumulate(map(_rows, pieces)))
+    ends = list(accumulate(map(count_rows, pieces)))
     return [_select(batch, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """How many rows a batch has.
+
+    Raises:
+        ValueError: If two entries have another number of rows, or none has rows.
+    """
+    lengths = {name: len(value) for name, value in batch.items() if name != SEGMENTS and _has_rows(value)}
+    if len(set(lengths.values())) != 1:
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"a batch that is cut into micro-batches needs entries of one number of rows; found: {found}")
+    return next(iter(lengths.values()))
 
 
 def _join(parts: list[Any]) -> Any:
@@ -125,11 +138,3 @@ def _has_rows(value: Any) -> bool:
 
 def _select(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     return {name: value[rows] if _has_rows(value) else value for name, value in batch.items() if name != SEGMENTS}
-
-
-def _rows(batch: Mapping[str, Any]) -> int:
-    lengths = {name: len(value) for name, value in batch.items() if name != SEGMENTS and _has_rows(value)}
-    if len(set(lengths.values())) != 1:
-        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"a batch that is cut into micro-batches needs entries of one number of rows; found: {found}")
-    return next(iter(lengths.values()))

@@ -1,6 +1,6 @@
 """Paradigms that take their own optimizer steps: several a batch, several optimizers, or a batch seen as a whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.objective import Objective, Statistic
-from alignment_modules.training.pieces import SEGMENTS, cut, empty_like
+from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]
 
@@ -48,6 +48,20 @@ class UpdateModule(AlignmentModule):
             As many pieces, for `objective`.
         """
         return pieces
+
+    def rows_of_step(self, pieces: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], slice]:
+        """All rows of an optimizer step, for `before_updates`; outside training, this rank's: others may have none.
+
+        Args:
+            pieces: This rank's micro-batches, or what was found out about their rows.
+
+        Returns:
+            The rows of all pieces and ranks, and where this rank's stand among them.
+        """
+        own = join(pieces)
+        ranks, rank = (self.all_gather_ragged(own), self.global_rank) if self.training else ([own], 0)
+        start = sum(map(count_rows, ranks[:rank]))
+        return join(ranks), slice(start, start + count_rows(own))
 
     def units(self, piece: Any) -> dict[str, Tensor] | None:
         """The weight of each of the objective's terms in a piece, from masks alone; None: the objective has one term.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.base import AlignmentModule
-from alignment_modules.functional import BATCH_COUPLED_LOSSES, check_preference_options, preference_loss
+from alignment_modules.functional import BATCH_COUPLED_LOSSES, Preference, sequence_logps
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 from alignment_modules.objective import Objective, Statistic
 from alignment_modules.policies.load import PolicyConfig
@@ -72,12 +72,11 @@ class DPOModule(AlignmentModule):
         **common: Any,
     ) -> None:
         check_options(DPOModule.__init__, locals())
-        check_preference_options(loss=loss, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence)
+        preference = Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)
         super().__init__(**common)
-        self.beta, self.loss, self.label_smoothing, self.nll_coef = beta, loss, label_smoothing, nll_coef
+        self.preference, self.beta, self.nll_coef = preference, beta, nll_coef
         self.reference = build_reference(reference, self.policy)
         self.cache_reference = cache_reference
-        self.f_divergence, self.alpha, self.discopop_tau = f_divergence, alpha, discopop_tau
         self._reference_cache: dict[bytes, Tensor] = {}
         self._reference_mark = b""
 
@@ -87,27 +86,19 @@ class DPOModule(AlignmentModule):
         segments = Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
         details = not self.training or self.logging_due
         scores = score(self.policy, segments, ask=["entropy", "accuracy"] if details else [])
-        logps = scores.token_logps.sum(dim=1).view(-1, 2)
+        logps = sequence_logps(scores.token_logps).view(-1, 2)
         lengths = scores.mask.sum(dim=1).view(-1, 2)
         reference_logps = self.reference_logps(batch, segments)
         # A pair without a scored token in either completion compares nothing.
         counted = lengths.amin(dim=1) > 0
-        if self.loss in BATCH_COUPLED_LOSSES:  # nor may it take part in the others' order
+        if self.preference.loss in BATCH_COUPLED_LOSSES:  # nor may it take part in the others' order
             logps, lengths, reference_logps = logps[counted], lengths[counted], reference_logps[counted]
             counted = counted[counted]
-        losses = preference_loss(
-            logps[:, 0],
-            logps[:, 1],
-            reference_logps[:, 0],
-            reference_logps[:, 1],
-            loss=self.loss,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
+        losses = self.preference(
+            *logps.unbind(1),
+            *reference_logps.unbind(1),
             chosen_lengths=lengths[:, 0],
             rejected_lengths=lengths[:, 1],
-            f_divergence=self.f_divergence,
-            alpha=self.alpha,
-            discopop_tau=self.discopop_tau,
         )
         if self.nll_coef:
             losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
@@ -132,7 +123,7 @@ class DPOModule(AlignmentModule):
 
     def _score_reference(self, segments: Segments) -> Tensor:
         with reference_mode(self.policy, self.reference) as reference:
-            return score(reference, segments).token_logps.sum(dim=1).view(-1, 2)
+            return sequence_logps(score(reference, segments).token_logps).view(-1, 2)
 
     def _pair_keys(self, batch: dict[str, Any]) -> list[bytes]:
         """One key a pair, made of its tokens and of those not scored: data sets and splits are never mixed up."""
@@ -168,11 +159,13 @@ class DPOModule(AlignmentModule):
 
     def describe(self) -> dict[str, str]:
         """Adds the loss, its normaliser and what the reference is."""
+        options = self.preference
         coupled = "; couples the pairs of a micro-batch, so it depends on how a batch is split"
         return super().describe() | {
-            "loss": f"{self.loss}, beta {self.beta}, label smoothing {self.label_smoothing}, nll_coef {self.nll_coef}"
-            + f", divergence {self.f_divergence}" * (self.f_divergence != "reverse_kl")
-            + (coupled if self.loss in BATCH_COUPLED_LOSSES else ""),
+            "loss": f"{options.loss}, beta {options.beta}, label smoothing {options.label_smoothing}, "
+            f"nll_coef {self.nll_coef}"
+            + f", divergence {options.f_divergence}" * (options.f_divergence != "reverse_kl")
+            + (coupled if options.loss in BATCH_COUPLED_LOSSES else ""),
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
             "reference": "the policy, adapter off"
             if self.reference is None

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from alignment_modules.functional import (
     ADVANTAGE_SCALES,
     KL_ESTIMATORS,
-    LOSS_REDUCTIONS,
+    Surrogate,
     aggregate,
-    check_policy_gradient_options,
-    clip_statistics,
     group_advantages,
     kl_penalty,
-    policy_gradient_loss,
     validate_kl_placement,
 )
 from alignment_modules.functional.checks import check_choice
@@ -45,7 +42,7 @@ class GRPOModule(OnlineModule):
         kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio).
         kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused.
         epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
-        epsilon_high: Clip range above 1 (clip-higher).
+        epsilon_high: Clip range above 1 (clip-higher); for "cispo" how far above 1 its cap is, 4.0 where None.
         delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
         importance_level: "token", or "sequence" (GSPO). The mean stays that of `loss`: "grpo" averages over
             completions, as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
@@ -53,7 +50,8 @@ class GRPOModule(OnlineModule):
         minibatches: Optimizer steps in a pass.
         micro_batch_size: Completions in one forward and backward pass; None: a whole minibatch.
         loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
-        scale_rewards: "group", "batch", "none", "leave_one_out" or "mean"; see `group_advantages` for the formulas.
+        scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
+            the formulas.
         mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
             Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
@@ -91,9 +89,7 @@ class GRPOModule(OnlineModule):
     ) -> None:
         check_options(GRPOModule.__init__, locals())
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-        check_policy_gradient_options(
-            loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta, importance_level=importance_level
-        )
+        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level)
         if online.get("num_generations") == 1:
             raise ValueError("num_generations=1 must be at least 2: a group's completions are compared with each other")
         if scale_rewards not in ADVANTAGE_SCALES:
@@ -103,8 +99,7 @@ class GRPOModule(OnlineModule):
         validate_kl_placement(kl_estimator, kl_placement)
         super().__init__(**online)
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
-        self.epsilon, self.epsilon_high, self.delta = epsilon, epsilon_high, delta
-        self.importance_level, self.loss, self.entropy_coef = importance_level, loss, entropy_coef
+        self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches, self.micro_batch_size = num_iterations, minibatches, micro_batch_size
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
         self.reference = build_reference(reference, self.policy) if beta else None
@@ -205,14 +200,7 @@ class GRPOModule(OnlineModule):
         self._early_finite = EarlyRead(self._finite)
         mask, advantages = rollout.loss_mask.flatten(0, 1), rollout.advantages.flatten()
         old_logps = token_logps.detach() if rollout.on_policy else rollout.old_logps.flatten(0, 1)
-        clipping: dict[str, Any] = {
-            "loss": self.loss,
-            "epsilon": self.epsilon,
-            "epsilon_high": self.epsilon_high,
-            "delta": self.delta,
-            "importance_level": self.importance_level,
-        }
-        values = policy_gradient_loss(token_logps, old_logps, advantages, mask, **clipping)
+        values = self.surrogate(token_logps, old_logps, advantages, mask)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
             reference_logps = rollout.reference_logps.flatten(0, 1)  # type: ignore[union-attr]
@@ -224,11 +212,11 @@ class GRPOModule(OnlineModule):
         if self.entropy_coef and scores.entropy is not None:
             values = values - self.entropy_coef * scores.entropy
         total, weight = aggregate(
-            values, mask, reduction=LOSS_REDUCTIONS[self.loss], max_length=self.sampling.max_completion_length
+            values, mask, reduction=self.surrogate.reduction, max_length=self.sampling.max_completion_length
         )
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
-            shares = clip_statistics(token_logps.detach(), old_logps, advantages, scores.mask, **clipping)
+            shares = self.surrogate.statistics(token_logps.detach(), old_logps, advantages, scores.mask)
             statistics |= {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
             if rollout.on_policy:  # how far decoding and scoring disagree; NaN where the batch brought the responses
@@ -262,14 +250,11 @@ class GRPOModule(OnlineModule):
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        cap = "" if self.delta is None else f", at most {self.delta} where the advantage is negative"
         sampling = self.sampling
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
         return super().describe() | {
-            "loss": f"{self.loss}, {self.importance_level}-level ratio clipped to [{1 - self.epsilon:g}, {1 + high:g}]"
-            f"{cap}",
-            "normaliser": f"{LOSS_REDUCTIONS[self.loss]} over the optimizer step, all micro-batches and ranks",
+            "loss": self.surrogate.describe(),
+            "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
             "advantages": f"{self.scale_rewards}, {self.num_generations} completions a prompt; 0 where a "
             "group's rewards are equal",
             "rewards": ", ".join(self.rewards.names),

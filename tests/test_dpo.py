@@ -348,3 +348,36 @@ def test_the_cache_ends_with_the_references_weights(make, train, tiny_llama, cha
     expected = second_loss(False)
     assert abs(expected - math.log(2)) > 1e-3
     assert second_loss(True) == pytest.approx(expected, abs=1e-7)
+
+
+class Unigram(nn.Module):
+    """The same distribution at every position: a completion's probability is that of its tokens in any order."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self, input_ids):
+        return self.logits.expand(*input_ids.shape, -1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_thousands_of_tokens_keep_the_sign_of_a_small_margin(train, seed):
+    """Chosen and rejected differ in one token of 8,192; summed in float32 their order decides who is better."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(16, generator=generator)
+    logits[1] = logits[0] + 1e-5  # token 1 is the better one of two
+    chosen = torch.randint(16, (12, 8192), generator=generator)
+    chosen[:, -1] = 1
+    rejected = torch.cat([chosen[:, :-1], torch.zeros(12, 1, dtype=torch.int64)], dim=1)
+    rejected = rejected[:, torch.randperm(8192, generator=generator)]
+    batch = {"prompt_input_ids": torch.zeros(12, 1, dtype=torch.int64), "chosen_input_ids": chosen}
+    batch["rejected_input_ids"] = rejected
+    batch |= {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in batch.items()}
+    module = DPOModule(policy=Unigram(logits), reference=Unigram(torch.zeros(16)))
+    metrics = train(module, [batch]).callback_metrics
+    assert metrics["train/rewards/accuracies"] == 1
+    logps = logits.log_softmax(-1)[chosen].double().sum(dim=1)
+    assert float(metrics["train/logps/chosen"]) == pytest.approx(float(logps.mean()), rel=1e-7)
+    gain = 0.1 * float(logits.log_softmax(-1)[1].double() - logits.log_softmax(-1)[0].double())
+    assert float(metrics["train/rewards/margins"]) == pytest.approx(gain, rel=0.2)  # of one float32 token

@@ -1,11 +1,18 @@
 """Pure tensor functions: log-probabilities, losses, advantages, divergences, reductions."""
 
-from alignment_modules.functional.advantages import ADVANTAGE_SCALES, generalized_advantages, group_advantages
+from alignment_modules.functional.advantages import (
+    ADVANTAGE_SCALES,
+    generalized_advantages,
+    group_advantages,
+    value_loss,
+    whiten,
+)
 from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
     linear_token_scores,
+    sequence_logps,
     token_entropy,
     token_log_probs,
 )
@@ -13,9 +20,7 @@ from alignment_modules.functional.policy_gradient import (
     IMPORTANCE_LEVELS,
     LOSS_REDUCTIONS,
     ClipMasks,
-    check_policy_gradient_options,
-    clip_masks,
-    clip_statistics,
+    Surrogate,
     importance_ratio,
     policy_gradient_loss,
 )
@@ -23,11 +28,13 @@ from alignment_modules.functional.preference import (
     BATCH_COUPLED_LOSSES,
     F_DIVERGENCES,
     PREFERENCE_LOSSES,
-    check_preference_options,
+    Preference,
     length_desensitized_logps,
     preference_loss,
 )
 from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
+from alignment_modules.functional.reward import reward_pair_loss
+from alignment_modules.functional.unpaired import UnpairedLoss, unpaired_loss
 
 __all__ = [
     "ADVANTAGE_SCALES",
@@ -41,11 +48,10 @@ __all__ = [
     "REDUCTIONS",
     "ClipMasks",
     "LinearTokenScores",
+    "Preference",
+    "Surrogate",
+    "UnpairedLoss",
     "aggregate",
-    "check_policy_gradient_options",
-    "check_preference_options",
-    "clip_masks",
-    "clip_statistics",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
@@ -56,7 +62,12 @@ __all__ = [
     "masked_mean",
     "policy_gradient_loss",
     "preference_loss",
+    "reward_pair_loss",
+    "sequence_logps",
     "token_entropy",
     "token_log_probs",
+    "unpaired_loss",
     "validate_kl_placement",
+    "value_loss",
+    "whiten",
 ]

@@ -1,4 +1,4 @@
-"""Advantages from rewards: compared within a group of completions, or estimated over time with a critic."""
+"""Advantages from rewards: compared within a group of completions, or over time with a critic, whose loss is here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
-from alignment_modules.functional.ranges import NonNegative, Range, Share, check_options
+from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
 
-ADVANTAGE_SCALES = ("group", "batch", "none", "leave_one_out", "mean")
+ADVANTAGE_SCALES = ("group", "batch", "batch_tokens", "none", "leave_one_out", "mean")
 """Names that `group_advantages` takes."""
 
 EQUAL_REWARDS = 1e-6
@@ -19,25 +19,34 @@ EQUAL_REWARDS = 1e-6
 
 @torch.no_grad()
 def group_advantages(
-    rewards: Tensor, *, scale: str = "group", ddof: Annotated[int, Range(0, 1)] = 1, eps: NonNegative = 0.0
+    rewards: Tensor,
+    *,
+    scale: str = "group",
+    lengths: Tensor | None = None,
+    ddof: Annotated[int, Range(0, 1)] = 1,
+    eps: NonNegative = 0.0,
 ) -> Tensor:
     """Advantage of each completion over its group, where `mu` and `sigma` are the group's mean and deviation.
 
     | scale | advantage | source |
     |---|---|---|
     | `group` | `(r - mu) / sigma` | GRPO, arXiv:2402.03300 |
-    | `batch` | `(r - mu) / sigma of all rewards` | REINFORCE++-baseline, arXiv:2501.03262 |
+    | `batch` | `(r - mu) / sigma of all rewards` | Lite PPO, arXiv:2508.08221 |
+    | `batch_tokens` | `c = r - mu`, whitened over all tokens | REINFORCE++-baseline, arXiv:2501.03262 |
     | `none` | `r - mu` | Dr. GRPO, arXiv:2503.20783 |
     | `leave_one_out` | `r - mean of the others` | RLOO, arXiv:2402.14740 |
     | `mean` | `(r - mu) / mu`, 0 where `mu <= 0` | MaxRL, arXiv:2602.02710 |
 
     All is computed in float64. A group whose rewards lie within 1e-6 of each other gets exactly 0: rounding residues
-    divided by a rounding residue of a deviation would otherwise be of order 1.
+    divided by a rounding residue of a deviation would otherwise be of order 1. The tokens of `batch_tokens` are
+    those of all completions with a reward, each holding its completion's `c`; a group of equal rewards counts among
+    them and still gets 0.
 
     Args:
         rewards: `[prompts, G]`. NaN: not applicable; it is left out of its group and gets advantage 0.
         scale: One of `ADVANTAGE_SCALES`.
-        ddof: 1: sample deviation (divides by G - 1), 0: population deviation.
+        lengths: `[prompts, G]`, tokens of each completion; needed by `batch_tokens` and by no other.
+        ddof: 1: sample deviation (divides by the count less 1), 0: population deviation.
         eps: Added to the deviation; not needed for stability.
 
     Returns:
@@ -61,18 +70,29 @@ def group_advantages(
         )
     if rewards.isinf().any():
         raise ValueError("rewards must be finite, or NaN where they do not apply, got an infinite one")
+    if (lengths is not None) != (scale == "batch_tokens"):
+        wrong = "needs lengths, the tokens of each completion" if lengths is None else "reads no lengths"
+        raise ValueError(f"scale={scale!r} {wrong}")
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     applies = ~rewards.isnan()
     exact = rewards.double()
     count = applies.sum(dim=1, keepdim=True)
     mean = exact.nansum(dim=1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(applies & ~_equal(exact, dim=1), exact - mean, 0.0)
+    signal = applies & ~_equal(exact, dim=1)
+    centred = torch.where(signal, exact - mean, 0.0)
     if scale == "group":
         centred = _divide(centred, _deviation(centred, count, ddof, dim=1), eps)
     elif scale == "batch":
         flat = exact[applies][None]
         spread = torch.where(_equal(flat, dim=1), 0.0, flat - flat.mean(dim=1, keepdim=True))
         centred = _divide(centred, _deviation(spread, applies.sum(), ddof, dim=1), eps)
+    elif scale == "batch_tokens":
+        check_same_shape(rewards=rewards, lengths=lengths)  # type: ignore[arg-type]
+        tokens = torch.where(applies, lengths.double(), 0.0)  # type: ignore[union-attr]
+        count = tokens.sum()
+        spread = centred - (tokens * centred).sum() / count.clamp(min=1)
+        deviation = ((tokens * spread.square()).sum() / (count - ddof).clamp(min=1)).sqrt()
+        centred = torch.where(signal, _divide(spread, deviation, eps), 0.0)
     elif scale == "leave_one_out":
         centred = centred * count / (count - 1).clamp(min=1)
     elif scale == "mean":
@@ -87,7 +107,7 @@ def generalized_advantages(
     mask: Tensor,
     *,
     gamma: Share = 1.0,
-    lam: Share = 0.95,
+    lam: Share | Tensor = 0.95,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, eq. 16) over the positions in the mask.
@@ -101,12 +121,14 @@ def generalized_advantages(
         values: `[batch, time]`, the critic's values `V_t` before the position's token.
         mask: `[batch, time]`, bool or 0/1: the policy's own tokens.
         gamma: Discount, in [0, 1].
-        lam: Trade of bias (0) for variance (1), in [0, 1].
+        lam: Trade of bias (0) for variance (1), in [0, 1]; or `[batch]`, one for each row, such as one that grows with
+            its length (VAPO, arXiv:2504.05118).
         bootstrap: `[batch]`, value after the last position; None: 0, right for sequences that ended by themselves.
 
     Returns:
         `(advantages, returns)`, each `[batch, time]` and 0 outside the mask, without gradient. `returns` is
-        `advantages + values`, the critic's target; whiten the advantages afterwards, if at all.
+        `advantages + values`, the critic's target; whiten the advantages afterwards, if at all. A critic with a `lam`
+        of its own takes the returns of a second call.
 
     Raises:
         ValueError: If shapes differ or `gamma` or `lam` is outside [0, 1].
@@ -117,6 +139,14 @@ def generalized_advantages(
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
     check_options(generalized_advantages, locals())
+    if isinstance(lam, Tensor):
+        if lam.shape != values.shape[:1]:
+            raise ValueError(f"lam must be one number or [batch] = [{values.shape[0]}], got shape {tuple(lam.shape)}")
+        if not bool(((lam >= 0) & (lam <= 1)).all()):
+            raise ValueError(f"lam must be finite numbers from 0 to 1, got {lam.tolist()}")
+        lam = lam.to(values)
+    elif lam not in Range(0, 1):
+        raise ValueError(f"lam={lam} must be a finite number from 0 to 1, or [batch] of them")
     mask = mask.bool()
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap.to(values.dtype)
@@ -129,6 +159,71 @@ def generalized_advantages(
         next_value = torch.where(here, values[:, time], next_value)
         advantages[:, time] = torch.where(here, following, 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: Annotated[int, Range(0, 1)] = 1) -> Tensor:
+    """Values of deviation 1 and mean 0 over all positions in the mask.
+
+    Give it all ranks' values: what is whitened piece by piece depends on how it was cut. Values that lie within 1e-6 of
+    each other have no deviation to speak of: nothing is left of them but their mean.
+
+    Args:
+        values: `[batch, time]`; its content outside the mask has no influence.
+        mask: `[batch, time]`, bool or 0/1.
+        shift_mean: Whether the mean becomes 0; if not, it stays what it was.
+        ddof: 1: sample deviation (divides by the count less 1), 0: population deviation.
+
+    Returns:
+        `[batch, time]`, 0 outside the mask, computed in float64 and given in the dtype of `values`.
+
+    Raises:
+        ValueError: If shapes differ or an option is not allowed.
+
+    >>> whiten(torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    tensor([[-1.,  0.,  0.],
+            [ 1.,  0.,  0.]])
+    """
+    check_same_shape(values=values, mask=mask)
+    check_options(whiten, locals())
+    mask = mask.bool()
+    kept = values[mask].double()
+    mean = kept.mean() if len(kept) else kept.sum()
+    centred = torch.where(_equal(kept.detach(), dim=0), 0.0, kept - mean)
+    square = centred.square().sum() / max(len(kept) - ddof, 1)
+    white = centred / torch.where(square > 0, square, 1.0).sqrt() + (0.0 if shift_mean else mean)
+    return torch.zeros_like(values).masked_scatter(mask, white.to(values.dtype))
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: Positive | None = 0.2
+) -> Tensor:
+    """Half the squared error of a critic, which gains nothing by moving further than `clip` in one update (PPO).
+
+    Args:
+        values: `[batch, time]`, the critic's values now.
+        old_values: `[batch, time]`, its values when the completions were made; treated as constant.
+        returns: `[batch, time]`, its targets; treated as constant.
+        mask: `[batch, time]`, bool or 0/1.
+        clip: How far from `old_values` a value may count: the larger of the two errors, as it is and with the value
+            held within that range. None: the error as it is.
+
+    Returns:
+        `[batch, time]`, 0 outside the mask.
+
+    Raises:
+        ValueError: If shapes differ or `clip` is not positive.
+
+    >>> value_loss(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.tensor([[1]]))
+    tensor([[0.3200]])
+    """
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    check_options(value_loss, locals())
+    old_values, returns = old_values.detach(), returns.detach()
+    error = (values - returns).square()
+    if clip is not None:
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (held - returns).square())
+    return 0.5 * error.masked_fill(~mask.bool(), 0)
 
 
 def _equal(rewards: Tensor, dim: int) -> Tensor:

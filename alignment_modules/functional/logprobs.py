@@ -50,6 +50,21 @@ def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -
     return -losses.reshape(targets.shape)
 
 
+def sequence_logps(token_logps: Tensor) -> Tensor:
+    """Sums over tokens, in float64: in float32 those of some thousand tokens can flip the sign of a small margin.
+
+    Args:
+        token_logps: `[batch, time]` in nats, 0 where not scored.
+
+    Returns:
+        `[batch]`, float64 (float32 on devices without it), differentiable.
+
+    >>> sequence_logps(torch.tensor([[1e8, 1.0, -1e8]]))
+    tensor([1.], dtype=torch.float64)
+    """
+    return token_logps.sum(dim=1, dtype=torch.float32 if token_logps.device.type == "mps" else torch.float64)
+
+
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of each position's distribution, `-sum p log p` with `p = softmax(logits / temperature)`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ LOSS_REDUCTIONS: dict[str, str] = {
 "bnpo" differs from "dapo" only where the count of one micro-batch stands for the count of the step; with exact counts
 they are the same.
 """
+
+CISPO_MARGIN = 4.0
+"""How far above 1 "cispo" caps the ratio by default: PPO's 0.2 would cut what it is made to keep."""
 
 IMPORTANCE_LEVELS = ("token", "sequence")
 """What one importance ratio spans. "sequence" is GSPO's (arXiv:2507.18071), meant for `epsilon` of 3e-4, not 0.2."""
@@ -72,6 +76,139 @@ def importance_ratio(token_logps: Tensor, old_token_logps: Tensor, mask: Tensor,
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
+@dataclass(frozen=True)
+class Surrogate:
+    """What a policy gradient maximises in place of the reward, as one value that checks itself.
+
+    Args:
+        loss: A key of `LOSS_REDUCTIONS`.
+        epsilon: Clip range below 1, in [0, 1]; above 1 too where `epsilon_high` is None. "cispo" reads it nowhere.
+        epsilon_high: Clip range above 1, >= 0 (DAPO's clip-higher is 0.28); for "cispo" how far above 1 its cap is.
+            None: `epsilon`, for "cispo" 4.0.
+        delta: Upper bound of the unclipped ratio, > 1 + `epsilon_high`; None: no bound.
+        importance_level: "token", or "sequence" (GSPO).
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or without effect.
+
+    >>> Surrogate(loss="cispo").describe()
+    'cispo, token-level ratio capped at 5'
+    """
+
+    loss: str = "dapo"
+    epsilon: Share = 0.2
+    epsilon_high: NonNegative | None = None
+    delta: Positive | None = None
+    importance_level: str = "token"
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSS_REDUCTIONS)
+        check_choice("importance_level", self.importance_level, IMPORTANCE_LEVELS)
+        check_options(Surrogate, vars(self))
+        if self.delta is not None and self.loss == "cispo":
+            raise ValueError(f"delta has no effect with loss='cispo' and must be None, got {self.delta}")
+        if self.delta is not None and not self.delta > self.highest:
+            raise ValueError(f"delta must be > 1 + epsilon_high = {self.highest:g}, got {self.delta}")
+
+    @property
+    def highest(self) -> float:
+        """The ratio beyond which nothing is gained: 1 and the clip range above it."""
+        if self.epsilon_high is not None:
+            return 1 + self.epsilon_high
+        return 1 + (CISPO_MARGIN if self.loss == "cispo" else self.epsilon)
+
+    @property
+    def reduction(self) -> str:
+        """The reduction that belongs to the loss, for `aggregate`."""
+        return LOSS_REDUCTIONS[self.loss]
+
+    def describe(self) -> str:
+        """The loss and its bounds, in words."""
+        ratio = f"{self.loss}, {self.importance_level}-level ratio"
+        if self.loss == "cispo":
+            return f"{ratio} capped at {self.highest:g}"
+        beyond = "" if self.delta is None else f", at most {self.delta} where the advantage is negative"
+        return f"{ratio} clipped to [{1 - self.epsilon:g}, {self.highest:g}]{beyond}"
+
+    def __call__(self, token_logps: Tensor, old_token_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """`policy_gradient_loss` with these options."""
+        weight = _per_token(advantages, token_logps)
+        mask = mask.bool()
+        ratio = importance_ratio(token_logps, old_token_logps, mask, level=self.importance_level)
+        if self.loss == "cispo":
+            values = -ratio.detach().clamp(max=self.highest) * weight * token_logps
+        else:
+            bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
+            values = -torch.minimum(bounded * weight, ratio.clamp(1 - self.epsilon, self.highest) * weight)
+        return values.masked_fill(~mask, 0)
+
+    @torch.no_grad()
+    def clip_masks(self, token_logps: Tensor, old_token_logps: Tensor, advantages: Tensor, mask: Tensor) -> ClipMasks:
+        """Tokens on which the loss clips the ratio; it takes what `policy_gradient_loss` takes.
+
+        >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
+        >>> Surrogate().clip_masks(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]])).high
+        tensor([[ True, False]])
+        """
+        weight = _per_token(advantages, token_logps)
+        mask = mask.bool()
+        ratio = importance_ratio(token_logps, old_token_logps, mask, level=self.importance_level)
+        above = mask & (ratio > self.highest)
+        if self.loss == "cispo":
+            low, high = torch.zeros_like(mask), above
+        else:
+            low, high = mask & (ratio < 1 - self.epsilon) & (weight < 0), above & (weight > 0)
+        return ClipMasks(low, high, low | high, ratio)
+
+    @torch.no_grad()
+    def statistics(
+        self, token_logps: Tensor, old_token_logps: Tensor, advantages: Tensor, mask: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor, str]]:
+        """Shares of clipped tokens under the usual metric names, ready to be added up over micro-batches and ranks.
+
+        Args:
+            token_logps: As in `policy_gradient_loss`, and so are the others.
+            old_token_logps: `[batch, time]`.
+            advantages: `[batch]` or `[batch, time]`.
+            mask: `[batch, time]`.
+
+        Returns:
+            `name -> (total, weight, kind)`, 0-dim tensors. Kind "mean": `total / weight` over all tokens; "min" and
+            "max": `total` is the extreme over sequences of their share (infinite where there is no sequence). Names are
+            `clip_ratio/{low,high,region}_mean`, `clip_ratio/low_min`, `clip_ratio/high_max`, `importance_ratio/mean`
+            and, for "cispo", `cispo_clip_ratio` in place of those of `clip_ratio`.
+
+        Raises:
+            ValueError: If shapes do not fit.
+
+        >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
+        >>> Surrogate().statistics(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]]))["clip_ratio/high_mean"]
+        (tensor(1.), tensor(2.), 'mean')
+        """
+        masks = self.clip_masks(token_logps, old_token_logps, advantages, mask)
+        mask = mask.bool()
+        tokens = mask.sum().to(token_logps.dtype)
+        ratio = torch.where(mask, masks.ratio, 0.0).sum()
+
+        def mean(clipped: Tensor) -> tuple[Tensor, Tensor, str]:
+            return clipped.sum().to(tokens.dtype), tokens, "mean"
+
+        statistics = {"importance_ratio/mean": (ratio, tokens, "mean")}
+        if self.loss == "cispo":
+            return statistics | {"cispo_clip_ratio": mean(masks.high)}
+        filled = mask.any(dim=1)
+        nothing = token_logps.new_full((1,), torch.inf)
+        lowest = torch.cat([masked_mean(masks.low.to(tokens.dtype), mask)[filled], nothing]).amin()
+        highest = torch.cat([masked_mean(masks.high.to(tokens.dtype), mask)[filled], -nothing]).amax()
+        return statistics | {
+            "clip_ratio/low_mean": mean(masks.low),
+            "clip_ratio/high_mean": mean(masks.high),
+            "clip_ratio/region_mean": mean(masks.region),
+            "clip_ratio/low_min": (lowest, tokens, "min"),
+            "clip_ratio/high_max": (highest, tokens, "max"),
+        }
+
+
 def policy_gradient_loss(
     token_logps: Tensor,
     old_token_logps: Tensor,
@@ -92,6 +229,7 @@ def policy_gradient_loss(
       arXiv:1707.06347). They differ in their reduction. With `delta`, `rho` in the first term is at most `delta`,
       which bounds the loss of tokens with negative advantage (INTELLECT-2, arXiv:2505.07291).
     - "cispo": `-sg(min(rho, 1 + epsilon_high)) A log p` (MiniMax-M1, arXiv:2506.13585): no token loses its gradient.
+      `epsilon_high` is a margin above 1 here; a cap given as it is, such as TRL's 5.0, is one of 4.0.
 
     Args:
         token_logps: `[batch, time]`, log-probabilities of the sampled tokens under the policy, in nats.
@@ -99,11 +237,11 @@ def policy_gradient_loss(
             `token_logps.detach()`: the ratio is then exactly 1 and its gradient REINFORCE's.
         advantages: `[batch]` or `[batch, time]`.
         mask: `[batch, time]`, bool or 0/1: the policy's own tokens, the stop token included.
-        loss: A key of `LOSS_REDUCTIONS`.
-        epsilon: Clip range below 1, and above 1 where `epsilon_high` is None.
-        epsilon_high: Clip range above 1 (DAPO's clip-higher is 0.28).
-        importance_level: "token", or "sequence" (GSPO).
-        delta: Upper bound of the unclipped ratio, > 1 + `epsilon_high`; None: no bound.
+        loss: As in `Surrogate`, and so are the others.
+        epsilon: Clip range below 1.
+        epsilon_high: Clip range above 1.
+        importance_level: "token" or "sequence".
+        delta: Upper bound of the unclipped ratio.
 
     Returns:
         `[batch, time]`, 0 outside the mask.
@@ -115,170 +253,8 @@ def policy_gradient_loss(
     >>> policy_gradient_loss(logps, logps, torch.tensor([0.5]), torch.tensor([[1, 1]]))
     tensor([[-0.5000, -0.5000]])
     """
-    high = check_policy_gradient_options(
-        loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, importance_level=importance_level, delta=delta
-    )
-    weight = _per_token(advantages, token_logps)
-    mask = mask.bool()
-    ratio = importance_ratio(token_logps, old_token_logps, mask, level=importance_level)
-    if loss == "cispo":
-        values = -ratio.detach().clamp(max=1 + high) * weight * token_logps
-    else:
-        bounded = ratio if delta is None else ratio.clamp(max=delta)
-        values = -torch.minimum(bounded * weight, ratio.clamp(1 - epsilon, 1 + high) * weight)
-    return values.masked_fill(~mask, 0)
-
-
-@torch.no_grad()
-def clip_masks(
-    token_logps: Tensor,
-    old_token_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    loss: str = "dapo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    importance_level: str = "token",
-    delta: float | None = None,
-) -> ClipMasks:
-    """Tokens on which `policy_gradient_loss` with the same arguments clips the ratio.
-
-    Args:
-        token_logps: As in `policy_gradient_loss`, and so are the others.
-        old_token_logps: `[batch, time]`.
-        advantages: `[batch]` or `[batch, time]`.
-        mask: `[batch, time]`.
-        loss: A key of `LOSS_REDUCTIONS`.
-        epsilon: Clip range below 1.
-        epsilon_high: Clip range above 1.
-        importance_level: "token" or "sequence".
-        delta: Upper bound of the unclipped ratio.
-
-    Returns:
-        `ClipMasks`.
-
-    Raises:
-        ValueError: As `policy_gradient_loss`.
-
-    >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
-    >>> clip_masks(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]])).high
-    tensor([[ True, False]])
-    """
-    upper = check_policy_gradient_options(
-        loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, importance_level=importance_level, delta=delta
-    )
-    weight = _per_token(advantages, token_logps)
-    mask = mask.bool()
-    ratio = importance_ratio(token_logps, old_token_logps, mask, level=importance_level)
-    above = mask & (ratio > 1 + upper)
-    if loss == "cispo":
-        low, high = torch.zeros_like(mask), above
-    else:
-        low, high = mask & (ratio < 1 - epsilon) & (weight < 0), above & (weight > 0)
-    return ClipMasks(low, high, low | high, ratio)
-
-
-@torch.no_grad()
-def clip_statistics(
-    token_logps: Tensor,
-    old_token_logps: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    loss: str = "dapo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-    importance_level: str = "token",
-    delta: float | None = None,
-) -> dict[str, tuple[Tensor, Tensor, str]]:
-    """Shares of clipped tokens under the usual metric names, ready to be added up over micro-batches and ranks.
-
-    Args:
-        token_logps: As in `policy_gradient_loss`, and so are the others.
-        old_token_logps: `[batch, time]`.
-        advantages: `[batch]` or `[batch, time]`.
-        mask: `[batch, time]`.
-        loss: A key of `LOSS_REDUCTIONS`.
-        epsilon: Clip range below 1.
-        epsilon_high: Clip range above 1.
-        importance_level: "token" or "sequence".
-        delta: Upper bound of the unclipped ratio.
-
-    Returns:
-        `name -> (total, weight, kind)`, 0-dim tensors. Kind "mean": `total / weight` over all tokens; "min" and "max":
-        `total` is the extreme over sequences of their share (infinite where there is no sequence). Names are
-        `clip_ratio/{low,high,region}_mean`, `clip_ratio/low_min`, `clip_ratio/high_max`, `importance_ratio/mean` and,
-        for "cispo", `cispo_clip_ratio` in place of those of `clip_ratio`.
-
-    Raises:
-        ValueError: As `policy_gradient_loss`.
-
-    >>> policy, old = torch.tensor([[0.0, -2.0]]), torch.tensor([[-1.0, -2.0]])
-    >>> clip_statistics(policy, old, torch.tensor([1.0]), torch.tensor([[1, 1]]))["clip_ratio/high_mean"]
-    (tensor(1.), tensor(2.), 'mean')
-    """
-    masks = clip_masks(
-        token_logps,
-        old_token_logps,
-        advantages,
-        mask,
-        loss=loss,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        importance_level=importance_level,
-        delta=delta,
-    )
-    mask = mask.bool()
-    tokens = mask.sum().to(token_logps.dtype)
-    ratio = torch.where(mask, masks.ratio, 0.0).sum()
-
-    def mean(clipped: Tensor) -> tuple[Tensor, Tensor, str]:
-        return clipped.sum().to(tokens.dtype), tokens, "mean"
-
-    statistics = {"importance_ratio/mean": (ratio, tokens, "mean")}
-    if loss == "cispo":
-        return statistics | {"cispo_clip_ratio": mean(masks.high)}
-    filled = mask.any(dim=1)
-    nothing = token_logps.new_full((1,), torch.inf)
-    lowest = torch.cat([masked_mean(masks.low.to(tokens.dtype), mask)[filled], nothing]).amin()
-    highest = torch.cat([masked_mean(masks.high.to(tokens.dtype), mask)[filled], -nothing]).amax()
-    return statistics | {
-        "clip_ratio/low_mean": mean(masks.low),
-        "clip_ratio/high_mean": mean(masks.high),
-        "clip_ratio/region_mean": mean(masks.region),
-        "clip_ratio/low_min": (lowest, tokens, "min"),
-        "clip_ratio/high_max": (highest, tokens, "max"),
-    }
-
-
-def check_policy_gradient_options(
-    *, loss: str, epsilon: Share, epsilon_high: NonNegative | None, importance_level: str, delta: Positive | None
-) -> float:
-    """Check the options of `policy_gradient_loss` without tensors, for example when a module is built.
-
-    Args:
-        loss: A key of `LOSS_REDUCTIONS`.
-        epsilon: Clip range below 1, in [0, 1].
-        epsilon_high: Clip range above 1, >= 0, or None for `epsilon`.
-        importance_level: One of `IMPORTANCE_LEVELS`.
-        delta: Upper bound of the unclipped ratio, > 1 + `epsilon_high`, or None.
-
-    Returns:
-        The clip range above 1.
-
-    Raises:
-        ValueError: If an option is unknown, out of range, or without effect.
-    """
-    check_choice("loss", loss, LOSS_REDUCTIONS)
-    check_choice("importance_level", importance_level, IMPORTANCE_LEVELS)
-    check_options(check_policy_gradient_options, locals())
-    high = epsilon if epsilon_high is None else epsilon_high
-    if delta is not None and loss == "cispo":
-        raise ValueError(f"delta has no effect with loss='cispo' and must be None, got {delta}")
-    if delta is not None and not delta > 1 + high:
-        raise ValueError(f"delta must be > 1 + epsilon_high = {1 + high:g}, got {delta}")
-    return high
+    surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level)
+    return surrogate(token_logps, old_token_logps, advantages, mask)
 
 
 def _per_token(advantages: Tensor, token_logps: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 """Names that `preference_loss` takes as `f_divergence`."""
 
 BATCH_COUPLED_LOSSES = frozenset({"aot", "aot_unpaired"})
-"""Losses that sort over the batch: they depend on which pairs share a micro-batch, so on how a step is split."""
+"""Losses that sort the pairs they are given: for a part of them, say by `Preference.partners` what the whole is."""
 
 
 class _Pairs(NamedTuple):
@@ -31,9 +32,127 @@ class _Pairs(NamedTuple):
     reference_margin: Tensor
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
-    beta: float
-    label_smoothing: float
-    discopop_tau: float
+    partners: Tensor | None
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How pairs of completions are compared, as one value that checks itself.
+
+    Args:
+        loss: One of `PREFERENCE_LOSSES`.
+        beta: Strength of the pull to the reference, > 0 (`tau` for "ipo").
+        label_smoothing: Assumed share of wrong labels, in [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such
+            term.
+        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
+        alpha: Coefficient of the alpha-divergence, in [0, 1]; 1 is "reverse_kl", 0 is "forward_kl".
+        discopop_tau: Temperature of "discopop", > 0.
+
+    Raises:
+        ValueError: If an option is unknown, out of range, or without effect on this loss.
+    """
+
+    loss: str = "sigmoid"
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0
+    f_divergence: str = "reverse_kl"
+    alpha: Share = 0.5
+    discopop_tau: Positive = 0.05
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, PREFERENCE_LOSSES)
+        check_choice("f_divergence", self.f_divergence, F_DIVERGENCES)
+        check_options(Preference, vars(self))
+        if self.label_smoothing and self.loss not in _SMOOTHED:
+            raise ValueError(
+                f"label_smoothing must be 0 for loss={self.loss!r}, which has no such term, got "
+                f"{self.label_smoothing}; it is used by {', '.join(sorted(_SMOOTHED))}"
+            )
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
+        if self.f_divergence != "reverse_kl" and self.loss not in _DIVERGENT:
+            raise ValueError(
+                f"f_divergence must be 'reverse_kl' for loss={self.loss!r}, got {self.f_divergence!r}; "
+                f"others are used by {', '.join(sorted(_DIVERGENT))}"
+            )
+
+    def __call__(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+        partners: Tensor | None = None,
+    ) -> Tensor:
+        """`preference_loss` with these options.
+
+        Args:
+            policy_chosen_logps: As in `preference_loss`, and so are the others that are not named here.
+            policy_rejected_logps: `[batch]`.
+            reference_chosen_logps: `[batch]`.
+            reference_rejected_logps: `[batch]`.
+            chosen_lengths: `[batch]` or None.
+            rejected_lengths: `[batch]` or None.
+            partners: `[batch, 2]`, what `partners` gave for these pairs, where they are a part of those that are
+                sorted. The sum over all parts is then that of the whole, and so is its gradient; the other losses
+                ignore it.
+        """
+        check_same_shape(
+            policy_chosen_logps=policy_chosen_logps,
+            policy_rejected_logps=policy_rejected_logps,
+            reference_chosen_logps=reference_chosen_logps,
+            reference_rejected_logps=reference_rejected_logps,
+        )
+        for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
+            if lengths is not None:
+                check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
+        if (chosen_lengths is None) != (rejected_lengths is None) and self.loss != "sft":
+            raise ValueError("chosen_lengths and rejected_lengths must be given together")
+        reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
+        pairs = _Pairs(
+            chosen=_divergence_score(policy_chosen_logps - reference_chosen, self.f_divergence, self.alpha),
+            rejected=_divergence_score(policy_rejected_logps - reference_rejected, self.f_divergence, self.alpha),
+            policy_chosen=policy_chosen_logps,
+            policy_margin=policy_chosen_logps - policy_rejected_logps,
+            reference_margin=reference_chosen - reference_rejected,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            partners=partners,
+        )
+        return _LOSSES[self.loss](pairs, self)
+
+    @torch.no_grad()
+    def partners(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> Tensor:
+        """For the losses of `BATCH_COUPLED_LOSSES`, what sorting holds each pair's two values against.
+
+        Args:
+            policy_chosen_logps: `[batch]`, as in `preference_loss`, of all pairs that are sorted together.
+            policy_rejected_logps: `[batch]`.
+            reference_chosen_logps: `[batch]`.
+            reference_rejected_logps: `[batch]`.
+
+        Returns:
+            `[batch, 2]`: the value of the same rank on the other side, for the pair's value on the left of the
+            difference and for that on its right.
+        """
+        policy, reference = (
+            (policy_chosen_logps, policy_rejected_logps),
+            (reference_chosen_logps, reference_rejected_logps),
+        )
+        if self.loss == "aot":
+            left, right = policy[0] - policy[1], reference[0] - reference[1]
+        else:
+            left, right = policy[0] - reference[0], policy[1] - reference[1]
+        return torch.stack([right.sort().values[_ranks(left)], left.sort().values[_ranks(right)]], dim=1)
 
 
 def preference_loss(
@@ -80,15 +199,15 @@ def preference_loss(
         reference_chosen_logps: `[batch]`, under the reference; treated as constant.
         reference_rejected_logps: `[batch]`.
         loss: One of `PREFERENCE_LOSSES`.
-        beta: Strength of the pull to the reference, > 0.
-        label_smoothing: Assumed share of wrong labels, in [0, 0.5).
+        beta: As in `Preference`, and so are the others.
+        label_smoothing: Assumed share of wrong labels.
         chosen_lengths: `[batch]`, tokens of each chosen completion, for `ipo`, `sigmoid_norm` and `sft`. None: their
             log-probabilities are taken as they are, averages or sums.
         rejected_lengths: `[batch]`, likewise.
         f_divergence: One of `F_DIVERGENCES` (arXiv:2309.16240): replaces `w` and `l` by its score where the formula
             has them through their difference.
-        alpha: Coefficient of the alpha-divergence; 1 is `reverse_kl`, 0 is `forward_kl`.
-        discopop_tau: Temperature of `discopop`, > 0.
+        alpha: Coefficient of the alpha-divergence.
+        discopop_tau: Temperature of `discopop`.
 
     Returns:
         `[batch]`.
@@ -100,78 +219,14 @@ def preference_loss(
     >>> preference_loss(zero, zero, zero, zero)
     tensor([0.6931])
     """
-    check_preference_options(
-        loss=loss,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        f_divergence=f_divergence,
-        alpha=alpha,
-        discopop_tau=discopop_tau,
-    )
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
-    )
-    for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
-        if lengths is not None:
-            check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
-    if (chosen_lengths is None) != (rejected_lengths is None) and loss != "sft":
-        raise ValueError("chosen_lengths and rejected_lengths must be given together")
-    reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
-    pairs = _Pairs(
-        chosen=_divergence_score(policy_chosen_logps - reference_chosen, f_divergence, alpha),
-        rejected=_divergence_score(policy_rejected_logps - reference_rejected, f_divergence, alpha),
-        policy_chosen=policy_chosen_logps,
-        policy_margin=policy_chosen_logps - policy_rejected_logps,
-        reference_margin=reference_chosen - reference_rejected,
+    return Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_tau=discopop_tau,
     )
-    return _LOSSES[loss](pairs)
-
-
-def check_preference_options(
-    *,
-    loss: str,
-    beta: Positive,
-    label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0,
-    f_divergence: str = "reverse_kl",
-    alpha: Share = 0.5,
-    discopop_tau: Positive = 0.05,
-) -> None:
-    """Check the options of `preference_loss` without tensors, for example when a module is built.
-
-    Args:
-        loss: One of `PREFERENCE_LOSSES`.
-        beta: > 0.
-        label_smoothing: In [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such term.
-        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
-        alpha: In [0, 1].
-        discopop_tau: > 0.
-
-    Raises:
-        ValueError: If an option is unknown, out of range, or without effect on this loss.
-    """
-    check_choice("loss", loss, PREFERENCE_LOSSES)
-    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
-    check_options(check_preference_options, locals())
-    if label_smoothing and loss not in _SMOOTHED:
-        raise ValueError(
-            f"label_smoothing must be 0 for loss={loss!r}, which has no such term, got {label_smoothing}; "
-            f"it is used by {', '.join(sorted(_SMOOTHED))}"
-        )
-    if loss == "exo_pair" and not label_smoothing:
-        raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
-    if f_divergence != "reverse_kl" and loss not in _DIVERGENT:
-        raise ValueError(
-            f"f_divergence must be 'reverse_kl' for loss={loss!r}, got {f_divergence!r}; "
-            f"others are used by {', '.join(sorted(_DIVERGENT))}"
-        )
 
 
 def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths: Tensor, *, ld_alpha: Share) -> Tensor:
@@ -225,79 +280,90 @@ def _logistic(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def _sigmoid(pairs: _Pairs) -> Tensor:
-    return _logistic(pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing)
+def _sigmoid(pairs: _Pairs, options: Preference) -> Tensor:
+    return _logistic(options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing)
 
 
-def _robust(pairs: _Pairs) -> Tensor:
-    logits, flipped = pairs.beta * (pairs.chosen - pairs.rejected), pairs.label_smoothing
+def _robust(pairs: _Pairs, options: Preference) -> Tensor:
+    logits, flipped = options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing
     return (-(1 - flipped) * F.logsigmoid(logits) + flipped * F.logsigmoid(-logits)) / (1 - 2 * flipped)
 
 
-def _ipo(pairs: _Pairs) -> Tensor:
-    return (_mean_margin(pairs) - 1 / (2 * pairs.beta)).square()
+def _ipo(pairs: _Pairs, options: Preference) -> Tensor:
+    return (_mean_margin(pairs) - 1 / (2 * options.beta)).square()
 
 
-def _hinge(pairs: _Pairs) -> Tensor:
-    return F.relu(1 - pairs.beta * (pairs.chosen - pairs.rejected))
+def _hinge(pairs: _Pairs, options: Preference) -> Tensor:
+    return F.relu(1 - options.beta * (pairs.chosen - pairs.rejected))
 
 
-def _exo_pair(pairs: _Pairs) -> Tensor:
-    logits = pairs.beta * (pairs.chosen - pairs.rejected)
-    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-pairs.label_smoothing))
-    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(pairs.label_smoothing))
+def _exo_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    logits = options.beta * (pairs.chosen - pairs.rejected)
+    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-options.label_smoothing))
+    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(options.label_smoothing))
     return wins + losses
 
 
-def _nca_pair(pairs: _Pairs) -> Tensor:
-    chosen, rejected = pairs.beta * pairs.chosen, pairs.beta * pairs.rejected
+def _nca_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    chosen, rejected = options.beta * pairs.chosen, options.beta * pairs.rejected
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-def _bco_pair(pairs: _Pairs) -> Tensor:
-    return -F.logsigmoid(pairs.beta * pairs.chosen) - F.logsigmoid(-pairs.beta * pairs.rejected)
+def _bco_pair(pairs: _Pairs, options: Preference) -> Tensor:
+    return -F.logsigmoid(options.beta * pairs.chosen) - F.logsigmoid(-options.beta * pairs.rejected)
 
 
-def _sppo_hard(pairs: _Pairs) -> Tensor:
-    target = 0.5 / pairs.beta
+def _sppo_hard(pairs: _Pairs, options: Preference) -> Tensor:
+    target = 0.5 / options.beta
     return (pairs.chosen - target).square() + (pairs.rejected + target).square()
 
 
-def _apo_zero(pairs: _Pairs) -> Tensor:
-    return torch.sigmoid(-pairs.beta * pairs.chosen) + torch.sigmoid(pairs.beta * pairs.rejected)
+def _apo_zero(pairs: _Pairs, options: Preference) -> Tensor:
+    return torch.sigmoid(-options.beta * pairs.chosen) + torch.sigmoid(options.beta * pairs.rejected)
 
 
-def _apo_down(pairs: _Pairs) -> Tensor:
-    return torch.sigmoid(pairs.beta * pairs.chosen) + torch.sigmoid(-pairs.beta * (pairs.chosen - pairs.rejected))
+def _apo_down(pairs: _Pairs, options: Preference) -> Tensor:
+    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-options.beta * (pairs.chosen - pairs.rejected))
 
 
-def _aot(pairs: _Pairs) -> Tensor:
-    margin = pairs.policy_margin.sort(dim=0).values - pairs.reference_margin.sort(dim=0).values
-    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+def _aot(pairs: _Pairs, options: Preference) -> Tensor:
+    return _in_order(pairs.policy_margin, pairs.reference_margin, pairs.partners, options)
 
 
-def _aot_unpaired(pairs: _Pairs) -> Tensor:
-    margin = pairs.chosen.sort(dim=0).values - pairs.rejected.sort(dim=0).values
-    return _logistic(pairs.beta * margin, pairs.label_smoothing)
+def _aot_unpaired(pairs: _Pairs, options: Preference) -> Tensor:
+    return _in_order(pairs.chosen, pairs.rejected, pairs.partners, options)
 
 
-def _discopop(pairs: _Pairs) -> Tensor:
-    logits = pairs.beta * (pairs.chosen - pairs.rejected)
-    modulation = logits / pairs.discopop_tau
+def _in_order(left: Tensor, right: Tensor, partners: Tensor | None, options: Preference) -> Tensor:
+    if partners is None:
+        return _logistic(options.beta * (left.sort().values - right.sort().values), options.label_smoothing)
+    # Each difference stands here twice, once with the gradient of either side.
+    held = _logistic(options.beta * (left - partners[:, 0]), options.label_smoothing)
+    held = held + _logistic(options.beta * (partners[:, 1] - right), options.label_smoothing)
+    return held - 0.5 * held.detach()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(stable=True).argsort(stable=True)
+
+
+def _discopop(pairs: _Pairs, options: Preference) -> Tensor:
+    logits = options.beta * (pairs.chosen - pairs.rejected)
+    modulation = logits / options.discopop_tau
     # The product m * exp(-logits) in one exponent: alone, the second factor overflows while the first vanishes.
     exponential = exp_bounded(F.logsigmoid(modulation) - logits, 60.0)
     return -F.logsigmoid(logits) * torch.sigmoid(-modulation) + exponential
 
 
-def _sigmoid_norm(pairs: _Pairs) -> Tensor:
-    return _logistic(pairs.beta * _mean_margin(pairs), pairs.label_smoothing)
+def _sigmoid_norm(pairs: _Pairs, options: Preference) -> Tensor:
+    return _logistic(options.beta * _mean_margin(pairs), options.label_smoothing)
 
 
-def _sft(pairs: _Pairs) -> Tensor:
+def _sft(pairs: _Pairs, options: Preference) -> Tensor:
     return -_per_token(pairs.policy_chosen, pairs.chosen_lengths)
 
 
-_LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
+_LOSSES: dict[str, Callable[[_Pairs, Preference], Tensor]] = {
     "sigmoid": _sigmoid,
     "robust": _robust,
     "ipo": _ipo,

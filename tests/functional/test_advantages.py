@@ -7,10 +7,33 @@ import math
 import pytest
 import torch
 
-from alignment_modules.functional import ADVANTAGE_SCALES, generalized_advantages, group_advantages
+from alignment_modules.functional import (
+    ADVANTAGE_SCALES,
+    generalized_advantages,
+    group_advantages,
+    value_loss,
+    whiten,
+)
 
 PROBABILITIES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 GROUP = 8
+
+
+def advantages_of(rewards, scale, lengths=None, **options):
+    """With lengths where the scale reads them: 1, 2, 3, 1, 2, ... tokens unless given."""
+    if scale == "batch_tokens" and lengths is None:
+        lengths = (torch.arange(rewards.numel()) % 3 + 1).view(rewards.shape)
+    return group_advantages(rewards, scale=scale, lengths=lengths, **options)
+
+
+def by_tokens(groups, lengths):
+    """REINFORCE++-baseline by lists: every token holds its completion's centred reward, and all are whitened."""
+    centred = [[r - sum(group) / len(group) for r in group] for group in groups]
+    tokens = torch.tensor(
+        [c for row, ns in zip(centred, lengths, strict=True) for c, n in zip(row, ns, strict=True) for _ in range(n)],
+        dtype=torch.float64,
+    )
+    return [[((c - tokens.mean()) / tokens.std()).item() for c in row] for row in centred]
 
 
 def update_weight(p, **options):
@@ -55,6 +78,9 @@ def test_probability_that_a_group_has_signal():
 def by_loops(rewards, scale):
     everything = torch.tensor([r for row in rewards for r in row], dtype=torch.float64)
     result = []
+    if scale == "batch_tokens":
+        lengths = iter(i % 3 + 1 for i in range(len(everything)))
+        return torch.tensor(by_tokens(rewards, [[next(lengths) for _ in row] for row in rewards]), dtype=torch.float64)
     for row in rewards:
         group = torch.tensor(row, dtype=torch.float64)
         for i, r in enumerate(row):
@@ -75,7 +101,7 @@ def by_loops(rewards, scale):
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
 def test_by_loops(scale):
     rewards = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(group_advantages(rewards, scale=scale), by_loops(rewards.tolist(), scale))
+    torch.testing.assert_close(advantages_of(rewards, scale), by_loops(rewards.tolist(), scale))
 
 
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
@@ -84,9 +110,9 @@ def test_equal_rewards_give_exactly_zero(scale, size):
     """Float32 means of equal rewards leave residues of order 1 after division by their deviation."""
     for value in (0.1, 0.3, 0.7, 0.9, 1 / 3, 12345.678):
         rewards = torch.full((2, size), value)
-        assert (group_advantages(rewards, scale=scale) == 0).all()
+        assert (advantages_of(rewards, scale) == 0).all()
         spread = torch.cat([rewards[:1], torch.arange(size)[None].float()])
-        assert (group_advantages(spread, scale=scale)[0] == 0).all()
+        assert (advantages_of(spread, scale)[0] == 0).all()
 
 
 def test_rewards_equal_up_to_rounding_count_as_equal():
@@ -97,11 +123,12 @@ def test_rewards_equal_up_to_rounding_count_as_equal():
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
 def test_nan_is_left_out_of_its_group(scale):
     rewards = torch.tensor([[1.0, torch.nan, 0.0, 0.5], [torch.nan, 2.0, 1.0, 4.0]])
-    result = group_advantages(rewards, scale=scale)
+    lengths = torch.tensor([[3, 9, 1, 2], [8, 4, 2, 2]])
+    result = advantages_of(rewards, scale, lengths if scale == "batch_tokens" else None)
     assert torch.isfinite(result).all()
     assert (result[rewards.isnan()] == 0).all()
-    kept = torch.stack([rewards[0, [0, 2, 3]], rewards[1, 1:]])
-    expected = group_advantages(kept, scale=scale)
+    kept, count = (torch.stack([x[0, [0, 2, 3]], x[1, 1:]]) for x in (rewards, lengths))
+    expected = advantages_of(kept, scale, count if scale == "batch_tokens" else None)
     torch.testing.assert_close(result[0, [0, 2, 3]], expected[0])
     torch.testing.assert_close(result[1, 1:], expected[1])
 
@@ -116,7 +143,10 @@ def test_rows_without_a_reward_are_removed(scale):
     kept = [[reward for reward in row if reward == reward] for row in rewards.tolist()]
     assert {len(row) for row in kept} >= {0, 1, 2, 3}
     everything = torch.tensor([reward for row in kept for reward in row], dtype=torch.float64)
-    result = group_advantages(rewards, scale=scale)
+    result = advantages_of(rewards, scale)
+    lengths = (torch.arange(35) % 3 + 1).view(7, 5)
+    counts = [n[~row.isnan()].tolist() for n, row in zip(lengths, rewards, strict=True)]
+    whitened = by_tokens([group or [0.0] for group in kept], [count or [0] for count in counts])
     for row, group in zip(range(7), kept, strict=True):
         judged = ~rewards[row].isnan()
         assert (result[row][~judged] == 0).all()
@@ -128,6 +158,7 @@ def test_rows_without_a_reward_are_removed(scale):
         expected = {
             "group": centred / values.std(),
             "batch": centred / everything.std(),
+            "batch_tokens": torch.tensor(whitened[row], dtype=torch.float64),
             "none": centred,
             "leave_one_out": values - (values.sum() - values) / (len(group) - 1),
             "mean": centred / values.mean() if values.mean() > 0 else torch.zeros_like(values),
@@ -138,8 +169,8 @@ def test_rows_without_a_reward_are_removed(scale):
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
 def test_groups_with_one_or_no_reward(scale):
     nan = torch.nan
-    assert (group_advantages(torch.tensor([[nan, nan, nan], [3.0, nan, nan]]), scale=scale) == 0).all()
-    assert group_advantages(torch.zeros(0, 4), scale=scale).shape == (0, 4)
+    assert (advantages_of(torch.tensor([[nan, nan, nan], [3.0, nan, nan]]), scale) == 0).all()
+    assert advantages_of(torch.zeros(0, 4), scale).shape == (0, 4)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float64, torch.float64), (torch.long, torch.float32)])
@@ -160,12 +191,50 @@ def test_eps_is_added_to_the_deviation():
         (torch.zeros(3), {}, r"rewards must be \[prompts, G\], got shape \(3,\)"),
         (torch.tensor([[1.0, torch.inf]]), {}, "rewards must be finite"),
         (torch.zeros(3, 2), {"scale": "std"}, "scale must be one of 'group', .*, got 'std'"),
+        (torch.zeros(3, 2), {"scale": "batch_tokens"}, "scale='batch_tokens' needs lengths"),
+        (torch.zeros(3, 2), {"lengths": torch.ones(3, 2)}, "scale='group' reads no lengths"),
+        (
+            torch.zeros(3, 2),
+            {"scale": "batch_tokens", "lengths": torch.ones(2, 2)},
+            r"lengths must have the shape of rewards, \(3, 2\), got \(2, 2\)",
+        ),
         (torch.zeros(3, 2), {"ddof": 2}, "ddof=2 must be an integer from 0 to 1"),
     ],
 )
 def test_refuses(rewards, options, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, **options)
+
+
+def test_three_ways_to_scale_by_the_batch():
+    """Lite PPO's; whitened over sequences, which is batch_tokens with completions of one length; and over tokens."""
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 0]], dtype=torch.float64)
+    lengths = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    expected = {
+        "batch": (None, 0.96609, -0.96609, 0.48305, -1.44914),
+        "sequences": (torch.ones(2, 4), 1.0, -1.0, 0.5, -1.5),
+        "tokens": (lengths, 0.98846, -1.33732, 0.40701, -1.91877),
+    }
+    for lengths, *numbers in expected.values():
+        scale = "batch" if lengths is None else "batch_tokens"
+        result = group_advantages(rewards, scale=scale, lengths=lengths)
+        found = [result[0, 0], result[0, 1], result[1, 0], result[1, 3]]
+        assert [round(float(x), 5) for x in found] == numbers
+
+
+def test_a_group_without_signal_stays_zero_between_others():
+    rewards = torch.tensor([[1.0, 0, 0.5], [0.3, 0.3, 0.3]])
+    result = group_advantages(rewards, scale="batch_tokens", lengths=torch.tensor([[5, 1, 2], [9, 9, 9]]))
+    assert (result[1] == 0).all()
+    assert result[0, 2] != 0  # at its group's mean, but not at that of the tokens
+
+
+def test_completions_without_tokens_weigh_nothing():
+    rewards, lengths = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2, 3], [0, 0]])
+    result = group_advantages(rewards, scale="batch_tokens", lengths=lengths)
+    torch.testing.assert_close(
+        result[:1], group_advantages(rewards[:1], scale="batch_tokens", lengths=lengths[:1]), rtol=0, atol=0
+    )
 
 
 def gae_by_loops(rewards, values, gamma, lam, last):
@@ -210,6 +279,92 @@ def test_targets_have_no_gradient():
     advantages, returns = generalized_advantages(torch.ones(2, 3), values, torch.ones(2, 3))
     assert not advantages.requires_grad
     assert not returns.requires_grad
+
+
+def test_over_a_tool_gap():
+    """Tokens between two of the policy's neither discount nor reset anything; each row has its own lambda."""
+    rewards = torch.tensor([[0, 0, 9.0, 9, 0, 1]]).repeat(3, 1)
+    values = torch.tensor([[0.2, 0.3, 9, 9, 0.5, 0.6]]).repeat(3, 1)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]]).repeat(3, 1)
+    expected = torch.tensor(
+        [[0.7232, 0.6560, 0, 0, 0.4800, 0.4], [0.275, 0.35, 0, 0, 0.3, 0.4], [0.8, 0.7, 0, 0, 0.5, 0.4]]
+    )
+    lam = torch.tensor([0.95, 0.5, 1.0])
+    advantages, returns = generalized_advantages(rewards, values, mask, lam=lam)
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=5e-5)
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+    for row in range(3):
+        alone = generalized_advantages(rewards[:1], values[:1], mask[:1], lam=float(lam[row]))[0]
+        torch.testing.assert_close(alone[0], advantages[row])
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_by_hand(ddof, shift_mean):
+    values = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(1)) < 0.6
+    kept = values[mask]
+    expected = (kept - kept.mean()) / kept.std(correction=ddof) + (0 if shift_mean else kept.mean())
+    noisy = torch.where(mask, values, torch.nan)
+    result = whiten(noisy, mask, shift_mean=shift_mean, ddof=ddof)
+    torch.testing.assert_close(result[mask], expected)
+    assert (result[~mask] == 0).all()
+    assert torch.autograd.gradcheck(lambda x: whiten(x, mask, shift_mean=shift_mean, ddof=ddof), (values,))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 12345.678])
+def test_nothing_is_left_of_equal_values_but_their_mean(value):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
+    values = torch.full((2, 4), value)
+    assert (whiten(values, mask) == 0).all()
+    torch.testing.assert_close(whiten(values, mask, shift_mean=False), values * mask)
+    assert (whiten(values, torch.zeros(2, 4)) == 0).all()
+    single = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]])
+    assert (whiten(values, single) == 0).all()
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss_by_loops(clip):
+    generator = torch.Generator().manual_seed(0)
+    values, old, returns = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    result = value_loss(values, old, returns, mask, clip=clip)
+    for place in torch.cartesian_prod(torch.arange(5), torch.arange(7)).tolist():
+        v, o, r = (x[tuple(place)].item() for x in (values, old, returns))
+        held = v if clip is None else min(max(v, o - clip), o + clip)
+        expected = 0.5 * max((v - r) ** 2, (held - r) ** 2) if mask[tuple(place)] else 0.0
+        assert result[tuple(place)].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_value_loss_stops_where_the_old_value_holds_it():
+    """Beyond the range, and away from the target, a value has no gradient; towards it, it has."""
+    values = torch.tensor([[0.5, 0.5, 0.1]], requires_grad=True)
+    value_loss(values, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 1.0]]), torch.ones(1, 3)).sum().backward()
+    assert values.grad[0].tolist() == pytest.approx([0.0, 1.5, -0.9])
+
+
+def test_critics_targets_are_constants():
+    values, old, returns = (torch.zeros(1, 2, requires_grad=True) for _ in range(3))
+    value_loss(values, old, returns, torch.ones(1, 2)).sum().backward()
+    assert old.grad is None
+    assert returns.grad is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: whiten(x, x[:1]), "mask must have the shape of values"),
+        (lambda x: whiten(x, x, ddof=3), "ddof=3 must be an integer from 0 to 1"),
+        (lambda x: value_loss(x, x, x, x, clip=0.0), "clip=0.0 must be a finite number > 0 or null"),
+        (lambda x: value_loss(x, x, x[:1], x), "returns must have the shape of values"),
+        (lambda x: generalized_advantages(x, x, x, lam=1.5), "lam=1.5 must be a finite number from 0 to 1"),
+        (lambda x: generalized_advantages(x, x, x, lam=torch.ones(3)), r"lam must be one number or \[batch\] = \[2\]"),
+        (lambda x: generalized_advantages(x, x, x, lam=torch.tensor([0.5, 2])), "lam must be finite numbers from 0"),
+    ],
+)
+def test_critics_functions_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 3))
 
 
 def test_generalized_advantages_refuse():

@@ -12,6 +12,7 @@ from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
     linear_token_scores,
+    sequence_logps,
     token_entropy,
     token_log_probs,
 )
@@ -275,3 +276,25 @@ def test_plain_functions_refuse():
         token_log_probs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature=-1 must be a finite number > 0"):
         token_log_probs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=-1)
+
+
+def test_sums_over_thousands_of_tokens_keep_the_sign_of_a_small_margin():
+    """Two completions that differ in their last tokens: in float32 the better one has the smaller sum."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        token_logps = (-3 * torch.rand(2, 8192, generator=generator)).requires_grad_()
+        with torch.no_grad():
+            token_logps[1] = token_logps[0].flip(0)  # other roundings of the same sum
+            token_logps[0, -1] += 2e-5
+        exact = [math.fsum(row) for row in token_logps.tolist()]
+        sums = sequence_logps(token_logps)
+        assert sums.tolist() == pytest.approx(exact, abs=1e-9)
+        short = token_logps.sum(dim=1)
+        if (short[0] > short[1]) != (exact[0] > exact[1]):
+            break
+    else:
+        raise AssertionError("float32 was never wrong")
+    assert (sums[0] > sums[1]) == (exact[0] > exact[1])
+    sums.sum().backward()
+    assert token_logps.grad.dtype == torch.float32
+    assert (token_logps.grad == 1).all()

@@ -10,9 +10,7 @@ import torch
 from alignment_modules.functional import (
     LOSS_REDUCTIONS,
     REDUCTIONS,
-    check_policy_gradient_options,
-    clip_masks,
-    clip_statistics,
+    Surrogate,
     importance_ratio,
     policy_gradient_loss,
 )
@@ -132,7 +130,7 @@ def test_clip_masks_are_where_the_gradient_is_cut():
     token_logps, old, advantages, mask = samples(rows=40)
     token_logps.requires_grad_()
     policy_gradient_loss(token_logps, old, advantages, mask, loss="grpo", **CLIP).sum().backward()
-    masks = clip_masks(token_logps, old, advantages, mask, loss="grpo", **CLIP)
+    masks = Surrogate(loss="grpo", **CLIP).clip_masks(token_logps, old, advantages, mask)
     assert masks.low.any()
     assert masks.high.any()
     assert torch.equal(masks.region, mask & (token_logps.grad == 0))
@@ -142,8 +140,8 @@ def test_clip_masks_are_where_the_gradient_is_cut():
 
 def test_clip_statistics_by_loops():
     token_logps, old, advantages, mask = samples(rows=40)
-    masks = clip_masks(token_logps, old, advantages, mask, **CLIP)
-    statistics = clip_statistics(token_logps, old, advantages, mask, **CLIP)
+    masks = Surrogate(**CLIP).clip_masks(token_logps, old, advantages, mask)
+    statistics = Surrogate(**CLIP).statistics(token_logps, old, advantages, mask)
     for name in ("low", "high", "region"):
         total, weight, kind = statistics[f"clip_ratio/{name}_mean"]
         assert kind == "mean"
@@ -160,14 +158,15 @@ def test_clip_statistics_by_loops():
 
 def test_clip_statistics_of_cispo():
     token_logps, old, advantages, mask = samples(rows=40)
-    total, weight, _ = clip_statistics(token_logps, old, advantages, mask, loss="cispo", **CLIP)["cispo_clip_ratio"]
+    statistics = Surrogate(loss="cispo", **CLIP).statistics(token_logps, old, advantages, mask)
+    total, weight, _ = statistics["cispo_clip_ratio"]
     assert (total / weight).item() == pytest.approx(((token_logps - old)[mask].exp() > 1.28).double().mean().item())
 
 
 def test_without_rows():
     empty = torch.zeros(0, 4)
     assert policy_gradient_loss(empty, empty, torch.zeros(0), empty).shape == (0, 4)
-    statistics = clip_statistics(empty, empty, torch.zeros(0), empty)
+    statistics = Surrogate().statistics(empty, empty, torch.zeros(0), empty)
     assert statistics["clip_ratio/low_mean"][1] == 0
     assert statistics["clip_ratio/low_min"][0] == math.inf
 
@@ -189,7 +188,7 @@ def test_every_loss_has_a_known_reduction():
 )
 def test_refuses(change, message):
     keywords = {"loss": "dapo", "epsilon": 0.2, "epsilon_high": None, "importance_level": "token", "delta": None}
-    for call in (check_policy_gradient_options, lambda **k: policy_gradient_loss(*samples(), **k)):
+    for call in (Surrogate, lambda **k: policy_gradient_loss(*samples(), **k)):
         with pytest.raises(ValueError, match=message):
             call(**(keywords | change))
 
@@ -200,3 +199,34 @@ def test_refuses_shapes():
         policy_gradient_loss(token_logps, old, advantages[:5], mask)
     with pytest.raises(ValueError, match="mask must have the shape of token_logps"):
         policy_gradient_loss(token_logps, old, advantages, mask[:, 1:])
+
+
+def test_cispo_has_a_cap_of_its_own():
+    """Its default is a margin of 4.0: a cap of 1.2 would cut the very tokens that it is made to keep."""
+    ratios = torch.tensor([[1.5, 4.0, 7.0]], dtype=torch.float64)
+    old, mask = torch.zeros_like(ratios), torch.ones(1, 3)
+    token_logps = ratios.log().requires_grad_()
+    policy_gradient_loss(token_logps, old, torch.ones(1), mask, loss="cispo").sum().backward()
+    torch.testing.assert_close(token_logps.grad, -ratios.clamp(max=5.0))
+    total, _, _ = Surrogate(loss="cispo").statistics(ratios.log(), old, torch.ones(1), mask)["cispo_clip_ratio"]
+    assert total == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "dapo, token-level ratio clipped to [0.8, 1.2]"),
+        (
+            {"loss": "grpo", "epsilon_high": 0.28, "delta": 4.0, "importance_level": "sequence"},
+            "grpo, sequence-level ratio clipped to [0.8, 1.28], at most 4.0 where the advantage is negative",
+        ),
+        ({"loss": "cispo"}, "cispo, token-level ratio capped at 5"),
+        ({"loss": "cispo", "epsilon_high": 0.2}, "cispo, token-level ratio capped at 1.2"),
+    ],
+)
+def test_says_what_it_is(options, text):
+    surrogate = Surrogate(**options)
+    assert surrogate.describe() == text
+    assert surrogate.reduction == LOSS_REDUCTIONS[surrogate.loss]
+    inputs = samples()
+    assert torch.equal(surrogate(*inputs), policy_gradient_loss(*inputs, **options))

@@ -11,9 +11,11 @@ from alignment_modules.functional import (
     BATCH_COUPLED_LOSSES,
     F_DIVERGENCES,
     PREFERENCE_LOSSES,
-    check_preference_options,
+    Preference,
     length_desensitized_logps,
     preference_loss,
+    reward_pair_loss,
+    unpaired_loss,
 )
 
 BETA = 0.3
@@ -242,7 +244,7 @@ def test_length_desensitized_by_loops():
 def test_refuses_options(change, message):
     keywords = {"loss": "sigmoid", "beta": 0.1} | change
     with pytest.raises(ValueError, match=message):
-        check_preference_options(**keywords)
+        Preference(**keywords)
     with pytest.raises(ValueError, match=message):
         preference_loss(*log_probs(), **keywords)
 
@@ -257,3 +259,114 @@ def test_refuses_shapes_and_half_of_the_lengths():
         preference_loss(chosen, *others, chosen_lengths=torch.ones(4, 2), rejected_lengths=torch.ones(4))
     with pytest.raises(ValueError, match="ld_alpha"):
         length_desensitized_logps(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1), ld_alpha=2)
+
+
+def test_reward_pairs_by_hand():
+    chosen, rejected, margins = ([0.7, -2.0, 3.0], [0.1, 1.5, 3.0], [0.0, 0.5, 1.0])
+    result = reward_pair_loss(*map(torch.tensor, (chosen, rejected)), margins=torch.tensor(margins), center_coef=0.01)
+    expected = [
+        -math.log(sigmoid(a - b - m)) + 0.01 * (a + b) ** 2 for a, b, m in zip(chosen, rejected, margins, strict=True)
+    ]
+    assert result.tolist() == pytest.approx(expected, rel=1e-6)
+    plain = reward_pair_loss(*map(torch.tensor, (chosen, rejected)))
+    assert plain.tolist() == pytest.approx([math.log1p(math.exp(b - a)) for a, b in zip(chosen, rejected, strict=True)])
+
+
+def test_reward_pairs_gradient_is_the_chance_of_being_wrong():
+    scores = torch.tensor([[0.3, -1.0]], dtype=torch.float64, requires_grad=True)
+    reward_pair_loss(scores[:, 0], scores[:, 1], margins=torch.tensor([0.2])).sum().backward()
+    wrong = sigmoid(-(1.3 - 0.2))
+    assert scores.grad[0].tolist() == pytest.approx([-wrong, wrong])
+    inputs = [x[:3].clone().requires_grad_() for x in log_probs()[:2]]
+    assert torch.autograd.gradcheck(lambda a, b: reward_pair_loss(a, b, center_coef=0.1), inputs)
+
+
+def test_reward_pairs_refuse():
+    with pytest.raises(ValueError, match="rejected_scores must have the shape of chosen_scores"):
+        reward_pair_loss(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="margins must have the shape of chosen_scores"):
+        reward_pair_loss(torch.zeros(2), torch.zeros(2), margins=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="center_coef=-1 must be a finite number of 0 or more"):
+        reward_pair_loss(torch.zeros(2), torch.zeros(2), center_coef=-1)
+
+
+RATIOS, LABELS = torch.tensor([2.0, -1, 3, 0.5], dtype=torch.float64), torch.tensor([1, 0, 1, 0])
+
+
+def unpaired(ratios=RATIOS, labels=LABELS, kl=0.5, **options):
+    return unpaired_loss(ratios - 7, torch.full_like(ratios, -7), labels, kl, **options)
+
+
+def test_kto_constants():
+    mismatched = torch.tensor([4.0, 2, -3, -1])
+    kl = mismatched.mean().clamp(min=0)
+    assert kl == 0.5
+    assert unpaired(kl=kl).mean().item() == pytest.approx(0.4657410, abs=5e-8)
+    halves = [unpaired(RATIOS[part], LABELS[part], kl) for part, kl in ((slice(2), 3.0), (slice(2, 4), 0.0))]
+    assert torch.cat(halves).mean().item() == pytest.approx(0.466087, abs=5e-7)
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_unpaired_by_hand(loss):
+    z = 0.5 if loss == "kto" else 0.0
+    expected = [
+        1.5 * (1 - sigmoid(BETA * (r - z))) if good else 0.7 * (1 - sigmoid(BETA * (z - r)))
+        for r, good in zip(RATIOS.tolist(), LABELS.tolist(), strict=True)
+    ]
+    result = unpaired(loss=loss, beta=BETA, desirable_weight=1.5, undesirable_weight=0.7)
+    assert result.tolist() == pytest.approx(expected, rel=1e-9)
+    function = lambda x: unpaired(x, loss=loss, beta=BETA)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (RATIOS.clone().requires_grad_(),))
+
+
+def test_unpaired_constants_get_no_gradient():
+    reference, kl = torch.zeros(4, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    policy = torch.zeros(4, requires_grad=True)
+    unpaired_loss(policy, reference, LABELS, kl).sum().backward()
+    assert policy.grad is not None
+    assert reference.grad is None
+    assert kl.grad is None
+
+
+def test_unpaired_far_away_stays_finite():
+    ratios = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
+    losses = unpaired(ratios)
+    losses.sum().backward()
+    assert losses.tolist() == [0.0, 0.0, 0.0, 0.0] or torch.isfinite(losses).all()
+    assert torch.isfinite(ratios.grad).all()
+
+
+def test_unpaired_refuses():
+    with pytest.raises(ValueError, match="loss='kpo' must be 'kto' or 'apo_zero_unpaired'"):
+        unpaired(loss="kpo")
+    with pytest.raises(ValueError, match="loss='kto' needs kl"):
+        unpaired(kl=None)
+    with pytest.raises(ValueError, match="labels must have the shape of policy_logps"):
+        unpaired(labels=LABELS[:3])
+    with pytest.raises(ValueError, match="desirable_weight=-1 must be"):
+        unpaired(desirable_weight=-1)
+    assert torch.equal(unpaired(kl=None, loss="apo_zero_unpaired"), unpaired(loss="apo_zero_unpaired"))
+
+
+@pytest.mark.parametrize("loss", sorted(BATCH_COUPLED_LOSSES))
+@pytest.mark.parametrize("cuts", [[1] * 9, [4, 5], [9], [3, 0, 6]])
+def test_sorted_losses_from_parts(loss, cuts):
+    """Parts that know their partners give the value and the gradient of the whole, ties included."""
+    logps = [x.clone() for x in log_probs(pairs=9)]
+    for tensor in logps:
+        tensor[4] = tensor[2]  # a pair that is there twice
+        tensor[5:7] = tensor[5]
+    preference = Preference(**options(loss))
+    inputs = [x.clone().requires_grad_() for x in logps[:2]]
+    whole = preference(*inputs, *logps[2:]).sum()
+    expected = torch.autograd.grad(whole, inputs, allow_unused=True)
+    partners, start, total = preference.partners(*logps), 0, 0.0
+    for count in cuts:
+        rows = slice(start, start + count)
+        total = total + preference(*(x[rows] for x in (*inputs, *logps[2:])), partners=partners[rows]).sum()
+        start += count
+    torch.testing.assert_close(total, whole)
+    for found, wanted in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        for twice in ([2, 4], [5, 6]):  # which of the equal ones stands first is nobody's business
+            torch.testing.assert_close(found[twice].sum(), wanted[twice].sum())
+        torch.testing.assert_close(found[[0, 1, 3, 7, 8]], wanted[[0, 1, 3, 7, 8]])

@@ -18,28 +18,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
-from alignment_modules.clipping import GuardedClipping
+from alignment_modules.clipping import clip_to_norm, guard
 from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
-from alignment_modules.makers import check_makers, check_rate
-from alignment_modules.objective import EarlyRead, Meters, Objective, Statistic, with_value
-from alignment_modules.optimization import bind_total_steps, parameter_groups
+from alignment_modules.makers import check_entries, check_makers, make_optimizer
+from alignment_modules.objective import Meters, Objective, Statistic, with_value
+from alignment_modules.optimization import bind_total_steps
 from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reference import disable_dropout
-from alignment_modules.publishing import Publishing
+from alignment_modules.publishing import is_logged, publish
 from alignment_modules.rewards import ExactMatch, RewardSet
+from alignment_modules.training.pieces import SEGMENTS
+from alignment_modules.training.window import TINY, Window
 
-_TINY = 1e-30  # instead of 0 as the weight of nothing
 _NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
-class AlignmentModule(
-    GenerationSteps, CheckpointContract, Publishing, PlainHyperparameters, GuardedClipping, L.LightningModule
-):
+class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -58,6 +57,12 @@ class AlignmentModule(
     """Whether log-probabilities of two models are compared, so that dropout must be off."""
     batch_keys: ClassVar[tuple[str, ...]] = ()
     """What a batch must hold to be trained or validated on."""
+    bar: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that the progress bar shows."""
+    head: ClassVar[Literal["lm", "scalar"]] = "lm"
+    """What the policy gives for a token: the distribution of the next one, or a number."""
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class AlignmentModule(
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
         keep_hyperparameters(self)
-        self.policy = build_policy(policy)
+        self.policy = build_policy(policy, head=self.head)
         self._saves_frozen = is_fresh(policy)
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
@@ -83,20 +88,28 @@ class AlignmentModule(
         self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()], option="evaluation.verifier")
         self._train_meters = Meters()
         self._eval_meters: dict[int, Meters] = {}
-        self._window_weight: Tensor | float = 0.0
-        self._window_tokens: Tensor | float = 0.0
-        self._window_total: Tensor | float = 0.0
-        self._num_tokens: Tensor | float = 0.0
-        self._steps_without_targets = 0
-        self._learnt: bool | None = True  # an epoch that is resumed in its middle is not judged
-        self._own_weight: EarlyRead | None = None
-        self._loss_scale: Tensor | None = None
+        self.windows: dict[str, Window] = {"policy": Window()}
 
     # What a paradigm or a user's subclass overrides
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The objective of one micro-batch: total, weight and statistics."""
         raise TypeError(f"{type(self).__name__} does not define objective(batch)")
+
+    def segments(self, batch: Mapping[str, Any]) -> Any:
+        """What `objective` reads of a batch: built on the host, then carried along as the batch's `segments`."""
+        return None
+
+    def trained(self) -> dict[str, nn.Module]:
+        """What each optimizer moves, by name; only the steps of "policy" count as steps of the run.
+
+        Together the entries hold every trainable parameter once. More than one need an `UpdateModule`.
+        """
+        return {"policy": self}
+
+    def optimizer_for(self, name: str) -> OptimizerCallable:
+        """What makes the optimizer of an entry of `trained`."""
+        return self.make_optimizer
 
     def describe(self) -> dict[str, str]:
         """What is printed at the start of `fit`: the resolved objective, line by line."""
@@ -127,9 +140,15 @@ class AlignmentModule(
         """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy.
 
         Raises:
-            ValueError: If they do not, the Trainer clips gradients at NaN, or all of the module is compiled.
+            ValueError: If they do not, the Trainer clips gradients at NaN or trains in float16, or all of the module is
+                compiled.
         """
         refuse_compiled(self)
+        if stage == "fit" and self.trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
+            raise ValueError(
+                f"Trainer(precision={self.trainer.precision!r}) is not allowed: the sums of a language model's step "
+                "overflow float16 gradients. Use 'bf16-mixed', or '32-true'"
+            )
         prepare(self.policy)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
@@ -141,23 +160,20 @@ class AlignmentModule(
                 check_vocabulary(self.reference, self.tokenizer, name="reference")
 
     def configure_optimizers(self) -> Any:
-        """Optimizer over the trainable parameters; the schedule counts optimizer steps."""
+        """An optimizer, and a schedule that counts its steps, for each entry of `trained`."""
         check_trainable_types(self)
-        optimizer = self.make_optimizer(parameter_groups(self))
-        if self.make_lr_scheduler is None:
-            return optimizer
-        check_rate(optimizer)
-        scheduler = self.make_lr_scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            if not self.automatic_optimization:
-                raise ValueError(
-                    f"lr_scheduler={type(scheduler).__name__} waits for a metric, but {type(self).__name__} steps its "
-                    "schedule after every optimizer step: choose one that counts steps"
-                )
-            monitor = getattr(scheduler, "monitor", "train/loss")
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-        bind_total_steps(scheduler, self.total_optimizer_steps, strict=not self.trainer.fast_dev_run)  # type: ignore[attr-defined]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        entries, manual = self.trained(), not self.automatic_optimization
+        check_entries(self, entries, several=manual)
+
+        def bind(schedule: Any) -> None:
+            strict = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            bind_total_steps(schedule, self.total_optimizer_steps, strict=strict)
+
+        made = [
+            make_optimizer(part, self.optimizer_for(name), self.make_lr_scheduler, bind, counts_steps=manual)
+            for name, part in entries.items()
+        ]
+        return made if len(made) > 1 else made[0]
 
     @property
     def total_optimizer_steps(self) -> int | float:
@@ -178,9 +194,15 @@ class AlignmentModule(
         self.train()
         self.zero_grad(set_to_none=True)
         self._train_meters.reset()
-        self._window_weight = self._window_tokens = self._window_total = 0.0
-        self._own_weight = self._loss_scale = None
-        self._learnt = True
+        self.windows = {name: self.windows.get(name) or Window() for name in self.trained()}
+        for window in self.windows.values():
+            window.reset()
+        self.window.learnt = True
+
+    @property
+    def window(self) -> Window:
+        """The policy's: its steps are the run's."""
+        return self.windows["policy"]
 
     def on_train_start(self) -> None:
         """Takes up what a checkpoint left, and prints the resolved objective."""
@@ -190,11 +212,15 @@ class AlignmentModule(
 
     def on_train_epoch_start(self) -> None:
         """No optimizer step of this epoch was taken or skipped yet."""
-        self._learnt = None
+        self.window.learnt = None
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuses a batch of another paradigm."""
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuses a batch of another paradigm, and adds its `segments` while it still is on the host."""
+        if self._trainer is None or self.trainer.testing or self.trainer.predicting:
+            return batch
         self.check_batch(batch)
+        found = self.segments(batch) if self.micro_batch_size is None else None  # pieces have their own
+        return batch if found is None else {**batch, SEGMENTS: found}
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation left."""
@@ -205,10 +231,6 @@ class AlignmentModule(
         super().on_test_epoch_start()
         self._eval_meters.clear()
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuses a batch of another paradigm."""
-        self.check_batch(batch)
-
     def check_batch(self, batch: Any) -> None:
         """Checks that a batch is what this paradigm takes.
 
@@ -218,12 +240,9 @@ class AlignmentModule(
         found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         missing = [key for key in self.batch_keys if not isinstance(batch, Mapping) or key not in batch]
         if missing:
-            hint = "Does the data module belong to another paradigm?"
-            if "completion_input_ids" in found:
-                hint = "No module trains on unpaired preferences yet"
             raise ValueError(
                 f"a batch for {type(self).__name__} must hold {', '.join(self.batch_keys)}; this one lacks "
-                f"{', '.join(missing)}: it holds {found}. {hint}"
+                f"{', '.join(missing)}: it holds {found}. Does the data module belong to another paradigm?"
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -232,102 +251,85 @@ class AlignmentModule(
         Lightning and its callbacks read the value; the gradients are normalised before the optimizer step. Without a
         Trainer (in `L.Fabric` or a loop of your own) nobody does that later: value and gradient are the mean's.
         """
-        if self._trainer is None:
-            objective = self.objective(batch)
-            return objective.total / objective.weight.clamp(min=_TINY)
-        objective = self.record(batch)
-        return with_value(self.scaled(objective), objective.total / objective.weight.clamp(min=_TINY))
-
-    def scaled(self, objective: Objective) -> Tensor:
-        """What is backpropagated: the total; where gradients are 16-bit floats, brought near the size of a mean.
-
-        A sum over thousands of tokens would overflow them. The factor is a power of 2, fixed at the first micro-batch
-        and the same on all ranks, so that it changes no digit; `on_before_optimizer_step` takes it back.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            return objective.total
-        if self._loss_scale is None:
-            largest = self.reduce(objective.weight.detach().float(), "max").clamp(min=1.0)
-            self._loss_scale = torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)
-        return objective.total * self._loss_scale
-
-    def record(self, batch: dict[str, Any]) -> Objective:
-        """Evaluates the objective of a micro-batch and adds its weight and statistics to the current window."""
         objective = self.objective(batch)
-        self._window_weight = self._window_weight + objective.weight.detach()
-        self._window_total = self._window_total + objective.total.detach()
-        self._own_weight = EarlyRead(self._window_weight)
-        self._train_meters.update(objective.statistics | self.extra_metrics(batch, objective))
-        if self.automatic_optimization:
-            self._window_tokens = self._window_tokens + self.count_tokens(batch)["tokens"]
-        return objective
+        mean = objective.total / objective.weight.clamp(min=TINY)
+        if self._trainer is None:
+            return mean
+        self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
+        return with_value(self.record(batch, objective), mean)
+
+    def record(self, batch: Any, objective: Objective, of: str = "policy") -> Tensor:
+        """Adds a micro-batch's weight and statistics to the open step; returns what is to be backpropagated."""
+        more = self.extra_metrics(batch, objective) if of == "policy" else {}
+        self._train_meters.update(objective.statistics | more)
+        return self.windows[of].add(objective)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation means, which do not depend on the batch size."""
         self.evaluate_objective(batch, dataloader_idx)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the weight of the window; Lightning clips after this, on unscaled gradients.
+        """Divides the gradients by the weight of the window; Lightning clips after this.
 
         A step without a single target, over all micro-batches and ranks, moves nothing: neither weights nor momentum
         nor weight decay. It counts as a step, so that schedules and `max_steps` are those of any other data.
         """
-        window = torch.stack(
-            [
-                torch.as_tensor(v, device=self.device, dtype=torch.float32)
-                for v in (self._window_weight, self._window_tokens, self._window_total)
-            ]
-        )
-        weight, tokens, total = self.reduce(window, "sum").unbind()
-        # What this rank added up is known before its backward pass ends; only where it is nothing, all ranks' counts.
-        skipped = not (self._own_weight and self._own_weight.item()) and not float(weight)
-        self._num_tokens = self._num_tokens + tokens
-        self._window_weight = self._window_tokens = self._window_total = 0.0
-        self._own_weight = None
+        pairs = zip(self.windows, self.trainer.optimizers, strict=False)
+        name = next((name for name, own in pairs if own is optimizer), "policy")
+        policy, window = name == "policy", self.windows[name]
+        closed = window.close(self.reduce, self.device)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if skipped:
-            self._skip_step(parameters)
+        measured, manual = {}, not self.automatic_optimization
+        if closed.empty:
+            for parameter in parameters:  # an optimizer leaves a parameter without a gradient, and its state, alone
+                parameter.grad = None
+            if window.skipped == 1:
+                rank_zero_warn(
+                    f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
+                    f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
+                )
         else:
-            self._learnt = True
-            self._normalise(parameters, weight)
-            # For callbacks, at each step and without waiting for the device; `self.log` would take a millisecond.
-            self.trainer.callback_metrics["train/loss"] = total / weight
-        if self.logging_due:
-            rate = optimizer.param_groups[0]["lr"]
-            if rate is not None:  # some optimizers set their own
-                self._train_meters.update({"learning_rate": Statistic(torch.as_tensor(rate, dtype=torch.float32))})
-        if self.automatic_optimization:  # before the callbacks' on_train_batch_end
+            gradients: list[Any] = [p.grad for p in parameters]
+            # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
+            accumulated = 1 if manual else self.trainer.accumulate_grad_batches
+            torch._foreach_mul_(gradients, accumulated * self.trainer.world_size / closed.divisor)
+            clips = self.max_grad_norm if manual else None
+            norm = None if clips is None else clip_to_norm(gradients, clips)
+            if self.logging_due:
+                norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
+                measured["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            if clips is not None:
+                guard(self, optimizer)
+            if policy:  # for callbacks, at each step and without waiting for the device
+                self.trainer.callback_metrics["train/loss"] = closed.loss
+        rate = optimizer.param_groups[0]["lr"]
+        if self.logging_due and rate is not None:  # some optimizers set their own
+            measured["learning_rate"] = torch.as_tensor(rate, dtype=torch.float32)
+        named = {key if policy else f"{name}/{key}": Statistic(value) for key, value in measured.items()}
+        self._train_meters.update(named)
+        if not manual:  # before the callbacks' on_train_batch_end
             self.log_step(self.global_step + 1)
 
-    def _normalise(self, parameters: list[nn.Parameter], weight: Tensor) -> None:
-        # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
-        windows = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
-        scale = windows * self.trainer.world_size / weight.clamp(min=_TINY)
-        scale = scale if self._loss_scale is None else scale / self._loss_scale
-        gradients: list[Any] = [p.grad for p in parameters]
-        torch._foreach_mul_(gradients, scale)
-        norm = self.clip(gradients)
-        if self.logging_due:
-            norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
-            self._train_meters.update(
-                {"grad_norm": Statistic(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)}
-            )
+    def configure_gradient_clipping(self, optimizer: Any, *options: Any, **more: Any) -> None:
+        """Lightning's own, after which a `FiniteGuard` looks once more."""
+        super().configure_gradient_clipping(optimizer, *options, **more)
+        if self.trainer.gradient_clip_val:
+            guard(self, optimizer)
 
-    def _skip_step(self, parameters: list[nn.Parameter]) -> None:
-        """Takes the gradients away: an optimizer leaves a parameter without one, and its state, alone."""
-        for parameter in parameters:
-            parameter.grad = None
-        self._learnt = bool(self._learnt)
-        self._steps_without_targets += 1
-        if self._steps_without_targets == 1:
-            rank_zero_warn(
-                f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
-            )
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """Combines a tensor over all ranks: "sum", "min" or "max"; without a Trainer there is one."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return values
+        # A copy: the collective writes into what it is given.
+        return self.trainer.strategy.reduce(values.to(self.device, copy=True), reduce_op=how)
 
-    def clip(self, gradients: list[Tensor]) -> Tensor | None:
-        """Clips normalised, unscaled gradients where the module does so itself; returns their norm before that."""
-        return None
+    def all_gather_ragged(self, values: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order, whatever its length."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return [values]
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, values.cpu())
+        return [part.to(self.device) for part in parts]
 
     def on_train_epoch_end(self) -> None:
         """Logs the steps of the epoch that no interval has logged.
@@ -337,7 +339,7 @@ class AlignmentModule(
                 whole run had any.
         """
         over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self._learnt is False and (over or self._steps_without_targets == self.global_step):
+        if self.window.learnt is False and (over or self.window.skipped == self.global_step):
             raise ValueError(
                 f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target "
                 f"({_NO_TARGETS}). Look at the data's masks and lengths"
@@ -349,18 +351,43 @@ class AlignmentModule(
             self._train_meters = unlogged  # a run that goes on logs them at its own next step
         self._keep_totals(self.global_step)
 
+    @property
+    def logging_due(self) -> bool:
+        """Whether the optimizer step now being built will be logged: costly statistics are computed only then."""
+        return self._trainer is not None and is_logged(self.trainer, self.global_step + 1)
+
     def log_step(self, step: int) -> None:
         """Logs the means since the last logged step where this optimizer step is one to log."""
-        if self._is_logged(step):
+        if is_logged(self.trainer, step):
             self._publish_training(step)
         self._keep_totals(step)
 
     def _publish_training(self, step: int) -> None:
         values = self._train_meters.compute(self.reduce)
-        values["num_tokens"] = float(self._num_tokens)
-        values["steps_without_targets"] = float(self._steps_without_targets)
+        values["num_tokens"] = float(self.window.num_tokens)
+        values["steps_without_targets"] = float(self.window.skipped)
         self._train_meters.reset()
         self.publish(values, "train", step)
+
+    def publish(
+        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
+    ) -> None:
+        """Sends numbers to progress bar, callbacks and loggers; the horizontal axis is the optimizer step."""
+        publish(self, values, stage, self.global_step if step is None else step, (*self.bar, "exact_match"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Publishes the validation means."""
+        self._publish_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Publishes the test means."""
+        self._publish_evaluation("test")
+
+    def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
+        for number, meters in sorted(self._eval_meters.items()):
+            suffix = f"/dataloader_idx_{number}" if len(self._eval_meters) > 1 else ""
+            self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
+        self._eval_meters.clear()
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""

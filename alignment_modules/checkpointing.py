@@ -15,6 +15,7 @@ from alignment_modules.objective import Meters
 from alignment_modules.optimization import Schedule
 from alignment_modules.policies.reference import fingerprint
 from alignment_modules.position import settle, take_up
+from alignment_modules.training.window import Window
 
 _KEY = "alignment_module"
 
@@ -31,12 +32,7 @@ class CheckpointContract(L.LightningModule):
 
     paradigm: ClassVar[str]
     reference: nn.Module | None
-    _num_tokens: Tensor | float
-    _window_weight: Tensor | float
-    _window_tokens: Tensor | float
-    _window_total: Tensor | float
-    _steps_without_targets: int
-    _loss_scale: Tensor | None
+    windows: dict[str, Window]
     _train_meters: Meters
     batch_cut_short: bool = False
     """Whether `max_steps` was reached with steps of the last batch still to take."""
@@ -70,7 +66,6 @@ class CheckpointContract(L.LightningModule):
             "steps_without_targets": without_targets,
             "reference": self._reference_fingerprint(),
             "extra": self.extra_state(),
-            "window": self._open_window() if position == "open" else None,
             "meters": per_rank(self.trainer, meters.state_dict()),
             "batch_cut_short": self.batch_cut_short,
             "left_out": self._leave_out_frozen(checkpoint["state_dict"]),
@@ -103,13 +98,13 @@ class CheckpointContract(L.LightningModule):
             self._keep_typed_optimizer(checkpoint)
         if left_out := entry.get("left_out"):
             put_back(checkpoint["state_dict"], super().state_dict(), left_out, self._checkpoint_name())
-        self._num_tokens = entry["num_tokens"]
-        self._steps_without_targets = entry.get("steps_without_targets", 0)
+        policy = self.windows["policy"]
+        policy.num_tokens, policy.skipped = entry["num_tokens"], entry.get("steps_without_targets", 0)
         self._restored = {**entry, "schedules": checkpoint.get("lr_schedulers", [])}
         self.load_extra_state(entry["extra"])
 
     def on_train_start(self) -> None:
-        """Puts back the loaders, the sums of what is not logged yet, and a half accumulated step's gradients."""
+        """Puts back the loaders and the sums of what is not logged yet."""
         take_up(self.trainer)
         self.batch_cut_short, self._frozen = False, None if self._saves_frozen else FrozenWeights(self)
         entry, self._restored = self._restored or {}, None
@@ -120,18 +115,10 @@ class CheckpointContract(L.LightningModule):
             self._train_meters.load_state_dict(meters[self.global_rank], self.device)
         self._kept_totals = ()
         self._keep_totals(self.global_step)
-        window = entry.get("window")
-        if window is None:
-            return
-        self._window_weight, self._window_tokens = window["weight"], window["tokens"]
-        self._window_total = window.get("total", 0.0)
-        self._loss_scale = None if window["scale"] is None else torch.tensor(window["scale"], device=self.device)
-        for name, parameter in self.named_parameters():
-            if name in window["gradients"]:
-                parameter.grad = window["gradients"][name].to(parameter)
 
     def _totals(self) -> Totals:
-        return self._train_meters.copy(), self._num_tokens, self._steps_without_targets
+        policy = self.windows["policy"]
+        return self._train_meters.copy(), policy.num_tokens, policy.skipped
 
     def _keep_totals(self, step: int) -> None:
         """Keeps the totals at the end of an optimizer step, for a checkpoint that is put back to it.
@@ -139,24 +126,6 @@ class CheckpointContract(L.LightningModule):
         Those of the step before stay: this one may still fail after it was counted.
         """
         self._kept_totals = (*self._kept_totals[-1:], (step, self._totals()))
-
-    def _open_window(self) -> dict[str, Any] | None:
-        """The gradients accumulated so far where a checkpoint falls between the micro-batches of a step.
-
-        Needed where the loader is not this library's, and its position cannot be put back to the last step's end. Ranks
-        hold different gradients and one of them writes the checkpoint, so with several this is left out.
-        """
-        alone = self._trainer is not None and self._trainer.world_size == 1
-        if not alone or not self.automatic_optimization or not float(self._window_weight):
-            return None
-        gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
-        return {
-            "weight": float(self._window_weight),
-            "tokens": float(self._window_tokens),
-            "total": float(self._window_total),
-            "scale": None if self._loss_scale is None else float(self._loss_scale),
-            "gradients": gradients,
-        }
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """All weights but the reference's (a sharded, distributed checkpoint keeps them: its loader demands it)."""

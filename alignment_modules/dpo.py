@@ -105,7 +105,7 @@ class DPOModule(AlignmentModule):
         total = (losses * counted).sum()
         statistics = self.statistics(total, counted, logps.detach(), reference_logps)
         statistics |= _token_statistics(scores)
-        return Objective(total, counted.sum(), statistics)
+        return Objective.of(total, counted.sum(), statistics)
 
     def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
         """Summed log-probabilities under the reference, [pairs, 2]."""

@@ -57,7 +57,7 @@ class GRPOModule(OnlineModule):
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **online: Keywords of `OnlineModule` (rewards, reward_weights, num_generations, max_completion_length,
-            temperature, top_p, top_k, min_p, stop_strings, seed), `ManualOptimizationModule` (max_grad_norm) and
+            temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (max_grad_norm) and
             `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
@@ -130,7 +130,7 @@ class GRPOModule(OnlineModule):
                     self.batch_cut_short = True
                     return
                 minibatch = replace(part, on_policy=rollout.on_policy)
-                self.optimizer_step_over(minibatch.micro_batches(self.micro_batch_size), minibatch.empty())
+                self.update(minibatch.micro_batches(self.micro_batch_size), minibatch.empty())
                 rollout = replace(rollout, on_policy=False)
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ class GRPOModule(OnlineModule):
                 statistics["sampling/sampling_logp_difference/max"] = Statistic(
                     torch.cat([largest, largest.new_full((1,), -torch.inf)]).max(), kind="max"
                 )
-        return Objective(total, weight, statistics)
+        return Objective.of(total, weight, statistics)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Also refuses to step on log-probabilities that are not finite.

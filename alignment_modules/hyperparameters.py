@@ -3,12 +3,10 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters  # what the command line hands over
-from lightning.pytorch.utilities.parsing import collect_init_args
 
 from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.policies.load import PolicyConfig
@@ -18,7 +16,16 @@ _CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig)
 
 
 class PlainHyperparameters(L.LightningModule):
-    """Says what is missing where a checkpoint alone does not make a module."""
+    """Remembers what the constructor was given, and says what is missing where a checkpoint alone makes no module."""
+
+    _given: dict[str, Any]
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Any:
+        """Notes the constructor's arguments by name: here a subclass's own are seen whole, before any is passed on."""
+        module = super().__new__(cls)
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        object.__setattr__(module, "_given", dict(zip(names, args, strict=False)) | keywords)
+        return module
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -36,8 +43,8 @@ class PlainHyperparameters(L.LightningModule):
             ) from error
 
 
-def keep_hyperparameters(module: L.LightningModule) -> None:
-    """Saves the arguments of the constructor that calls this, and of its subclasses', as hyperparameters.
+def keep_hyperparameters(module: PlainHyperparameters) -> None:
+    """Saves what the constructor was given as hyperparameters; defaults are the class's, then as now.
 
     A checkpoint read with `weights_only=True` holds no objects: those are left out, configurations become mappings. The
     command line hands over its own text of every argument, which is plain.
@@ -45,24 +52,12 @@ def keep_hyperparameters(module: L.LightningModule) -> None:
     Args:
         module: The module under construction.
     """
-    caller = inspect.currentframe()
-    frame = None if caller is None else caller.f_back
-    if frame is None or _given_hyperparameters.get() is not None:
-        module.save_hyperparameters(frame=frame)
+    given = module.__dict__.pop("_given")
+    if _given_hyperparameters.get() is not None:
+        module.save_hyperparameters()
         return
-    given = _arguments(frame)
     plain = {name: as_plain(value) for name, value in given.items()}
-    objects = [name for name, value in given.items() if not _is_plain(plain[name])]
-    module.save_hyperparameters(ignore=objects, frame=frame)
-    for held in (module.hparams, module.hparams_initial):
-        held.update({name: plain[name] for name in held if plain.get(name) != held[name]})
-
-
-def _arguments(frame: FrameType) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for level in collect_init_args(frame, [], classes=(L.LightningModule,)):
-        arguments.update(level)
-    return arguments
+    module.save_hyperparameters({name: value for name, value in plain.items() if _is_plain(value)})
 
 
 def as_plain(value: Any) -> Any:

@@ -1,9 +1,13 @@
-"""The two functions that a module makes its optimizer and its schedule with."""
+"""What a module trains, and the two functions that it makes an optimizer and a schedule for it with."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from alignment_modules.optimization import parameter_groups
 
 
 def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
@@ -20,6 +24,79 @@ def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
     if lr_scheduler is not None:
         known = (LRScheduler, ReduceLROnPlateau)
         _check("lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
+
+
+def check_entries(module: nn.Module, entries: Mapping[str, nn.Module], *, several: bool) -> None:
+    """Checks that what a module says it trains is all of it, and each parameter once.
+
+    Args:
+        module: The module.
+        entries: Its `trained()`: what each of its optimizers moves, by name.
+        several: Whether it may have more than one.
+
+    Raises:
+        ValueError: If there is no entry "policy", more than are allowed, or a trainable parameter that is in none or in
+            two.
+    """
+    name, names = type(module).__name__, ", ".join(entries)
+    if "policy" not in entries:
+        raise ValueError(f"{name}.trained() gives {names or 'nothing'}; it must have an entry 'policy'")
+    if len(entries) > 1 and not several:
+        raise ValueError(
+            f"{name}.trained() gives {names}, an optimizer each, and automatic optimization has one: derive the module "
+            "from UpdateModule, which steps each of them by name"
+        )
+    owners: dict[int, str] = {}
+    for entry, part in entries.items():
+        for parameter_name, parameter in part.named_parameters():
+            if parameter.requires_grad and owners.setdefault(id(parameter), entry) != entry:
+                raise ValueError(
+                    f"{name}.trained(): {parameter_name!r} of {entry!r} belongs to {owners[id(parameter)]!r} too; a "
+                    "parameter has one optimizer"
+                )
+    left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owners]
+    if left:
+        raise ValueError(
+            f"{name}.trained() leaves out {left[0]!r} and {len(left) - 1} more trainable parameters: put them into an "
+            f"entry ({names}), or freeze them (requires_grad_(False))"
+        )
+
+
+def make_optimizer(
+    trained: nn.Module,
+    optimizer: Callable[..., Optimizer],
+    lr_scheduler: Callable[..., Any] | None,
+    bind: Callable[[Any], None],
+    *,
+    counts_steps: bool,
+) -> Optimizer | dict[str, Any]:
+    """An optimizer over the trainable parameters, and its schedule over optimizer steps, as Lightning takes them.
+
+    Args:
+        trained: What the optimizer moves.
+        optimizer: Called with parameter groups.
+        lr_scheduler: Called with the optimizer; None: no schedule.
+        bind: Tells a schedule the length of the run.
+        counts_steps: Whether only schedules that count steps can be used.
+
+    Raises:
+        ValueError: If the optimizer has no rate to schedule, or the schedule waits for a metric and may not.
+    """
+    made = optimizer(parameter_groups(trained))
+    if lr_scheduler is None:
+        return made
+    check_rate(made)
+    scheduler = lr_scheduler(made)
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        bind(scheduler)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    if counts_steps:
+        raise ValueError(
+            f"lr_scheduler={type(scheduler).__name__} waits for a metric, but this module steps its schedule after "
+            "every optimizer step: choose one that counts steps"
+        )
+    monitor = getattr(scheduler, "monitor", "train/loss")
+    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
 
 def check_rate(optimizer: Optimizer) -> None:

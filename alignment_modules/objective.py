@@ -33,20 +33,78 @@ class Statistic(NamedTuple):
     kind: Kind = "mean"
 
 
-@dataclass
-class Objective:
-    """The training objective of one micro-batch.
+class Term(NamedTuple):
+    """One sum of an objective, with the number of its units.
 
     Attributes:
         total: 0-dim tensor with a graph: the loss summed over its units (tokens, sequences or pairs).
-        weight: 0-dim tensor: the number of units. The gradient of an optimizer step is the gradient of
-            `sum(total) / sum(weight)` over all micro-batches and ranks.
-        statistics: What to log, by name (without the "train/" prefix).
+        weight: 0-dim tensor: the number of units.
+        coefficient: What the term's mean over the optimizer step is multiplied by.
     """
 
     total: Tensor
     weight: Tensor
+    coefficient: float = 1.0
+
+    @property
+    def scaled(self) -> Tensor:
+        """The total times the coefficient."""
+        return self.total if self.coefficient == 1.0 else self.coefficient * self.total
+
+
+@dataclass
+class Objective:
+    """The training objective of one micro-batch.
+
+    The gradient of an optimizer step is that of `sum over terms of coefficient * sum(total) / sum(weight)`, with both
+    sums over all micro-batches and ranks.
+
+    Attributes:
+        terms: Sums by name. Several have units of their own (tokens here, pairs there): such an objective is for an
+            `UpdateModule` that counts the units of a step first (`units`).
+        statistics: What to log, by name (without the "train/" prefix).
+    """
+
+    terms: dict[str, Term]
     statistics: dict[str, Statistic] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, total: Tensor, weight: Tensor, statistics: dict[str, Statistic] | None = None) -> Objective:
+        """The usual case: one sum and the number of its units.
+
+        Args:
+            total: 0-dim tensor with a graph: the loss summed over its units.
+            weight: 0-dim tensor: the number of units.
+            statistics: What to log, by name.
+        """
+        return cls({"loss": Term(total, weight)}, {} if statistics is None else statistics)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the only term.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        return self._only.scaled
+
+    @property
+    def weight(self) -> Tensor:
+        """The number of units of the only term.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        return self._only.weight
+
+    @property
+    def _only(self) -> Term:
+        if len(self.terms) != 1:
+            raise ValueError(
+                f"the objective has the terms {', '.join(self.terms)}, each with a unit of its own, and no total: give "
+                "their sums by name, and train them with an UpdateModule that defines units(piece)"
+            )
+        return next(iter(self.terms.values()))
 
 
 class Meters:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from alignment_modules.evaluation import length_statistics, prompt_texts
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
-from alignment_modules.manual import ManualOptimizationModule
 from alignment_modules.objective import Statistic
 from alignment_modules.rewards import RewardError, RewardSet
 from alignment_modules.rollouts import Completions, NonFiniteLogits, SamplingParameters
 from alignment_modules.rollouts.stopping import StopStrings
+from alignment_modules.training.updates import UpdateModule
 
 
-class OnlineModule(ManualOptimizationModule):
+class OnlineModule(UpdateModule):
     """Base of paradigms that learn from their own samples.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask`, `rewards` [batch * G] and
@@ -35,7 +35,7 @@ class OnlineModule(ManualOptimizationModule):
         stop_strings: Completions also end with these strings.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
             step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
-        **common: Keywords of `ManualOptimizationModule` and `AlignmentModule`: max_grad_norm, policy, optimizer,
+        **common: Keywords of `UpdateModule` and `AlignmentModule`: max_grad_norm, policy, optimizer,
             lr_scheduler, tokenizer, evaluation.
     """
 
@@ -95,7 +95,7 @@ class OnlineModule(ManualOptimizationModule):
         tokens = masks[0].sum() + masks[1].sum()
         padding = sum(mask.numel() for mask in masks) - tokens
         self._rollout_counts = {"tokens": tokens, "samples": len(completions.ids), "padding": padding}
-        self._window_tokens = self._window_tokens + tokens
+        self.window.tokens = self.window.tokens + tokens
 
     def sample_completions(self, batch: Mapping[str, Any]) -> Completions:
         """G completions of each prompt, row-major; the batch's own `responses` where it brings them.

@@ -10,23 +10,24 @@ optimizer step ended. Everything that relies on the form of Lightning's loops is
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
-Position = Literal["whole", "rewound", "open"]
+Position = Literal["whole", "rewound"]
 
 
 def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     """Rewrites the loops' state to the end of the last optimizer step, or to the end of an epoch that is over.
 
-    Batches of a step that was not taken are read again where the loader's state counts `batches_seen`. In the middle of
-    a batch they count as not read with any loader: an exception may have left half a gradient.
+    A step's gradients are in no checkpoint before it was taken. Its batches are read again where the loader's state
+    counts `batches_seen`, and in the middle of a batch with any loader. Between the batches of a step another loader
+    cannot be put back: the step is then taken with those that follow alone, exactly normalised, and a warning says so.
 
     Args:
         checkpoint: What Lightning is about to write; `loops` is changed.
         accumulate: Batches of an optimizer step.
 
     Returns:
-        "whole" where nothing was under way, "rewound" where something was and is to be done again, and "open" where
-        the loader cannot be put back, so that the gradients of a half accumulated step must be kept.
+        "whole" where nothing was under way, and "rewound" where the checkpoint stands for the end of the step before.
     """
     loops = checkpoint["loops"]["fit_loop"]
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -65,8 +66,12 @@ def settle(checkpoint: dict[str, Any], accumulate: int) -> Position:
     for progress in (validation["total"], validation["current"]):
         progress.update(ready=pending, started=pending, processed=0, completed=0)
     if over and not back:
-        return "open"
-    return "rewound" if back or in_flight else "whole"
+        rank_zero_warn(
+            f"this checkpoint falls within an optimizer step, after {over} of its {accumulate} batches, and the "
+            "training loader is not one of this library's, which could read them again: a run that resumes from it "
+            "leaves these out. Save every_n_train_steps, or load with datamodules.loader.ResumableLoader"
+        )
+    return "rewound" if over or in_flight else "whole"
 
 
 def _validated(validation: dict[str, Any], batch: dict[str, int]) -> bool:

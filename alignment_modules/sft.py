@@ -71,7 +71,7 @@ class SFTModule(AlignmentModule):
         if scores.correct is not None and scores.entropy is not None:
             statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)
             statistics["entropy"] = Statistic(scores.entropy.detach().sum(), weight)
-        return Objective(total, weight, statistics)
+        return Objective.of(total, weight, statistics)
 
     def describe(self) -> dict[str, str]:
         """Adds the loss and its normaliser."""

@@ -61,7 +61,7 @@ class Notes(Callback):
                 "weights": module.state_dict(),
                 "optimizer": trainer.optimizers[0].state_dict(),
                 "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-                "tokens": float(module._num_tokens),
+                "tokens": float(module.window.num_tokens),
                 "step": trainer.global_step,
             }
             torch.save(end, self.folder / "end.pt")

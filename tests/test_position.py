@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from alignment_modules import GRPOModule, SFTModule
 from alignment_modules.optimization import CosineSchedule
+from alignment_modules.training.window import Window
 from datamodules.loader import ResumableLoader, ResumableSampler
 
 ROWS = [{"input_ids": torch.tensor([n + 1, 2, n % 5 + 3, 4])} for n in range(14)]
@@ -174,16 +175,32 @@ def test_a_run_that_was_stopped_in_an_epoch_goes_on(run):
     assert_equal(after.end, whole.end)
 
 
-@pytest.mark.parametrize(("batch", "data"), [(1, OwnData), (5, OwnData), (7, OwnData), (9, OwnData), (5, EagerLoader)])
-def test_a_checkpoint_within_a_step_takes_that_step_again(run, batch, data):
-    """Of three batches: with a loader of ours from its first batch on, else with the gradients so far."""
-    whole = run(accumulate_grad_batches=3, data=data)
+@pytest.mark.parametrize("batch", [1, 5, 7, 9])
+def test_a_checkpoint_within_a_step_takes_that_step_again(run, batch):
+    """Of three batches, from its first batch on."""
+    whole = run(accumulate_grad_batches=3)
     path = run.folder / "within.ckpt"
-    run(At(batch, lambda trainer: trainer.save_checkpoint(path)), accumulate_grad_batches=3, folder="b", data=data)
-    resumed = run(accumulate_grad_batches=3, resume=path, folder="c", data=data)
-    within = batch % BATCHES % 3 if data is OwnData else 0
-    assert resumed.read == whole.read[batch - within :]
+    run(At(batch, lambda trainer: trainer.save_checkpoint(path)), accumulate_grad_batches=3, folder="b")
+    resumed = run(accumulate_grad_batches=3, resume=path, folder="c")
+    assert resumed.read == whole.read[batch - batch % BATCHES % 3 :]
     assert_equal(resumed.end, whole.end)
+
+
+def test_a_foreign_loader_within_a_step_leaves_out_what_the_step_had_read(run, monkeypatch):
+    """Its position cannot be put back: the step is taken with the batch that follows alone, divided by its weight."""
+    path = run.folder / "within.ckpt"
+
+    def save(trainer):
+        with pytest.warns(UserWarning, match=r"after 2 of its 3 batches.*leaves these out"):
+            trainer.save_checkpoint(path)
+
+    whole = run(At(5, save), accumulate_grad_batches=3, data=EagerLoader)
+    assert "window" not in torch.load(path, weights_only=True)["alignment_module"]
+    divisors, close = [], Window.close
+    monkeypatch.setattr(Window, "close", lambda *given: divisors.append((closed := close(*given)).divisor) or closed)
+    resumed = run(accumulate_grad_batches=3, resume=path, folder="b", data=EagerLoader)
+    assert resumed.read == whole.read[5:]
+    assert [float(divisor) for divisor in divisors] == [6, 6, 18, 18, 6]  # tokens: 2 rows of 3 in each batch
 
 
 class Fails(Exception):
@@ -231,7 +248,7 @@ def test_half_a_gradient_is_in_no_checkpoint(run, monkeypatch):
     monkeypatch.undo()
     path = run.folder / "kept" / "kept.ckpt"
     saved = torch.load(path, weights_only=True)
-    assert saved["alignment_module"]["window"] is None
+    assert "window" not in saved["alignment_module"]
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 3
     resumed = run(accumulate_grad_batches=3, resume=path, folder="c", data=EagerLoader)
     assert [rows for _, _, rows in resumed.read[:2]] == [[11, 12], [13, 14]]

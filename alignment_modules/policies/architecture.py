@@ -93,8 +93,8 @@ def check_trainable_types(module: nn.Module) -> None:
     if half:
         raise ValueError(
             f"{half[0]!r} and {len(half) - 1} more trainable parameters are float16, in which updates underflow: hold "
-            "the weights in float32 (policy.dtype='float32', with Trainer(precision='16-mixed') to compute in 16 bits) "
-            "or in bfloat16 (policy.dtype='bfloat16')"
+            "the weights in float32 (policy.dtype='float32', with Trainer(precision='bf16-mixed') to compute in 16 "
+            "bits) or in bfloat16 (policy.dtype='bfloat16')"
         )
 
 

@@ -97,7 +97,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
     if policy.dtype == "float16" and trainable and policy.lora is None:
         raise ValueError(
             "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
-            "Trainer(precision='16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
+            "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
     if policy.quantization is not None:
         if policy.config is not None:

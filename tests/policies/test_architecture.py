@@ -76,12 +76,12 @@ def test_multimodal_models_are_refused_before_weights_are_read(tmp_path, tiny_ll
 
 
 def test_float16_weights_are_not_trained(tiny_llama, tiny_llama_config, train):
-    with pytest.raises(ValueError, match=r"policy.dtype='float16' cannot be trained.*16-mixed"):
+    with pytest.raises(ValueError, match=r"policy.dtype='float16' cannot be trained.*bf16-mixed"):
         SFTModule(policy=PolicyConfig(config=tiny_llama_config, dtype="float16"))
     reference = build_policy(PolicyConfig(config=tiny_llama_config, dtype="float16"), trainable=False)
     assert reference.dtype == torch.float16
     batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"'policy.model.embed_tokens.weight' and \d+ more .* float16.*16-mixed"):
+    with pytest.raises(ValueError, match=r"'policy.model.embed_tokens.weight' and \d+ more .* float16.*bf16-mixed"):
         train(SFTModule(policy=tiny_llama.half()), [batch])
 
 

@@ -7,7 +7,6 @@ code that comes with a model runs only where `trust_remote_code` asks for it.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from alignment_modules.policies.config import (
     listing,
     resolve_folder,
 )
+from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
@@ -251,21 +251,13 @@ def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
         return {}
 
 
-def _exported_as(folder: Path) -> str | None:
-    """The format that the marker of an export names; None for any other folder."""
-    try:
-        return json.loads((folder / "alignment_modules.json").read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def _check_model_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
     weights = list(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file():
-        plain = _exported_as(folder) == "module"
+        plain = read_note(folder).get("format") == "module"
         hint = (
             " It is the export of a plain module: build that module yourself and use safetensors.torch.load_model."
             if plain

@@ -19,26 +19,36 @@ from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.clipping import clip_to_norm, guard
-from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
+from alignment_modules.evaluation import EvaluationConfig, Evaluator
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_entries, check_makers, make_optimizer
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
 from alignment_modules.optimization import bind_total_steps
-from alignment_modules.policies.architecture import check_trainable_types, refuse_compiled
+from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled
 from alignment_modules.policies.export import export_policy
-from alignment_modules.policies.load import PolicyConfig, build_policy, check_vocabulary, is_fresh, load_tokenizer
+from alignment_modules.policies.load import (
+    PolicyConfig,
+    build_policy,
+    check_vocabulary,
+    is_fresh,
+    load_tokenizer,
+    vocabulary_size,
+)
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reference import disable_dropout
 from alignment_modules.publishing import is_logged, publish
-from alignment_modules.rewards import ExactMatch, RewardSet
+from alignment_modules.rollouts import SamplingParameters
+from alignment_modules.rollouts.codec import Codec
+from alignment_modules.rollouts.engines import Engine, InProcessEngine
+from alignment_modules.text_generation import TextPrompts
 from alignment_modules.training.pieces import SEGMENTS
 from alignment_modules.training.window import TINY, Window
 
 _NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
-class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters, L.LightningModule):
+class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -61,6 +71,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
     """Metrics that the progress bar shows."""
     head: ClassVar[Literal["lm", "scalar"]] = "lm"
     """What the policy gives for a token: the distribution of the next one, or a number."""
+    generates: ClassVar[bool] = True
+    """Whether the policy writes: then `test`, `predict` and `generate` are there."""
     micro_batch_size: int | None = None
     max_grad_norm: float | None = None
 
@@ -82,10 +94,14 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         self.reference: nn.Module | None = None
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
-        self.tokenizer: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        given = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
-        self.evaluation = given or EvaluationConfig()
-        self.verifier = RewardSet([self.evaluation.verifier or ExactMatch()], option="evaluation.verifier")
+        stops = own_stop_ids(self.policy, vocabulary_size(self.policy))
+        self.codec = Codec(load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, stops)
+        self.engine: Engine = InProcessEngine(self.codec)
+        if evaluation is not None and not self.generates:
+            raise ValueError(f"evaluation={evaluation!r} is not allowed: {type(self).__name__} writes nothing")
+        self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
+        self.evaluation = self.evaluation or EvaluationConfig()
+        self.evaluator = Evaluator(self.engine, self.evaluation, codec=self.codec) if self.generates else None
         self._train_meters = Meters()
         self._eval_meters: dict[int, Meters] = {}
         self.windows: dict[str, Window] = {"policy": Window()}
@@ -144,16 +160,18 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
                 compiled.
         """
         refuse_compiled(self)
+        prepare(self.policy)
         if stage == "fit" and self.trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise ValueError(
                 f"Trainer(precision={self.trainer.precision!r}) is not allowed: the sums of a language model's step "
                 "overflow float16 gradients. Use 'bf16-mixed', or '32-true'"
             )
-        prepare(self.policy)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
+        data = getattr(self.trainer, "datamodule", None)
+        self.codec.data_stops = tuple(getattr(data, "stop_token_ids", ()))
         if self.tokenizer is None:
-            self.tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+            self.tokenizer = getattr(data, "tokenizer", None)
         if self.tokenizer is not None:
             check_vocabulary(self.policy, self.tokenizer)
             if self.reference is not None:
@@ -218,6 +236,8 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
         """Refuses a batch of another paradigm, and adds its `segments` while it still is on the host."""
         if self._trainer is None or self.trainer.testing or self.trainer.predicting:
             return batch
+        if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
+            return batch
         self.check_batch(batch)
         found = self.segments(batch) if self.micro_batch_size is None else None  # pieces have their own
         return batch if found is None else {**batch, SEGMENTS: found}
@@ -225,11 +245,16 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation left."""
         self._eval_meters.clear()
+        if self.evaluator is not None:
+            self.evaluator.restart()
 
     def on_test_epoch_start(self) -> None:
         """Forgets what an interrupted test left."""
-        super().on_test_epoch_start()
-        self._eval_meters.clear()
+        self.on_validation_epoch_start()
+
+    def on_predict_epoch_start(self) -> None:
+        """Counts prompts anew."""
+        self.on_validation_epoch_start()
 
     def check_batch(self, batch: Any) -> None:
         """Checks that a batch is what this paradigm takes.
@@ -266,7 +291,60 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation means, which do not depend on the batch size."""
-        self.evaluate_objective(batch, dataloader_idx)
+        self.record_evaluation(self.measure(batch), dataloader_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the means of the test."""
+        self.record_evaluation(self.measure(batch), dataloader_idx)
+
+    def measure(self, batch: dict[str, Any]) -> dict[str, Statistic]:
+        """What is measured of a batch: of prompts what the evaluator says of completions, else the objective."""
+        if self._measures_completions(batch):
+            return self._writer.test(self.policy, batch)
+        objective = self.objective(batch)
+        return objective.statistics | self.extra_metrics(batch, objective)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Rows for a JSONL file; `Evaluator.predict` says which."""
+        return self._writer.predict(self.policy, batch)
+
+    def generate(
+        self,
+        batch: Mapping[str, Any] | TextPrompts,
+        parameters: SamplingParameters | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        step: int = 0,
+    ) -> Any:
+        """Completions of a batch of prompts, sampled in eval mode; the policy's own modes are put back after.
+
+        For text it answers in text: `module.generate("1+1=")`, also for messages and for lists of either
+        (`complete_text` says how).
+        """
+        return self._writer.generate(self.policy, batch, parameters, num_samples=num_samples, seed=seed, step=step)
+
+    def record_evaluation(self, statistics: Mapping[str, Statistic], dataloader_idx: int) -> None:
+        """Adds statistics to the means of a validation or test loader."""
+        self._eval_meters.setdefault(dataloader_idx, Meters()).update(statistics)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of policy and data, where there is one."""
+        return self.codec.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.codec.tokenizer = tokenizer
+
+    @property
+    def _writer(self) -> Evaluator:
+        if self.evaluator is None:
+            raise ValueError(f"{type(self).__name__} writes nothing: it can neither generate nor predict")
+        return self.evaluator
+
+    def _measures_completions(self, batch: Any) -> bool:
+        return self.evaluator is not None and isinstance(batch, Mapping) and "prompts" in batch
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the weight of the window; Lightning clips after this.
@@ -391,9 +469,7 @@ class AlignmentModule(GenerationSteps, CheckpointContract, PlainHyperparameters,
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
-        return export_policy(
-            self.policy, directory, self.tokenizer, lora=lora, stop_token_ids=self.data_stop_token_ids()
-        )
+        return export_policy(self.policy, directory, self.tokenizer, lora=lora, stop_token_ids=self.codec.data_stops)
 
 
 def _count_parameters(module: nn.Module) -> str:

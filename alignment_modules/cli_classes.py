@@ -19,16 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from alignment_modules import callbacks, rewards
 from alignment_modules.base import AlignmentModule
 from alignment_modules.callbacks.logged_metrics import LoggedMetrics
-from alignment_modules.evaluation import EvaluationConfig, GenerationSteps
-from alignment_modules.online import OnlineModule
+from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.optimization import Schedule
+from alignment_modules.paradigms.acting import ActingModule
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.training.updates import UpdateModule
 from datamodules import AlignmentDataModule, tasks
 
 BASES = (
-    *(AlignmentModule, GenerationSteps, UpdateModule, OnlineModule),
+    *(AlignmentModule, UpdateModule, ActingModule),
     *(AlignmentDataModule, Schedule, LoggedMetrics),
 )
 """Classes that only others are made of; the command line refuses them by name."""

@@ -89,7 +89,7 @@ def test_columns_of_the_verifier_are_looked_for_before_generation(tiny_llama, mo
         if options:
             loader = torch.utils.data.DataLoader([prompts(2, answer=["1", "2"])], batch_size=None)
             runs.append(lambda m, loader=loader: trainer.predict(m, loader))
-        monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("something was generated"))
+        monkeypatch.setattr(module.engine, "generate", lambda *_, **__: pytest.fail("something was generated"))
         for run in runs:
             with pytest.raises(ValueError, match=f"reward '{name}' asks for '{missing}', which is not there; found: "):
                 run(module)

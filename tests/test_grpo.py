@@ -8,8 +8,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignment_modules import GRPOModule
+from alignment_modules.functional import group_advantages
 from alignment_modules.optimization import LinearSchedule
 from alignment_modules.policies.reference import fingerprint
+from alignment_modules.rollouts import codec
 
 
 class Digits:
@@ -169,6 +171,43 @@ def test_kl_in_the_reward_lowers_it_by_the_divergence(make, train, tiny_llama):
         make(kl_placement="loss", **options)
 
 
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_a_policy_that_equals_its_reference_owes_no_divergence(make, train, tiny_llama, mask_truncated, scale):
+    """Also for completions that the loss leaves out: their group's mean has their rewards."""
+    policy = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[7] *= 4.0  # some completions end by themselves
+    options = {"beta": 0.5, "kl_estimator": "k1", "kl_placement": "reward", "num_iterations": 2}
+    module = make(
+        policy=policy,
+        rewards=lambda completions: [0.3] * len(completions),
+        mask_truncated=mask_truncated,
+        scale_rewards=scale,
+        **options,
+    )
+    truncated = given(response_mask=(torch.arange(5) < 1 + torch.arange(12)[:, None] % 5).long())
+    truncated["responses"] = truncated["responses"].clone()
+    truncated["responses"][::2, 0] = 7
+    truncated["rewards"] = torch.full((12,), 0.3)
+    for batch in (prompts(), truncated):
+        metrics = train(module, [batch], max_steps=module.optimizer_steps_per_batch).callback_metrics
+        assert 0 < metrics["train/completions/clipped_ratio"] < 1
+        assert module.last_rollout["advantage"] == [0.0] * len(module.last_rollout["id"])
+        assert metrics["train/kl"] == 0
+
+
+def test_a_whitened_advantage_spans_the_tokens_of_all_ranks(make, monkeypatch):
+    module = make(scale_rewards="batch_tokens")
+    own, other = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[5.0, 7.0]])
+    lengths, others = torch.tensor([[3, 1], [2, 2]]), torch.tensor([[4, 6]])
+    gathered = torch.stack([other.double(), others.double()], dim=-1)
+    monkeypatch.setattr(module, "all_gather_ragged", lambda values: [gathered, values])
+    monkeypatch.setattr(type(module), "global_rank", 1)
+    both = group_advantages(torch.cat([other, own]), scale="batch_tokens", lengths=torch.cat([others, lengths]))
+    torch.testing.assert_close(module.advantages(own, lengths), both[1:])
+
+
 def test_times_are_logged_with_their_step(make, train):
     metrics = train(make(minibatches=2), [prompts()]).callback_metrics
     assert metrics["train/time/rollout"] > 0
@@ -196,13 +235,12 @@ def test_a_rollout_that_is_given_in_part_is_refused(make, train, brought, named)
         train(make(), [prompts() | brought])
 
 
-def test_prompts_without_an_index_are_seeded_differently_on_each_rank(make):
+def test_prompts_without_an_index_are_seeded_differently_on_each_rank(monkeypatch):
     batch = {key: value for key, value in prompts().items() if key != "index"}
     ranks = []
     for rank in (0, 1):
-        module = make()
-        module._trainer = type("Trainer", (), {"world_size": 2, "global_rank": rank, "strategy": None})()
-        ranks.append(module.prompt_indices(batch))
+        monkeypatch.setattr(codec, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        ranks.append(codec.prompt_indices(batch))
     assert ranks == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 UP = {  # what a folder must not import
     "alignment_modules/functional": ("alignment_modules",),
     "alignment_modules/policies": ("alignment_modules.rollouts", "alignment_modules.rewards", "alignment_modules.base"),
-    "alignment_modules/rollouts": ("alignment_modules.rewards", "alignment_modules.base"),
+    "alignment_modules/rollouts": ("alignment_modules.evaluation", "alignment_modules.base"),
+    "alignment_modules/evaluation": ("alignment_modules.base",),
     "alignment_modules/rewards": ("alignment_modules.rollouts", "alignment_modules.base"),
     "alignment_modules": ("datamodules", "alignment_modules.cli"),
     "datamodules": ("alignment_modules",),

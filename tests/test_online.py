@@ -119,14 +119,15 @@ def test_a_step_with_groups_of_one_reward_only_moves_nothing(make, train):
     assert fingerprint(module.policy) == before
 
 
-def test_scaling_by_the_batch_spans_the_ranks(make):
+def test_scaling_by_the_batch_spans_the_ranks(make, monkeypatch):
     module, other = make(scale_rewards="batch"), torch.tensor([[5.0, nan], [nan, 7.0]])
     own = torch.tensor([[1.0, 2.0], [nan, 3.0]])
-    module._trainer = type("Trainer", (), {"world_size": 2, "global_rank": 1, "strategy": None})()
-    module.all_gather_ragged = lambda rewards: [other, rewards]
+    gathered = torch.stack([other.double(), torch.ones(2, 2).double()], dim=-1)
+    monkeypatch.setattr(module, "all_gather_ragged", lambda values: [gathered, values])
+    monkeypatch.setattr(type(module), "global_rank", 1)
     spread = torch.tensor([5.0, 7.0, 1.0, 2.0, 3.0]).std()
     expected = torch.tensor([[-0.5, 0.5], [0.0, 0.0]]) / spread
-    torch.testing.assert_close(module.advantages(own), expected)
+    torch.testing.assert_close(module.advantages(own, torch.ones(2, 2)), expected)
 
 
 def test_what_was_not_judged_is_counted(make, train, tmp_path):
@@ -190,7 +191,7 @@ def test_a_failing_reward_is_named_with_its_step(make, train):
 
 def test_missing_columns_are_found_before_the_first_rollout(make, train, monkeypatch):
     module = make(rewards=[third, ExactMatch("gold")])
-    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("something was generated"))
+    monkeypatch.setattr(module.engine, "generate", lambda *_, **__: pytest.fail("something was generated"))
     message = r"reward 'exact_match' asks for 'gold', which is not there; found: answer, completion_ids, "
     with pytest.raises(RewardError, match=message):
         train(module, [prompts(answer=["1"] * 4)])

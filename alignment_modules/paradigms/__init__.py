@@ -1,1 +1,1 @@
-"""What is trained for: one paradigm a file, none of which imports another."""
+"""What is trained on what: one file a paradigm, none of which imports another."""

@@ -37,6 +37,19 @@ class Decoder(Protocol):
             rows: `[kept]` int64 indices into the present rows, ascending.
         """
 
+    def resume(self, rows: Tensor, lengths: Tensor, contexts: Prompts, max_new_tokens: int) -> Decoder:
+        """A decoder of the next turn of some rows, whose `prefill` runs what is not in the cache yet.
+
+        Args:
+            rows: `[kept]` int64 indices into the present rows, ascending, none of which was dropped.
+            lengths: `[kept]` tokens that were drawn for each of them; what was fed beyond them is forgotten.
+            contexts: One prompt a row: the row's old prompt, these tokens, and what follows them.
+            max_new_tokens: Tokens that will be appended.
+
+        Returns:
+            A decoder with one row a prompt; this one is not to be used any more.
+        """
+
 
 DecoderFactory = Callable[[nn.Module, Prompts, int, int], Decoder]
 """Makes a decoder from policy, prompts, samples per prompt, and the number of tokens to make room for."""
@@ -99,6 +112,9 @@ class RecomputeDecoder:
 
     def keep(self, rows: Tensor) -> None:  # noqa: D102
         self.ids, self.lengths = self.ids[rows], self.lengths[rows]
+
+    def resume(self, rows: Tensor, lengths: Tensor, contexts: Prompts, max_new_tokens: int) -> Decoder:  # noqa: D102
+        return RecomputeDecoder(self.policy, contexts, 1, max_new_tokens)
 
     def _logits(self, ids: Tensor, lengths: Tensor) -> Tensor:
         if self.limit is not None and ids.shape[1] > self.limit:

@@ -51,19 +51,25 @@ class FastDecoder:
             tuple[Tensor, Tensor]
         ] = []  # per layer keys, values [prompts, kv_heads, time, head_dim]
         self.own_states: list[tuple[Tensor, Tensor]] = []  # per layer [bins, kv_heads, size, capacity, head_dim]
+        self.past: list[tuple[Tensor, Tensor]] = []  # per layer of a resumed one [prompts, time, kv_heads, head_dim]
+        self.cached = torch.zeros_like(prompts.lengths)
 
     def prefill(self) -> Tensor:  # noqa: D102
         weights, prompts = self.weights, self.prompts
-        real = prompts.mask
+        mask = prompts.mask
+        new = torch.arange(prompts.longest, device=mask.device) >= self.cached[:, None]
+        real = mask & new
         flat = real.flatten().nonzero().squeeze(1)
-        last = prompts.lengths.cumsum(0) - 1
+        last = (prompts.lengths - self.cached).cumsum(0) - 1
+        whole = len(flat) == real.numel() or bool(mask.all())
         x = weights.embedding[prompts.ids[real]]
         rotation = self.rotations[flat % prompts.longest][:, None]
-        for layer in weights.layers:
+        for number, layer in enumerate(weights.layers):
+            past = self.past[number] if self.past else (None, None)
             qkv = F.linear(normalized(x, layer.epsilons[0]), layer.qkv, layer.qkv_bias)
             query, key, value = self._split(layer, qkv.view(len(x), -1, weights.head_dim))
-            key = self._padded(torch.view_as_real(key * rotation).flatten(-2), flat)
-            value = self._padded(value, flat)
+            key = self._padded(torch.view_as_real(key * rotation).flatten(-2), flat, past[0])
+            value = self._padded(value, flat, past[1])
             self.prompt_states.append((key, value))
             key, value = (states.repeat_interleave(self.group, dim=1) for states in (key, value))
             query = torch.view_as_real(query * rotation).flatten(-2)
@@ -73,8 +79,8 @@ class FastDecoder:
                 mixed = mixed.transpose(1, 2).reshape(prompts.count * prompts.longest, -1)[flat]
             else:  # behind the last layer's keys and values, only the last token's output is needed
                 x, query = x[last], query[last][:, :, None]
-                mask = real[:, None, None] if len(flat) < real.numel() else None
-                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+                seen = None if whole else mask[:, None, None]
+                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=1.0)
                 mixed = mixed.reshape(prompts.count, -1)
             x = torch.addmm(x, mixed, layer.output)
             gate, up = F.linear(normalized(x, layer.epsilons[2]), layer.gate_up).chunk(2, dim=-1)
@@ -119,6 +125,32 @@ class FastDecoder:
     def keep(self, rows: Tensor) -> None:  # noqa: D102
         self._pack(rows.cpu())
 
+    def resume(self, rows: Tensor, lengths: Tensor, contexts: Prompts, max_new_tokens: int) -> FastDecoder:  # noqa: D102
+        longest, device = self.prompts.longest, rows.device
+        prompt = self.prompt_of_row.to(device)[rows]
+        place = rows if self.bins.place_of_row is None else self.bins.place_of_row[rows]
+        before = self.prompts.lengths[prompt][:, None]
+        self.cached = before[:, 0] + lengths.clamp(max=self.time)  # the token sampled last is in no cache yet
+        column = torch.arange(contexts.longest, device=device)
+        time = max(self.time, 1)
+        source = torch.where(column < before, column, column - before + longest).clamp(max=longest + time - 1)
+        unknown = (column >= self.cached[:, None])[..., None, None]
+
+        def joined(states: Tensor, own: Tensor) -> Tensor:
+            own = own.transpose(1, 2).flatten(0, 1)[place, :, :time]
+            both = torch.cat((states[prompt], own), dim=2).transpose(1, 2)
+            return both[torch.arange(len(rows), device=device)[:, None], source].masked_fill(unknown, 0.0)
+
+        self.past = [
+            (joined(keys, own_keys), joined(values, own_values))
+            for (keys, values), (own_keys, own_values) in zip(self.prompt_states, self.own_states, strict=True)
+        ]
+        self.prompts, self.capacity, self.time = contexts, max_new_tokens, 0
+        self.rotations = self.weights.rotations(contexts.longest + max_new_tokens)
+        self.prompt_of_row = torch.arange(contexts.count)
+        self.prompt_states, self.own_states = [], []
+        return self
+
     def _split(self, layer: Layer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys as complex numbers `[rows, heads, head_dim / 2]`, values `[rows, kv_heads, head_dim]`."""
         turned = qkv[:, : self.weights.heads + self.weights.kv_heads]
@@ -149,11 +181,15 @@ class FastDecoder:
             return logits if weights.head_bias is None else logits.add_(weights.head_bias)
         return F.linear(x, weights.head, weights.head_bias)
 
-    def _padded(self, states: Tensor, flat: Tensor) -> Tensor:
-        """`[tokens, heads, size]` of the real tokens as `[prompts, heads, longest, size]`, zero on padding."""
+    def _padded(self, states: Tensor, flat: Tensor, past: Tensor | None = None) -> Tensor:
+        """`[tokens, heads, size]` of the real tokens as `[prompts, heads, longest, size]`, zero or `past` elsewhere."""
         prompts = self.prompts
         if len(flat) < prompts.count * prompts.longest:
-            room = states.new_zeros(prompts.count * prompts.longest, *states.shape[1:])
+            room = (
+                states.new_zeros(prompts.count * prompts.longest, *states.shape[1:])
+                if past is None
+                else past.flatten(0, 1)
+            )
             states = room.index_copy_(0, flat, states)
         return states.view(prompts.count, prompts.longest, *states.shape[1:]).transpose(1, 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,15 @@ class Prompts:
         real = torch.arange(longest, device=prompt_ids.device) < lengths[:, None]
         return cls(prompt_ids.gather(1, order).long().masked_fill(~real, 0), lengths)
 
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]], device: torch.device) -> Prompts:
+        """Pads rows of token ids, none of them empty."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+        return cls(ids.to(device), lengths.to(device))
+
     @property
     def count(self) -> int:
         """Number of prompts."""
@@ -62,7 +72,14 @@ class Prompts:
         """`[prompts, longest]` bool, True on tokens of the right-padded `ids`."""
         return torch.arange(self.longest, device=self.ids.device) < self.lengths[:, None]
 
-    def left_padded(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask `[prompts, longest]` with the padding in front."""
-        columns = torch.arange(self.longest, device=self.ids.device) - (self.longest - self.lengths[:, None])
-        return self.ids.gather(1, columns.clamp(min=0)), columns >= 0
+    def left_padded(self, cached: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions `[prompts, longest]` with the padding in front.
+
+        Args:
+            cached: `[prompts]` tokens to leave out at each prompt's start; None: none.
+        """
+        new = self.lengths if cached is None else self.lengths - cached
+        width = self.longest if cached is None else int(new.max())
+        columns = torch.arange(width, device=self.ids.device) - (width - self.lengths[:, None])
+        positions = columns.clamp(min=0)
+        return self.ids.gather(1, positions), columns >= (self.lengths - new)[:, None], positions

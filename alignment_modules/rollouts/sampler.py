@@ -4,57 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional.ranges import Count, Natural, NonNegative, Range, Share, check_options
 from alignment_modules.rollouts.decoding import Decoder
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
+from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
-from alignment_modules.rollouts.seeds import sample_uniforms
+from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.selection import select_decoder, without_checkpointing
 from alignment_modules.rollouts.stopping import StopStrings, stop_table
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How completions are drawn.
-
-    Attributes:
-        max_completion_length: Most tokens in a completion; one that reaches it without a stop is truncated.
-        temperature: Divides the logits, for sampling and for the log-probabilities. Must be > 0 unless `greedy`, where
-            it does not matter for the choice and 0 means that log-probabilities are under 1.
-        top_p: Keeps the smallest set of likeliest tokens with this mass; 1 keeps all.
-        top_k: Keeps this many likeliest tokens; 0 keeps all.
-        min_p: Keeps tokens at least this many times as likely as the likeliest; 0 keeps all.
-        greedy: Takes the likeliest token instead of sampling.
-        stop_token_ids: Tokens that end a completion and belong to it.
-        stop_strings: A completion ends with the token that completes one of these.
-
-    Raises:
-        ValueError: If a value is outside its range.
-    """
-
-    max_completion_length: Count
-    temperature: NonNegative = 1.0
-    top_p: Annotated[float, Range(0, 1, "(]")] = 1.0
-    top_k: Natural = 0
-    min_p: Share = 0.0
-    greedy: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_options(SamplingParameters, vars(self))
-        if not self.greedy and not self.temperature:
-            raise ValueError(f"temperature={self.temperature} must be > 0 unless greedy=True")
-
-    @property
-    def truncates_support(self) -> bool:
-        """Whether tokens are drawn from fewer than the policy gives a probability to."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
 class NonFiniteLogits(ValueError):
@@ -70,13 +31,15 @@ class Completions:
         mask: `[rows, time]` bool, True on the completion's tokens, its stop token included.
         token_logps: `[rows, time]` float32 log-probabilities under the temperature over the full vocabulary (before
             top-k, top-p and min-p); 0 on padding.
-        truncated: `[rows]` bool, True where the length limit came before a stop.
+        truncated: `[rows]` bool, True where the last token is no stop.
+        own: `[rows, time]` bool, True on the tokens that the policy wrote; None: all that exist.
     """
 
     ids: Tensor
     mask: Tensor
     token_logps: Tensor
     truncated: Tensor
+    own: Tensor | None = None
 
 
 @torch.no_grad()
@@ -122,35 +85,90 @@ def sample(
         ValueError: If an argument is outside its range or a prompt has no token.
         NonFiniteLogits: If the policy's logits are not finite; also a ValueError.
     """
+    prompts = Prompts.from_padded(prompt_ids, prompt_mask)
+    seeds = Seeds(range(prompts.count) if prompt_indices is None else prompt_indices, seed, step)
+    stop_strings = StopStrings(parameters.stop_strings, tokenizer) if parameters.stop_strings else None
+    return sample_prompts(
+        policy,
+        prompts,
+        parameters,
+        num_samples=num_samples,
+        seeds=seeds,
+        stop_strings=stop_strings,
+        pad_token_id=pad_token_id,
+    )[0]
+
+
+@torch.no_grad()
+def sample_prompts(
+    policy: nn.Module,
+    prompts: Prompts,
+    parameters: SamplingParameters,
+    *,
+    num_samples: int,
+    seeds: Seeds,
+    stop_strings: StopStrings | None = None,
+    pad_token_id: int = 0,
+    drop: bool = True,
+) -> tuple[Completions, Decoder]:
+    """`sample` for prompts without padding; also gives the decoder, which `draw` says more of.
+
+    Raises:
+        ValueError: If there is no sample, or not one index a prompt.
+        NonFiniteLogits: If the policy's logits are not finite.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-    prompts = Prompts.from_padded(prompt_ids, prompt_mask)
-    indices = range(prompts.count) if prompt_indices is None else [int(index) for index in prompt_indices]
-    if len(indices) != prompts.count:
-        raise ValueError(f"prompt_indices must name each of the {prompts.count} prompts, got {len(indices)}.")
-    stop_strings = StopStrings(parameters.stop_strings, tokenizer) if parameters.stop_strings else None
-    uniforms = None
-    if not parameters.greedy:
-        drawn = sample_uniforms(seed, step, indices, num_samples, parameters.max_completion_length)
-        uniforms = drawn.t().contiguous().to(prompt_ids.device, torch.float32 if prompt_ids.is_mps else torch.float64)
+    if len(seeds.indices) != prompts.count:
+        raise ValueError(f"prompt_indices must name each of the {prompts.count} prompts, got {len(seeds.indices)}.")
+    uniforms = draw_uniforms(seeds, parameters, num_samples, prompts.ids.device)
+    limit = parameters.max_completion_length
     with without_checkpointing(policy):
-        longest = prompts.ids.shape[1] + parameters.max_completion_length
-        decoder = select_decoder(policy, longest)(policy, prompts, num_samples, parameters.max_completion_length)
-        return _rollout(decoder, prompts.count, num_samples, parameters, uniforms, stop_strings, pad_token_id)
+        decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
+        rows = prompts.count * num_samples
+        found = draw(
+            decoder, rows, parameters, uniforms, stop_strings=stop_strings, pad_token_id=pad_token_id, drop=drop
+        )
+    return found, decoder
 
 
-def _rollout(
+def draw_uniforms(
+    seeds: Seeds, parameters: SamplingParameters, num_samples: int, device: torch.device, turn: int = 0
+) -> Tensor | None:
+    """The uniforms `[time, rows]` that decide every token of a turn; None where greedy."""
+    if parameters.greedy:
+        return None
+    drawn = seeds.uniforms(num_samples, parameters.max_completion_length, turn)
+    return drawn.t().contiguous().to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def draw(
     decoder: Decoder,
-    num_prompts: int,
-    num_samples: int,
+    count: int,
     parameters: SamplingParameters,
     uniforms: Tensor | None,
-    stop_strings: StopStrings | None,
-    pad_token_id: int,
+    *,
+    stop_strings: StopStrings | None = None,
+    pad_token_id: int = 0,
+    drop: bool = True,
 ) -> Completions:
-    """Draws token by token until every row has stopped; tensors are `[time, rows]` until the end."""
-    limit, count = parameters.max_completion_length, num_prompts * num_samples
-    logits = decoder.prefill().repeat_interleave(num_samples, dim=0)
+    """Draws token by token until every row has stopped; tensors are `[time, rows]` until the end.
+
+    Args:
+        decoder: Not yet prefilled.
+        count: Rows, a multiple of the decoder's prompts.
+        parameters: How to draw and when to stop.
+        uniforms: `[max_completion_length, count]` in [0, 1); None: the likeliest tokens.
+        stop_strings: Strings that end a completion.
+        pad_token_id: Written behind the completions.
+        drop: Whether finished rows leave the decoder, which can then not be resumed.
+
+    Raises:
+        NonFiniteLogits: If the policy's logits are not finite.
+    """
+    logits = decoder.prefill()
+    logits = logits.repeat_interleave(count // len(logits), dim=0)
+    limit = parameters.max_completion_length
     device = logits.device
     is_stop = stop_table(parameters.stop_token_ids, logits.shape[-1], device)
     temperature = parameters.temperature or 1.0
@@ -187,7 +205,7 @@ def _rollout(
             remaining = int(alive.sum())
             if remaining == 0:
                 break
-            if remaining <= 0.75 * len(rows):
+            if drop and remaining <= 0.75 * len(rows):
                 kept = alive.nonzero().squeeze(1)
                 decoder.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]

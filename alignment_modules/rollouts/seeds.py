@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,13 +16,34 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def sample_uniforms(seed: int, step: int, prompt_indices: Sequence[int], num_samples: int, length: int) -> Tensor:
+@dataclass(frozen=True)
+class Seeds:
+    """What the samples of a rollout are seeded with: sample `g` of prompt index `i` with `(seed, step, i, g)`.
+
+    Attributes:
+        indices: Identity of each prompt, not negative; equal ones draw alike.
+        seed: Base seed, not negative.
+        step: Counter of rollouts under this seed, e.g. the optimizer step, not negative.
+    """
+
+    indices: Sequence[int]
+    seed: int = 0
+    step: int = 0
+
+    def uniforms(self, num_samples: int, length: int, turn: int = 0) -> Tensor:
+        """`sample_uniforms` of these seeds."""
+        return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn)
+
+
+def sample_uniforms(
+    seed: int, step: int, prompt_indices: Sequence[int], num_samples: int, length: int, turn: int = 0
+) -> Tensor:
     """Draws the uniforms that decide every token of every sample, up front.
 
-    Sample `g` of prompt index `i` gets what numpy's `Generator(Philox(key=key, counter=[0, g, i, 0])).random(length)`
-    gives with `key = SeedSequence((seed, step)).generate_state(2, uint64)`, whatever else is in the batch, so that a
-    rollout can be replayed alone. All rows are computed at once here, because one numpy generator per row costs more
-    than sampling from a small model.
+    Sample `g` of prompt index `i` gets what numpy's `Generator(Philox(key=key, counter=[0, g, i, turn]))` gives with
+    `.random(length)` and `key = SeedSequence((seed, step)).generate_state(2, uint64)`, whatever else is in the batch,
+    so that a rollout can be replayed alone. All rows are computed at once here, because one numpy generator per row
+    costs more than sampling from a small model.
 
     Args:
         seed: Base seed, not negative.
@@ -29,6 +51,7 @@ def sample_uniforms(seed: int, step: int, prompt_indices: Sequence[int], num_sam
         prompt_indices: Identity of each prompt, not negative. Equal indices give equal uniforms.
         num_samples: Samples per prompt, `G`.
         length: Uniforms per sample.
+        turn: Which of a sample's turns, from 0: each draws numbers of its own.
 
     Returns:
         `[prompts * num_samples, length]` float64 in [0, 1), row `p * num_samples + g`.
@@ -50,6 +73,7 @@ def sample_uniforms(seed: int, step: int, prompt_indices: Sequence[int], num_sam
     counter[0] += np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts before it draws
     counter[1] += np.tile(np.arange(num_samples, dtype=np.uint64), len(prompt_indices))[:, None]
     counter[2] += np.repeat(np.asarray(prompt_indices, dtype=np.uint64), num_samples)[:, None]
+    counter[3] += np.uint64(turn)
     words = np.stack(_philox(counter, key), axis=-1).reshape(rows, blocks * 4)[:, :length]
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 

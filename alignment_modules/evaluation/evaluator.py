@@ -1,0 +1,162 @@
+"""Generation for `test`, `predict` and validation: greedy exact match, pass@k, and completions as rows.
+
+A pretrained, an instruction-tuned and an aligned policy are measured by the same code, on batches of prompts (`prompts`
+[batch, time] and `prompt_attention_mask`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from alignment_modules.evaluation.config import EvaluationConfig
+from alignment_modules.metrics import pass_at_k
+from alignment_modules.objective import Statistic
+from alignment_modules.rewards import ExactMatch, RewardSet, RewardTable
+from alignment_modules.rollouts import Completions, SamplingParameters
+from alignment_modules.rollouts.actor import judge
+from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, rank_and_world_size, real_tokens
+from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.prompts import Prompts
+from alignment_modules.rollouts.seeds import Seeds
+from alignment_modules.rollouts.statistics import length_statistics
+from alignment_modules.text_generation import TextPrompts, complete_text
+
+
+class Evaluator:
+    """Measures a policy by what it writes.
+
+    Args:
+        engine: Makes the completions.
+        config: How completions are drawn and how many, and the verifier: one is right when it gives 1 or more.
+        codec: Tokens to text, and the stop tokens.
+
+    Raises:
+        ValueError: If the verifier cannot be found or called.
+    """
+
+    def __init__(self, engine: Engine, config: EvaluationConfig, *, codec: Codec) -> None:
+        self.engine, self.config, self.codec = engine, config, codec
+        self.verifier = RewardSet([config.verifier or ExactMatch()], option="evaluation.verifier")
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts prompts anew, at the start of an epoch."""
+        self._prompts_seen = 0
+        self._told = False
+
+    def test(self, policy: nn.Module, batch: Mapping[str, Any]) -> dict[str, Statistic]:
+        """`exact_match`, `pass@k` and the lengths over one batch of prompts.
+
+        Raises:
+            RewardError: If the batch lacks a column that the verifier asks for.
+        """
+        self.verifier.check_columns(columns_of(batch).keys())
+        batch, config = self._indexed(batch), self.config
+        greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
+        correct, applies = self._correct(batch, greedy, 1)
+        statistics = {
+            "exact_match": Statistic(correct.sum(), applies.sum()),
+            "frac_not_judged": Statistic((~applies).sum(), float(applies.numel())),
+            **length_statistics(greedy.mask, greedy.truncated),
+        }
+        if config.num_samples:
+            samples = self.generate(policy, batch, self.parameters(), num_samples=config.num_samples, seed=config.seed)
+            correct, applies = self._correct(batch, samples, config.num_samples)
+            solved = pass_at_k(correct, config.num_samples)
+            statistics[f"pass@{config.num_samples}"] = Statistic(solved.sum(), applies.any(dim=1).sum())
+            statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
+        return statistics
+
+    def predict(self, policy: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.
+
+        A reward is None where the verifier does not apply.
+
+        Raises:
+            ValueError: If the batch has no prompts.
+        """
+        if "prompts" not in batch:
+            raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
+        batch = self._indexed(batch)
+        config, samples = self.config, max(self.config.num_samples, 1)
+        columns = columns_of(batch) | {"prompt": self.codec.prompts(batch)}
+        scored = bool(config.num_samples and (config.verifier or "answer" in columns))
+        if scored:
+            self.verifier.check_columns(columns_of(batch).keys())
+        elif config.num_samples and not self._told:
+            self._told = True
+            rank_zero_info("predict: the rows have no column 'answer', so their completions are not scored")
+        parameters = self.parameters(greedy=not config.num_samples)
+        completions = self.generate(policy, batch, parameters, num_samples=samples, seed=config.seed)
+        table, texts = self._judged(batch, completions) if scored else (None, self.decode(completions))
+        rows: list[dict[str, Any]] = [{"index": index} for index in batch["index"]]
+        for number, row in enumerate(rows):
+            row.update({name: values[number] for name, values in columns.items()})
+            own = texts[number * samples : (number + 1) * samples]
+            row.update({"completions": own} if config.num_samples else {"completion": own[0]})
+        if table is not None:
+            for row, rewards in zip(rows, table.total.view(-1, samples).tolist(), strict=True):
+                row["rewards"] = [None if math.isnan(reward) else reward for reward in rewards]
+        return rows
+
+    def generate(
+        self,
+        policy: nn.Module,
+        batch: Mapping[str, Any] | TextPrompts,
+        parameters: SamplingParameters | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        step: int = 0,
+    ) -> Any:
+        """Completions of a batch of prompts; of text in text (`complete_text` says how).
+
+        Raises:
+            ValueError: If there is neither a tokenizer nor a stop token.
+        """
+        if isinstance(batch, (str, list)):
+            return complete_text(self, policy, batch, parameters, num_samples=num_samples, seed=seed)
+        prompts = Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"])
+        return self.complete(policy, prompts, parameters, num_samples, Seeds(prompt_indices(batch), seed, step))
+
+    def complete(
+        self, policy: nn.Module, prompts: Prompts, parameters: SamplingParameters | None, num_samples: int, seeds: Seeds
+    ) -> Completions:
+        """Completions of prompts without padding.
+
+        Raises:
+            ValueError: If there is neither a tokenizer nor a stop token.
+        """
+        parameters = parameters or self.parameters(greedy=True)
+        if self.codec.tokenizer is None and not parameters.stop_token_ids:
+            raise ValueError("tokenizer=None: generation needs one to know where completions stop; give the module one")
+        self.engine.push(policy)
+        return self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+
+    def parameters(self, *, greedy: bool = False) -> SamplingParameters:
+        """How `test` and `predict` sample."""
+        return self.config.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
+
+    def decode(self, completions: Completions) -> list[str]:
+        """The completions as text: without padding and the stop token, with all else, such as a special `<think>`."""
+        return self.codec.decode(real_tokens(completions.ids, completions.mask))
+
+    def _judged(self, batch: Mapping[str, Any], completions: Completions) -> tuple[RewardTable, list[str]]:
+        return judge(self.verifier, self.codec, batch, real_tokens(completions.ids, completions.mask))
+
+    def _correct(self, batch: Mapping[str, Any], completions: Completions, samples: int) -> tuple[Tensor, Tensor]:
+        """Whether each completion [prompts, samples] is right, and whether the verifier applies to it at all."""
+        total = self._judged(batch, completions)[0].total.view(-1, samples)
+        return (total >= 1.0).double(), ~total.isnan()
+
+    def _indexed(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch with an `index`: what it brings, else a running number, so that no batch size changes a sample."""
+        if "index" in batch:
+            return batch
+        ranks = rank_and_world_size()[1]
+        indices = [index + ranks * self._prompts_seen for index in prompt_indices(batch)]
+        self._prompts_seen += len(indices)
+        return {**batch, "index": indices}

@@ -1,0 +1,179 @@
+"""What paradigms that learn from their own samples share: the keywords of their actor, and how it is looked at."""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
+from alignment_modules.policies.reference import reference_mode
+from alignment_modules.policies.scoring import Ask, Scores, score
+from alignment_modules.policies.segments import Segments
+from alignment_modules.rewards import RewardError, RewardSet
+from alignment_modules.rollouts import NonFiniteLogits
+from alignment_modules.rollouts.actor import Actor
+from alignment_modules.rollouts.codec import columns_of
+from alignment_modules.rollouts.given import check_given_rollout
+from alignment_modules.rollouts.parameters import SamplingOptions
+from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.updates import UpdateModule
+
+
+class ActingModule(UpdateModule):
+    """Base of paradigms that learn from their own samples: builds their `actor`.
+
+    A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
+    `response_loss_mask` (the policy wrote it), `rewards` [batch * G] and `old_logprobs` [batch * G, time]: what it
+    brings is not sampled, judged or scored again.
+
+    Args:
+        rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
+        reward_weights: One weight a reward; None: all 1.
+        num_generations: G, completions of each prompt.
+        max_completion_length: Longest completion in tokens.
+        temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
+        top_p: Nucleus size. Below 1 the samples no longer come from the scored distribution: the ratio is biased.
+        top_k: Number of likeliest tokens kept; 0 keeps all. The same caution holds.
+        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. The same caution holds.
+        stop_strings: Completions also end with these strings.
+        seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
+            step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
+        **common: Keywords of `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
+            optimizer, lr_scheduler, tokenizer, evaluation).
+    """
+
+    compares_log_probs = True
+    batch_keys = ("prompts", "prompt_attention_mask")
+
+    def __init__(
+        self,
+        *,
+        rewards: str | list[str | Callable] | Callable,
+        reward_weights: list[Finite] | None = None,
+        num_generations: Count = 8,
+        max_completion_length: Count = 256,
+        temperature: Positive = 1.0,
+        top_p: Annotated[float, Range(0, 1, "(]")] = 1.0,
+        top_k: Natural = 0,
+        min_p: Share = 0.0,
+        stop_strings: list[str] | None = None,
+        seed: Seed | None = None,
+        **common: Any,
+    ) -> None:
+        check_options(ActingModule.__init__, locals())
+        super().__init__(**common)
+        self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
+        self.actor = Actor(
+            self.engine,
+            self.rewards,
+            SamplingOptions(max_completion_length, temperature, top_p, top_k, min_p, list(stop_strings or ())),
+            num_generations,
+            codec=self.codec,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
+        )
+        self.rollout: Rollout | None = None
+
+    @property
+    def last_rollout(self) -> dict[str, list[Any]]:
+        """The last rollout in words, for sample tables: an entry a completion in each column."""
+        return self.actor.rows(self.rollout)
+
+    def check_batch(self, batch: Any) -> None:
+        """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.
+
+        Raises:
+            ValueError: If a key or column is missing, or what is given does not fit together (`check_given_rollout`).
+        """
+        super().check_batch(batch)
+        check_given_rollout(batch)
+        if not isinstance(batch.get("rewards"), Tensor):
+            self.rewards.check_columns(columns_of(batch).keys())
+
+    def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+        """What the last rollout holds, for `num_tokens` and the throughput; prompts count once, whatever their samples.
+
+        Before the first rollout it is what the batch holds.
+        """
+        if self.rollout is None:
+            return super().count_tokens(batch)
+        masks = (self.rollout.prompt_mask, self.rollout.mask)
+        tokens = masks[0].sum() + masks[1].sum()
+        return {
+            "tokens": tokens,
+            "samples": len(self.rollout.ids),
+            "padding": sum(mask.numel() for mask in masks) - tokens,
+        }
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Judges one greedy completion of each prompt."""
+        self.record_evaluation(self.actor.measure(self.policy, batch, step=self.global_step), dataloader_idx)
+
+    def describe(self) -> dict[str, str]:
+        """Adds how completions are drawn and judged."""
+        sampling = self.actor.sampling
+        return super().describe() | {
+            "rewards": ", ".join(self.rewards.names),
+            "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
+            f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.actor.seed}",
+        }
+
+    def roll_out(self, batch: Mapping[str, Any]) -> Rollout:
+        """Acts, and counts what was done.
+
+        Raises:
+            RewardError: If no completion of any rank has a reward.
+        """
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step)
+        self._train_meters.update(self.actor.statistics)
+        self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
+        if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
+            given = isinstance(batch.get("rewards"), Tensor)
+            whose = "the batch's rewards are" if given else f"{', '.join(map(repr, self.rewards.names))} gave"
+            raise RewardError(
+                f"optimizer step {self.global_step + 1} has nothing to learn from: {whose} None or NaN for all "
+                "completions"
+            )
+        return self.rollout
+
+    def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
+        """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
+
+        Args:
+            model: The policy, or what is compared with it.
+            rollout: The piece.
+            targets: [N, T] bool, on the host: which tokens are scored.
+            ask: As in `score`.
+        """
+        segments = Segments.from_prompts(rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets)
+        return score(model, segments.to(self.device), temperature=self.actor.sampling.temperature, ask=ask)
+
+    @torch.no_grad()
+    def score_rollout(self, rollout: Rollout, companion: nn.Module | None = None) -> Tensor:
+        """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
+
+        Args:
+            rollout: Of the whole batch.
+            companion: Who scores; None: the policy itself.
+
+        Raises:
+            NonFiniteLogits: If one is not finite; it names the step.
+        """
+        results = torch.zeros(rollout.ids.shape, device=self.device)
+        size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
+        with reference_mode(self.policy, self.policy if companion is None else companion) as model:
+            for start in range(0, len(rollout), size):
+                piece = rollout.select(slice(start, start + size))
+                rows = slice(start * rollout.group, (start + size) * rollout.group)
+                results[rows] = self.score_piece(model, piece, piece.own).token_logps
+        if not bool(results.isfinite().all()):
+            raise self.not_finite("policy" if companion is None else "reference")
+        return results
+
+    def not_finite(self, who: str) -> NonFiniteLogits:
+        """The error about a model's logits, with the step that is being prepared."""
+        return NonFiniteLogits(
+            f"optimizer step {self.global_step + 1}: {who} gave logits that are not finite; its weights or inputs may "
+            "hold NaN or infinity."
+        )

@@ -1,0 +1,188 @@
+"""An actor completes prompts and has the completions judged: what every online paradigm starts a step with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from alignment_modules.objective import Statistic
+from alignment_modules.rewards import RewardError, RewardSet, RewardTable
+from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, real_tokens
+from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.given import given_completions
+from alignment_modules.rollouts.parameters import SamplingOptions
+from alignment_modules.rollouts.prompts import Prompts
+from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
+from alignment_modules.rollouts.seeds import Seeds
+from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics
+from alignment_modules.rollouts.stopping import StopStrings
+
+
+@dataclass
+class Seen:
+    """What of the last rollout people may want to look at.
+
+    Attributes:
+        batch: Its prompts.
+        step: When it was made.
+        completions: Token ids without padding.
+        texts: The same as text; None where nobody needed it.
+        rewards: Of each reward by name.
+    """
+
+    batch: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    completions: list[list[int]] = field(default_factory=list)
+    texts: list[str] | None = None
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Actor:
+    """Completes prompts with an engine, judges the completions, and counts.
+
+    A batch may bring its own `responses` with `response_mask`, `response_loss_mask`, `rewards` and `old_logprobs`
+    (`check_given_rollout`): what it brings is neither sampled nor judged again.
+
+    Args:
+        engine: Makes the completions.
+        rewards: Judges them.
+        sampling: How they are drawn.
+        num_generations: Completions of each prompt.
+        codec: Tokens to text, and the stop tokens.
+        seed: Seed of the samples. Each has its own, made of this seed, the step, the prompt's index and the sample's
+            number, so that a rollout can be repeated alone.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rewards: RewardSet,
+        sampling: SamplingOptions,
+        num_generations: int,
+        *,
+        codec: Codec,
+        seed: int = 0,
+    ) -> None:
+        self.engine, self.rewards, self.sampling = engine, rewards, sampling
+        self.num_generations, self.codec, self.seed = num_generations, codec, seed
+        self.seen = Seen()
+        self.statistics: dict[str, Statistic] = {}
+
+    def roll_out(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int) -> Rollout:
+        """Completions of the batch's prompts with their rewards; `statistics` and `seen` tell more of them.
+
+        Args:
+            policy: Who writes.
+            batch: Prompts, and what else `check_given_rollout` allows.
+            step: Counter of rollouts: the optimizer steps taken so far.
+
+        Raises:
+            RewardError: If a reward fails; it names the reward and the optimizer step.
+            ValueError: If the policy's logits are not finite, or the number of responses does not fit the prompts.
+        """
+        completions = self._given(batch) if "responses" in batch else self.complete(policy, batch, step)
+        ids, mask, truncated = completions.ids.cpu(), completions.mask.cpu(), completions.truncated.cpu()
+        rows, given, texts = real_tokens(ids, mask), batch.get("rewards"), None
+        if isinstance(given, Tensor):  # a list is a column of the data set
+            table = RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu())
+        else:
+            try:
+                table, texts = judge(self.rewards, self.codec, batch, rows)
+            except RewardError as error:
+                raise RewardError(f"optimizer step {step + 1}: {error}") from error
+        rewards, prompt_mask = table.total.float(), batch["prompt_attention_mask"].bool().cpu()
+        group = len(rows) // len(prompt_mask)
+        # Nothing predicts the first token after an empty prompt.
+        first = (mask.cumsum(dim=-1) == 1) & ~prompt_mask.any(dim=1).repeat_interleave(group)[:, None]
+        own = (mask if completions.own is None else completions.own.cpu()) & ~first
+        self.seen = Seen(batch, step, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
+        self.statistics = {
+            **reward_statistics(table.names, table.values, rewards),
+            **length_statistics(mask, truncated),
+            **group_statistics(rewards.view(-1, group)),
+        }
+        return Rollout(
+            prompt_ids=batch["prompts"].cpu(),
+            prompt_mask=prompt_mask,
+            group=group,
+            ids=ids,
+            mask=mask,
+            own=own,
+            trained=own,
+            rewards=rewards,
+            truncated=truncated,
+            sampled_logps=completions.token_logps,
+            old_logps=completions.token_logps if "old_logprobs" in batch else None,
+        )
+
+    def complete(self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, greedy: bool = False) -> Completions:
+        """Samples `num_generations` completions of each prompt; greedily one.
+
+        Raises:
+            NonFiniteLogits: If the policy's logits are not finite; it names the step.
+        """
+        self.engine.push(policy)
+        try:
+            return self.engine.generate(
+                Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
+                self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids),
+                num_samples=1 if greedy else self.num_generations,
+                seeds=Seeds(prompt_indices(batch), self.seed, step),
+            )
+        except NonFiniteLogits as error:
+            raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+
+    def measure(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int) -> dict[str, Statistic]:
+        """Judges one greedy completion of each prompt."""
+        completions = self.complete(policy, batch, step, greedy=True)
+        table, _ = judge(self.rewards, self.codec, batch, real_tokens(completions.ids, completions.mask))
+        reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
+        statistics = reward_statistics(table.names, table.values, table.total)
+        return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
+
+    def rows(self, rollout: Rollout | None) -> dict[str, list[Any]]:
+        """The last rollout in words: a list a column, with an entry a completion; empty before the first.
+
+        Args:
+            rollout: The one that `roll_out` gave last, with its advantages; None: there was none.
+        """
+        if rollout is None:
+            return {}
+        seen, readable = self.seen, self.codec.tokenizer is not None
+        prompts = self.codec.seen_prompts(seen.batch) if readable else [""] * len(rollout)
+        columns: dict[str, list[Any]] = {
+            "id": [f"{seen.step}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
+            "prompt": [prompt for prompt in prompts for _ in range(rollout.group)],
+            "completion": seen.texts or (self.codec.decode(seen.completions) if readable else [""] * len(rollout.ids)),
+            **seen.rewards,
+            "reward": rollout.rewards.tolist(),
+            "truncated": rollout.truncated.tolist(),
+        }
+        if rollout.advantages is not None and rollout.advantages.dim() == 1:
+            columns["advantage"] = rollout.advantages.tolist()
+        return columns
+
+    def _given(self, batch: Mapping[str, Any]) -> Completions:
+        strings = StopStrings(self.sampling.stop_strings, self.codec.tokenizer) if self.sampling.stop_strings else None
+        return given_completions(batch, self.codec.stop_token_ids, strings)
+
+
+def judge(
+    rewards: RewardSet, codec: Codec, batch: Mapping[str, Any], completions: list[list[int]]
+) -> tuple[RewardTable, list[str]]:
+    """Scores completions, given as token ids without padding; returns the table of rewards and the texts.
+
+    Raises:
+        RewardError: If a reward fails.
+    """
+    texts = codec.decode(completions)
+    table = rewards.to(batch["prompts"].device)(
+        prompts=codec.prompts(batch),
+        completions=texts,
+        prompt_ids=real_tokens(batch["prompts"], batch["prompt_attention_mask"]),
+        completion_ids=completions,
+        columns=columns_of(batch),
+    )
+    return table, texts

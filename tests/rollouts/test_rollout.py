@@ -1,0 +1,87 @@
+"""Cutting a rollout: every field goes along, whatever it is called."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import pytest
+import torch
+
+from alignment_modules.rollouts.rollout import PER_PROMPT, Rollout
+
+
+def rollout(kind=Rollout, prompts=3, group=4, time=5, **more):
+    rows = prompts * group
+    grid = torch.arange(rows * time).view(rows, time)
+    optional = {name: grid.float() for name in ("old_logps", "reference_logps", "values", "weights")}
+    return kind(
+        prompt_ids=torch.arange(prompts * 2).view(prompts, 2),
+        prompt_mask=torch.ones(prompts, 2, dtype=torch.bool),
+        group=group,
+        ids=grid,
+        mask=grid >= 0,
+        own=grid % 2 == 0,
+        trained=grid % 4 == 0,
+        rewards=torch.arange(rows).float(),
+        truncated=torch.arange(rows) % 3 == 0,
+        sampled_logps=grid.float(),
+        advantages=torch.arange(rows).float(),
+        **optional,
+        **more,
+    )
+
+
+@dataclass(frozen=True)
+class Longer(Rollout):
+    """With a field for each completion, one for each prompt, and one that is neither."""
+
+    margins: torch.Tensor | None = None
+    topics: torch.Tensor | None = field(default=None, metadata=PER_PROMPT)
+    name: str = "rollout"
+
+
+def test_a_new_field_is_cut_like_the_others():
+    longer = rollout(Longer, margins=torch.arange(12), topics=torch.arange(3))
+    for prompts, completions, rows in (
+        (slice(1, 3), slice(0, 2), [4, 5, 8, 9]),
+        (torch.tensor([2, 0]), slice(None), [8, 9, 10, 11, 0, 1, 2, 3]),
+        (torch.tensor([False, True, False]), slice(3, 4), [7]),
+        (slice(0, 0), slice(None), []),
+    ):
+        part = longer.select(prompts, completions)
+        assert (part.name, part.group) == ("rollout", len(range(4)[completions]))
+        assert part.margins.tolist() == rows
+        assert part.topics.tolist() == torch.arange(3)[prompts].tolist()
+        for one in fields(longer):
+            whole, cut = getattr(longer, one.name), getattr(part, one.name)
+            if isinstance(whole, torch.Tensor):
+                wanted = whole[prompts] if one.metadata else whole[rows]
+                assert torch.equal(cut, wanted), one.name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"margins": torch.zeros(3)},
+            r"Longer.margins has 3 rows; 3 prompts with 4 completions each need 12, ",
+        ),
+        ({"topics": torch.zeros(12)}, r"Longer.topics has 12 rows; .* need 3, one a prompt"),
+        ({"advantages": torch.zeros(3, 4)}, r"Longer.advantages has 3 rows"),
+    ],
+)
+def test_a_field_of_other_rows_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(rollout(Longer), **change)
+
+
+def test_pieces_hold_every_completion_once():
+    whole = rollout(prompts=5, group=3)
+    for size in (None, 1, 2, 3, 7, 100):
+        pieces = whole.micro_batches(size)
+        assert torch.cat([piece.ids for piece in pieces])[:, 0].sort().values.tolist() == whole.ids[:, 0].tolist()
+        assert all(size is None or len(piece.ids) <= size for piece in pieces)
+        assert all(len(piece.ids) == len(piece) * piece.group for piece in pieces)
+    assert len(whole.empty()) == len(whole.empty().ids) == 0
+    assert whole.empty().micro_batches(None) == []
+    parts = list(whole.minibatches(7, torch.Generator().manual_seed(0)))
+    assert [len(part) for part in parts] == [1] * 5 + [0] * 2
+    assert sorted(torch.cat([part.rewards for part in parts]).tolist()) == whole.rewards.tolist()

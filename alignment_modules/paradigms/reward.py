@@ -1,7 +1,7 @@
 """Reward modelling on preference pairs (Bradley-Terry): one number for a prompt and its completion."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class RewardModule(AlignmentModule):
         f"{side}_{part}" for side in ("prompt", "chosen", "rejected") for part in ("input_ids", "attention_mask")
     )
     head = "scalar"
-    generates: ClassVar[bool] = False
+    generates = False
     compares_log_probs = True  # the rewards of a pair are compared, so dropout must be off as well
     bar = ("loss", "rewards/accuracies", "rewards/margins")
 

@@ -234,7 +234,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuses a batch of another paradigm, and adds its `segments` while it still is on the host."""
-        if self._trainer is None or self.trainer.testing or self.trainer.predicting:
+        if self._trainer is None or (self.generates and (self.trainer.testing or self.trainer.predicting)):
             return batch
         if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
             return batch

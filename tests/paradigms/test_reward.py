@@ -196,6 +196,20 @@ def test_a_fresh_head_comes_from_the_global_seed_and_a_trained_one_is_kept(tiny_
         assert torch.equal(again.score.weight, heads[2].to(getattr(torch, dtype)))
 
 
+def test_what_it_does_not_write_is_refused(make):
+    import lightning as L
+
+    with pytest.raises(ValueError, match=r"evaluation=.* is not allowed: RewardModule writes nothing"):
+        make(evaluation={"num_samples": 2})
+    prompts = {"prompts": torch.ones(2, 3).long(), "prompt_attention_mask": torch.ones(2, 3).long()}
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loader = torch.utils.data.DataLoader([prompts], batch_size=None)
+    with pytest.raises(ValueError, match=r"a batch for RewardModule must hold prompt_input_ids, .* lacks"):
+        trainer.test(make(), loader)
+    (found,) = trainer.test(make(), torch.utils.data.DataLoader([pairs()], batch_size=None), verbose=False)
+    assert "test/rewards/accuracies" in found
+
+
 def test_wrong_heads_are_refused_by_name(tiny_llama, tiny_llama_config, classifier, train, tmp_path):
     from transformers import AutoModelForSequenceClassification, LlamaConfig
 

@@ -71,6 +71,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     """What a batch must hold to be trained or validated on."""
     bar: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that the progress bar shows."""
+    head: ClassVar[Literal["lm", "scalar"]] = "lm"
+    """What the policy gives for a token: the distribution of the next one, or a number."""
     generates: ClassVar[bool] = True
     """Whether the policy writes: then `test`, `predict` and `generate` are there."""
     max_grad_norm: float | None = None
@@ -89,7 +91,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
         keep_hyperparameters(self)
-        self.policy = build_policy(policy)
+        self.policy = build_policy(policy, head=self.head)
         self._saves_frozen = is_fresh(policy)
         self.make_optimizer = optimizer
         self.override_lr = override_lr
@@ -216,7 +218,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuses a batch of another paradigm, and adds its `segments` while it still is on the host."""
-        if self._trainer is None or self.trainer.testing or self.trainer.predicting:
+        if self._trainer is None or (self.generates and (self.trainer.testing or self.trainer.predicting)):
             return batch
         if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
             return batch

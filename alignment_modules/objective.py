@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "std", "min", "max"]
+Kind = Literal["mean", "std", "gap", "min", "max"]
 Reduce = Callable[[Tensor, str], Tensor]
 
 
@@ -23,7 +23,8 @@ class Statistic(NamedTuple):
 
     Attributes:
         total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
-            sample standard deviation ("std") [2], the sum of the units and that of their squares.
+            sample standard deviation ("std") [2], the sum of the units and that of their squares; for the mean size of
+            sums that may cancel within a bin and not across ("gap") [bins], each bin's sum.
         weight: 0-dim tensor or number: how many units were summed; ignored for extremes.
         kind: How the values of micro-batches and ranks combine.
     """
@@ -129,7 +130,7 @@ class Meters:
         for name, (total, weight, kind) in statistics.items():
             key = (kind, name)
             value = total.detach().double() if total.device.type != "mps" else total.detach().float()
-            if kind in ("mean", "std"):
+            if kind in ("mean", "std", "gap"):
                 value = value.reshape(-1)
                 if not isinstance(weight, Tensor):
                     weight = value.new_full((), weight)
@@ -150,7 +151,7 @@ class Meters:
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        for kind, how in (("mean", "sum"), ("std", "sum"), ("min", "min"), ("max", "max")):
+        for kind, how in (("mean", "sum"), ("std", "sum"), ("gap", "sum"), ("min", "min"), ("max", "max")):
             names = sorted(name for held, name in self._values if held == kind)
             if not names:
                 continue
@@ -161,6 +162,10 @@ class Meters:
                     if count > 0:  # of a single unit: 0
                         variance = max(squares - total * total / count, 0.0) / max(count - 1, 1)
                         results[name] = math.sqrt(variance)
+                elif kind == "gap":
+                    *sums, count = value
+                    if count > 0:
+                        results[name] = sum(map(abs, sums)) / count
                 elif kind != "mean":
                     if math.isfinite(value):
                         results[name] = value

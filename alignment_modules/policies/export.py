@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import has_adapter, merged_state
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
@@ -27,6 +28,10 @@ def export_policy(
     stop_token_ids: Sequence[int] = (),
 ) -> Path:
     """Writes the policy to a folder that other tools read.
+
+    A reward model's folder is one that `AutoModelForSequenceClassification` reads, and that gives the same numbers for
+    the same tokens: its padding id is one that ends no text, or none, so that the last token before it is the text's
+    last. Its note says by which ids texts end.
 
     It holds safetensors, the configuration, the generation configuration and the tokenizer with its chat template.
     Everything goes to a temporary folder beside the target, is flushed to disk and takes the target's name at the end,
@@ -63,7 +68,11 @@ def export_policy(
             note = _write(policy, temporary, lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
-            _set_token_ids(temporary, tokenizer, stop_token_ids)
+            inner = language_model(policy)
+            if inner is not None and classifies(inner):
+                note["stop_token_ids"] = _set_classifier_ids(temporary, tokenizer, stop_token_ids)
+            else:
+                _set_token_ids(temporary, tokenizer, stop_token_ids)
         note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         _write_json(temporary / MARKER, note)
         readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors leaves files to their owner alone
@@ -222,6 +231,31 @@ def _set_token_ids(folder: Path, tokenizer: Any, stop_token_ids: Sequence[int]) 
     if pad is None:
         pad = former.get("pad_token_id") if former.get("pad_token_id") in special else None
     _edit_json(generation, {**ids, "pad_token_id": pad, "_from_model_config": None})
+
+
+def _set_classifier_ids(folder: Path, tokenizer: Any, stop_token_ids: Sequence[int]) -> list[int]:
+    """Makes others find the last token of a text where it was in training; returns the ids that end one.
+
+    transformers looks for the last token that is not the padding id, so one that also ends texts would hide the end.
+    Positions are counted from the row's start, whatever stands there, so padding belongs behind the text.
+    """
+    ends = sorted({*stop_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id not in ends else None
+    if (folder / "config.json").is_file():
+        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": pad}
+        _edit_json(folder / "config.json", ids)
+    if (folder / "tokenizer_config.json").is_file():
+        _edit_json(folder / "tokenizer_config.json", {"padding_side": "right"})
+    return ends
+
+
+def read_note(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an export says of itself (`format`, and of a reward model `stop_token_ids`); empty for other folders."""
+    try:
+        found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _edit_json(file: Path, changes: dict[str, Any]) -> None:

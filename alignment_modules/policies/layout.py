@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from alignment_modules.policies.masks import check_unbroken
 
 Reads = Literal["targets", "last", "targets+last"]
 
@@ -42,17 +45,27 @@ class Layout(NamedTuple):
 
 
 def of_prompts(
-    prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, wanted: Tensor, reads: Reads
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    wanted: Tensor,
+    masks: Mapping[str, Tensor],
+    reads: Reads,
 ) -> Layout:
     """Lays out completions behind the prompts that they share.
 
     Args:
         prompt_ids: `[prompts, prompt_time]` int64 on the host, and so are the others.
-        prompt_mask: `[prompts, prompt_time]` bool, without holes.
+        prompt_mask: `[prompts, prompt_time]` bool.
         ids: `[prompts * K, time]` of the completions.
-        mask: `[prompts * K, time]` bool, without holes.
+        mask: `[prompts * K, time]` bool.
         wanted: `[prompts * K, time]` bool, the completion tokens to be scored.
+        masks: The masks of existing tokens as they were given, by name.
         reads: What is asked for.
+
+    Raises:
+        ValueError: If one of `masks` has a hole.
     """
     prompts, prompt_time = prompt_ids.shape
     rows, time = ids.shape
@@ -73,6 +86,9 @@ def of_prompts(
 
     where = real.flatten().nonzero().squeeze(1)
     segment = where // block[2]
+    if bool(((where.diff() != 1) & (segment.diff() == 0)).any()):
+        for name, given in masks.items():
+            check_unbroken(name, given)
     count = block[0] * block[1]
     lengths = torch.bincount(segment, minlength=count)
     ends = lengths.cumsum(0)

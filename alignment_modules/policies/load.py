@@ -7,7 +7,6 @@ code that comes with a model runs only where `trust_remote_code` asks for it.
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from alignment_modules.policies.config import (
     listing,
     resolve_folder,
 )
+from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
@@ -142,6 +142,10 @@ def _load(policy: PolicyConfig) -> nn.Module:
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
         return _from_pretrained(path, policy, policy.revision)
+    if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
+        raise ValueError(
+            f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
+        )
     if policy.quantization is not None:
         raise ValueError(
             f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
@@ -168,8 +172,14 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
     _check_model_folder(path)
     import transformers
 
-    check_text_only(_raw_config(path, revision), f"policy.path={path!r}")
-
+    config = _raw_config(path, revision)
+    check_text_only(config, f"policy.path={path!r}")
+    classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+    if classifier and policy.head == "lm":
+        raise ValueError(
+            f"policy.path={path!r}: its model is a sequence classifier, which has no distribution of the next token; "
+            "give a language model, or policy.head='scalar' for a reward model"
+        )
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
@@ -177,7 +187,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
         options["quantization_config"] = _quantization(policy)
     if policy.head == "scalar":
         auto, kind = transformers.AutoModelForSequenceClassification, "sequence-classification model"
-        options["config"] = _one_output(path, policy, revision)
+        options |= {} if classifier else {"num_labels": 1}
     else:
         auto, kind = transformers.AutoModelForCausalLM, "causal language model"
     try:
@@ -221,27 +231,8 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
             type(model).__name__,
             sorted(report["unexpected_keys"])[:3],
         )
+    check_head(model, policy.head)
     return model
-
-
-def _one_output(path: str, policy: PolicyConfig, revision: str | None) -> Any:
-    """The configuration of a folder's model with a single output: as it is, or for a language model given one."""
-    import transformers
-
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code, **options)
-    except Exception as error:  # loading the model says what is wrong
-        logger.debug("%s: %s", path, error)
-        return None
-    if not any("ForSequenceClassification" in name for name in config.architectures or ()):
-        config.num_labels = 1
-    elif config.num_labels != 1:
-        raise ValueError(
-            f"policy.path={path!r} with policy.head='scalar': its model gives {config.num_labels} numbers for a text "
-            "(num_labels); a scalar head gives one"
-        )
-    return config
 
 
 def _draw_head(model: Any) -> None:
@@ -260,21 +251,13 @@ def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
         return {}
 
 
-def _exported_as(folder: Path) -> str | None:
-    """The format that the marker of an export names; None for any other folder."""
-    try:
-        return json.loads((folder / "alignment_modules.json").read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def _check_model_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
     weights = list(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file():
-        plain = _exported_as(folder) == "module"
+        plain = read_note(folder).get("format") == "module"
         hint = (
             " It is the export of a plain module: build that module yourself and use safetensors.torch.load_model."
             if plain

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
+from alignment_modules.policies.forward import classifies
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freezes a transformers model and wraps it with fresh adapters, initialised from the global torch seed.
 
     Args:
-        model: A transformers causal language model.
+        model: A transformers causal language model, or a sequence classifier, whose head is trained whole.
         config: What to adapt.
 
     Returns:
@@ -78,7 +79,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     import peft
 
     adapter = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies(model) else "CAUSAL_LM",  # the first also trains the head whole
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=config.dropout,
@@ -295,9 +296,12 @@ def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = No
             f"{folder!r} holds adapter_config.json but no adapter_model.safetensors (pickled weights are not loaded)."
         )
     try:
+        adapter = peft.PeftConfig.from_pretrained(folder, revision=revision)
+        if classifies(base):  # a language model's adapter fits its trunk as well
+            adapter.task_type = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model: Any = peft.PeftModel.from_pretrained(base, folder, revision=revision)  # type: ignore[arg-type,unused-ignore]
+            model: Any = peft.PeftModel.from_pretrained(base, folder, config=adapter, revision=revision)  # type: ignore[arg-type,unused-ignore]
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
         if missing:
             raise ValueError(missing[0])

@@ -128,9 +128,8 @@ def _object_to_head(model: Any) -> str | None:
     if head is None:
         return "not a plain linear layer"
     input_ids = _random_ids(model, 6)[None]
-    if classifies(model):  # it looks for the last token that is not this one
-        padding = input_ids == model.config.get_text_config().pad_token_id
-        input_ids = torch.where(padding, (input_ids + 1) % model.get_input_embeddings().weight.shape[0], input_ids)
+    if int(input_ids[0, -1]) == model.config.get_text_config().pad_token_id:  # a classifier would look before it
+        input_ids = (input_ids + 1) % model.get_input_embeddings().weight.shape[0]
     try:
         expected = model(input_ids=input_ids, use_cache=False).logits
         logits = head(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)

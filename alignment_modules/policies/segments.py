@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alignment_modules.functional.logprobs import IGNORED_TARGET
 from alignment_modules.policies.layout import Last, Reads, Targets, assemble, of_prompts
-from alignment_modules.policies.masks import check_shape, check_unbroken, check_within, hole, to_host
+from alignment_modules.policies.masks import check_shape, check_within, hole, to_host
 
 _TENSORS = ("token_ids", "position_ids", "source", "target_ids", "slot", "last_rows")
 
@@ -169,9 +169,10 @@ class Segments:
                 "expected the same number of completions for every prompt"
             )
         host = to_host(given)
-        masks = check_unbroken("prompt_mask", host[1]), check_unbroken("completion_mask", host[3])
-        wanted = masks[1] if target_mask is None else host[4] != 0
-        return cls(*of_prompts(host[0], masks[0], host[2], masks[1], wanted, reads)).to(completion_ids.device)
+        masks = {"prompt_mask": host[1] != 0, "completion_mask": host[3] != 0}
+        prompt, real = masks.values()
+        wanted = real if target_mask is None else host[4] != 0
+        return cls(*of_prompts(host[0], prompt, host[2], real, wanted, masks, reads)).to(completion_ids.device)
 
     @classmethod
     def from_pairs(
@@ -221,10 +222,10 @@ class Segments:
                 )
         host = iter(to_host([tensor for side in sides.values() for tensor in side if tensor is not None]))
         width = max(chosen_ids.shape[1], rejected_ids.shape[1])
-        parts = []
+        parts, masks = [], {}
         for name, (_, _, loss_mask) in sides.items():
-            ids, mask = next(host), check_unbroken(f"{name}_attention_mask", next(host))
-            scored = mask
+            ids, mask = next(host), next(host) != 0
+            scored = masks[f"{name}_attention_mask"] = mask
             if loss_mask is not None:
                 scored = check_within(f"{name}_loss_mask", next(host), f"{name}_attention_mask", mask) != 0
             if name != "prompt":
@@ -232,7 +233,7 @@ class Segments:
             parts.append((ids, mask, scored))
         prompt, *both = parts
         ids, mask, wanted = (torch.stack(side, dim=1).flatten(0, 1) for side in zip(*both, strict=True))
-        return cls(*of_prompts(prompt[0], prompt[1], ids, mask, wanted, reads)).to(chosen_ids.device)
+        return cls(*of_prompts(prompt[0], prompt[1], ids, mask, wanted, masks, reads)).to(chosen_ids.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Segments:
         """The same on another device, carried over in one transfer; Lightning calls it on whatever a batch holds.

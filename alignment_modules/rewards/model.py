@@ -9,7 +9,10 @@ from typing import Annotated, Any
 import torch
 
 from alignment_modules.functional.ranges import Count, Range, check_options
-from alignment_modules.policies.config import DTYPES
+from alignment_modules.policies.config import DTYPES, PolicyConfig
+from alignment_modules.policies.export import read_note
+from alignment_modules.policies.load import build_policy
+from alignment_modules.policies.tokenizers import load_tokenizer
 from alignment_modules.rewards.protocol import RewardError
 
 _log = logging.getLogger(__name__)
@@ -23,11 +26,15 @@ class SequenceClassifier:
     (as the assistant's message) go through it; otherwise the texts are joined. Texts that are too long lose their
     beginning. The model is frozen and in eval mode.
 
+    What `RewardModule` exported (merged, or an adapter beside its base) is given the tokens that it was trained on:
+    messages go through the template, text does not, and the number is read at the token that ends the completion.
+
     Args:
         path: Folder or hub id; weights must be safetensors.
         label: Index or name of the output to reward, for models with several.
         prompt_column: The data set's column that holds the prompt as text or messages; None: the `prompts` given.
-        use_chat_template: True: always; False: never; None: if the tokenizer has one.
+        use_chat_template: True: always; False: never; None: if the tokenizer has one, and for a `RewardModule`'s export
+            where the prompt is messages.
         max_length: Longest input in tokens; None: what model and tokenizer allow.
         batch_size: Completions in one forward pass.
         dtype: "float32", "bfloat16", "float16" or "float64".
@@ -64,6 +71,8 @@ class SequenceClassifier:
         if use_chat_template and not has_template:
             raise ValueError(f"use_chat_template=True, but the tokenizer in path={path!r} has no chat template")
         self.use_chat_template = has_template if use_chat_template is None else use_chat_template
+        self.stop_token_ids: list[int] = read_note(Path(path).expanduser()).get("stop_token_ids", [])
+        self._template_for_text = self.use_chat_template and (use_chat_template is True or not self.stop_token_ids)
         self.max_length = self._limit(max_length)
         self._warned = False
 
@@ -109,9 +118,8 @@ class SequenceClassifier:
         ids = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         scores = [0.0] * len(ids)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # neighbours of like length waste less padding
-        size = (
-            self.batch_size if self.model.config.pad_token_id is not None else 1
-        )  # without a pad token: unpadded rows
+        # Without a padding id there must be one that ends no row.
+        size = max(1, min(self.batch_size, self.model.get_input_embeddings().weight.shape[0] - 1))
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             for row, score in zip(rows, self._forward([ids[row] for row in rows]), strict=True):
@@ -119,15 +127,23 @@ class SequenceClassifier:
         return scores
 
     def _encode(self, prompt: Any, completion: str) -> list[int]:
-        if self.use_chat_template:
+        if self._template_for_text if isinstance(prompt, str) else self.use_chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             messages.append({"role": "assistant", "content": completion})
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            if self.stop_token_ids:
+                text = self._up_to_the_end(text, completion)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
         else:
             if not isinstance(prompt, str):
                 prompt = "".join(str(message["content"]) for message in prompt)
-            ids = self.tokenizer(prompt + completion)["input_ids"]
+            ids = (
+                self._joined(prompt, completion)
+                if self.stop_token_ids
+                else self.tokenizer(prompt + completion)["input_ids"]
+            )
+        if self.stop_token_ids and ids[-1:] not in [[stop] for stop in self.stop_token_ids]:
+            ids = [*ids, self.tokenizer.eos_token_id]
         if self.max_length is not None and len(ids) > self.max_length:
             if not self._warned:
                 _log.warning("%s: an input of %d tokens is cut to its last %d", self.name, len(ids), self.max_length)
@@ -135,10 +151,37 @@ class SequenceClassifier:
             ids = ids[-self.max_length :]
         return list(ids)
 
+    def _up_to_the_end(self, text: str, completion: str) -> str:
+        """A rendered conversation without what the template writes behind the token that ends its last reply."""
+        start = text.rfind(completion.strip()) + len(completion.strip())
+        stops = [str(token) for token in self.tokenizer.convert_ids_to_tokens(self.stop_token_ids)]
+        ends = [place + len(stop) for stop in stops if (place := text.find(stop, start)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def _joined(self, prompt: str, completion: str) -> list[int]:
+        """Tokens of a prompt and its completion, none of them across the boundary."""
+        head, own, whole = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (prompt, completion, prompt + completion)
+        )
+        opened = self.tokenizer(prompt + completion)["input_ids"]  # behind what the tokenizer writes before any text
+        first: list[int] = next((opened[:n] for n in range(len(opened)) if opened[n : n + len(whole)] == whole), [])
+        return first + (whole if whole[: len(head)] == head else head + own)
+
     def _forward(self, ids: list[list[int]]) -> list[float]:
+        given = self.model.config.pad_token_id
+        if given is not None:
+            return self._padded(ids, given)
+        ends = {row[-1] for row in ids}
+        self.model.config.pad_token_id = next(token for token in range(len(ends) + 1) if token not in ends)
+        try:
+            return self._padded(ids, self.model.config.pad_token_id)
+        finally:
+            self.model.config.pad_token_id = None
+
+    def _padded(self, ids: list[list[int]], pad: int) -> list[float]:
         device = next(self.model.parameters()).device
         longest = max(len(row) for row in ids)
-        pad = self.model.config.pad_token_id or 0
         tokens = torch.full((len(ids), longest), pad, dtype=torch.long)
         mask = torch.zeros((len(ids), longest), dtype=torch.long)
         for row, entry in enumerate(ids):
@@ -173,9 +216,13 @@ def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, 
 
     folder = Path(path).expanduser()
     is_folder = folder.is_dir()
-    if is_folder and not (folder / "config.json").is_file():
+    if is_folder and not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
         raise ValueError(f"path={path!r} holds no config.json: it is not a model in Hugging Face format")
     source = str(folder) if is_folder else path
+    if is_folder and (folder / "adapter_config.json").is_file():
+        dtypes = {value: name for name, value in DTYPES.items()}
+        adapter = PolicyConfig(path=source, head="scalar", dtype=dtypes[dtype], trust_remote_code=trust_remote_code)
+        return build_policy(adapter, trainable=False).eval().requires_grad_(False), load_tokenizer(source)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -196,8 +243,6 @@ def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, 
     except (OSError, ValueError) as error:
         _refuse_code(path, error)
         raise ValueError(f"path={path!r} holds no loadable tokenizer: {error}") from error
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -13,13 +13,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SUMS = [(a, b) for a in range(6) for b in range(4)]
+PAIRS = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS]
 ROWS = {
     "pretrain": [{"text": f"{a}+{b}={a + b}"} for a, b in SUMS],
     "sft": [
         {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}]}
         for a, b in SUMS
     ],
-    "dpo": [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS],
+    "reward": PAIRS,
+    "dpo": PAIRS,
     "grpo": [{"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": f"{a + b}"} for a, b in SUMS],
 }
 

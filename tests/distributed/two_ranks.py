@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from alignment_modules import DPOModule, GRPOModule, PolicyConfig, PretrainModule, SFTModule
+from alignment_modules import DPOModule, GRPOModule, PolicyConfig, PretrainModule, RewardModule, SFTModule
+from alignment_modules.policies.load import build_policy
 
 LLAMA = {
     "model_type": "llama",
@@ -63,6 +64,9 @@ class Batches:
             ids, mask = self.padded(rows, [2 + (r + 3 * salt) % 7 for r in rows], salt, 9)
             batch[f"{name}_input_ids"], batch[f"{name}_attention_mask"] = ids, mask
         return batch
+
+    def reward(self, rows):
+        return self.dpo(rows) | {"margin": torch.tensor([0.1 * row for row in rows])}
 
     def grpo(self, rows):
         ids, mask = self.padded(rows, [2 + r % 3 for r in rows], 0, 4)
@@ -117,6 +121,9 @@ def modules(policy):
     online = {"rewards": many_threes, "max_grad_norm": None, "max_completion_length": 8, "tokenizer": NoTokenizer()}
     yield "pretrain", lambda: PretrainModule(policy=copy.deepcopy(policy), **sgd)
     yield "sft", lambda: SFTModule(policy=copy.deepcopy(policy), **sgd)
+    torch.manual_seed(1)
+    scalar = build_policy(PolicyConfig(config=LLAMA, head="scalar"))
+    yield "reward", lambda: RewardModule(policy=copy.deepcopy(scalar), center_coef=0.1, **sgd)
     yield "dpo", lambda: DPOModule(policy=copy.deepcopy(policy), reference=copy.deepcopy(other), beta=0.5, **sgd)
     for name in ("grpo", "unjudged"):
         yield (
@@ -149,8 +156,6 @@ def modules(policy):
 def main(folder: Path, devices: int) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
     L.seed_everything(0)
-    from alignment_modules.policies.load import build_policy
-
     policy = build_policy(PolicyConfig(config=LLAMA))
     for name, make in modules(policy):
         module = make()

@@ -6,6 +6,7 @@ from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.factory import create_module, get_module_class
 from alignment_modules.grpo import GRPOModule
 from alignment_modules.objective import Objective, Statistic
+from alignment_modules.paradigms.kto import KTOModule
 from alignment_modules.paradigms.reward import RewardModule
 from alignment_modules.policies.load import LoraConfig, PolicyConfig
 from alignment_modules.pretrain import PretrainModule
@@ -16,6 +17,7 @@ __all__ = [
     "DPOModule",
     "EvaluationConfig",
     "GRPOModule",
+    "KTOModule",
     "LoraConfig",
     "Objective",
     "PolicyConfig",

@@ -5,11 +5,19 @@ from typing import Any
 from alignment_modules.base import AlignmentModule
 from alignment_modules.dpo import DPOModule
 from alignment_modules.grpo import GRPOModule
+from alignment_modules.paradigms.kto import KTOModule
 from alignment_modules.paradigms.reward import RewardModule
 from alignment_modules.pretrain import PretrainModule
 from alignment_modules.sft import SFTModule
 
-PARADIGMS: tuple[type[AlignmentModule], ...] = (PretrainModule, SFTModule, RewardModule, DPOModule, GRPOModule)
+PARADIGMS: tuple[type[AlignmentModule], ...] = (
+    PretrainModule,
+    SFTModule,
+    RewardModule,
+    DPOModule,
+    KTOModule,
+    GRPOModule,
+)
 _MODULES = {module.paradigm: module for module in PARADIGMS}
 
 
@@ -17,7 +25,7 @@ def get_module_class(name: str) -> type[AlignmentModule]:
     """The module of a paradigm.
 
     Args:
-        name: "pretrain", "sft", "reward", "dpo" or "grpo".
+        name: "pretrain", "sft", "reward", "dpo", "kto" or "grpo".
 
     Raises:
         ValueError: If there is no such paradigm.

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from alignment_modules import DPOModule, GRPOModule, PretrainModule, SFTModule
+from alignment_modules.functional import preference_loss
+from alignment_modules.policies.scoring import score
 
 
 def never_called(completions):
@@ -147,6 +149,29 @@ class TestDPO:
         )
         assert_same(whole, update(module, [preference_batch(sequences, range(8), width=16, side="left")]))
         assert_same(whole, update(module, [preference_batch(sequences, [5, 1, 7, 0, 2, 6, 3, 4])]))
+
+    @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+    def test_sorted_over_the_whole_step(self, update, assert_same, make, sequences, loss):
+        """Any micro-batches, padding and order give the gradient of the loss over all pairs."""
+        batch = preference_batch(sequences, range(8))
+        options = {"loss": loss, "beta": 0.5, "max_grad_norm": None, "label_smoothing": 0.1}
+        module = make(DPOModule, **options)(optimizer=torch.optim.SGD)
+        logps, reference = (
+            score(model, module.segments(batch)).token_logps.sum(dim=1).view(-1, 2)
+            for model in (module.policy, module.reference.module)
+        )
+        losses = preference_loss(
+            *logps.unbind(1), *reference.detach().unbind(1), loss=loss, beta=0.5, label_smoothing=0.1
+        )
+        losses.mean().backward()
+        expected = {f"policy.{name}": -p.grad for name, p in module.policy.named_parameters()}
+        for size in (None, 1, 3, 8, 20):
+            assert_same(expected, update(make(DPOModule, micro_batch_size=size, **options), [batch]))
+        moved = preference_batch(sequences, [5, 1, 7, 0, 2, 6, 3, 4], width=16, side="left")
+        assert_same(expected, update(make(DPOModule, micro_batch_size=3, **options), [moved]))
+        empty = {name: torch.cat([value[:2], value[4:5], value[2:]]) for name, value in batch.items()}
+        empty["rejected_attention_mask"][2] = 0
+        assert_same(expected, update(make(DPOModule, micro_batch_size=2, **options), [empty]))
 
     def test_shared_prompt_equals_separate_rows(self, update, assert_same, make, tiny_llama, sequences):
         """The naive computation: chosen and rejected as two padded rows, log-softmax over every position."""

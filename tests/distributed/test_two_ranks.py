@@ -23,7 +23,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "dpo", "grpo", "unjudged"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "dpo", "aot", "aot_unpaired", "kto", "grpo", "unjudged"])
 def test_same_update_as_one_process(results, name):
     one = torch.load(results / f"{name}_1.pt", weights_only=True)
     two = torch.load(results / f"{name}_2.pt", weights_only=True)

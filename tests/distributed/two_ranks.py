@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from alignment_modules import DPOModule, GRPOModule, PolicyConfig, PretrainModule, RewardModule, SFTModule
+from alignment_modules import DPOModule, GRPOModule, KTOModule, PolicyConfig, PretrainModule, RewardModule, SFTModule
 from alignment_modules.policies.load import build_policy
 
 LLAMA = {
@@ -67,6 +67,16 @@ class Batches:
 
     def reward(self, rows):
         return self.dpo(rows) | {"margin": torch.tensor([0.1 * row for row in rows])}
+
+    aot = aot_unpaired = dpo
+
+    def kto(self, rows):
+        """Two rows of one prompt stand on different ranks, one completion is empty."""
+        ids, mask = self.padded([row - (row == 3) for row in rows], [2 + (row - (row == 3)) % 3 for row in rows], 0, 4)
+        answers, answer_mask = self.padded(rows, [0 if row == 5 else 1 + (5 * row) % 8 for row in rows], 1, 8)
+        names = ("prompt_input_ids", "prompt_attention_mask", "completion_input_ids", "completion_attention_mask")
+        label = torch.tensor([row % 3 > 0 for row in rows])
+        return dict(zip(names, (ids, mask, answers, answer_mask), strict=True)) | {"label": label, "index": rows}
 
     def grpo(self, rows):
         ids, mask = self.padded(rows, [2 + r % 3 for r in rows], 0, 4)
@@ -125,6 +135,15 @@ def modules(policy):
     scalar = build_policy(PolicyConfig(config=LLAMA, head="scalar"))
     yield "reward", lambda: RewardModule(policy=copy.deepcopy(scalar), center_coef=0.1, **sgd)
     yield "dpo", lambda: DPOModule(policy=copy.deepcopy(policy), reference=copy.deepcopy(other), beta=0.5, **sgd)
+    held = {"micro_batch_size": 2, "max_grad_norm": None, "beta": 0.5}
+    for name in ("aot", "aot_unpaired"):
+        yield (
+            name,
+            lambda name=name: DPOModule(
+                policy=copy.deepcopy(policy), reference=copy.deepcopy(other), loss=name, **held, **sgd
+            ),
+        )
+    yield "kto", lambda: KTOModule(policy=copy.deepcopy(policy), reference=copy.deepcopy(other), **held, **sgd)
     for name in ("grpo", "unjudged"):
         yield (
             name,

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from alignment_modules import LoraConfig, PolicyConfig
-from alignment_modules.paradigms.kto import KTOModule
+from alignment_modules import KTOModule, LoraConfig, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 
 

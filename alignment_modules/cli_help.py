@@ -6,13 +6,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
 from alignment_modules.cli_classes import OURS, choices, import_path, last, options_of, path_of
 from alignment_modules.factory import PARADIGMS
-from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES
+from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES, UnpairedLoss
 from alignment_modules.functional.ranges import MAX_INT, describe
 
 _WIDTH = 120
@@ -153,6 +153,7 @@ def _listing(kind: str) -> str:
         found = {
             "PretrainModule, SFTModule": ("nll", "dft"),
             "DPOModule": PREFERENCE_LOSSES,
+            "KTOModule": get_args(UnpairedLoss),
             "GRPOModule": LOSS_REDUCTIONS,
         }
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())

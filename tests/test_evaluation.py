@@ -123,5 +123,5 @@ def test_modules_by_name(tiny_llama):
     module = create_module("dpo", policy=tiny_llama, beta=0.3)
     assert type(module) is DPOModule is get_module_class("dpo")
     assert module.beta == 0.3
-    with pytest.raises(ValueError, match=r"'kto'.*pretrain, sft, dpo, grpo"):
-        create_module("kto", policy=tiny_llama)
+    with pytest.raises(ValueError, match=r"'orpo'.*pretrain, sft, reward, dpo, kto, grpo"):
+        create_module("orpo", policy=tiny_llama)

@@ -30,6 +30,7 @@ PARADIGMS = {
     "sft": "demonstrations",
     "reward": "pairs",
     "dpo": "pairs",
+    "kto": "pairs",
     "grpo": "questions",
 }
 

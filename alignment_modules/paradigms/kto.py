@@ -92,7 +92,7 @@ class KTOModule(UpdateModule):
         if self.training and any(written) and max(others) < 0:
             raise ValueError(
                 f"loss='kto' needs completions of other prompts, but all {sum(written)} of this optimizer step have "
-                "the same: use a larger batch_size, shuffled rows, no short last batch, or loss='apo_zero_unpaired'"
+                "the same: use a larger batch_size, shuffled rows, drop_last, or loss='apo_zero_unpaired'"
             )
         other = torch.tensor(others, device=rows["label"].device)
         exists = rows[ROW[3]][other].bool() & (other >= 0)[:, None]

@@ -22,6 +22,7 @@ ROWS = {
     ],
     "reward": PAIRS,
     "dpo": PAIRS,
+    "kto": [{"prompt": f"{a}+{b}=", "completion": f"{a + b + a % 2}", "label": a % 2 == 0} for a, b in SUMS],
     "grpo": [{"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": f"{a + b}"} for a, b in SUMS],
 }
 

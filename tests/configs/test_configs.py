@@ -46,7 +46,7 @@ def printed(align, *arguments):
 
 
 def test_there_is_a_recipe_for_every_paradigm():
-    assert set(RECIPES) == {"pretrain", "sft", "reward", "dpo", "grpo"}
+    assert set(RECIPES) == {"pretrain", "sft", "reward", "dpo", "kto", "grpo"}
     assert {"lora", "ddp", "bf16"} <= set(OVERLAYS)
 
 

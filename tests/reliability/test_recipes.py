@@ -16,6 +16,7 @@ RECIPES = {
     "pretrain": ("text.jsonl", ["--trainer.accumulate_grad_batches", "3", "--data.max_length", "4"]),
     "sft": ("sft.jsonl", ["--trainer.accumulate_grad_batches", "2"]),
     "dpo": ("preference.jsonl", []),
+    "kto": ("preference.jsonl", []),
     "grpo": ("prompts.jsonl", ["--model.rewards", "my_rewards.digits", "--model.num_iterations", "2",
                                "--model.num_generations", "3", "--model.max_completion_length", "4"]),
 }  # fmt: skip

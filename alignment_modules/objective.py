@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["mean", "std", "gap", "min", "max"]
+Kind = Literal["mean", "std", "gap", "difference", "min", "max"]
 Reduce = Callable[[Tensor, str], Tensor]
 
 
@@ -24,8 +24,9 @@ class Statistic(NamedTuple):
     Attributes:
         total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
             sample standard deviation ("std") [2], the sum of the units and that of their squares; for the mean size of
-            sums that may cancel within a bin and not across ("gap") [bins], each bin's sum.
-        weight: 0-dim tensor or number: how many units were summed; ignored for extremes.
+            sums that may cancel within a bin and not across ("gap") [bins], each bin's sum; for one
+            mean less another ("difference") [2], the sum of either's units.
+        weight: 0-dim tensor or number: how many units were summed ("difference": [2]); ignored for extremes.
         kind: How the values of micro-batches and ranks combine.
     """
 
@@ -130,11 +131,11 @@ class Meters:
         for name, (total, weight, kind) in statistics.items():
             key = (kind, name)
             value = total.detach().double() if total.device.type != "mps" else total.detach().float()
-            if kind in ("mean", "std", "gap"):
+            if kind in ("mean", "std", "gap", "difference"):
                 value = value.reshape(-1)
                 if not isinstance(weight, Tensor):
                     weight = value.new_full((), weight)
-                sums = torch.cat([value, weight.to(value).reshape(1)])
+                sums = torch.cat([value, weight.to(value).reshape(-1)])
                 self._values[key] = sums + self._values[key] if key in self._values else sums
             else:
                 pick = torch.minimum if kind == "min" else torch.maximum
@@ -151,11 +152,13 @@ class Meters:
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        for kind, how in (("mean", "sum"), ("std", "sum"), ("gap", "sum"), ("min", "min"), ("max", "max")):
+        kinds: tuple[Kind, ...] = ("mean", "std", "gap", "difference", "min", "max")
+        for kind in kinds:
+            how = kind if kind in ("min", "max") else "sum"
             names = sorted(name for held, name in self._values if held == kind)
             if not names:
                 continue
-            values = reduce(torch.stack([self._values[kind, name].to(device) for name in names]), how).tolist()  # type: ignore[index]
+            values = reduce(torch.stack([self._values[kind, name].to(device) for name in names]), how).tolist()
             for name, value in zip(names, values, strict=True):
                 if kind == "std":
                     total, squares, count = value
@@ -166,6 +169,10 @@ class Meters:
                     *sums, count = value
                     if count > 0:
                         results[name] = sum(map(abs, sums)) / count
+                elif kind == "difference":
+                    one, other, count, others = value
+                    if count > 0 and others > 0:
+                        results[name] = one / count - other / others
                 elif kind != "mean":
                     if math.isfinite(value):
                         results[name] = value

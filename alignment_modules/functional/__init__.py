@@ -34,7 +34,7 @@ from alignment_modules.functional.preference import (
 )
 from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
 from alignment_modules.functional.reward import reward_pair_loss
-from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, unpaired_loss
+from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 
 __all__ = [
     "ADVANTAGE_SCALES",
@@ -61,6 +61,7 @@ __all__ = [
     "linear_token_scores",
     "masked_mean",
     "mismatched",
+    "mismatched_completions",
     "policy_gradient_loss",
     "preference_loss",
     "reward_pair_loss",

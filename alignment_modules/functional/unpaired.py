@@ -91,3 +91,41 @@ def mismatched(prompts: Sequence[Hashable | None], index: Sequence[int] | None =
         row, before = order[place % len(order)], order[place % len(order) - 1]
         others[row] = others[before] if prompts[row] == prompts[before] else before
     return others
+
+
+def mismatched_completions(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    target_mask: Tensor,
+    *,
+    index: Sequence[int] | None = None,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each prompt the completion that KTO holds it against (`mismatched`).
+
+    Args:
+        prompt_ids: `[rows, prompt_time]`, of all rows of an optimizer step.
+        prompt_mask: `[rows, prompt_time]`, nonzero at tokens that exist.
+        completion_ids: `[rows, time]`.
+        completion_mask: `[rows, time]`, nonzero at tokens that exist.
+        target_mask: `[rows, time]`, nonzero at those to be scored; a completion without one takes no part.
+        index: Numbers by which the rows are put in order; None: as they stand.
+        limit: Tokens of a prompt and its completion, beyond which the completion is cut; None: there is no limit.
+
+    Returns:
+        Ids, mask of existing and mask of scored tokens `[rows, time]`; both masks False where there is no other row.
+
+    >>> ids, ones = torch.tensor([[1], [2]]), torch.ones(2, 1)
+    >>> mismatched_completions(ids, ones, ids + 6, ones, ones)[0].tolist()
+    [[8], [7]]
+    """
+    scored = completion_mask.bool() & target_mask.bool()
+    prompts, exists, some = prompt_ids.cpu(), prompt_mask.cpu().bool(), scored.any(dim=1).tolist()
+    keys = [tuple(prompts[row][exists[row]].tolist()) if some[row] else None for row in range(len(some))]
+    other = torch.tensor(mismatched(keys, index), dtype=torch.int64, device=completion_ids.device)
+    kept = completion_mask[other].bool() & (other >= 0)[:, None]
+    if limit is not None:
+        kept &= kept.cumsum(dim=1) <= limit - prompt_mask.bool().sum(dim=1, keepdim=True)
+    return completion_ids[other], kept, kept & scored[other]

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from alignment_modules.functional import mismatched, unpaired_loss
+from alignment_modules.functional import mismatched, mismatched_completions, unpaired_loss
 
 BETA = 0.3
 RATIOS, LABELS = torch.tensor([2.0, -1, 3, 0.5], dtype=torch.float64), torch.tensor([1, 0, 1, 0])
@@ -102,3 +102,21 @@ def test_one_prompt_has_no_other(prompts):
 def test_the_order_of_the_index_counts():
     assert mismatched(["a", "b", "c"], [0, 1, 2]) == [2, 0, 1]
     assert mismatched(["c", "a", "b"], [2, 0, 1]) == [2, 0, 1]
+
+
+def test_mismatched_completions_by_hand():
+    """Padding on either side tells no prompts apart; a pair longer than the limit loses its completion's end."""
+    prompts, prompt_mask = torch.tensor([[0, 5], [5, 0], [6, 7]]), torch.tensor([[0, 1], [1, 0], [1, 1]])
+    completions, mask = torch.tensor([[1, 2, 3], [4, 0, 0], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    written = torch.tensor([[0, 1, 1], [1, 0, 0], [1, 1, 0]])
+    ids, kept, scored = mismatched_completions(prompts, prompt_mask, completions, mask, written, index=[2, 0, 1])
+    assert ids.tolist() == [[8, 9, 0], [8, 9, 0], [4, 0, 0]]  # in the order of the index: row 1, row 2, row 0
+    assert kept.long().tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0]]
+    ids, kept, scored = mismatched_completions(
+        prompts, prompt_mask, completions, mask, written, index=[0, 2, 1], limit=3
+    )
+    assert ids[2].tolist() == [1, 2, 3]
+    assert kept[2].tolist() == [True, False, False]
+    assert not scored[2].any()
+    same = mismatched_completions(prompts[:2], prompt_mask[:2], completions[:2], mask[:2], written[:2])
+    assert not same[1].any()

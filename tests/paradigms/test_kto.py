@@ -207,10 +207,10 @@ def test_one_prompt_alone_is_refused(make, train):
     for name in ("prompt_input_ids", "prompt_attention_mask"):
         batch[name][:] = batch[name][:1]
     with pytest.raises(
-        ValueError, match=r"loss='kto' needs completions of other prompts, but all 7 .* larger batch_size"
+        ValueError, match=r"loss='kto' needs completions of other prompts, but all 7 rows .* larger batch_size"
     ):
         train(make(), [batch])
-    with pytest.raises(ValueError, match="all 1 of this optimizer step"):
+    with pytest.raises(ValueError, match="all 1 rows of this optimizer step"):
         train(make(), [completions(count=1)])
     train(make(loss="apo_zero_unpaired"), [batch])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment_modules.training.pieces import cut, empty_like
+from alignment_modules.training.pieces import cut, cut_as, empty_like, join
 
 BATCH = {
     "input_ids": torch.arange(10).view(5, 2),
@@ -48,3 +48,20 @@ def test_nothing_is_cut_into_nothing():
 def test_rows_of_unequal_number_are_refused_by_name():
     with pytest.raises(ValueError, match="one number of rows; found: input_ids 5, answer 2"):
         cut({"input_ids": torch.zeros(5, 2), "answer": ["a", "b"]}, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_pieces_are_joined_and_cut_again(size):
+    pieces = cut(BATCH, size)
+    whole = join([*pieces, empty_like(BATCH)])
+    assert torch.equal(whole["input_ids"], BATCH["input_ids"])
+    assert (whole["answer"], whole["name"], "segments" in whole) == (BATCH["answer"], "source", False)
+    again = cut_as(whole, [*pieces, empty_like(BATCH)])
+    assert [len(piece["answer"]) for piece in again] == [*(len(piece["answer"]) for piece in pieces), 0]
+    assert all(torch.equal(one["label"], two["label"]) for one, two in zip(again, pieces, strict=False))
+
+
+def test_what_only_some_hold_is_left_out_and_short_rows_are_padded():
+    joined = join([{"x": torch.ones(1, 1, dtype=torch.bool), "y": [1]}, {"x": torch.ones(1, 2, dtype=torch.bool)}])
+    assert joined["x"].tolist() == [[True, False], [True, True]]
+    assert list(joined) == ["x"]

@@ -43,7 +43,7 @@ from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.text_generation import TextPrompts
-from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens
+from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens, reads_as_carried
 from alignment_modules.training.steps import finish_step, guard
 from alignment_modules.training.window import TINY, Window
 
@@ -223,7 +223,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
             return batch
         self.check_batch(batch)
-        found = self.segments(batch)
+        found = self.segments(batch) if reads_as_carried(self) else None
         return batch if found is None else {**batch, SEGMENTS: found}
 
     def on_validation_epoch_start(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +48,28 @@ def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: A dictionary of row tensors and lists.
     """
     return _select(batch, slice(0, 0))
+
+
+def reads_as_carried(module: L.LightningModule) -> bool:
+    """Whether nothing can change a batch between the host, where its `segments` are built, and its objective.
+
+    A data module's hooks, and a subclass's steps, may: the objective then builds the segments from what it is given.
+
+    Args:
+        module: One that defines `segments`.
+    """
+    data = getattr(module.trainer, "datamodule", None)
+    hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
+    if data is not None and any(
+        getattr(type(data), hook) is not getattr(L.LightningDataModule, hook) for hook in hooks
+    ):
+        return False
+    for cls in type(module).__mro__:
+        if SEGMENTS in vars(cls):
+            return True
+        if any(name in vars(cls) for name in (*hooks, "objective", "training_step", "validation_step")):
+            return False
+    return False
 
 
 def check_keys(batch: Any, keys: Sequence[str], name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.objective import Objective, Statistic
-from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join
+from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join, reads_as_carried
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]
 
@@ -118,7 +118,7 @@ class UpdateModule(AlignmentModule):
         """Also builds the `segments` of each piece, where a batch of rows is going to be cut."""
         trains = self._trainer is not None and self.trainer.training and not self.automatic_optimization
         size = self.micro_batch_size if trains else None
-        if size is None or type(self).segments is AlignmentModule.segments:
+        if size is None or type(self).segments is AlignmentModule.segments or not reads_as_carried(self):
             return super().on_before_batch_transfer(batch, dataloader_idx)
         self.check_batch(batch)
         return {**batch, SEGMENTS: [self.segments(piece) for piece in cut(batch, size)]}

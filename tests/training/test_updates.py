@@ -266,3 +266,29 @@ def test_a_foreign_batch_gets_its_message_before_its_segments(train):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match="a batch for Both must hold input_ids"):
         trainer.validate(module, loader, verbose=False)
+
+
+class Edited(Both):
+    """A user's module, which learns other tokens than the batch brings."""
+
+    def objective(self, batch):
+        return super().objective({**batch, "input_ids": batch["input_ids"] + 1})
+
+
+class EditedOnTheDevice(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader([{"input_ids": toy.rows(range(5))["input_ids"]}], batch_size=None)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return {**batch, "input_ids": (batch["input_ids"] + 1) % 11}
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_segments_are_not_carried_past_who_may_change_the_batch(train, size):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, log_every_n_steps=1, **quiet)
+    trainer.fit(Both(own=True, policy=toy.Policy(), micro_batch_size=size), EditedOnTheDevice())
+    assert trainer.callback_metrics["train/with_segments"] == 0
+    batch = {"input_ids": toy.rows(range(5))["input_ids"] % 10}
+    trainer = train(Edited(own=True, policy=toy.Policy(), micro_batch_size=size), [batch])
+    assert trainer.callback_metrics["train/with_segments"] == 0

@@ -185,3 +185,25 @@ def test_compiling_all_of_a_module_is_refused_and_its_policy_is_not(train, tiny_
         for policy in (copy.deepcopy(tiny_llama), torch.compile(copy.deepcopy(tiny_llama), backend="eager"))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_segments_come_with_the_batch_and_are_built_once(train, tiny_llama, batch, monkeypatch):
+    from alignment_modules.policies.segments import Segments
+
+    built, seen = [], []
+    original = Segments.from_labels.__func__
+    monkeypatch.setattr(
+        Segments, "from_labels", classmethod(lambda cls, *given: built.append(1) or original(cls, *given))
+    )
+
+    class Watched(SFTModule):
+        def objective(self, batch):
+            seen.append(batch.get("segments"))
+            return super().objective(batch)
+
+    train(Watched(policy=tiny_llama), [batch] * 2)
+    assert len(built) == len(seen) == 2
+    assert all(isinstance(segments, Segments) for segments in seen)
+    plain = Watched(policy=tiny_llama).objective(batch)  # a loop of one's own has none
+    assert seen[-1] is None
+    assert plain.weight > 0

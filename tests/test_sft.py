@@ -188,22 +188,25 @@ def test_compiling_all_of_a_module_is_refused_and_its_policy_is_not(train, tiny_
 
 
 def test_segments_come_with_the_batch_and_are_built_once(train, tiny_llama, batch, monkeypatch):
+    from alignment_modules import sft
     from alignment_modules.policies.segments import Segments
 
-    built, seen = [], []
-    original = Segments.from_labels.__func__
-    monkeypatch.setattr(
-        Segments, "from_labels", classmethod(lambda cls, *given: built.append(1) or original(cls, *given))
-    )
+    built, read = [], []
+    from_labels, score = Segments.from_labels.__func__, sft.score
 
-    class Watched(SFTModule):
-        def objective(self, batch):
-            seen.append(batch.get("segments"))
-            return super().objective(batch)
+    def build(cls, *given):
+        built.append(from_labels(cls, *given))
+        return built[-1]
 
-    train(Watched(policy=tiny_llama), [batch] * 2)
-    assert len(built) == len(seen) == 2
-    assert all(isinstance(segments, Segments) for segments in seen)
-    plain = Watched(policy=tiny_llama).objective(batch)  # a loop of one's own has none
-    assert seen[-1] is None
-    assert plain.weight > 0
+    def watch(policy, segments, **options):
+        read.append(segments)
+        return score(policy, segments, **options)
+
+    monkeypatch.setattr(Segments, "from_labels", classmethod(build))
+    monkeypatch.setattr(sft, "score", watch)
+    module = SFTModule(policy=tiny_llama)
+    train(module, [batch] * 2)
+    assert len(built) == len(read) == 2
+    assert all(one is other for one, other in zip(built, read, strict=True))
+    assert "segments" not in batch
+    assert module.objective(batch).weight > 0  # a loop of one's own builds them itself

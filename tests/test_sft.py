@@ -204,9 +204,12 @@ def test_segments_come_with_the_batch_and_are_built_once(train, tiny_llama, batc
 
     monkeypatch.setattr(Segments, "from_labels", classmethod(build))
     monkeypatch.setattr(sft, "score", watch)
+    moved, to = [], Segments.to
+    monkeypatch.setattr(Segments, "to", lambda self, *given, **how: moved.append(self) or to(self, *given, **how))
     module = SFTModule(policy=tiny_llama)
     train(module, [batch] * 2)
     assert len(built) == len(read) == 2
     assert all(one is other for one, other in zip(built, read, strict=True))
+    assert len(moved) == 4  # once where each is made, and by Lightning with its batch
     assert "segments" not in batch
     assert module.objective(batch).weight > 0  # a loop of one's own builds them itself

@@ -185,3 +185,31 @@ def test_compiling_all_of_a_module_is_refused_and_its_policy_is_not(train, tiny_
         for policy in (copy.deepcopy(tiny_llama), torch.compile(copy.deepcopy(tiny_llama), backend="eager"))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_segments_come_with_the_batch_and_are_built_once(train, tiny_llama, batch, monkeypatch):
+    from alignment_modules import sft
+    from alignment_modules.policies.segments import Segments
+
+    built, read = [], []
+    from_labels, score = Segments.from_labels.__func__, sft.score
+
+    def build(cls, *given):
+        built.append(from_labels(cls, *given))
+        return built[-1]
+
+    def watch(policy, segments, **options):
+        read.append(segments)
+        return score(policy, segments, **options)
+
+    monkeypatch.setattr(Segments, "from_labels", classmethod(build))
+    monkeypatch.setattr(sft, "score", watch)
+    moved, to = [], Segments.to
+    monkeypatch.setattr(Segments, "to", lambda self, *given, **how: moved.append(self) or to(self, *given, **how))
+    module = SFTModule(policy=tiny_llama)
+    train(module, [batch] * 2)
+    assert len(built) == len(read) == 2
+    assert all(one is other for one, other in zip(built, read, strict=True))
+    assert len(moved) == 4  # once where each is made, and by Lightning with its batch
+    assert "segments" not in batch
+    assert module.objective(batch).weight > 0  # a loop of one's own builds them itself

@@ -212,7 +212,7 @@ class SequenceClassifier:
 
 
 def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     folder = Path(path).expanduser()
     is_folder = folder.is_dir()
@@ -239,8 +239,8 @@ def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, 
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"path={path!r} is not a trained sequence-classification model: it lacks {missing}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    except ValueError as error:
         _refuse_code(path, error)
         raise ValueError(f"path={path!r} holds no loadable tokenizer: {error}") from error
     return model.eval().requires_grad_(False), tokenizer

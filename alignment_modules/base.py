@@ -14,18 +14,16 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.checkpointing import CheckpointContract
-from alignment_modules.clipping import clip_to_norm, guard
 from alignment_modules.evaluation import EvaluationConfig, Evaluator
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
-from alignment_modules.makers import check_entries, check_makers, make_optimizer
+from alignment_modules.makers import check_makers, make_optimizers
 from alignment_modules.objective import Meters, Objective, Statistic, with_value
-from alignment_modules.optimization import bind_total_steps
-from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled
+from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled, refuse_float16
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import (
     PolicyConfig,
@@ -37,15 +35,14 @@ from alignment_modules.policies.load import (
 )
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reference import disable_dropout
-from alignment_modules.publishing import is_logged, publish
+from alignment_modules.publishing import end_epoch, is_logged, publish, publish_evaluation, publish_training
 from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.text_generation import TextPrompts
-from alignment_modules.training.pieces import SEGMENTS
+from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens
+from alignment_modules.training.steps import finish_step, guard
 from alignment_modules.training.window import TINY, Window
-
-_NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 
 
 class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModule):
@@ -71,7 +68,6 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     """Metrics that the progress bar shows."""
     generates: ClassVar[bool] = True
     """Whether the policy writes: then `test`, `predict` and `generate` are there."""
-    micro_batch_size: int | None = None
     max_grad_norm: float | None = None
 
     def __init__(
@@ -135,13 +131,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """How much one batch holds: `tokens` (without padding), `samples` and `padding`."""
-        # A loss mask says which of the tokens are scored, and adds none.
-        counted = [key for key in batch if key.endswith("mask") and not key.endswith("loss_mask")]
-        masks = [batch[key] for key in counted if isinstance(batch[key], Tensor)]
-        if not masks:
-            masks = [torch.ones_like(batch["input_ids"])]
-        tokens = torch.stack([mask.sum() for mask in masks]).sum()
-        return {"tokens": tokens, "samples": len(masks[0]), "padding": sum(m.numel() for m in masks) - tokens}
+        return count_tokens(batch)
 
     # Lightning
 
@@ -159,11 +149,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """
         refuse_compiled(self)
         prepare(self.policy)
-        if stage == "fit" and self.trainer.precision in ("16-mixed", "16-true", "transformer-engine-float16"):
-            raise ValueError(
-                f"Trainer(precision={self.trainer.precision!r}) is not allowed: the sums of a language model's step "
-                "overflow float16 gradients. Use 'bf16-mixed', or '32-true'"
-            )
+        if stage == "fit":
+            refuse_float16(self.trainer.precision)
         if math.isnan(self.trainer.gradient_clip_val or 0.0):
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         data = getattr(self.trainer, "datamodule", None)
@@ -178,18 +165,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def configure_optimizers(self) -> Any:
         """An optimizer, and a schedule that counts its steps, for each entry of `trained`."""
         check_trainable_types(self)
-        entries, manual = self.trained(), not self.automatic_optimization
-        check_entries(self, entries, several=manual)
-
-        def bind(schedule: Any) -> None:
-            strict = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            bind_total_steps(schedule, self.total_optimizer_steps, strict=strict)
-
-        made = [
-            make_optimizer(part, self.optimizer_for(name), self.make_lr_scheduler, bind, counts_steps=manual)
-            for name, part in entries.items()
-        ]
-        return made if len(made) > 1 else made[0]
+        return make_optimizers(self, self.trained())
 
     @property
     def total_optimizer_steps(self) -> int | float:
@@ -237,7 +213,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
             return batch
         self.check_batch(batch)
-        found = self.segments(batch) if self.micro_batch_size is None else None  # pieces have their own
+        found = self.segments(batch)
         return batch if found is None else {**batch, SEGMENTS: found}
 
     def on_validation_epoch_start(self) -> None:
@@ -260,13 +236,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         Raises:
             ValueError: If it is not a dictionary or lacks a key.
         """
-        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        missing = [key for key in self.batch_keys if not isinstance(batch, Mapping) or key not in batch]
-        if missing:
-            raise ValueError(
-                f"a batch for {type(self).__name__} must hold {', '.join(self.batch_keys)}; this one lacks "
-                f"{', '.join(missing)}: it holds {found}. Does the data module belong to another paradigm?"
-            )
+        check_keys(batch, self.batch_keys, type(self).__name__)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean of the micro-batch, whose gradient is that of the sum.
@@ -350,41 +320,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         A step without a single target, over all micro-batches and ranks, moves nothing: neither weights nor momentum
         nor weight decay. It counts as a step, so that schedules and `max_steps` are those of any other data.
         """
-        pairs = zip(self.windows, self.trainer.optimizers, strict=False)
-        name = next((name for name, own in pairs if own is optimizer), "policy")
-        policy, window = name == "policy", self.windows[name]
-        closed = window.close(self.reduce, self.device)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        measured, manual = {}, not self.automatic_optimization
-        if closed.empty:
-            for parameter in parameters:  # an optimizer leaves a parameter without a gradient, and its state, alone
-                parameter.grad = None
-            if window.skipped == 1:
-                rank_zero_warn(
-                    f"optimizer step {self.global_step + 1} is skipped: not one target in the batches of all its "
-                    f"micro-batches and ranks ({_NO_TARGETS}). train/steps_without_targets counts such steps"
-                )
-        else:
-            gradients: list[Any] = [p.grad for p in parameters]
-            # Lightning divided each loss by accumulate_grad_batches, and the strategy averaged over ranks.
-            accumulated = 1 if manual else self.trainer.accumulate_grad_batches
-            torch._foreach_mul_(gradients, accumulated * self.trainer.world_size / closed.divisor)
-            clips = self.max_grad_norm if manual else None
-            norm = None if clips is None else clip_to_norm(gradients, clips)
-            if self.logging_due:
-                norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
-                measured["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if clips is not None:
-                guard(self, optimizer)
-            if policy:  # for callbacks, at each step and without waiting for the device
-                self.trainer.callback_metrics["train/loss"] = closed.loss
-        rate = optimizer.param_groups[0]["lr"]
-        if self.logging_due and rate is not None:  # some optimizers set their own
-            measured["learning_rate"] = torch.as_tensor(rate, dtype=torch.float32)
-        named = {key if policy else f"{name}/{key}": Statistic(value) for key, value in measured.items()}
-        self._train_meters.update(named)
-        if not manual:  # before the callbacks' on_train_batch_end
-            self.log_step(self.global_step + 1)
+        finish_step(self, optimizer)
 
     def configure_gradient_clipping(self, optimizer: Any, *options: Any, **more: Any) -> None:
         """Lightning's own, after which a `FiniteGuard` looks once more."""
@@ -414,18 +350,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
             ValueError: If no step of the epoch had a target. One that was cut short is judged only where no step of the
                 whole run had any.
         """
-        over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.window.learnt is False and (over or self.window.skipped == self.global_step):
-            raise ValueError(
-                f"nothing to learn in epoch {self.current_epoch}: not one of its optimizer steps had a target "
-                f"({_NO_TARGETS}). Look at the data's masks and lengths"
-            )
-        unlogged = self._train_meters.copy()
-        if self._train_meters and self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            self._publish_training(self.global_step)
-        if not over:
-            self._train_meters = unlogged  # a run that goes on logs them at its own next step
-        self._keep_totals(self.global_step)
+        end_epoch(self)
 
     @property
     def logging_due(self) -> bool:
@@ -435,15 +360,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def log_step(self, step: int) -> None:
         """Logs the means since the last logged step where this optimizer step is one to log."""
         if is_logged(self.trainer, step):
-            self._publish_training(step)
+            publish_training(self, step)
         self._keep_totals(step)
-
-    def _publish_training(self, step: int) -> None:
-        values = self._train_meters.compute(self.reduce)
-        values["num_tokens"] = float(self.window.num_tokens)
-        values["steps_without_targets"] = float(self.window.skipped)
-        self._train_meters.reset()
-        self.publish(values, "train", step)
 
     def publish(
         self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
@@ -453,17 +371,11 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def on_validation_epoch_end(self) -> None:
         """Publishes the validation means."""
-        self._publish_evaluation("val")
+        publish_evaluation(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Publishes the test means."""
-        self._publish_evaluation("test")
-
-    def _publish_evaluation(self, stage: Literal["val", "test"]) -> None:
-        for number, meters in sorted(self._eval_meters.items()):
-            suffix = f"/dataloader_idx_{number}" if len(self._eval_meters) > 1 else ""
-            self.publish({f"{name}{suffix}": v for name, v in meters.compute(self.reduce).items()}, stage)
-        self._eval_meters.clear()
+        publish_evaluation(self, "test")
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""

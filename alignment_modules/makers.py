@@ -1,13 +1,18 @@
 """What a module trains, and the two functions that it makes an optimizer and a schedule for it with."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alignment_modules.optimization import parameter_groups
+from alignment_modules.optimization import bind_total_steps, parameter_groups
+
+if TYPE_CHECKING:
+    from alignment_modules.base import AlignmentModule
 
 
 def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
@@ -62,41 +67,40 @@ def check_entries(module: nn.Module, entries: Mapping[str, nn.Module], *, severa
         )
 
 
-def make_optimizer(
-    trained: nn.Module,
-    optimizer: Callable[..., Optimizer],
-    lr_scheduler: Callable[..., Any] | None,
-    bind: Callable[[Any], None],
-    *,
-    counts_steps: bool,
-) -> Optimizer | dict[str, Any]:
-    """An optimizer over the trainable parameters, and its schedule over optimizer steps, as Lightning takes them.
+def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -> Any:
+    """An optimizer, and a schedule that counts its steps, for each entry, as Lightning takes them.
 
     Args:
-        trained: What the optimizer moves.
-        optimizer: Called with parameter groups.
-        lr_scheduler: Called with the optimizer; None: no schedule.
-        bind: Tells a schedule the length of the run.
-        counts_steps: Whether only schedules that count steps can be used.
+        module: Says what makes them.
+        entries: Its `trained()`.
 
     Raises:
-        ValueError: If the optimizer has no rate to schedule, or the schedule waits for a metric and may not.
+        ValueError: If the entries are not a partition of what is trainable, an optimizer has no rate to schedule, or a
+            schedule waits for a metric and its module counts steps.
     """
-    made = optimizer(parameter_groups(trained))
-    if lr_scheduler is None:
-        return made
-    check_rate(made)
-    scheduler = lr_scheduler(made)
-    if not isinstance(scheduler, ReduceLROnPlateau):
-        bind(scheduler)
-        return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-    if counts_steps:
-        raise ValueError(
-            f"lr_scheduler={type(scheduler).__name__} waits for a metric, but this module steps its schedule after "
-            "every optimizer step: choose one that counts steps"
-        )
-    monitor = getattr(scheduler, "monitor", "train/loss")
-    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+    counts_steps = not module.automatic_optimization
+    check_entries(module, entries, several=counts_steps)
+    made: list[Any] = []
+    for name, part in entries.items():
+        optimizer = module.optimizer_for(name)(parameter_groups(part))
+        if module.make_lr_scheduler is None:
+            made.append(optimizer)
+            continue
+        check_rate(optimizer)
+        scheduler = module.make_lr_scheduler(optimizer)
+        found: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            strict = not module.trainer.fast_dev_run  # type: ignore[attr-defined]
+            bind_total_steps(scheduler, module.total_optimizer_steps, strict=strict)
+        elif counts_steps:
+            raise ValueError(
+                f"lr_scheduler={type(scheduler).__name__} waits for a metric, but {type(module).__name__} steps its "
+                "schedule after every optimizer step: choose one that counts steps"
+            )
+        else:
+            found = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", "train/loss")}
+        made.append({"optimizer": optimizer, "lr_scheduler": found})
+    return made if len(made) > 1 else made[0]
 
 
 def check_rate(optimizer: Optimizer) -> None:

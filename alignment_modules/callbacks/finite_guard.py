@@ -60,7 +60,8 @@ class FiniteGuard(Callback):
         device = pl_module.device
         whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
         largest = torch.stack([norm.to(device, torch.float32) for norm in whole])
-        clips = trainer.gradient_clip_val or getattr(pl_module, "max_grad_norm", None)
+        own = None if pl_module.automatic_optimization else getattr(pl_module, "max_grad_norm", None)
+        clips = trainer.gradient_clip_val or own
         limit = _LARGEST_IN_NORM if clips else torch.finfo(torch.float32).max
         at_once = device.type == "cpu" if self.every_step is None else self.every_step
         step = trainer.global_step + 1

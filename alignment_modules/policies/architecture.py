@@ -98,6 +98,22 @@ def check_trainable_types(module: nn.Module) -> None:
         )
 
 
+def refuse_float16(precision: object) -> None:
+    """Refuses to compute a training step in float16: the sums over a step's tokens overflow its gradients.
+
+    Args:
+        precision: The Trainer's.
+
+    Raises:
+        ValueError: If it is float16.
+    """
+    if precision in ("16-mixed", "16-true", "transformer-engine-float16"):
+        raise ValueError(
+            f"Trainer(precision={precision!r}) is not allowed: the sums of a language model's step overflow float16 "
+            "gradients. Use 'bf16-mixed', or '32-true'"
+        )
+
+
 def refuse_compiled(module: nn.Module) -> None:
     """Refuses `torch.compile(module)` of a whole training module: its steps look at numbers that no graph holds.
 

@@ -1,18 +1,19 @@
 """A batch of rows, cut into micro-batches; what stands in where a rank has fewer than the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-SEGMENTS = "segments"  # built from a whole batch, so that no part of it has them
+SEGMENTS = "segments"  # what an objective reads: of the whole batch, or a list of those of its pieces
 
 
 def cut(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
     """Cuts a batch into pieces of at most `size` rows, in order.
 
-    Tensors and lists are cut along their first dimension; numbers, strings and the like go to every piece. Segments are
-    not carried: a piece that is not the whole batch builds its own.
+    Tensors and lists are cut along their first dimension; numbers, strings and the like go to every piece. The
+    `segments` of a whole batch are not carried to its parts; a list of them, one a piece, is handed out.
 
     Args:
         batch: A dictionary of row tensors `[rows, ...]` and lists of `rows` entries.
@@ -28,10 +29,13 @@ def cut(batch: Mapping[str, Any], size: int | None) -> list[dict[str, Any]]:
         >>> cut({"x": [1, 2, 3], "name": "a"}, 2)
         [{'x': [1, 2], 'name': 'a'}, {'x': [3], 'name': 'a'}]
     """
-    rows = _rows(batch)
-    if size is None or size >= rows:
+    rows, segments = _rows(batch), batch.get(SEGMENTS)
+    if size is None or (size >= rows and not isinstance(segments, list)):
         return [dict(batch)] if rows else []
-    return [_select(batch, slice(start, start + size)) for start in range(0, rows, size)]
+    pieces = [_select(batch, slice(start, start + size)) for start in range(0, rows, size)]
+    if isinstance(segments, list):
+        pieces = [{**piece, SEGMENTS: own} for piece, own in zip(pieces, segments, strict=True)]
+    return pieces
 
 
 def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +45,37 @@ def empty_like(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: A dictionary of row tensors and lists.
     """
     return _select(batch, slice(0, 0))
+
+
+def check_keys(batch: Any, keys: Sequence[str], name: str) -> None:
+    """Checks that a batch holds what it is read for.
+
+    Args:
+        batch: What the loader gave.
+        keys: What it must hold.
+        name: Who reads it, for the message.
+
+    Raises:
+        ValueError: If it is not a dictionary or lacks a key.
+    """
+    found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    missing = [key for key in keys if not isinstance(batch, Mapping) or key not in batch]
+    if missing:
+        raise ValueError(
+            f"a batch for {name} must hold {', '.join(keys)}; this one lacks {', '.join(missing)}: it holds {found}. "
+            "Does the data module belong to another paradigm?"
+        )
+
+
+def count_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+    """How much a batch holds by its masks: `tokens` (without padding), `samples` and `padding`."""
+    # A loss mask says which of the tokens are scored, and adds none.
+    counted = [key for key in batch if key.endswith("mask") and not key.endswith("loss_mask")]
+    masks = [batch[key] for key in counted if isinstance(batch[key], Tensor)]
+    if not masks:
+        masks = [torch.ones_like(batch["input_ids"])]
+    tokens = torch.stack([mask.sum() for mask in masks]).sum()
+    return {"tokens": tokens, "samples": len(masks[0]), "padding": sum(m.numel() for m in masks) - tokens}
 
 
 def _has_rows(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.objective import Objective, Statistic
-from alignment_modules.training.pieces import cut, empty_like
+from alignment_modules.training.pieces import SEGMENTS, cut, empty_like
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]
 
@@ -100,6 +100,15 @@ class UpdateModule(AlignmentModule):
             )
         return []
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Also builds the `segments` of each piece, where a batch of rows is going to be cut."""
+        trains = self._trainer is not None and self.trainer.training and not self.automatic_optimization
+        size = self.micro_batch_size if trains else None
+        if size is None or type(self).segments is AlignmentModule.segments:
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+        self.check_batch(batch)
+        return {**batch, SEGMENTS: [self.segments(piece) for piece in cut(batch, size)]}
+
     def require_trainer(self) -> None:
         """Says what to do where there is no Trainer.
 
@@ -159,13 +168,14 @@ class UpdateModule(AlignmentModule):
         for number, piece in enumerate(padded, start=1):
             with self._gradient_sync(entry, last=number == count):
                 self.manual_backward(self.record(piece, objective(piece), of))
-        optimizer: Any = self.trainer.optimizers[position]
+        wrapped: Any = self.optimizers()  # as Lightning wraps them: their steps are the run's
+        optimizer: Any = wrapped[position] if isinstance(wrapped, list) else wrapped
         if len(self.windows) > 1 and isinstance(self.trainer.strategy, DDPStrategy):
             average_gradients(entry)
         if of == "policy":
-            self._counted(position).step()
+            optimizer.step()
         else:
-            self.trainer.strategy.optimizer_step(optimizer, lambda: None)  # not a step of the run
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)  # not a step of the run
         (optimizer if len(self.windows) == 1 else self).zero_grad()
         if self.trainer.lr_scheduler_configs:
             scheduler: Any = self.trainer.lr_scheduler_configs[position].scheduler
@@ -175,19 +185,15 @@ class UpdateModule(AlignmentModule):
         if of == "policy":
             self.log_step(self.global_step)
 
-    def _counted(self, position: int) -> Any:
-        """The optimizer as Lightning wraps it: its steps are the run's."""
-        wrapped: Any = self.optimizers()
-        return wrapped[position] if isinstance(wrapped, list) else wrapped
-
     def _count(self, pieces: Sequence[Any], units: Units | None) -> dict[str, Tensor] | None:
         """The weight of each term over all pieces and ranks; None where the objective has one."""
         counted = [None if units is None else units(piece) for piece in pieces]
         if counted[0] is None:
             return None
         names = list(counted[0])
-        weights = torch.stack([torch.stack([found[name].float() for name in names]) for found in counted if found])
-        return dict(zip(names, self.reduce(weights.sum(dim=0), "sum").unbind(), strict=True))
+        sums = [torch.as_tensor(sum(found[name] for found in counted if found)) for name in names]
+        weights = torch.stack([weight.to(self.device, torch.float32) for weight in sums])
+        return dict(zip(names, self.reduce(weights, "sum").unbind(), strict=True))
 
     def _gradient_sync(self, entry: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients only with the last micro-batch of a step."""

@@ -93,8 +93,8 @@ class Window:
             before, weighed = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (before + total.detach(), weighed + term.weight.detach())
             loss = total if units is None else loss + total / units[name].clamp(min=TINY)
-        weights = [weight for _, weight in self._sums.values()]
-        self._early = EarlyRead(weights[0] if len(weights) == 1 else torch.stack(weights).sum())
+        first, *others = (weight for _, weight in self._sums.values())
+        self._early = EarlyRead(sum(others, start=first))
         return torch.as_tensor(loss)
 
     def close(self, reduce: Reduce, device: torch.device | str = "cpu") -> Closed:

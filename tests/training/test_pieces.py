@@ -32,6 +32,12 @@ def test_a_whole_batch_keeps_its_segments(size):
     assert piece is not BATCH
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_every_piece_has_segments_of_its_own_where_there_are_some(size):
+    own = [object() for _ in range(0, 5, size)]
+    assert [piece["segments"] for piece in cut({**BATCH, "segments": own}, size)] == own
+
+
 def test_nothing_is_cut_into_nothing():
     empty = empty_like(BATCH)
     assert (len(empty["input_ids"]), empty["answer"], empty["name"]) == (0, [], "source")

@@ -1,8 +1,6 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from time import monotonic
 from typing import Any, Literal
 
@@ -20,11 +18,11 @@ from alignment_modules.functional import (
 )
 from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
-from alignment_modules.objective import EarlyRead, Objective, Statistic
+from alignment_modules.objective import Objective, Statistic
 from alignment_modules.paradigms.acting import ActingModule
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.scoring import Ask, Scores
+from alignment_modules.policies.scoring import Ask
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
 
@@ -100,8 +98,6 @@ class GRPOModule(ActingModule):
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
         self.reference = frozen_companion(reference, self.policy) if beta else None
-        self._finite: Tensor | bool = True
-        self._early_finite = EarlyRead(True)
 
     @property
     def optimizer_steps_per_batch(self) -> int:
@@ -111,10 +107,11 @@ class GRPOModule(ActingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Rolls out, annotates, updates."""
         self.require_trainer()
-        started, self._finite = monotonic(), True
+        started = monotonic()
         self.rollout = self.annotate(self.roll_out(batch))
         self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
-        for number, part in enumerate(self.parts(self.rollout, first=batch_idx == 0)):
+        parts = self.parts(self.rollout, passes=self.num_iterations, count=self.minibatches, first=batch_idx == 0)
+        for number, part in enumerate(parts):
             if not number and "old_logprobs" not in batch:  # the policy is still the one that sampled
                 part = replace(part, old_logps=None)
             self.update(part.micro_batches(self.micro_batch_size), part.empty())
@@ -167,40 +164,22 @@ class GRPOModule(ActingModule):
         found = group_advantages(every[..., 0].to(rewards), scale=self.scale_rewards, lengths=tokens)
         return found[start : start + len(rewards)]
 
-    def parts(self, rollout: Rollout, *, first: bool) -> Iterator[Rollout]:
-        """A rollout's minibatches, pass after pass, until the run has all its steps.
-
-        Args:
-            rollout: Of the whole batch.
-            first: Whether it is an epoch's first, which no last, shorter batch is.
-
-        Raises:
-            ValueError: If the first has fewer prompts on every rank than a pass has steps.
-        """
-        order = torch.Generator().manual_seed(self.actor.seed + self.global_step)
-        largest = int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
-        if first and largest < self.minibatches:
-            raise ValueError(f"minibatches={self.minibatches} is more than the {largest} prompts of a batch")
-        for _ in range(self.num_iterations):
-            # Of a last, shorter batch no rank may have anything left.
-            for part in islice(rollout.minibatches(self.minibatches, order), largest):
-                if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
-                    self.batch_cut_short = True
-                    return
-                yield part
-
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The clipped policy-gradient loss of a piece of a rollout, summed as the loss's reduction says."""
-        mask = rollout.trained.to(self.device, non_blocking=True)
-        advantages = rollout.advantages.to(self.device, non_blocking=True)  # type: ignore[union-attr]
-        scores = self._score_active(rollout)
+        given: Any = rollout.advantages
+        kl_in_loss, targets = bool(self.beta) and self.kl_placement == "loss", rollout.trained
+        if not (kl_in_loss or self.entropy_coef):  # a group without advantage cannot move the policy: it is not run
+            targets = (
+                targets & (given != 0).view(-1, rollout.group).any(dim=1).repeat_interleave(rollout.group)[:, None]
+            )
+        ask: list[Ask] = ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+        scores = self.score_piece(self.policy, rollout, targets, ask=ask)
+        mask, advantages = (values.to(self.device, non_blocking=True) for values in (rollout.trained, given))
         token_logps = scores.token_logps
-        self._finite = self._finite & torch.where(scores.mask, token_logps.detach(), 0.0).isfinite().all()
-        self._early_finite = EarlyRead(self._finite)
         old_logps = token_logps.detach() if rollout.old_logps is None else rollout.old_logps
         values = self.surrogate(token_logps, old_logps, advantages, mask)
         statistics = {}
-        if self.beta and self.kl_placement == "loss":
+        if kl_in_loss:
             options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
             divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
             values = values + self.beta * divergence
@@ -218,25 +197,6 @@ class GRPOModule(ActingModule):
                 statistics |= sampling_statistics(rollout.sampled_logps, token_logps.detach(), scores.mask)
         return Objective.of(total, weight, statistics)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Also refuses to step on log-probabilities that are not finite.
-
-        Raises:
-            NonFiniteLogits: If a piece of the step had some; it names the step.
-        """
-        if not self._early_finite.item():
-            raise self.not_finite("policy")
-        super().on_before_optimizer_step(optimizer)
-
-    def publish(
-        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
-    ) -> None:
-        """Also shows the share of groups whose rewards differ: the others teach nothing."""
-        super().publish(values, stage, step)
-        if stage == "train" and "frac_reward_zero_std" in values:
-            signal = 1.0 - values["frac_reward_zero_std"]
-            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
-
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
@@ -249,29 +209,6 @@ class GRPOModule(ActingModule):
             "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
             f"a pass {self.minibatches}",
         }
-
-    def _score_active(self, rollout: Rollout) -> Scores:
-        """Scores [N, T] of a piece; groups that cannot move the policy are left out of the forward pass."""
-        details = torch.is_grad_enabled() and (bool(self.entropy_coef) or self.logging_due)
-        ask: list[Ask] = ["entropy"] if details else []
-        active = (rollout.advantages != 0).view(-1, rollout.group).any(dim=1)  # type: ignore[union-attr]
-        if self.entropy_coef or (self.beta and self.kl_placement == "loss") or bool(active.all()):
-            return self.score_piece(self.policy, rollout, rollout.trained, ask=ask)
-        part = rollout.select(active)
-        scores = self.score_piece(self.policy, part, part.trained, ask=ask)
-        rows = active.repeat_interleave(rollout.group)
-
-        def spread(values: Tensor, rest: Tensor) -> Tensor:
-            return rest.index_put((rows.to(rest.device),), values)
-
-        # The others' advantage is 0; a ratio of 1 keeps the arithmetic finite.
-        unscored = scores.token_logps.new_zeros(rollout.ids.shape)
-        old_logps = unscored if rollout.old_logps is None else rollout.old_logps.to(unscored).nan_to_num()
-        return Scores(
-            token_logps=spread(scores.token_logps, old_logps),
-            mask=spread(scores.mask, torch.zeros_like(unscored, dtype=torch.bool)),
-            entropy=None if scores.entropy is None else spread(scores.entropy, unscored),
-        )
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> Statistic:

@@ -110,6 +110,47 @@ def test_the_verifier_is_built_once_and_at_once(tiny_llama, monkeypatch):
         module_with(tiny_llama, verifier="no_such_module.verifier")
 
 
+def test_validation_measures_what_the_policy_writes_on_batches_of_prompts(tiny_llama):
+    module, batch = module_with(tiny_llama, num_samples=2), prompts(4, answer=["1", "2", "3", None])
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    ids = torch.randint(1, 40, (2, 5))
+    batches = [batch, {"input_ids": ids, "labels": ids}]
+    loaders = [torch.utils.data.DataLoader([one], batch_size=None) for one in batches]
+    found, tested = trainer.validate(module, loaders, verbose=False)[0], test(module, [batch])
+    assert {"test/pass@2", "test/exact_match"} < tested.keys()
+    for name, value in tested.items():
+        assert found[f"{name.replace('test/', 'val/')}/dataloader_idx_0"] == value
+    assert "val/loss/dataloader_idx_1" in found
+    with pytest.raises(ValueError, match="a batch for SFTModule must hold input_ids, labels"):
+        L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False).fit(module, loaders[0])
+
+
+class Silent(SFTModule):
+    """Scores and never writes."""
+
+    generates = False
+
+
+def test_a_module_that_writes_nothing_has_no_evaluator(tiny_llama):
+    module = Silent(policy=tiny_llama, tokenizer=Ids())
+    assert module.evaluator is None
+    for ask in (lambda: module.generate(prompts(1)), lambda: module.predict_step(prompts(1), 0)):
+        with pytest.raises(ValueError, match="Silent writes nothing"):
+            ask()
+    with pytest.raises(ValueError, match=r"evaluation=EvaluationConfig\(.*\) is not allowed: Silent writes nothing"):
+        Silent(policy=tiny_llama, evaluation=EvaluationConfig())
+
+
+def test_a_tokenizer_that_comes_later_serves_all(tiny_llama):
+    module = SFTModule(policy=copy.deepcopy(tiny_llama), evaluation=EvaluationConfig(max_completion_length=4))
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        module.generate("1 2")
+    assert module.codec.stop_token_ids == (2,)
+    module.tokenizer = Ids()
+    assert module.codec.stop_token_ids == (2, 7)
+    assert module.evaluator.decode(module.generate(prompts(2)))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [("num_samples", -1), ("max_completion_length", 0), ("temperature", 0.0), ("top_p", 0.0), ("min_p", 2.0)],

@@ -12,6 +12,7 @@ from alignment_modules.callbacks import SampleTable
 from alignment_modules.functional import ADVANTAGE_SCALES
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rewards import ExactMatch, RewardError
+from alignment_modules.rollouts import Completions
 
 
 class Ids:
@@ -276,3 +277,49 @@ def test_all_but_the_stop_token_is_shown(make, train):
     cut = make(policy=Thinks(), rewards=judge, tokenizer=tokenizer, num_generations=2, max_completion_length=2)
     train(cut, [prompts(1)])
     assert seen[2:] == ["<t> a"] * 2
+
+
+def test_rollouts_are_put_into_words_only_for_who_looks(make, train, monkeypatch):
+    calls = []
+    original = Ids.batch_decode
+    monkeypatch.setattr(
+        Ids, "batch_decode", lambda self, rows, **options: (calls.append(rows), original(self, rows, **options))[1]
+    )
+    module = make()
+    assert module.last_rollout == {}
+    train(module, [given([0.0, 1.0] * 4)])
+    assert not calls
+    shown = module.last_rollout
+    assert len(shown["prompt"]) == len(shown["completion"]) == 8
+    assert len(calls) == 2
+
+
+class Remote:
+    """An engine elsewhere: writes what it was told, and no log-probabilities."""
+
+    def __init__(self):
+        self.asked, self.pushed = [], 0
+
+    def push(self, policy):
+        self.pushed += 1
+
+    def version(self):
+        return self.pushed
+
+    def generate(self, prompts, parameters, *, num_samples=1, seeds):
+        self.asked.append((prompts.count, num_samples, tuple(seeds.indices), seeds.step, parameters.stop_token_ids))
+        rows = prompts.count * num_samples
+        ids = torch.randint(8, 40, (rows, 5), generator=torch.Generator().manual_seed(rows))
+        mask = torch.arange(5) < torch.arange(rows)[:, None] % 4 + 2
+        return Completions(ids, mask, torch.full(ids.shape, nan), torch.ones(rows, dtype=torch.bool))
+
+
+def test_any_engine_serves(make, train):
+    """What it does not tell, the log-probabilities, is scored where it is read."""
+    module = make(num_iterations=2, rewards=lambda completions: [float(len(text)) for text in completions])
+    module.actor.engine = engine = Remote()
+    trainer = train(module, [prompts(), prompts(3)])
+    assert trainer.global_step == 4
+    assert engine.asked == [(4, 4, (0, 1, 2, 3), 0, (2, 7)), (3, 4, (0, 1, 2), 2, (2, 7))]
+    assert module.rollout.old_logps[module.rollout.own].isfinite().all()
+    assert trainer.callback_metrics["train/importance_ratio/mean"] != 1

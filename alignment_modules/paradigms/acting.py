@@ -1,13 +1,15 @@
 """What paradigms that learn from their own samples share: the keywords of their actor, and how it is looked at."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
+from alignment_modules.objective import EarlyRead
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Ask, Scores, score
@@ -75,6 +77,8 @@ class ActingModule(UpdateModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
         )
         self.rollout: Rollout | None = None
+        self._finite: Tensor | bool = True
+        self._early_finite = EarlyRead(True)
 
     @property
     def last_rollout(self) -> dict[str, list[Any]]:
@@ -126,6 +130,7 @@ class ActingModule(UpdateModule):
         Raises:
             RewardError: If no completion of any rank has a reward.
         """
+        self._finite = True
         self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
@@ -138,6 +143,30 @@ class ActingModule(UpdateModule):
             )
         return self.rollout
 
+    def parts(self, rollout: Rollout, *, passes: int, count: int, first: bool) -> Iterator[Rollout]:
+        """A rollout's minibatches in random order, pass after pass, until the run has all its steps.
+
+        Args:
+            rollout: Of the whole batch.
+            passes: How often the rollout is gone through.
+            count: Minibatches in a pass.
+            first: Whether it is an epoch's first, which no last, shorter batch is.
+
+        Raises:
+            ValueError: If the first has fewer prompts on every rank than a pass has minibatches.
+        """
+        order = torch.Generator().manual_seed(self.actor.seed + self.global_step)
+        largest = int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
+        if first and largest < count:
+            raise ValueError(f"minibatches={count} is more than the {largest} prompts of a batch")
+        for _ in range(passes):
+            # Of a last, shorter batch no rank may have anything left.
+            for part in islice(rollout.minibatches(count, order), largest):
+                if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
+                    self.batch_cut_short = True
+                    return
+                yield part
+
     def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
         """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
 
@@ -148,7 +177,11 @@ class ActingModule(UpdateModule):
             ask: As in `score`.
         """
         segments = Segments.from_prompts(rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets)
-        return score(model, segments.to(self.device), temperature=self.actor.sampling.temperature, ask=ask)
+        scores = score(model, segments.to(self.device), temperature=self.actor.sampling.temperature, ask=ask)
+        if torch.is_grad_enabled():
+            self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
+            self._early_finite = EarlyRead(self._finite)
+        return scores
 
     @torch.no_grad()
     def score_rollout(self, rollout: Rollout, companion: Frozen | None = None) -> Tensor:
@@ -169,10 +202,29 @@ class ActingModule(UpdateModule):
                 rows = slice(start * rollout.group, (start + size) * rollout.group)
                 results[rows] = self.score_piece(model, piece, piece.own).token_logps
         if not bool(results.isfinite().all()):
-            raise self.not_finite("policy" if companion is None else "reference")
+            raise self._not_finite("policy" if companion is None else "reference")
         return results
 
-    def not_finite(self, who: str) -> NonFiniteLogits:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Also refuses to step on log-probabilities that are not finite.
+
+        Raises:
+            NonFiniteLogits: If a piece of the step had some; it names the step.
+        """
+        if not self._early_finite.item():
+            raise self._not_finite("policy")
+        super().on_before_optimizer_step(optimizer)
+
+    def publish(
+        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
+    ) -> None:
+        """Also shows the share of groups whose rewards differ: the others teach nothing."""
+        super().publish(values, stage, step)
+        if stage == "train" and "frac_reward_zero_std" in values:
+            signal = 1.0 - values["frac_reward_zero_std"]
+            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
+
+    def _not_finite(self, who: str) -> NonFiniteLogits:
         """The error about a model's logits, with the step that is being prepared."""
         return NonFiniteLogits(
             f"optimizer step {self.global_step + 1}: {who} gave logits that are not finite; its weights or inputs may "

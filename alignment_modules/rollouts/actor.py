@@ -97,6 +97,7 @@ class Actor:
         # Nothing predicts the first token after an empty prompt.
         first = (mask.cumsum(dim=-1) == 1) & ~prompt_mask.any(dim=1).repeat_interleave(group)[:, None]
         own = (mask if completions.own is None else completions.own.cpu()) & ~first
+        sampled_logps = completions.token_logps.to(batch["prompts"].device)
         self.seen = Seen(batch, step, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
         self.statistics = {
             **reward_statistics(table.names, table.values, rewards),
@@ -113,8 +114,8 @@ class Actor:
             trained=own,
             rewards=rewards,
             truncated=truncated,
-            sampled_logps=completions.token_logps,
-            old_logps=completions.token_logps if "old_logprobs" in batch else None,
+            sampled_logps=sampled_logps,
+            old_logps=sampled_logps if "old_logprobs" in batch else None,
         )
 
     def complete(self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, greedy: bool = False) -> Completions:

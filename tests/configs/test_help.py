@@ -68,7 +68,7 @@ def test_options_of_a_module(helped, name):
 @pytest.mark.parametrize(
     ("arguments", "listed", "absent"),
     [
-        (["fit", "--model.help"], ["PretrainModule", "GRPOModule"], ["OnlineModule", "AlignmentModule "]),
+        (["fit", "--model.help"], ["PretrainModule", "GRPOModule"], ["ActingModule", "AlignmentModule "]),
         (["fit", "--data.help"], ["SFTDataModule", "PromptDataModule"], ["AlignmentDataModule"]),
         (["fit", "--model.rewards.help"], ["ExactMatch", "SoftOverlong"], ["RewardSet", "RewardError"]),
         (["fit", "--model.lr_scheduler.help"], ["CosineSchedule", "StepLR"], ["  Schedule ", "_Floored"]),

@@ -47,7 +47,7 @@ CASES = {
         "sft", ["--per_device_train_batch_size=4"], ["there is no such option; use --data.batch_size\n"], PARSING
     ),
     "a base class of modules": Case(
-        "sft", ["--model", "OnlineModule"], ["--model=OnlineModule: only a base", "allowed: GRPOModule\n"], PARSING
+        "sft", ["--model", "ActingModule"], ["--model=ActingModule: only a base", "allowed: GRPOModule\n"], PARSING
     ),
     "a base class of schedules": Case(
         "sft", ["--model.lr_scheduler=Schedule"], ["--model.lr_scheduler=Schedule: only a base", "Cosine"], PARSING

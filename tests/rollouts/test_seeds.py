@@ -5,15 +5,21 @@ import torch
 from alignment_modules.rollouts.seeds import sample_uniforms
 
 
-def numpy_uniforms(seed, step, index, sample, length):
+def numpy_uniforms(seed, step, index, sample, length, turn=0):
     key = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, sample, index, 0])).random(length)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, sample, index, turn])).random(length)
 
 
 def test_equal_numpys_own_generator():
     drawn = sample_uniforms(11, 5, [3, 2**40], 3, 9)
     for row, (index, sample) in enumerate((i, g) for i in (3, 2**40) for g in range(3)):
         np.testing.assert_array_equal(drawn[row].numpy(), numpy_uniforms(11, 5, index, sample, 9))
+
+
+def test_each_turn_draws_numbers_of_its_own():
+    drawn = sample_uniforms(11, 5, [3], 2, 9, turn=4)
+    np.testing.assert_array_equal(drawn[1].numpy(), numpy_uniforms(11, 5, 3, 1, 9, turn=4))
+    assert not torch.isclose(drawn, sample_uniforms(11, 5, [3], 2, 9)).any()
 
 
 def test_a_row_depends_on_its_own_names_only():

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from tests.paradigms import ROWS
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.stem: path for path in sorted((CONFIGS / "recipes").glob("*.yaml"))}
 OVERLAYS = {path.stem: path for path in sorted((CONFIGS / "strategies").glob("*.yaml"))}
@@ -23,7 +25,7 @@ QUIET = (
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 )
-SHORT = {"grpo": ("--model.max_completion_length=4",)}
+SHORT = {name: row.recipe.get("short", ()) for name, row in ROWS.items()}
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def printed(align, *arguments):
 
 
 def test_there_is_a_recipe_for_every_paradigm():
-    assert set(RECIPES) == {"pretrain", "sft", "dpo", "grpo"}
+    assert set(RECIPES) == set(ROWS)
     assert {"lora", "ddp", "bf16"} <= set(OVERLAYS)
 
 

@@ -9,11 +9,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 
 CHARACTERS = list("0123456789+= abcdefghijklmnopqrstuvwxyz")
-SPECIAL = ["<pad>", "<s>", "</s>"]
 
 REWARDS = '''
 def digits(completions):
@@ -83,33 +81,13 @@ def write_lines(path, rows):
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
+def workplace(write_model, tmp_path_factory):
     """The folder. Its policy has attention dropout, so that training depends on random numbers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("workplace")
-    vocabulary = {token: number for number, token in enumerate(SPECIAL + CHARACTERS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    config = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "attention_dropout": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    torch.manual_seed(0)
-    for name, size in (("policy", len(vocabulary)), ("other", len(vocabulary)), ("small", 10)):
-        architecture = AutoConfig.for_model("llama", vocab_size=size, **config)
-        AutoModelForCausalLM.from_config(architecture).save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "policy")
+    config = {"intermediate_size": 24, "attention_dropout": 0.2}
+    write_model(folder / "policy", CHARACTERS, **config)
+    write_model(folder / "other", vocabulary=3 + len(CHARACTERS), seed=1, **config)
+    write_model(folder / "small", vocabulary=10, seed=2, **config)
     sums = [(a, b) for a in range(6) for b in range(4)]
     write_lines(folder / "sft.jsonl", [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in sums])
     write_lines(

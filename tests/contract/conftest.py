@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from tests.paradigms import build, other_than
+from tests.workplace import align, workplace  # noqa: F401
 
 
 @pytest.fixture

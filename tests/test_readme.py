@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.paradigms import ROWS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -25,14 +27,7 @@ FILES = {
     "questions.jsonl": [{"prompt": f"{a}+{b}=", "answer": f"{a + b}"} for a, b in SUMS],
 }
 QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false")
-PARADIGMS = {
-    "pretrain": "documents",
-    "sft": "demonstrations",
-    "reward": "pairs",
-    "dpo": "pairs",
-    "kto": "pairs",
-    "grpo": "questions",
-}
+PARADIGMS = {name: row.source for name, row in ROWS.items()}
 
 
 def blocks(text, language):
@@ -62,39 +57,15 @@ def titled(text, language):
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory):
+def workplace(model_folder, tmp_path_factory):
     """A user's folder: the repository's `configs/`, a model, the data files and the README's own files."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, block in (titled(README, "python") | titled(README, "yaml")).items():
         (folder / name).write_text(block)
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", *map(chr, range(32, 127)), "\n"])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "my-model")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "my-model")
+    (folder / "my-model").symlink_to(model_folder)
     return folder
 
 
@@ -263,8 +234,9 @@ def test_the_table_of_metrics_is_what_a_run_logs(align, paradigm, tmp_path):
     fit = [f"--data.train={source}", f"--data.validation={source}", "--trainer.max_steps=2"]
     fit += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1"]
     stops = json.dumps(list(string.ascii_letters + string.digits))  # an untrained policy hardly stops by itself
-    if paradigm == "grpo":
-        common += ["--model.beta=0.1", "--model.max_completion_length=64", f"--model.stop_strings={stops}"]
+    common += ROWS[paradigm].recipe.get("metrics", ())
+    if ROWS[paradigm].kind == "acting":
+        common += [f"--model.stop_strings={stops}"]
     align(["fit", *common, *fit])
     judged = ["--model.evaluation.num_samples=8", f"--model.evaluation.stop_strings={stops}"]
     if writes:

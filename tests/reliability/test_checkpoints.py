@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-PARADIGMS = ("pretrain", "sft", "dpo", "grpo")
+from tests.paradigms import ROWS
+
+PARADIGMS = tuple(ROWS)
 
 
 def fit(align, paradigm, *arguments):

@@ -12,26 +12,43 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("killed_runs.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-RESUMED_AT = {"sft": 4, "grpo": 16}  # optimizer steps
+from tests.paradigms import ROWS, expensive
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
-def runs(workplace, tmp_path_factory):
-    """All runs of the script; `runs(name)` gives one run's folder."""
-    results = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(SCRIPT), str(results)]
-    done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    codes = json.loads((results / "codes.json").read_text())
-    logs = {path.parent.name: path.read_text()[-2000:] for path in results.glob("*/log.txt")}
+def all_runs(workplace, tmp_path_factory):
+    """`all_runs(paradigm)(name)`: the folder of one of a paradigm's runs; its runs are made once."""
+    made = {}
 
-    def find(name, code=0):
-        assert codes[name] == code, logs[name]
-        return results / name
+    def make(paradigm):
+        results = tmp_path_factory.mktemp(paradigm)
+        command = [sys.executable, "-m", "tests.contract.killed_runs", str(results), paradigm]
+        done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+        codes = json.loads((results / "codes.json").read_text())
+        logs = {path.parent.name: path.read_text()[-2000:] for path in results.glob("*/log.txt")}
 
-    return find
+        def find(name, code=0):
+            assert codes[name] == code, logs[name]
+            return results / name
+
+        return find
+
+    def runs(paradigm):
+        if paradigm not in made:
+            made[paradigm] = make(paradigm)
+        return made[paradigm]
+
+    return runs
+
+
+@pytest.fixture
+def runs(all_runs, request):
+    """Those of the test's own paradigm; else of `sft`."""
+    return all_runs((getattr(request.node, "callspec", None) and request.node.callspec.params.get("paradigm")) or "sft")
 
 
 def rows(folder):
@@ -52,19 +69,19 @@ def num_tokens(folder, step):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("paradigm", ["sft", "grpo"])
+@pytest.mark.parametrize("paradigm", expensive())
 class TestAfterSIGKILL:
     def test_same_weights(self, runs, workplace, paradigm, workers):
-        runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL)
-        whole, resumed = weights(runs(f"{paradigm}_whole")), weights(runs(f"{paradigm}_resumed_{workers}"))
+        runs(f"killed_{workers}", code=-signal.SIGKILL)
+        whole, resumed = weights(runs("whole")), weights(runs(f"resumed_{workers}"))
         start = load_file(workplace / "policy" / "model.safetensors")
         assert not any(torch.equal(value, start[key]) for key, value in whole.items())
         assert equal(whole, resumed)
 
     def test_same_rows_in_the_same_order(self, runs, paradigm, workers):
-        whole, resumed = rows(runs(f"{paradigm}_whole")), rows(runs(f"{paradigm}_resumed_{workers}"))
-        killed = rows(runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL))
-        position = next(i for i, batch in enumerate(whole) if batch["step"] == RESUMED_AT[paradigm])
+        whole, resumed = rows(runs("whole")), rows(runs(f"resumed_{workers}"))
+        killed = rows(runs(f"killed_{workers}", code=-signal.SIGKILL))
+        position = next(i for i, batch in enumerate(whole) if batch["step"] == ROWS[paradigm].resume.start)
         assert whole[position]["epoch"] == 1
         assert whole[position - 1]["epoch"] == 1  # the middle of an epoch
         assert killed == whole[: len(killed)]
@@ -72,13 +89,13 @@ class TestAfterSIGKILL:
         assert resumed == whole[position:]
 
     def test_tokens_are_counted_on(self, runs, paradigm, workers):
-        whole, resumed = runs(f"{paradigm}_whole"), runs(f"{paradigm}_resumed_{workers}")
-        later = RESUMED_AT[paradigm] + 4
-        assert num_tokens(whole, later) > num_tokens(whole, RESUMED_AT[paradigm]) > 0
+        whole, resumed = runs("whole"), runs(f"resumed_{workers}")
+        later = ROWS[paradigm].resume.start + 2 * ROWS[paradigm].resume.every
+        assert num_tokens(whole, later) > num_tokens(whole, ROWS[paradigm].resume.start) > 0
         assert num_tokens(resumed, later) == num_tokens(whole, later)
 
     def test_nothing_half_written(self, runs, paradigm, workers):
-        folder = runs(f"{paradigm}_killed_{workers}", code=-signal.SIGKILL) / "checkpoints"
+        folder = runs(f"killed_{workers}", code=-signal.SIGKILL) / "checkpoints"
         assert not list(folder.glob("*.tmp"))
         for path in folder.iterdir():
             assert torch.load(path, weights_only=True)["alignment_module"]["paradigm"] == paradigm
@@ -86,19 +103,19 @@ class TestAfterSIGKILL:
 
 def test_random_numbers_matter(runs):
     """With another seed after the checkpoint the policy's dropout differs, and so do the weights."""
-    assert not equal(weights(runs("sft_whole")), weights(runs("sft_other_seed")))
-    assert rows(runs("sft_other_seed")) == rows(runs("sft_resumed_0"))
+    assert not equal(weights(runs("whole")), weights(runs("other_seed")))
+    assert rows(runs("other_seed")) == rows(runs("resumed_0"))
 
 
 @pytest.mark.parametrize("batch", ["first", "second"])
 def test_the_checkpoint_that_sigterm_leaves_resumes_exactly(runs, batch):
     """Also where it falls between the two batches of an optimizer step: the first of them is read again."""
-    stopped, continued = runs(f"sft_stopped_{batch}", code=143), runs(f"sft_continued_{batch}")
-    assert equal(weights(runs("sft_whole")), weights(continued))
-    whole, again = rows(runs("sft_whole")), int(batch == "first")
+    stopped, continued = runs(f"stopped_{batch}", code=143), runs(f"continued_{batch}")
+    assert equal(weights(runs("whole")), weights(continued))
+    whole, again = rows(runs("whole")), int(batch == "first")
     assert rows(stopped) == whole[: len(rows(stopped))]
     assert rows(continued) == whole[len(rows(stopped)) - again :]
-    assert num_tokens(continued, 8) == num_tokens(runs("sft_whole"), 8)
+    assert num_tokens(continued, 8) == num_tokens(runs("whole"), 8)
 
 
 def test_sigterm_ends_the_command_with_143(workplace, tmp_path):

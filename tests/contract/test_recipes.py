@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.paradigms import ROWS
+from tests.workplace import FILES
+
 REPOSITORY = Path(__file__).parents[2]
-RECIPES = {
-    "pretrain": ("text.jsonl", ["--trainer.accumulate_grad_batches", "3", "--data.max_length", "4"]),
-    "sft": ("sft.jsonl", ["--trainer.accumulate_grad_batches", "2"]),
-    "dpo": ("preference.jsonl", []),
-    "kto": ("preference.jsonl", []),
-    "grpo": ("prompts.jsonl", ["--model.rewards", "my_rewards.digits", "--model.num_iterations", "2",
-                               "--model.num_generations", "3", "--model.max_completion_length", "4"]),
+OPTIONS = {
+    "documents": ["--trainer.accumulate_grad_batches", "3", "--data.max_length", "4"],
+    "demonstrations": ["--trainer.accumulate_grad_batches", "2"],
+    "questions": ["--model.rewards", "my_rewards.digits", "--model.num_iterations", "2", "--model.num_generations", "3",
+                  "--model.max_completion_length", "4"],
 }  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def recipe(align, workplace, tmp_path):
     """Runs a recipe; gives its rows, its last checkpoint, and what it logged but times."""
 
     def run(name, root, *more):
-        source, options = RECIPES[name]
+        source = ROWS[name].source
         checkpoint = {"dirpath": str(root / "kept"), "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
         callbacks = [
             {"class_path": "ModelCheckpoint", "init_args": checkpoint},
@@ -35,7 +36,8 @@ def recipe(align, workplace, tmp_path):
         ]
         logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(root), "name": "", "version": "csv"}}
         given = ["--config", REPOSITORY / "configs" / "recipes" / f"{name}.yaml", "--model.policy.path", "policy"]
-        given += ["--data.train", source, "--data.batch_size", "3", "--trainer.log_every_n_steps", "3", *options]
+        given += ["--data.train", FILES[source], "--data.batch_size", "3", "--trainer.log_every_n_steps", "3"]
+        given += OPTIONS.get(source, [])
         given += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.logger", json.dumps(logger)]
         given += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", root / "root", *more]
         root.mkdir()
@@ -57,7 +59,7 @@ def logged(root):
     return {key: value for key, value in found.items() if "time/" not in key[1] and "per_second" not in key[1]}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ROWS)
 def test_goes_on_from_a_random_step(recipe, name):
     rows, end, metrics = recipe(name, recipe.folder / "whole")
     assert len(metrics) > 5

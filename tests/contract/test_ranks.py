@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the gradients of one process on the union batch, for every module."""
+"""Two processes (gloo) give the gradients of one process on the union batch, for every paradigm."""
 
 import subprocess
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+from tests.paradigms import ROWS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -15,15 +17,14 @@ def results(tmp_path_factory):
     """Runs the script with one and with two processes; a hang is a failure."""
     folder = tmp_path_factory.mktemp("ranks")
     for devices in (1, 2):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(folder), str(devices)], capture_output=True, text=True, timeout=300
-        )
+        command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), str(devices)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "dpo", "aot", "aot_unpaired", "kto", "grpo", "unjudged"])
+@pytest.mark.parametrize("name", [*ROWS, "aot", "aot_unpaired", "batch", "unjudged"])
 def test_same_update_as_one_process(results, name):
     one = torch.load(results / f"{name}_1.pt", weights_only=True)
     two = torch.load(results / f"{name}_2.pt", weights_only=True)

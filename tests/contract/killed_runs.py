@@ -1,0 +1,87 @@
+"""Runs `align fit` many times from one process, each in a fork of its own, so that the imports are paid once.
+
+Usage: `python -m tests.contract.killed_runs RESULTS PARADIGM`, in the folder with the configurations. Each run ends as
+it ends, also by a signal to itself; RESULTS/codes.json tells how.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from alignment_modules.cli import main
+from alignment_modules.policies.load import build_policy, load_tokenizer
+from tests.paradigms import ROWS
+
+RESULTS, PARADIGM = Path(sys.argv[1]), sys.argv[2]
+WHEN = ROWS[PARADIGM].resume
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"  # the schedule is the recipe's own
+
+
+def align(log, arguments):
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["align", *arguments]
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)
+
+
+def run(name, *options, workers=0, kill=None, odd=False, resume=None):
+    root = RESULTS / name
+    root.mkdir(parents=True)
+    checkpoint = {
+        "dirpath": str(root / "checkpoints"),
+        "filename": "{step}",
+        "every_n_train_steps": WHEN.every,
+        "save_top_k": -1,
+        "save_on_exception": True,
+    }
+    callbacks = [
+        {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+        {"class_path": "my_callbacks.Rows", "init_args": {"path": str(root / "rows.jsonl")}},
+    ]
+    if kill is not None:
+        when = {"step": WHEN.kill, "signal": int(kill), "odd": odd}
+        callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": when})
+    arguments = ["fit", "--config", str(RECIPES / f"{PARADIGM}.yaml"), "--config", f"{PARADIGM}.yaml"]
+    arguments += [*WHEN.options, "--data.num_workers", str(workers)]
+    arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.default_root_dir", str(root), *options]
+    if resume is not None:
+        arguments += ["--ckpt_path", str(resume)]
+    process = multiprocessing.get_context("fork").Process(target=align, args=(root / "log.txt", arguments))
+    process.start()
+    process.join(timeout=120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+if __name__ == "__main__":
+    build_policy("policy")  # imports what a run imports
+    load_tokenizer("policy")
+    codes = {"whole": run("whole")}
+    for workers in (0, 2):
+        codes[f"killed_{workers}"] = run(f"killed_{workers}", workers=workers, kill=signal.SIGKILL)
+        last = RESULTS / f"killed_{workers}" / "checkpoints" / f"step={WHEN.start}.ckpt"
+        codes[f"resumed_{workers}"] = run(f"resumed_{workers}", workers=workers, resume=last)
+    if PARADIGM == "sft":
+        last = RESULTS / "killed_0" / "checkpoints" / f"step={WHEN.start}.ckpt"
+        codes["other_seed"] = run("other_seed", "--exact_resume.seed", "1", resume=last)
+        # Lightning finishes the batch of the signal: the first of an optimizer step's two, or the second
+        for name, odd in (("first", False), ("second", True)):
+            codes[f"stopped_{name}"] = run(f"stopped_{name}", kill=signal.SIGTERM, odd=odd)
+            written = (RESULTS / f"stopped_{name}" / "checkpoints").iterdir()
+            last = max(written, key=lambda path: path.stat().st_mtime_ns)
+            codes[f"continued_{name}"] = run(f"continued_{name}", resume=last)
+    (RESULTS / "codes.json").write_text(json.dumps(codes))

@@ -1,0 +1,121 @@
+"""Run by test_ranks.py: every paradigm takes one optimizer step on two ranks, and the weights' changes are saved.
+
+Usage: python -m tests.contract.two_ranks FOLDER DEVICES. With DEVICES=1 the single rank gets the union of the rows.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from alignment_modules import AlignmentModule, PolicyConfig
+from tests.paradigms import ROWS, build, other_than
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
+@dataclass
+class Batches:
+    """One batch a rank: 3 and 5 of 8 rows, so that the means of the ranks have different weights."""
+
+    make: Callable[[list[int]], dict[str, Any]]
+    devices: int
+
+    def __len__(self) -> int:
+        return self.devices
+
+    def __getitem__(self, rank: int) -> dict[str, Any]:
+        return self.make(list(range(8)) if self.devices == 1 else [list(range(3)), list(range(3, 8))][rank])
+
+
+class NoTokenizer:
+    """Decodes ids to text; enough for rewards."""
+
+    eos_token_id, pad_token_id = 7, 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch_decode(self, rows, skip_special_tokens=False):
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def many_threes(completions):
+    """A reward that differs between samples."""
+    return [float(text.count("3")) for text in completions]
+
+
+def unjudged(rows):
+    """Groups with none, one and two rewards of three; the first rank has none at all."""
+    batch = ROWS["grpo"].batch(rows, group=3)
+    judged = torch.tensor([row >= 3 and member < row - 3 for row in rows for member in range(3)])
+    return batch | {"rewards": batch["rewards"].masked_fill(~judged, torch.nan)}
+
+
+def sampled(rows):
+    """Prompts alone."""
+    batch = ROWS["grpo"].batch(rows)
+    return {key: batch[key] for key in ("prompts", "prompt_attention_mask")} | {"index": rows}
+
+
+def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], AlignmentModule], Callable]]:
+    """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
+    other = other_than(policy)
+
+    def make(name: str, **options: Any) -> AlignmentModule:
+        pieces = {} if ROWS[name].kind == "automatic" else {"micro_batch_size": 4}
+        options = pieces | {"optimizer": lambda groups: torch.optim.SGD(groups, lr=1.0)} | options
+        return build(name, copy.deepcopy(policy), other=copy.deepcopy(other), **options)
+
+    for name, row in ROWS.items():
+        yield name, lambda name=name: make(name), row.batch
+    online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
+    for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
+        yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
+    several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
+    yield "sampled", lambda: make("grpo", **several, **online), sampled
+
+
+def main(folder: Path, devices: int) -> None:
+    """Fits each case for one batch and saves the changes on rank 0."""
+    L.seed_everything(0)
+    from alignment_modules.policies.load import build_policy
+
+    for name, make, batch in cases(build_policy(PolicyConfig(config=LLAMA))):
+        module = make()
+        before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        trainer.fit(module, DataLoader(Batches(batch, devices), batch_size=None))
+        if trainer.is_global_zero:
+            change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            torch.save({"change": change, "metrics": metrics}, folder / f"{name}_{devices}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,317 @@
+"""One row a paradigm: all that the contract tests know of it. A new paradigm is one entry of `ROWS`.
+
+A batch is made of numbered rows, so that a test cuts, orders and pads it by asking for other numbers, other widths and
+the other side.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alignment_modules import AlignmentModule, get_module_class
+from alignment_modules.policies import LoraConfig
+from alignment_modules.policies.lora import add_lora
+
+Batch = dict[str, Any]
+LENGTHS = (5, 9, 3, 12, 7, 4, 10, 6)
+SUMS = [(a, b) for a in range(6) for b in range(4)]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """When a run writes, from where it goes on, and where it is killed, in optimizer steps."""
+
+    options: tuple[str, ...]
+    every: int = 2
+    start: int = 4
+    kill: int = 5
+
+
+@dataclass(frozen=True)
+class Paradigm:
+    """What the contract needs to know.
+
+    Attributes:
+        batch: Makes a batch of numbered rows, with so many more columns than needed, padded on one side.
+        nothing: Ways to make one row hold nothing to learn from: each changes a batch at a row, in place.
+        kind: Who steps: "automatic" (Lightning), "update" (the module, on batches), "acting" (the module, on rollouts).
+        options: Keywords of the module, given a model to refer to: what its promises hold under.
+        variants: Further keywords by name, under which its gradient is as independent.
+        orders: Orders of the rows that change nothing.
+        sizes: Rows of the micro-batches that one batch is cut into.
+        first: Numbers that the first optimizer step logs, exactly, with `first_options`, of a policy changed by
+            `first_policy`, on a batch without the keys `first_without`.
+        outputs: Numbers that the policy gives a token; None: one for each token of the vocabulary.
+        source: Which of `SOURCES` its recipe reads.
+        recipe: Options that make its recipe short, and those that it needs to log all of its metrics.
+        resume: The runs that are killed.
+    """
+
+    batch: Callable[..., Batch]
+    nothing: Mapping[str, Callable[[Batch, int], None]]
+    source: str
+    kind: str = "automatic"
+    options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
+    variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
+    sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
+    first: Mapping[str, Any] = field(default_factory=dict)
+    first_without: Sequence[str] = ()
+    first_options: Mapping[str, Any] = field(default_factory=dict)
+    first_policy: Callable[[nn.Module], nn.Module] = lambda policy: policy
+    outputs: int | None = None
+    recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    resume: Resume = Resume(("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"))
+
+
+# Rows
+
+
+def tokens(row: int, salt: int, length: int) -> Tensor:
+    """A row's tokens: the same in every batch that holds it."""
+    return torch.randint(1, 39, (length,), generator=torch.Generator().manual_seed(1000 * salt + row))
+
+
+def padded(rows: Sequence[Tensor], extra: int, side: str, value: int = 0) -> Tensor:
+    """Rows beside each other, [rows, longest + extra]."""
+    width = max(map(len, rows)) + extra
+    gaps = [(0, width - len(row)) if side == "right" else (width - len(row), 0) for row in rows]
+    return torch.stack([F.pad(row, gap, value=value) for row, gap in zip(rows, gaps, strict=True)])
+
+
+def masked(name: str, rows: Sequence[Tensor], extra: int, side: str) -> Batch:
+    """Ids and attention mask of rows, under a name; padding holds a token like any other."""
+    return {
+        f"{name}input_ids": padded(rows, extra, side, value=39),
+        f"{name}attention_mask": padded([torch.ones_like(row) for row in rows], extra, side),
+    }
+
+
+def supervised(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
+    """Rows whose first two tokens are not supervised."""
+    ids = [tokens(row, 0, LENGTHS[row]) for row in rows]
+    labels = [torch.cat([torch.full((2,), -100), row[2:]]) for row in ids]
+    return masked("", ids, extra, side) | {"labels": padded(labels, extra, side, value=-100)}
+
+
+def pairs(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
+    """Prompts of one to three tokens with two completions."""
+    batch = masked("prompt_", [tokens(row, 1, 1 + row % 3) for row in rows], extra, side)
+    batch |= masked("chosen_", [tokens(row, 2, LENGTHS[row] - 2) for row in rows], extra, side)
+    return batch | masked("rejected_", [tokens(row, 3, LENGTHS[(row + 3) % 8] - 1) for row in rows], extra, side)
+
+
+def unpaired(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
+    """Prompts with one completion, good or bad."""
+    batch = masked("prompt_", [tokens(row, 1, 1 + row % 3) for row in rows], extra, side)
+    batch |= masked("completion_", [tokens(row, 2, LENGTHS[row] - 2) for row in rows], extra, side)
+    return batch | {"label": torch.tensor([row % 3 != 1 for row in rows])}
+
+
+def rollouts(rows: Sequence[int], extra: int = 0, side: str = "right", group: int = 4) -> Batch:
+    """Prompts with a group of given completions, rewards and old log-probabilities each."""
+    prompts = masked("", [tokens(row, 1, 1 + row % 3) for row in rows], extra, side)
+    numbers = [group * row + member for row in rows for member in range(group)]
+    lengths = [1 + (5 * number + 3) % 8 for number in numbers]
+    drawn = [torch.Generator().manual_seed(number) for number in numbers]
+    old = [-3.5 + torch.rand(length, generator=g) for length, g in zip(lengths, drawn, strict=True)]
+    return {
+        "prompts": prompts["input_ids"],
+        "prompt_attention_mask": prompts["attention_mask"],
+        "responses": padded(
+            [tokens(n, 4, length) for n, length in zip(numbers, lengths, strict=True)], extra, "right", 39
+        ),
+        "response_mask": padded([torch.ones(length).bool() for length in lengths], extra, "right"),
+        "rewards": torch.tensor([float(number % 3 == 0) + 0.5 * (number % group == 0) for number in numbers]),
+        "old_logprobs": padded(old, extra, "right"),
+    }
+
+
+def entry(key: str, value: Any, *more: str, group: int = 1) -> Callable[[Batch, int], None]:
+    """Sets all that a row has under some keys."""
+
+    def change(batch: Batch, row: int) -> None:
+        for name in (key, *more):
+            if name not in batch:
+                batch[name] = batch[name.replace("loss_mask", "attention_mask")].clone()
+            batch[name][group * row : group * (row + 1)] = value
+
+    return change
+
+
+def never_called(completions: list[str]) -> list[float]:
+    """A reward for batches that bring their own."""
+    raise AssertionError("the batch brings its own rewards")
+
+
+# Models
+
+
+class Plain(nn.Module):
+    """A causal policy without transformers: ids to logits."""
+
+    def __init__(self, outputs: int = 40) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, outputs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Of a token and the mean of those before it."""
+        states = self.table(ids)
+        return self.head(states + states.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None])
+
+
+def plain(row: Paradigm) -> nn.Module:
+    """A policy that is no model of transformers."""
+    torch.manual_seed(1)
+    return Plain(row.outputs or 40)
+
+
+def adapted(policy: nn.Module) -> nn.Module:
+    """A policy with LoRA adapters that do something already."""
+    torch.manual_seed(2)
+    policy = add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    return policy
+
+
+def other_than(policy: nn.Module) -> nn.Module:
+    """A frozen model near a policy."""
+    torch.manual_seed(3)
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return other
+
+
+def flat(policy: nn.Module) -> nn.Module:
+    """A policy to which every token is as likely."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    return policy
+
+
+def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
+    """A paradigm's module on a policy, by its row's options and more."""
+    given = ROWS[name].options(other or other_than(policy)) | options
+    return get_module_class(name)(policy=policy, **given)
+
+
+# Rows of data files, as a user has them
+
+SOURCES: dict[str, list[dict[str, Any]]] = {
+    "documents": [{"text": f"{a}+{b}={a + b}"} for a, b in SUMS],
+    "demonstrations": [
+        {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}]}
+        for a, b in SUMS
+    ],
+    "pairs": [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS],
+    "questions": [{"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": f"{a + b}"} for a, b in SUMS],
+}
+
+# The table
+
+_NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
+_SUPERVISED = {
+    "dft": {"loss": "dft"},
+    "smoothed": {"label_smoothing": 0.1, "z_loss": 0.01},
+}
+_NO_PAIR = {
+    "chosen empty": entry("chosen_attention_mask", 0),
+    "both empty": entry("chosen_attention_mask", 0, "rejected_attention_mask"),
+    "nothing written": entry("rejected_loss_mask", 0),
+}
+
+ROWS: dict[str, Paradigm] = {
+    "pretrain": Paradigm(
+        batch=supervised,
+        nothing=_NO_TARGET,
+        variants=_SUPERVISED,
+        first={"train/loss": pytest.approx(math.log(40), rel=1e-6)},  # a sum of rounded terms
+        first_policy=flat,
+        source="documents",
+    ),
+    "sft": Paradigm(
+        batch=supervised,
+        nothing=_NO_TARGET,
+        variants=_SUPERVISED,
+        first={"train/loss": pytest.approx(math.log(40), rel=1e-6)},  # a sum of rounded terms
+        first_policy=flat,
+        source="demonstrations",
+    ),
+    "dpo": Paradigm(
+        batch=pairs,
+        nothing=_NO_PAIR,
+        options=lambda other: {"reference": other, "beta": 0.5},
+        variants={
+            **{loss: {"loss": loss} for loss in ("ipo", "sigmoid_norm", "apo_zero")},
+            "with nll": {"nll_coef": 0.3},
+        },
+        first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0},
+        first_options={"reference": None},
+        source="pairs",
+    ),
+    "grpo": Paradigm(
+        batch=rollouts,
+        nothing={
+            "not judged": entry("rewards", torch.nan, group=4),
+            "empty": entry("response_mask", False, group=4),
+        },
+        kind="acting",
+        options=lambda other: {
+            "rewards": never_called,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "max_grad_norm": None,
+            "epsilon": 0.5,
+            "reference": other,
+            "beta": 0.1,
+        },
+        variants={
+            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo", "cispo")},
+            **{f"{loss} without reference": {"loss": loss, "beta": 0.0, "reference": None}
+               for loss in ("grpo", "dapo", "dr_grpo", "cispo")},
+        },
+        sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
+        first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},
+        first_options={"reference": None},
+        first_without=("old_logprobs",),
+        source="questions",
+        recipe={
+            "short": ("--model.max_completion_length=4",),
+            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64"),
+        },
+        # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
+        resume=Resume(
+            ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
+             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6"),
+            every=4, start=16, kill=20,
+        ),
+    ),
+}  # fmt: skip
+
+# What `make test` proves of the expensive promises; `make slow` proves them of every row.
+OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
+
+
+def cells() -> list[Any]:
+    """Every row under its own options, and under each of its variants: parameters `name`, `variant`."""
+    found = [(name, {}, name) for name in ROWS]
+    found += [(name, options, f"{name} {key}") for name, row in ROWS.items() for key, options in row.variants.items()]
+    return [pytest.param(name, options, id=label.replace(" ", "_")) for name, options, label in found]
+
+
+def expensive(names: Sequence[str] = tuple(ROWS)) -> list[Any]:
+    """Names as parameters; all but one of a kind are slow."""
+    return [pytest.param(name, marks=() if name in OF_A_KIND.values() else pytest.mark.slow) for name in names]

@@ -5,6 +5,7 @@ from datamodules.preference import PreferenceDataModule
 from datamodules.pretrain import PretrainDataModule
 from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
+from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule",
@@ -12,4 +13,5 @@ __all__ = [
     "PretrainDataModule",
     "PromptDataModule",
     "SFTDataModule",
+    "UnpairedDataModule",
 ]

@@ -219,7 +219,8 @@ class SidesCollate:
     """Batches of rows made of named token sequences: `{name}_input_ids` and `{name}_attention_mask`, `[batch, time]`.
 
     Prompts are padded on the left and completions on the right, so that a pair stands without a gap. Other keys:
-    `index` becomes a list, `label` a bool tensor `[batch]`, and `{name}_loss_mask` an int64 tensor `[batch, time]`.
+    `index` becomes a list, `label` (bool) and `margin` (float32) tensors `[batch]`, and `{name}_loss_mask` an int64
+    tensor `[batch, time]`.
 
     Args:
         pad_id: Fills the ids.
@@ -239,8 +240,9 @@ class SidesCollate:
             if f"{name}_loss_mask" in rows[0]:
                 batch[f"{name}_loss_mask"], _ = pad([row[f"{name}_loss_mask"] for row in rows], 0, side=side)
         batch["index"] = [row["index"] for row in rows]
-        if "label" in rows[0]:
-            batch["label"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
+        for name, dtype in (("label", torch.bool), ("margin", torch.float32)):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows], dtype=dtype)
         return batch
 
 

@@ -1,9 +1,9 @@
-"""Pairs of a preferred and a rejected completion, and single completions with a label."""
+"""Pairs of a preferred and a rejected completion, and tables of rows with one or two completions."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from datamodules import formats
 from datamodules.base import AlignmentDataModule
 from datamodules.batching import Ragged, SidesCollate, Table, cut_left, room
+from datamodules.encoding import Encoder
 from datamodules.formats import Example
+from datamodules.messages import scalar, short
 from datamodules.reading import Batches, SplitReader
 from datamodules.tokens import starts_with
 
@@ -22,7 +24,7 @@ class SidesTable(Table):
     Args:
         sides: Token ids of each side, by name ("prompt" among them).
         index: Row number of each in the source.
-        labels: Whether each completion is desirable, for unpaired rows.
+        columns: One value a row of other keys, by name.
         loss_masks: Which tokens of a side are to be scored, by the side's name; of a side that lacks one, all.
     """
 
@@ -30,84 +32,125 @@ class SidesTable(Table):
         self,
         sides: dict[str, Ragged],
         index: np.ndarray,
-        labels: np.ndarray | None = None,
+        columns: dict[str, np.ndarray] | None = None,
         loss_masks: dict[str, Ragged] | None = None,
     ) -> None:
-        self.sides, self.index, self.labels, self.loss_masks = sides, index, labels, loss_masks or {}
-        checksum = 0 if labels is None else zlib.crc32(labels.tobytes())
-        for mask in self.loss_masks.values():
-            checksum = mask.checksum(checksum)
-        for side in sides.values():
-            checksum = side.checksum(checksum)
+        self.sides, self.index, self.columns, self.loss_masks = sides, index, columns or {}, loss_masks or {}
+        checksum = 0
+        for values in self.columns.values():
+            checksum = zlib.crc32(values.tobytes(), checksum)
+        for table in (*self.loss_masks.values(), *sides.values()):
+            checksum = table.checksum(checksum)
         self.fingerprint = f"{checksum:08x}"
 
     def __len__(self) -> int:
         return len(self.index)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The sides' ids, `index`, `{side}_loss_mask` where there are some, and for unpaired rows `label`."""
+        """The sides' ids, `index`, `{side}_loss_mask` where there are some, and the other columns."""
         row: dict[str, Any] = {name: side[index] for name, side in self.sides.items()}
         row.update((f"{name}_loss_mask", mask[index]) for name, mask in self.loss_masks.items())
         row["index"] = int(self.index[index])
-        if self.labels is not None:
-            row["label"] = bool(self.labels[index])
-        return row
+        return row | {name: values[index].item() for name, values in self.columns.items()}
+
+
+class Sides:
+    """Rows of a prompt and its completions, cut to a length and collected for a table.
+
+    Args:
+        reader: The rows' split.
+        encoder: Gives the special tokens that stand first.
+        names: Names of the completions, such as "chosen" and "rejected".
+    """
+
+    def __init__(self, reader: SplitReader, encoder: Encoder, names: tuple[str, ...]) -> None:
+        self.reader, self.encoder, self.names = reader, encoder, names
+        self.rows: list[tuple[np.ndarray, ...]] = []
+        self.masks: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, number: int, prompt: np.ndarray, sides: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> bool:
+        """Takes row `number` of the source, unless it is too long or nothing is left of it, which is counted."""
+        longest = max(map(len, sides))
+        if self.reader.too_long(number, len(prompt) + longest):
+            return False
+        before, after = room(len(prompt), longest, self.reader.max_length)
+        sides, masks = [side[:after] for side in sides], [mask[:after] for mask in masks]
+        if not all(mask.any() for mask in masks):
+            self.reader.count("dropped_without_target")
+            return False
+        if len(sides) == 2 and np.array_equal(sides[0], sides[1]) and np.array_equal(masks[0], masks[1]):
+            self.reader.count("dropped_identical")
+            return False
+        self.rows.append((cut_left(prompt, before, self.encoder.first), *sides))
+        self.masks.append(tuple(masks))
+        return True
+
+    def table(self, index: Sequence[int], columns: dict[str, np.ndarray]) -> Batches:
+        """The table of what was taken.
+
+        Args:
+            index: A number for each row taken.
+            columns: Other keys, one value a row taken.
+        """
+        self.reader.check_not_empty(len(self.rows))
+        names = ("prompt", *self.names)
+        tables = {name: Ragged(row[i] for row in self.rows) for i, name in enumerate(names)}
+        self.reader.report["tokens"] = sum(len(table.values) for table in tables.values())
+        partly = not all(mask.all() for row in self.masks for mask in row)
+        masked = {n: Ragged((row[i] for row in self.masks), np.bool_) for i, n in enumerate(self.names) if partly}
+        table = SidesTable(tables, np.asarray(index, dtype=np.int64), columns, masked)
+        return table, SidesCollate(self.encoder.pad, names)
 
 
 class PreferenceDataModule(AlignmentDataModule):
     """Preference pairs.
 
     Rows: `prompt`, `chosen`, `rejected` (plain or messages); `chosen` and `rejected` that both start with the prompt;
-    `prompt`, `completions`, `rewards` (the best against the worst; ties are left out and counted); or unpaired
-    `prompt`, `completion`, `label`. Batches: `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids` `[batch,
-    time]`, each with its `*_attention_mask`, and `index` (row numbers in the source). Prompts are padded on the left,
-    completions on the right; completions end with the stop token. Where completions hold messages that are not the
-    assistant's, `chosen_loss_mask` and `rejected_loss_mask` say which of their tokens are to be scored. Unpaired rows
-    give `prompt_*`, `completion_*` and `label` `[batch]`. Test and predict rows give batches of prompts.
+    or `prompt`, `completions`, `rewards` (the best against the worst; ties are left out and counted). Batches:
+    `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids` `[batch, time]`, each with its `*_attention_mask`, and
+    `index` (row numbers in the source). Prompts are padded on the left, completions on the right; completions end with
+    the stop token. Where completions hold messages that are not the assistant's, `chosen_loss_mask` and
+    `rejected_loss_mask` say which of their tokens are to be scored. A column `margin` (by how much the chosen one is
+    the better) becomes `margin` `[batch]`, float32; all rows have one, or none. Test and predict rows give batches of
+    prompts.
 
     Args:
         **common: Keywords of `AlignmentDataModule`. `max_length` bounds a prompt and one completion together;
             "truncate" shortens the prompt from the left down to half of it, then the completions from the right.
     """
 
-    accepts = (formats.PREFERENCE, formats.IMPLICIT_PREFERENCE, formats.SCORED, formats.UNPAIRED)
+    accepts = (formats.PREFERENCE, formats.IMPLICIT_PREFERENCE, formats.SCORED)
 
     def build(self, reader: SplitReader) -> Batches:
-        """Tokenise the pairs (or labelled completions) of a split."""
-        unpaired = reader.kind == formats.UNPAIRED
-        names = ("completion",) if unpaired else ("chosen", "rejected")
-        kept: list[tuple[np.ndarray, ...]] = []
-        kept_masks: list[tuple[np.ndarray, ...]] = []
-        index, labels = [], []
+        """Tokenise the pairs of a split."""
+        names = ("chosen", "rejected")
+        sides, index, margins = Sides(reader, self.encoder, names), list[int](), list[float | None]()
 
-        def encode(examples: Sequence[Example]) -> list[tuple[np.ndarray, list[np.ndarray], list[np.ndarray], bool]]:
-            sides = zip(*(self.encoder.completions(examples, name) for name in names), strict=True)
-            return [(*_join(row), bool(example.label)) for row, example in zip(sides, examples, strict=True)]
+        def encode(examples: Sequence[Example]) -> list[Any]:
+            return [_join(row) for row in zip(*(self.encoder.completions(examples, n) for n in names), strict=True)]
 
-        for number, (prompt, sides, masks, label) in reader.encoded(encode):
-            longest = max(map(len, sides))
-            if reader.too_long(number, len(prompt) + longest):
-                continue
-            before, after = room(len(prompt), longest, self.max_length)
-            cut, masks = [side[:after] for side in sides], [mask[:after] for mask in masks]
-            if not all(mask.any() for mask in masks):
-                reader.count("dropped_without_target")
-                continue
-            if not unpaired and np.array_equal(*cut) and np.array_equal(*masks):
-                reader.count("dropped_identical")
-                continue
-            kept.append((cut_left(prompt, before, self.encoder.first), *cut))
-            kept_masks.append(tuple(masks))
-            index.append(number)
-            labels.append(label)
-        reader.check_not_empty(len(kept))
-        tables = {name: Ragged(row[i] for row in kept) for i, name in enumerate(("prompt", *names))}
-        reader.report["tokens"] = sum(len(table.values) for table in tables.values())
-        partly = not all(mask.all() for row in kept_masks for mask in row)
-        masked = {n: Ragged((row[i] for row in kept_masks), np.bool_) for i, n in enumerate(names)} if partly else None
-        desirable = np.asarray(labels) if unpaired else None
-        table = SidesTable(tables, np.asarray(index, dtype=np.int64), desirable, masked)
-        return table, SidesCollate(self.encoder.pad, ("prompt", *names))
+        def see(row: Mapping[str, Any]) -> None:
+            margins.append(_margin(row))
+            if (margins[-1] is None) != (margins[0] is None):
+                has, first = ("no", "has one") if margins[-1] is None else ("a", "has none")
+                raise ValueError(f"has {has} margin, and the first row {first}; give all rows a margin, or none")
+
+        for number, row in reader.encoded(encode, see):
+            if sides.add(number, *row):
+                index.append(number)
+        given = bool(margins) and margins[0] is not None
+        return sides.table(index, {"margin": np.asarray(margins, np.float32)[index]} if given else {})
+
+
+def _margin(row: Mapping[str, Any]) -> float | None:
+    value = scalar(row.get("margin"))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= np.finfo(np.float32).max:
+        raise ValueError(
+            f"column margin must be a finite number, found {short(row['margin'])}; rename the column if it is another"
+        )
+    return float(value)
 
 
 def _join(

@@ -188,7 +188,7 @@ def test_formats(row, workplace):
 
     line = json.loads(names(row[1])[0])
     assert formats.recognise(line) == row[0]
-    classes = ("PretrainDataModule", "SFTDataModule", "PreferenceDataModule", "PromptDataModule")
+    classes = ("PretrainDataModule", "SFTDataModule", "PreferenceDataModule", "UnpairedDataModule", "PromptDataModule")
     for name, says in zip(classes, row[2:], strict=True):
         data = getattr(datamodules, name)(train=[line], tokenizer=str(workplace / "my-model"), chat_template="plain")
         if says == "yes":

@@ -1,5 +1,7 @@
 import itertools
+import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -214,11 +216,37 @@ def test_a_pair_of_several_turns_is_scored_on_the_replies(make_tokenizer, read):
     assert not any("loss_mask" in key for key in next(iter(other.train_dataloader())))
 
 
-def test_unpaired(tokenizer):
-    rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
-    batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
-    assert batch["label"].tolist() == [True, False]
-    assert batch["completion_input_ids"].shape == (2, 2)
+@pytest.mark.parametrize("kind", [int, float, np.float32, torch.tensor])
+def test_margins(tokenizer, kind):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * (1 + n % 2), "margin": kind(n)} for n in range(4)]
+    rows[1]["rejected"] = "b"  # dropped, and its margin with it
+    data = PreferenceDataModule(train=rows, tokenizer=tokenizer, batch_size=2, shuffle=False)
+    batches = list(data.train_dataloader())
+    assert [batch["index"] for batch in batches] == [[0, 2], [3]]
+    assert [batch["margin"].tolist() for batch in batches] == [[0.0, 2.0], [3.0]]
+    assert batches[0]["margin"].dtype == torch.float32
+    plain = [{key: value for key, value in row.items() if key != "margin"} for row in rows]
+    other = PreferenceDataModule(train=plain, tokenizer=tokenizer, shuffle=False)
+    assert "margin" not in next(iter(other.train_dataloader()))
+    assert other.train_dataloader().dataset.fingerprint != data.train_dataloader().dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),
+    [
+        ([1, "two"], "{}:2: column margin must be a finite number, found 'two'; rename"),
+        ([1, True], "{}:2: column margin must be a finite number, found True"),
+        ([1, 1e39], "{}:2: column margin must be a finite number, found 1e+39"),
+        ([None, 1], "{}:2: has a margin, and the first row has none; give all rows a margin, or none"),
+        ([1, None], "{}:2: has no margin, and the first row has one; give all rows a margin, or none"),
+    ],
+)
+def test_margins_that_cannot_be_used(tokenizer, tmp_path, margins, said):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in margins]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=re.escape(f"train: {said.format(path)}")):
+        PreferenceDataModule(train=str(path), tokenizer=tokenizer).setup("fit")
 
 
 def test_prompt_columns(tokenizer):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
 
 ASKED, SAID = "whatisit", "fortytwo"
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
@@ -73,7 +73,7 @@ EXTRA = {
     "history": {"history": [["a", None]]},
     "source": {"source": nested},
 }
-MODULES = (SFTDataModule, PretrainDataModule, PreferenceDataModule, PromptDataModule)
+MODULES = (SFTDataModule, PretrainDataModule, PreferenceDataModule, UnpairedDataModule, PromptDataModule)
 
 
 def cases(row):

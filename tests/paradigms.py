@@ -112,7 +112,12 @@ def unpaired(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
     """Prompts with one completion, good or bad."""
     batch = masked("prompt_", [tokens(row, 1, 1 + row % 3) for row in rows], extra, side)
     batch |= masked("completion_", [tokens(row, 2, LENGTHS[row] - 2) for row in rows], extra, side)
-    return batch | {"label": torch.tensor([row % 3 != 1 for row in rows])}
+    return batch | {"label": torch.tensor([row % 3 != 1 for row in rows]), "index": list(rows)}
+
+
+def judged_pairs(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
+    """Pairs with a margin each."""
+    return pairs(rows, extra, side) | {"margin": torch.tensor([0.1 * row for row in rows])}
 
 
 def rollouts(rows: Sequence[int], extra: int = 0, side: str = "right", group: int = 4) -> Batch:
@@ -173,6 +178,20 @@ def plain(row: Paradigm) -> nn.Module:
     return Plain(row.outputs or 40)
 
 
+def headed(name: str, policy: nn.Module) -> nn.Module:
+    """A language model with the head that a paradigm reads; other policies as they are."""
+    if ROWS[name].outputs is None or not hasattr(policy, "lm_head"):
+        return policy
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(4)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = ROWS[name].outputs
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    return model
+
+
 def adapted(policy: nn.Module) -> nn.Module:
     """A policy with LoRA adapters that do something already."""
     torch.manual_seed(2)
@@ -204,6 +223,7 @@ def flat(policy: nn.Module) -> nn.Module:
 
 def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
     """A paradigm's module on a policy, by its row's options and more."""
+    policy = headed(name, policy)
     given = ROWS[name].options(other or other_than(policy)) | options
     return get_module_class(name)(policy=policy, **given)
 
@@ -217,6 +237,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
         for a, b in SUMS
     ],
     "pairs": [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS],
+    "labelled": [{"prompt": f"{a}+{b}=", "completion": f"{a + b + a % 2}", "label": a % 2 == 0} for a, b in SUMS],
     "questions": [{"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": f"{a + b}"} for a, b in SUMS],
 }
 
@@ -230,7 +251,6 @@ _SUPERVISED = {
 _NO_PAIR = {
     "chosen empty": entry("chosen_attention_mask", 0),
     "both empty": entry("chosen_attention_mask", 0, "rejected_attention_mask"),
-    "nothing written": entry("rejected_loss_mask", 0),
 }
 
 ROWS: dict[str, Paradigm] = {
@@ -250,17 +270,45 @@ ROWS: dict[str, Paradigm] = {
         first_policy=flat,
         source="demonstrations",
     ),
+    "reward": Paradigm(
+        batch=judged_pairs,
+        nothing=_NO_PAIR,
+        variants={"centred": {"center_coef": 0.1}},
+        first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0},
+        first_policy=flat,
+        first_without=("margin",),
+        outputs=1,
+        source="pairs",
+    ),
     "dpo": Paradigm(
         batch=pairs,
-        nothing=_NO_PAIR,
+        nothing=_NO_PAIR | {"nothing written": entry("rejected_loss_mask", 0)},
         options=lambda other: {"reference": other, "beta": 0.5},
         variants={
             **{loss: {"loss": loss} for loss in ("ipo", "sigmoid_norm", "apo_zero")},
             "with nll": {"nll_coef": 0.3},
+            **{loss: {"loss": loss, "max_grad_norm": None} for loss in ("aot", "aot_unpaired")},
         },
         first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0},
         first_options={"reference": None},
         source="pairs",
+    ),
+    "kto": Paradigm(
+        batch=unpaired,
+        nothing={
+            "empty": entry("completion_attention_mask", 0),
+            "nothing written": entry("completion_loss_mask", 0),
+        },
+        kind="update",
+        options=lambda other: {"reference": other, "beta": 0.5, "max_grad_norm": None},
+        variants={
+            "apo": {"loss": "apo_zero_unpaired"},
+            "weighted": {"desirable_weight": 1.3, "undesirable_weight": 0.7},
+        },
+        first={"train/loss": 0.5, "train/kl": 0.0, "train/rewards/margins": 0.0},
+        first_options={"reference": None},
+        source="labelled",
+        resume=Resume(("--trainer.max_epochs", "3", "--model.micro_batch_size", "2"), start=8, kill=9),
     ),
     "grpo": Paradigm(
         batch=rollouts,

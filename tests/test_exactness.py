@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignment_modules.functional import preference_loss
+from alignment_modules.policies.scoring import score
 from tests.paradigms import LENGTHS, ROWS, build, other_than, tokens
 
 ALL = tuple(range(8))
@@ -71,6 +73,26 @@ def test_shared_prompt_equals_separate_rows(update, assert_same, make, tiny_llam
     (-F.logsigmoid(0.5 * (margin - reference_margin))).mean().backward()
     expected = {f"policy.{name}": -p.grad for name, p in tiny_llama.named_parameters()}
     assert_same(expected, update(make("dpo"), [batch]))
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_losses_that_sort_see_the_whole_step(update, assert_same, make, loss):
+    """Any micro-batches give the gradient of the loss over all pairs; a pair without a completion is not sorted in."""
+    batch, options = ROWS["dpo"].batch(ALL), {"loss": loss, "label_smoothing": 0.1}
+    module = make("dpo", **options)(optimizer=torch.optim.SGD)
+    logps, reference = (
+        score(model, module.segments(batch)).token_logps.sum(dim=1).view(-1, 2)
+        for model in (module.policy, module.reference.module)
+    )
+    losses = preference_loss(*logps.unbind(1), *reference.detach().unbind(1), beta=0.5, **options)
+    losses.mean().backward()
+    expected = {f"policy.{name}": -p.grad for name, p in module.policy.named_parameters()}
+    empty = {name: torch.cat([value[:2], value[4:5], value[2:]]) for name, value in batch.items()}
+    empty["rejected_attention_mask"][2] = 0
+    for size in (None, 1, 3, 8, 20):
+        stepped = make("dpo", micro_batch_size=size, max_grad_norm=None, **options)
+        assert_same(expected, update(stepped, [batch]))
+        assert_same(expected, update(stepped, [empty]))
 
 
 def test_groups_without_signal_change_only_the_normaliser(update, assert_same, make):

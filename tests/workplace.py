@@ -19,6 +19,7 @@ FILES = {
     "documents": "text.jsonl",
     "demonstrations": "sft.jsonl",
     "pairs": "preference.jsonl",
+    "labelled": "labelled.jsonl",
     "questions": "prompts.jsonl",
 }
 CHARACTERS = list("0123456789+= abcdefghijklmnopqrstuvwxyz")
@@ -103,6 +104,10 @@ def workplace(write_model, tmp_path_factory):
     write_lines(
         folder / "preference.jsonl",
         [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 1)} for a, b in sums],
+    )
+    write_lines(
+        folder / "labelled.jsonl",
+        [{"prompt": f"{a}+{b}=", "completion": str(a + b + a % 2), "label": a % 2 == 0} for a, b in sums],
     )
     write_lines(folder / "prompts.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums[:12]])
     write_lines(folder / "text.jsonl", [{"text": f"{a}+{b}={a + b}"} for a, b in sums])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.paradigms import build, other_than
+from tests.paradigms import build, headed, other_than
 from tests.workplace import align, workplace  # noqa: F401
 
 
@@ -13,7 +13,7 @@ def make(tiny_llama):
     """`make(name, policy=..., **options)`: builds that paradigm's module, each time on a fresh copy of the policy."""
 
     def factory(name, policy=None, **options):
-        policy = tiny_llama if policy is None else policy
+        policy = headed(name, tiny_llama if policy is None else policy)
         other = other_than(policy)
         return lambda **more: build(name, copy.deepcopy(policy), other=copy.deepcopy(other), **(options | more))
 

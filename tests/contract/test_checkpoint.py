@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.paradigms import ROWS, adapted, build
+from tests.paradigms import ROWS, adapted, build, headed
 
 EVERY = pytest.mark.parametrize("name", ROWS)
 
@@ -15,7 +15,12 @@ def written(tiny_llama, train, tmp_path):
     """`written(name, change=...)`: a module after one step, and what its checkpoint holds."""
 
     def write(name, change=copy.deepcopy, **options):
-        module = build(name, change(tiny_llama), optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01), **options)
+        module = build(
+            name,
+            change(headed(name, tiny_llama)),
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01),
+            **options,
+        )
         train(module, [ROWS[name].batch(range(8))]).save_checkpoint(tmp_path / "one.ckpt")
         return module, torch.load(tmp_path / "one.ckpt", weights_only=True)
 

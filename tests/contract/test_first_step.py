@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from tests.paradigms import ROWS, build
+from tests.paradigms import ROWS, build, headed
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_first_step(tiny_llama, train, name):
     row = ROWS[name]
     assert row.first
-    policy = row.first_policy(copy.deepcopy(tiny_llama))
+    policy = row.first_policy(headed(name, copy.deepcopy(tiny_llama)))
     module = build(name, policy, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **row.first_options)
     batch = row.batch(range(8))
     for key in row.first_without:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.paradigms import ROWS, adapted, cells, plain
+from tests.paradigms import ROWS, adapted, cells, headed, plain
 
 CELLS = pytest.mark.parametrize(("name", "options"), cells())
 EVERY = pytest.mark.parametrize("name", ROWS)
@@ -77,7 +77,7 @@ def test_recomputed_activations_change_nothing(make, update, assert_same, name):
 def test_adapters(make, update, cut_update, assert_same, tiny_llama, name):
     """LoRA: the adapters alone learn, the reference is the policy without them, and no split changes that."""
     row = ROWS[name]
-    policy = adapted(tiny_llama)
+    policy = adapted(headed(name, tiny_llama))
     options = {"policy": policy} | ({"reference": None} if "reference" in row.options(policy) else {})
     whole = update(make(name, **options), [row.batch(ALL)])
     assert all("lora_" in key or "score" in key for key in whole)

@@ -24,6 +24,7 @@ FILES = {
     "documents.jsonl": [{"text": f"{a}+{b}={a + b}"} for a, b in SUMS],
     "demonstrations.jsonl": [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a, b in SUMS],
     "pairs.jsonl": [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS],
+    "labelled.jsonl": [{"prompt": f"{a}+{b}=", "completion": f"{a + b}", "label": a % 2 == 0} for a, b in SUMS],
     "questions.jsonl": [{"prompt": f"{a}+{b}=", "answer": f"{a + b}"} for a, b in SUMS],
 }
 QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false")

@@ -19,8 +19,6 @@ from alignment_modules.cli import main
 from alignment_modules.policies.load import build_policy, load_tokenizer
 from tests.paradigms import ROWS
 
-RESULTS, PARADIGM = Path(sys.argv[1]), sys.argv[2]
-WHEN = ROWS[PARADIGM].resume
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"  # the schedule is the recipe's own
 
 
@@ -68,6 +66,8 @@ def run(name, *options, workers=0, kill=None, odd=False, resume=None):
 
 
 if __name__ == "__main__":
+    RESULTS, PARADIGM = Path(sys.argv[1]), sys.argv[2]
+    WHEN = ROWS[PARADIGM].resume
     build_policy("policy")  # imports what a run imports
     load_tokenizer("policy")
     codes = {"whole": run("whole")}

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, formats
+from datamodules import (
+    PreferenceDataModule,
+    PretrainDataModule,
+    PromptDataModule,
+    SFTDataModule,
+    UnpairedDataModule,
+    formats,
+)
 from datamodules.encoding import Encoder
 from datamodules.formats import Example, normalise, recognise
 
@@ -131,8 +138,8 @@ def test_wrong_rows(row, name, message):
 def test_every_format_reaches_a_batch(make_tokenizer, row, name):
     """Each format goes through the module it is for, and (but for text) gives prompts."""
     tokenizer = make_tokenizer("boundaries")
-    module = SFTDataModule if name in SFTDataModule.accepts else PreferenceDataModule
-    module = PromptDataModule if name == formats.PROMPT else module
+    modules = (SFTDataModule, PreferenceDataModule, UnpairedDataModule, PromptDataModule)
+    module = next(module for module in modules if name in module.accepts)
     data = module(train=[row], test=[row], tokenizer=tokenizer)
     batch = next(iter(data.train_dataloader()))
     assert data.reports["train"]["format"] == name
@@ -273,7 +280,7 @@ def test_every_spelling_of_a_label_is_one(make_tokenizer, labels, first, shape):
     tokenizer = make_tokenizer("boundaries")
     rows = [{**shape, "label": label} for label in labels]
     if first is None:
-        batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
+        batch = next(iter(UnpairedDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
         assert batch["label"].tolist() == [True, False]
     else:
         rows = [{**shape, **first}, *rows]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
-from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
 from datamodules.loader import ResumableLoader
 
 
@@ -145,7 +145,7 @@ def test_other_data_is_refused(tmp_path, tokenizer):
         (PromptDataModule, {"prompt": "1", "completion": "1"}, {"completion": "2"}),
         (PromptDataModule, {"prompt": "1", "answer": torch.tensor([1])}, {"answer": torch.tensor([2])}),
         (PromptDataModule, {"prompt": "1", "tests": {"in": [1]}}, {"tests": {"in": [2]}}),
-        (PreferenceDataModule, {"prompt": "1", "completion": "2", "label": True}, {"label": False}),
+        (UnpairedDataModule, {"prompt": "1", "completion": "2", "label": True}, {"label": False}),
     ],
 )
 def test_other_answers_and_labels_are_refused(tokenizer, module, row, change):

@@ -5,7 +5,7 @@ import logging
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
+from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
 from datamodules.rows import JsonlRows
 from datamodules.sources import check_sources, is_hub_id, open_source
 
@@ -88,7 +88,7 @@ def test_labels_of_tables_of_text(tmp_path, tokenizer, suffix, between):
     path = tmp_path / f"a{suffix}"
     rows = [("prompt", "completion", "label"), ("1", "2", "true"), ("1", "3", "False"), ("1", "4", "TRUE")]
     path.write_text("".join(between.join(row) + "\n" for row in rows))
-    batch = next(iter(PreferenceDataModule(train=str(path), tokenizer=tokenizer, shuffle=False).train_dataloader()))
+    batch = next(iter(UnpairedDataModule(train=str(path), tokenizer=tokenizer, shuffle=False).train_dataloader()))
     assert batch["label"].tolist() == [True, False, True]
 
 

@@ -47,7 +47,8 @@ def test_a_second_run_moves_the_first_aside_and_a_resumed_one_does_not(fit, tmp_
         assert len(list(folder.glob("events.*"))) == 1
         assert (folder / "export" / "model.safetensors").exists()
 
-    third = fit("sft", *TENSORBOARD, "--trainer.max_steps", "4", "--model.optimizer.lr", "0.03", "--ckpt_path", "last")
+    faster = ("--model.optimizer.lr", "0.03", "--model.override_lr", "true")
+    third = fit("sft", *TENSORBOARD, "--trainer.max_steps", "4", *faster, "--ckpt_path", "last")
     assert third.code == 0, third.text
     assert "moved" not in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
@@ -135,14 +136,14 @@ def test_values_that_are_not_finite(fit, tmp_path, monkeypatch):
     """The weights saved are those before the step; the same command then goes on to the end."""
     whole = fit("sft", "--trainer.max_epochs", "1", folder=tmp_path / "whole")
     assert whole.code == 0, whole.text
-    from alignment_modules.sft import SFTModule
+    from alignment_modules import Objective, SFTModule
 
     objective = SFTModule.objective
 
     def poisoned(module, batch):
         found = objective(module, batch)
         if module.trainer.global_step == 3:
-            found.total = found.total * float("nan")
+            return Objective.of(found.total * float("nan"), found.weight, found.statistics)
         return found
 
     with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,14 @@ _GOT_CLASS = re.compile(r"\. Got value: Namespace\(class_path='([^']+)'.*")
 _GIVEN_CLASS = re.compile(r"Given value: Namespace\(class_path='([^']+)'")
 _AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: (.+)\.")
 _PLATEAU = "ReduceLROnPlateau"  # torch's class of this name and Lightning's, which also knows what to monitor
+_WRAPPING = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Expected a",
+    "Problem with given class_path",
+    "Type ",
+)
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:", "Expected a path but")
 
 
@@ -128,25 +136,21 @@ class AlignArgumentParser(LightningArgumentParser):
         sys.exit(2)
 
 
-def find_cause(error: BaseException, wanted: Callable[[BaseException], bool]) -> BaseException | None:
+def find_cause(error: BaseException) -> BaseException:
     """The error that was raised inside a class's constructor, which jsonargparse wraps in the unions it tried.
 
     Args:
         error: What jsonargparse raised.
-        wanted: Whether an error is one to look for.
 
     Returns:
-        The outermost error that is wanted, or one that says what the wrapping says; None if nothing is wrapped.
+        The outermost error that is no wrapping; where the wrapping alone is left, what it says.
     """
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    found = next((link for link in chain if wanted(link)), None)
-    if found is None and str(error).startswith(_NOISE[0]):
-        causes, _ = _read(str(error))
-        told = [cause.text for cause in causes if not cause.text.startswith("Expected a")]
-        found = ValueError(told[0]) if told else None
-    return found
+    link: BaseException | None = error
+    while link is not None and str(link).startswith(_WRAPPING):
+        link = link.__cause__ or link.__context__
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    told = next((line for line in lines if line and not line.startswith(_WRAPPING)), str(error))
+    return link or ValueError(told)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from alignment_modules.callbacks import CheckpointError
+from alignment_modules.cli_failures import is_message
+from alignment_modules.rewards import RewardError
 
 PARSING, BUILDING, TRAINING = "parsing", "before training", "training"
 
@@ -522,19 +528,41 @@ USERS = """
 import torch
 from alignment_modules import SFTModule
 
-class InSetup(SFTModule):
+class Refuses(SFTModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=-1.0)
+
+class Breaks(SFTModule):
+    def configure_optimizers(self):
+        return self.no_such_thing
 """
 
 
-def test_errors_in_code_of_the_users_keep_their_traceback(align, workplace, monkeypatch):
+def test_errors_in_code_of_the_users(align, workplace, monkeypatch):
+    """In the set-up, what libraries raise on purpose is told with the way to its traceback; all else keeps its own."""
     (workplace / "my_modules.py").write_text(USERS)
-    in_setup = align("fit", "-c", "sft.yaml", "--model", "my_modules.InSetup")
-    assert "Invalid learning rate: -1.0" in str(in_setup.error)
+    refused = align("fit", "-c", "sft.yaml", "--model", "my_modules.Refuses")
+    assert (refused.code, refused.error) == (1, None)
+    assert "Invalid learning rate: -1.0\n  (set ALIGN_TRACEBACK=1 to see where" in refused.text
+    assert isinstance(align("fit", "-c", "sft.yaml", "--model", "my_modules.Breaks").error, AttributeError)
     monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: torch.optim.SGD([], lr=-1.0))
     in_a_step = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
-    assert isinstance(in_a_step.error, ValueError)  # torch's own, but batches are worked on
+    assert isinstance(in_a_step.error, ValueError)  # torch's own, but a batch is worked on
+
+
+def test_what_is_told_in_one_message():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    told = (ValueError("x"), OSError("x"), ImportError("x"), RuntimeError("x"))
+    always = (RewardError("x"), CheckpointError("x"), MisconfigurationException("x"), FloatingPointError("x"))
+    never = (KeyError("x"), AttributeError("x"), IndexError("x"), ZeroDivisionError("x"), AssertionError("x"))
+    for loop in (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        for within in (False, True):
+            loop.batch_progress.current.ready += within
+            assert [is_message(error, trainer) for error in told] == [not within] * len(told)
+            assert all(is_message(error, trainer) for error in always)
+            assert not any(is_message(error, trainer) for error in never)
+        loop.batch_progress.current.completed += 1
+    assert is_message(ValueError("x"))
 
 
 class TestNothingLost:

@@ -27,6 +27,7 @@ from alignment_modules.cli_classes import (
     import_path,
     know_short_names,
     last,
+    lengthen_argument,
     option_names,
     options_of,
     path_of,
@@ -52,7 +53,6 @@ _CALLABLE = re.compile(r"(?:Type .+ expects a function or a callable class: )(.+
 _GOT_CLASS = re.compile(r"\. Got value: Namespace\(class_path='([^']+)'.*")
 _GIVEN_CLASS = re.compile(r"Given value: Namespace\(class_path='([^']+)'")
 _AMBIGUOUS = re.compile(r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: (.+)\.")
-_PLATEAU = "ReduceLROnPlateau"  # torch's class of this name and Lightning's, which also knows what to monitor
 _WRAPPING = (
     "Does not validate against",
     "Subtypes:",
@@ -95,7 +95,7 @@ class AlignArgumentParser(LightningArgumentParser):
         except ValueError as error:
             self.error(str(error))
         self._refuse_bases()
-        return super().parse_args(_name_plateau(self._given), *more, **keywords)
+        return super().parse_args([lengthen_argument(argument) for argument in self._given], *more, **keywords)
 
     def _refuse_bases(self) -> None:
         bases = {name: base for base in BASES for name in (base.__name__, path_of(base))}
@@ -233,16 +233,6 @@ def _class_of(lines: list[str]) -> str:
     """Import path of the class whose options the lines are about: named where the first of them ends."""
     found = (_GOT_CLASS.search(line) or _GIVEN_CLASS.search(line) for line in lines)
     return next((match[1] for match in found if match), "")
-
-
-def _name_plateau(given: list[str]) -> list[str]:
-    """Tells which class of two with the same name `--model.lr_scheduler ReduceLROnPlateau` means."""
-    full = f"lightning.pytorch.cli.{_PLATEAU}"
-    named = [
-        full if argument == _PLATEAU and before.endswith("lr_scheduler") else argument
-        for before, argument in pairwise(["", *given])
-    ]
-    return [re.sub(rf"(lr_scheduler=){_PLATEAU}$", rf"\g<1>{full}", argument) for argument in named]
 
 
 def _rank(cause: _Cause) -> tuple[bool, int, int]:

@@ -123,10 +123,10 @@ CASES = {
         ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
         PARSING,
     ),
-    "a name that two schedules have": Case(
+    "a schedule on a plateau of nothing, in a file": Case(
         "sft",
         ["-c", "bad/plateau.yaml"],
-        ["--model.lr_scheduler=ReduceLROnPlateau", "give its whole path", "lightning.pytorch.cli.ReduceLROnPlateau"],
+        ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
         PARSING,
     ),
     "unknown option of the policy": Case(

@@ -178,7 +178,7 @@ def explain(parser: ArgumentParser, message: str) -> str:
         return f"{subcommand[1]!r} is not a subcommand{_close(subcommand[1], choices)}{_allowed(choices)}"
     if message.startswith("unrecognized arguments: "):
         given = message.removeprefix("unrecognized arguments: ")
-        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
         name = given.split("=")[0].split(" ")[0]
         hint = _close(name, options) if name.startswith("--") else "; every option starts with --"
         other = instead(name) if name.startswith("--") else None

@@ -34,6 +34,15 @@ BASES = (
 )
 """Classes that only others are made of; the command line refuses them by name."""
 
+CLASSES_ONLY = {
+    "model": AlignmentModule,
+    "data": LightningDataModule,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+    "callbacks": Callback,
+}
+"""Options that take the name of a class derived from this one, and no other text."""
+
 OURS = ("alignment_modules", "datamodules")
 
 

@@ -4,6 +4,7 @@ jsonargparse says that it refuses, and which alternative of which union failed. 
 was given and from the signatures of the classes that it is for; where that finds nothing, its words are kept.
 """
 
+import contextlib
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -108,8 +109,10 @@ class AlignArgumentParser(LightningArgumentParser):
         if parser is self and commands and self._given and not self._given[0].startswith("-"):
             word, names = self._given[0], list(commands.choices)
             self._refuse(f"{word!r} is not a subcommand{close(word, names)}{allowed(names)}")
-        tree = given_options(self._given, self._folder) or self._tree or {}
-        self._refuse(next(mistakes(parser, tree), None) or message, parser)
+        with contextlib.suppress(Exception):  # the parser's words must not be lost over a search for better ones
+            tree = given_options(self._given, self._folder) or self._tree or {}
+            message = next(mistakes(parser, tree), message)
+        self._refuse(message, parser)
 
     def _command(self) -> ArgumentParser:
         """The parser of the subcommand that was given; this one without any."""

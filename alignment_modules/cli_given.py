@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from alignment_modules.cli_classes import choices, path_of
+from alignment_modules.cli_classes import CLASSES_ONLY, choices, path_of
 
 STRAY = ""
 """The key of words that belong to no option."""
@@ -86,7 +86,8 @@ def _as_class(key: str, node: Any) -> dict[str, Any]:
     """The options that follow belong to the class that was named before, if it was one and not a folder."""
     read = node.read() if isinstance(node, Text) else node
     known = {name for c in choices(key) for name in (c.__name__, path_of(c))}
-    if isinstance(read, str) and (read in known or ("." in read and all(map(str.isidentifier, read.split("."))))):
+    dotted = isinstance(read, str) and "." in read and all(map(str.isidentifier, read.split(".")))
+    if isinstance(read, str) and (dotted or key in CLASSES_ONLY or read in known):
         return {"class_path": read, "init_args": {}}
     return read if isinstance(read, dict) else {}
 

@@ -8,25 +8,23 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from lightning.pytorch import Trainer
 
-from alignment_modules.base import AlignmentModule
-from alignment_modules.cli_classes import OURS, choices, import_path, last, option_names, options_of, path_of
+from alignment_modules.cli_classes import (
+    CLASSES_ONLY,
+    OURS,
+    choices,
+    import_path,
+    last,
+    option_names,
+    options_of,
+    path_of,
+)
 from alignment_modules.cli_given import STRAY, Text
 from alignment_modules.cli_hints import instead
 from alignment_modules.functional.ranges import describe, fits
 
 _LONGEST = 300  # characters of a value or of a list of what is allowed
-_BASES = {
-    "model": AlignmentModule,
-    "data": LightningDataModule,
-    "optimizer": Optimizer,
-    "lr_scheduler": LRScheduler,
-    "callbacks": Callback,
-}
-"""Options that take the name of a class derived from this one, and no other text."""
 
 
 def mistakes(parser: ArgumentParser, tree: dict[str, Any]) -> Iterator[str]:
@@ -71,7 +69,7 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterat
             else:
                 yield f"--{option}{_shown(entry)}: must be {_wanted(option, hint)}"
         return
-    if isinstance(read, str) and name not in _BASES:
+    if isinstance(read, str) and name not in CLASSES_ONLY:
         if hint is not None and str not in _kinds(hint):
             yield f"--{option}{_shown(read)}: must be {_wanted(option, hint)}"
         return
@@ -133,7 +131,7 @@ def _find(option: str, path: str, known: list[type]) -> Any:
     cls = next((c for c in known if path in (c.__name__, path_of(c))), None)
     if cls is not None:
         return cls
-    base = _BASES.get(last(option))
+    base = CLASSES_ONLY.get(last(option))
     ours = [c.__name__ for c in known if c.__module__.partition(".")[0] in OURS]
     names = ours or [c.__name__ for c in known]
     if "." in path:
@@ -175,7 +173,7 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _wanted(option: str, hint: Any) -> str:
-    base = _BASES.get(last(option))
+    base = CLASSES_ONLY.get(last(option))
     return f"the name or import path of a subclass of {base.__name__}" if base else describe(hint)
 
 

@@ -148,6 +148,9 @@ CASES = {
     "unknown module": Case(
         "sft", ["--model", "DPOModul"], ["--model=DPOModul", "did you mean 'DPOModule'?", "GRPOModule"], PARSING
     ),
+    "unknown module with options": Case(
+        "sft", ["--model", "DPOModul", "--model.beta", "1"], ["--model=DPOModul", "did you mean 'DPOModule'?"], PARSING
+    ),
     "a class that is no module": Case(
         "sft", ["--model", "torch.nn.Linear"], ["--model=torch.nn.Linear", "subclass of AlignmentModule"], PARSING
     ),
@@ -476,6 +479,16 @@ def test_incomplete_commands(align, arguments, parts):
     assert result.code == 2
     assert [part for part in parts if part not in result.text] == [], result.text
     assert len(result.text.splitlines()) <= 4
+
+
+def test_what_the_search_does_not_find_is_told_in_the_parsers_words(align, monkeypatch):
+    result = align("fit", "-c", "sft.yaml", "--trainer.logger", '{"class_path": "nosuch"}')
+    assert (result.code, result.error) == (2, None)
+    assert "trainer.logger" in result.text
+    assert "nosuch" in result.text
+    monkeypatch.setattr("alignment_modules.cli_errors.mistakes", lambda *given: int("x"))
+    result = align("fit", "-c", "dpo.yaml", "--model.betta", "3")
+    assert "Option 'betta' is not accepted" in result.text
 
 
 def test_the_whole_traceback_on_demand(align, monkeypatch):

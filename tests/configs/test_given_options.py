@@ -11,7 +11,7 @@ from alignment_modules.cli_given import given_options
         (["--model", "DPOModul", "--model.beta", "0.3"], {"class_path": "DPOModul", "init_args": {"beta": "0.3"}}),
         (
             ["-c", "a.yaml", "--model.beta=3"],
-            {"class_path": "DPOModule", "init_args": {"policy": "x", "beta": "0.3"}},
+            {"class_path": "DPOModule", "init_args": {"policy": "x", "beta": "3"}},
         ),
         (["-c", "a.yaml", "--model", "my.Own"], {"class_path": "my.Own", "init_args": {"policy": "x", "beta": 1}}),
         (

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test slow check
+.PHONY: setup quickstart unit test slow check
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
+
+# Pure functions, data, rewards, the step: under a minute on two slow cores.
+UNIT := functional datamodules rewards training test_optimization.py test_metrics.py test_private_attributes.py test_layers.py
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not distributed" $(addprefix tests/,$(UNIT))
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class AlignCLI(LightningCLI):
     checkpoints, `export/`); the tokenizer is given once; what the user types is never overridden by a checkpoint.
     """
 
+    running: Callable[[], Trainer | None] = staticmethod(lambda: None)  # Lightning runs a command in the constructor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("args")
         self._arguments = list(map(str, given)) if isinstance(given, list | tuple) else sys.argv[1:]
@@ -143,7 +146,7 @@ class AlignCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise (find_cause(error, is_message) or error) from None
+            raise find_cause(error) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds the checkpoint writer that never leaves a half-written file.
@@ -156,6 +159,7 @@ class AlignCLI(LightningCLI):
         if not any(isinstance(plugin, AtomicCheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        AlignCLI.running = weakref.ref(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FitConfigCallback):
                 callback.earlier = self._earlier
@@ -240,9 +244,10 @@ def _show_messages() -> None:
 def main(args: ArgsType = None) -> None:
     """Entry point of `align`; exits with 128 + its number after a signal, with 1 when an input was refused.
 
-    What is raised on purpose, by this library or while the run is set up (`cli_failures`), is printed without the calls
-    that led there, unless `ALIGN_TRACEBACK` is set.
+    What is raised on purpose (`cli_failures`) is printed without the calls that led there, unless `ALIGN_TRACEBACK` is
+    set.
     """
+    AlignCLI.running = lambda: None
     if os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     try:
@@ -252,7 +257,7 @@ def main(args: ArgsType = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("ALIGN_TRACEBACK") or not is_message(error):
+        if os.environ.get("ALIGN_TRACEBACK") or not is_message(error, AlignCLI.running()):
             raise
         sys.stderr.write(f"align: error: {error}\n  (set ALIGN_TRACEBACK=1 to see where it was raised)\n")
         sys.exit(1)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,6 +33,15 @@ BASES = (
     *(AlignmentDataModule, Schedule, LoggedMetrics),
 )
 """Classes that only others are made of; the command line refuses them by name."""
+
+CLASSES_ONLY = {
+    "model": AlignmentModule,
+    "data": LightningDataModule,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+    "callbacks": Callback,
+}
+"""Options that take the name of a class derived from this one, and no other text."""
 
 OURS = ("alignment_modules", "datamodules")
 
@@ -159,9 +169,15 @@ def last(path: str) -> str:
 
 
 def know_short_names() -> None:
-    """Lets `class_path: ExactMatch` name a reward of this project in any configuration that is read from now on."""
+    """Lets `class_path: ExactMatch` name a class of this project in any configuration that is read from now on.
+
+    jsonargparse finds a class by its name where the option's type is its base, as for modules, schedules and callbacks.
+    Rewards and tasks have none; and of the two `ReduceLROnPlateau` Lightning's knows what to monitor.
+    """
     load = get_loader("yaml")
-    short = {c.__name__: f"{rewards.__name__}.{c.__name__}" for c in REWARDS}
+    short = {
+        c.__name__: f"{package.__name__}.{c.__name__}" for package in (rewards, tasks) for c in public_classes(package)
+    }
 
     def load_short(text: Any) -> Any:
         return _lengthen(load(text), short)
@@ -170,11 +186,17 @@ def know_short_names() -> None:
         set_loader("yaml", load_short, (yaml.YAMLError,))
 
 
+def lengthen_argument(argument: str) -> str:
+    """The same for `--model.lr_scheduler ReduceLROnPlateau`, which is not read as YAML."""
+    option, sign, value = argument.rpartition("=")
+    return option + sign + _lengthen(value, {})
+
+
 def _lengthen(tree: Any, short: dict[str, str]) -> Any:
     if isinstance(tree, list):
         return [_lengthen(branch, short) for branch in tree]
     if not isinstance(tree, dict):
-        return tree
+        return path_of(ReduceLROnPlateau) if tree == ReduceLROnPlateau.__name__ else tree
     tree = {key: _lengthen(branch, short) for key, branch in tree.items()}
     if isinstance(name := tree.get("class_path"), str):
         tree["class_path"] = short.get(name, name)

@@ -1,42 +1,36 @@
 """Which failures of a run are told in one message, and which keep their traceback.
 
-A message says all there is to say where somebody wrote it for whoever runs the program. That is so for every `raise`
-of this library. It is so for a `raise` of Lightning or torch while the run is set up (Trainer, module, optimizers,
-loaders, checkpoint), as long as no code of the user's was running: then only an option can be wrong. Once batches are
-worked on, and wherever the user's own code takes part, the traceback is the better answer.
+A message says all there is to say where an error was raised on purpose. Errors of this library's own types and those
+of Lightning about how it is used always are. Between batches (while the run is set up, data is read, or a checkpoint is
+written) so are the families that libraries raise on purpose: only an option or a file can be wrong then. Within a batch
+they may be anything, as is every other error anywhere: the traceback is the better answer.
 """
 
-import sys
-import traceback
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-_OURS = {"alignment_modules", "datamodules"}
-_TOLD = {"lightning", "lightning_fabric", "torch"}
-_SETUP = {"jsonargparse", "lightning_utilities", "fsspec", "tensorboard", *sys.stdlib_module_names} - {"__main__"}
-_BATCHES = {"advance", "on_advance_end", "on_run_end", "_evaluation_step", "_predict_step"}  # of Lightning's loops
+from alignment_modules.callbacks import CheckpointError
+from alignment_modules.rewards import RewardError
+from alignment_modules.rollouts.sampler import NonFiniteLogits
+
+_TOLD = (CheckpointError, FloatingPointError, MisconfigurationException, NonFiniteLogits, RewardError)
+_ON_PURPOSE = (ValueError, OSError, ImportError, RuntimeError)
 
 
-def is_message(error: BaseException) -> bool:
+def is_message(error: BaseException, trainer: Trainer | None = None) -> bool:
     """Whether an error's message says all there is to say, by the rule at the top of this file.
-
-    An `OSError` of the set-up counts as raised on purpose: it names the file and what is wrong with it.
 
     Args:
         error: What ended the program.
+        trainer: The run's Trainer; None: it was not there yet.
     """
-    frames = [
-        (frame.f_globals.get("__name__", ""), frame.f_code.co_name, lines)
-        for (frame, _), lines in zip(
-            traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True
-        )
-    ]
-    if not frames:
+    return isinstance(error, _TOLD) or (isinstance(error, _ON_PURPOSE) and not _within_batch(trainer))
+
+
+def _within_batch(trainer: Trainer | None) -> bool:
+    """Whether the Trainer has begun a batch that it has not completed."""
+    if trainer is None:
         return False
-    packages = [module.partition(".")[0] for module, _, _ in frames]
-    raised = (frames[-1][2].line or "").startswith("raise ")
-    if raised and packages[-1] in _OURS:
-        return True
-    worked = any(module.startswith("lightning.pytorch.loops.") and name in _BATCHES for module, name, _ in frames)
-    foreign = set(packages) - _OURS - _TOLD - _SETUP
-    if worked and frames[-1][0].startswith("lightning.pytorch.callbacks."):
-        worked = False  # a callback that finds nothing under the name that it is to monitor
-    return not worked and not foreign and (isinstance(error, OSError) or (raised and packages[-1] in _TOLD))
+    fit = trainer.fit_loop.epoch_loop
+    loops = (fit, fit.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    return any(loop.batch_progress.current.ready > loop.batch_progress.current.completed for loop in loops)

@@ -7,6 +7,7 @@ a checkpoint holds plain numbers only. Step `s` below counts from 0: the first o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,7 +29,13 @@ __all__ = [
 ]
 
 StartIndex = Annotated[int, Range(-1, MAX_INT)]
-_NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # those of batches have one dimension
+_FORMS: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: 0.5 * (1.0 + math.cos(math.pi * (1.0 - left))),
+    "sqrt": lambda left: 1.0 - math.sqrt(1.0 - left),
+}
+"""What is left of a rate that falls from 1 to 0, by the share of the decay that is left."""
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -76,14 +83,14 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 class Schedule(LRScheduler):
     """A learning rate that is a closed form of the optimizer step: `lr = base_lr * factor(s)`.
 
-    During warmup the factor is `(s + 1) / warmup_steps`, so the first step already learns. Subclasses give `decay(s)`
-    for the steps after it. Settings come from the constructor, never from a checkpoint: a run that is resumed with a
-    longer `total_steps` follows the longer schedule from there on.
+    During warmup the factor is `(s + 1) / warmup_steps`, so the first step already learns. After it a subclass follows
+    the form called `shape`, or gives a `decay(s)` of its own. Settings come from the constructor, never from a
+    checkpoint: a run that is resumed with a longer `total_steps` follows the longer schedule from there on.
 
     Args:
         optimizer: The optimizer whose groups are scheduled.
         warmup_steps: Optimizer steps of linear warmup.
-        total_steps: Optimizer steps of the whole run; None: given later by `bind_total_steps`.
+        total_steps: Optimizer steps of the whole run; None: the Trainer's, given later by `bind_total_steps`.
         last_epoch: torch's start index; leave it at -1.
 
     Raises:
@@ -91,6 +98,8 @@ class Schedule(LRScheduler):
     """
 
     needs_total_steps = True
+    shape: str = "linear"
+    floor: float = 0.0
 
     def __init__(
         self,
@@ -119,9 +128,18 @@ class Schedule(LRScheduler):
                 f"warmup_steps={self.warmup_steps} must not be more than total_steps={total_steps} (in optimizer steps)"
             )
 
+    def _decay_length(self, total_steps: int) -> int:
+        """Optimizer steps at the end of the run over which the rate falls."""
+        return total_steps - self.warmup_steps
+
     def decay(self, step: int) -> float:
-        """Factor on the base rate at `step >= warmup_steps`; needs `total_steps` where `needs_total_steps`."""
-        raise NotImplementedError
+        """Factor on the base rate at `step >= warmup_steps`: 1, then `floor + (1 - floor) * form(share left)`."""
+        total_steps = self.total_steps or 0
+        length = self._decay_length(total_steps)
+        if step < total_steps - length:
+            return 1.0
+        left = min(1.0, (total_steps - step) / length) if step < total_steps else 0.0
+        return self.floor + (1.0 - self.floor) * _FORMS[self.shape](left)
 
     def factor(self, step: int) -> float:
         """Factor on the base rate at optimizer step `step`, counted from 0.
@@ -192,14 +210,7 @@ class Schedule(LRScheduler):
 
 
 class ConstantSchedule(Schedule):
-    """Warmup, then the base rate for ever.
-
-    Args:
-        optimizer: The optimizer whose groups are scheduled.
-        warmup_steps: Optimizer steps of linear warmup.
-        total_steps: Optimizer steps of the whole run; only checked against `warmup_steps`.
-        last_epoch: torch's start index; leave it at -1.
-    """
+    """Warmup, then the base rate for ever; `total_steps` is only checked against `warmup_steps`."""
 
     needs_total_steps = False
 
@@ -208,30 +219,7 @@ class ConstantSchedule(Schedule):
         return 1.0
 
 
-class _FlooredSchedule(Schedule):
-    """A schedule that falls to `floor` times the base rate."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: Natural = 0,
-        total_steps: Count | None = None,
-        floor: Share = 0.0,
-        last_epoch: StartIndex = -1,
-    ) -> None:
-        check_options(_FlooredSchedule.__init__, locals())
-        self.floor = floor
-        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
-
-    def _remaining(self, step: int, start: int) -> float:
-        """Share of the decay from `start` to `total_steps` still ahead of `step`, within [0, 1]."""
-        total_steps = self.total_steps or 0
-        if step >= total_steps:
-            return 0.0
-        return min(1.0, (total_steps - step) / (total_steps - start))
-
-
-class LinearSchedule(_FlooredSchedule):
+class LinearSchedule(Schedule):
     """Warmup, then a straight line down to `floor * base_lr`, reached just after the last step.
 
     Args:
@@ -242,29 +230,26 @@ class LinearSchedule(_FlooredSchedule):
         last_epoch: torch's start index; leave it at -1.
     """
 
-    def decay(self, step: int) -> float:
-        """`floor + (1 - floor) * (total - s) / (total - warmup)`."""
-        return self.floor + (1.0 - self.floor) * self._remaining(step, self.warmup_steps)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: Natural = 0,
+        total_steps: Count | None = None,
+        floor: Share = 0.0,
+        last_epoch: StartIndex = -1,
+    ) -> None:
+        check_options(LinearSchedule.__init__, locals())
+        self.floor = floor
+        super().__init__(optimizer, warmup_steps, total_steps, last_epoch)
 
 
-class CosineSchedule(_FlooredSchedule):
-    """Warmup, then half a cosine down to `floor * base_lr` (Loshchilov and Hutter, arXiv:1608.03983, one cycle).
+class CosineSchedule(LinearSchedule):
+    """Warmup, then half a cosine down to `floor * base_lr` (Loshchilov and Hutter, arXiv:1608.03983, one cycle)."""
 
-    Args:
-        optimizer: The optimizer whose groups are scheduled.
-        warmup_steps: Optimizer steps of linear warmup.
-        total_steps: Optimizer steps of the whole run; None: the Trainer's.
-        floor: Share of the base rate at the end, within [0, 1].
-        last_epoch: torch's start index; leave it at -1.
-    """
-
-    def decay(self, step: int) -> float:
-        """`floor + (1 - floor) * (1 + cos(pi * (s - warmup) / (total - warmup))) / 2`."""
-        progress = 1.0 - self._remaining(step, self.warmup_steps)
-        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    shape = "cosine"
 
 
-class WarmupStableDecaySchedule(_FlooredSchedule):
+class WarmupStableDecaySchedule(LinearSchedule):
     """Warmup, a plateau at the base rate, and a decay over the last steps (WSD; Hu et al., arXiv:2404.06395).
 
     Args:
@@ -320,19 +305,6 @@ class WarmupStableDecaySchedule(_FlooredSchedule):
                 f"warmup_steps={self.warmup_steps} and decay_steps={decay_steps} together must not be more than "
                 f"total_steps={total_steps} (in optimizer steps)"
             )
-
-    def decay(self, step: int) -> float:
-        """1 on the plateau, then `floor + (1 - floor) * shape(progress)`."""
-        total_steps = self.total_steps or 0
-        start = total_steps - self._decay_length(total_steps)
-        if step < start:
-            return 1.0
-        remaining = self._remaining(step, start)
-        if self.shape == "cosine":
-            remaining = 0.5 * (1.0 + math.cos(math.pi * (1.0 - remaining)))
-        elif self.shape == "sqrt":
-            remaining = 1.0 - math.sqrt(1.0 - remaining)
-        return self.floor + (1.0 - self.floor) * remaining
 
 
 class InverseSquareRootSchedule(Schedule):

@@ -71,7 +71,7 @@ def check_options(owner: Any, values: Mapping[str, Any], prefix: str = "") -> No
     ValueError: epsilon=nan must be a finite number from 0 to 1
     """
     for name, hint in _hints(owner).items():
-        if name in values and not _fits(values[name], hint):
+        if name in values and not fits(values[name], hint):
             raise ValueError(f"{prefix}{name}={values[name]!r} must be {describe(hint)}")
 
 
@@ -96,17 +96,17 @@ def describe(hint: Any) -> str:
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is what an annotation allows; classes and callables are left to those who use them."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _fits(value, arguments[0]) and all(value in range_ for range_ in arguments[1:])
+        return fits(value, arguments[0]) and all(value in range_ for range_ in arguments[1:])
     if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is list:
-        return isinstance(value, list | tuple) and all(_fits(entry, arguments[0]) for entry in value)
+        return isinstance(value, list | tuple) and all(fits(entry, arguments[0]) for entry in value)
     if Callable in (origin, hint):
         return callable(value)
     if hint in (int, float):

@@ -160,8 +160,8 @@ def outcome(parser, given):
     except SystemExit:
         return "refused", stream.getvalue()
     except Exception as error:
-        error = find_cause(error, is_message) or error
-        return ("refused" if is_message(error) or error.__traceback__ is None else "traceback"), f"{error!r}"
+        error = find_cause(error)
+        return ("refused" if is_message(error) else "traceback"), f"{error!r}"
     return "accepted", ""
 
 

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from alignment_modules.callbacks import CheckpointError
+from alignment_modules.cli_failures import is_message
+from alignment_modules.rewards import RewardError
 
 PARSING, BUILDING, TRAINING = "parsing", "before training", "training"
 
@@ -29,7 +35,7 @@ CASES = {
         PARSING,
     ),
     "an option's name elsewhere": Case(
-        "sft", ["--lr", "1e-4"], ["--lr 1e-4: there is no such option; use --model.optimizer.lr\n"], PARSING
+        "sft", ["--lr", "1e-4"], ["--lr=1e-4: there is no such option; use --model.optimizer.lr\n"], PARSING
     ),
     "an optimizer's option by another name": Case(
         "sft",
@@ -57,7 +63,7 @@ CASES = {
     "more workers than any machine has": Case(
         "sft",
         ["--data.num_workers", "1e20"],
-        ["--data.num_workers=1e+20: must be an integer from 0 to 1024"],
+        ["--data.num_workers=1e20: must be an integer from 0 to 1024"],
         PARSING,
     ),
     "weights that are all zero": Case(
@@ -91,7 +97,7 @@ CASES = {
         PARSING,
     ),
     "no number in an optimizer": Case(
-        "sft", ["--model.optimizer.lr", "abc"], ["--model.optimizer.lr=abc: must be float\n"], PARSING
+        "sft", ["--model.optimizer.lr", "abc"], ["--model.optimizer.lr=abc: must be a finite number\n"], PARSING
     ),
     "no number in a schedule": Case(
         "sft",
@@ -117,10 +123,10 @@ CASES = {
         ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
         PARSING,
     ),
-    "a name that two schedules have": Case(
+    "a schedule on a plateau of nothing, in a file": Case(
         "sft",
         ["-c", "bad/plateau.yaml"],
-        ["--model.lr_scheduler=ReduceLROnPlateau", "give its whole path", "lightning.pytorch.cli.ReduceLROnPlateau"],
+        ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
         PARSING,
     ),
     "unknown option of the policy": Case(
@@ -130,17 +136,20 @@ CASES = {
         PARSING,
     ),
     "unknown option of the Trainer": Case(
-        "sft", ["--trainer.max_epoch", "3"], ["--trainer.max_epoch 3", "did you mean '--trainer.max_epochs'?"], PARSING
+        "sft", ["--trainer.max_epoch", "3"], ["--trainer.max_epoch=3", "did you mean 'max_epochs'?"], PARSING
     ),
     "unknown option of the Trainer in a file": Case(
         "sft", ["-c", "bad/trainer.yaml"], ["--trainer.max_epoch", "did you mean 'max_epochs'?", "accelerator"], PARSING
     ),
     "unknown option of the command": Case(
-        "sft", ["--ckpt", "x.ckpt"], ["--ckpt x.ckpt: there is no such option", "'--ckpt_path'"], PARSING
+        "sft", ["--ckpt", "x.ckpt"], ["--ckpt=x.ckpt: there is no such option", "'ckpt_path'"], PARSING
     ),
     "a stray word": Case("sft", ["beta=1"], ["beta=1", "every option starts with --"], PARSING),
     "unknown module": Case(
         "sft", ["--model", "DPOModul"], ["--model=DPOModul", "did you mean 'DPOModule'?", "GRPOModule"], PARSING
+    ),
+    "unknown module with options": Case(
+        "sft", ["--model", "DPOModul", "--model.beta", "1"], ["--model=DPOModul", "did you mean 'DPOModule'?"], PARSING
     ),
     "a class that is no module": Case(
         "sft", ["--model", "torch.nn.Linear"], ["--model=torch.nn.Linear", "subclass of AlignmentModule"], PARSING
@@ -148,7 +157,7 @@ CASES = {
     "a module of a package that is not there": Case(
         "sft",
         ["--model", "my_modules.SFT"],
-        ["--model=my_modules.SFT", "no module 'my_modules'"],
+        ["--model=my_modules.SFT", "No module named 'my_modules'"],
         PARSING,
     ),
     "unknown data module": Case(
@@ -168,13 +177,13 @@ CASES = {
     ),
     "no number": Case("dpo", ["--model.beta", "big"], ["--model.beta=big", "must be a finite number > 0"], PARSING),
     "no such choice": Case(
-        "grpo", ["--model.kl_placement", "los"], ["--model.kl_placement=los", "'loss', 'reward'"], PARSING
+        "grpo", ["--model.kl_placement", "los"], ["--model.kl_placement=los", "'loss' or 'reward'"], PARSING
     ),
     "a number of epochs that is none": Case(
-        "sft", ["--trainer.max_epochs", "few"], ["--trainer.max_epochs=few", "int or null"], PARSING
+        "sft", ["--trainer.max_epochs", "few"], ["--trainer.max_epochs=few", "an integer or null"], PARSING
     ),
     "a configuration that is not there": Case(
-        "sft", ["-c", "nowhere.yaml"], ["--config", "does not exist", "nowhere.yaml"], PARSING
+        "sft", ["-c", "nowhere.yaml"], ["config", "does not exist", "nowhere.yaml"], PARSING
     ),
     "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
     "an empty configuration": Case("sft", ["-c", "bad/nothing.yaml"], ["--config=bad/nothing.yaml", "empty"], PARSING),
@@ -251,7 +260,7 @@ CASES = {
         ["GRPOModule must hold prompts", "it holds ['attention_mask', 'input_ids', 'labels']"],
     ),
     "unknown overflow policy": Case(
-        "sft", ["--data.overflow", "cut"], ["--data.overflow=cut", "'truncate', 'drop', 'error'"], PARSING
+        "sft", ["--data.overflow", "cut"], ["--data.overflow=cut", "'truncate' or 'drop' or 'error'"], PARSING
     ),
     # options that contradict each other or a value that is not allowed
     "one generation": Case("grpo", ["--model.num_generations", "1"], ["num_generations=1", "at least 2"]),
@@ -460,7 +469,7 @@ def test_bad_input(align, name):
     [
         (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
         ([], ["subcommand", "fit", "align --help"]),
-        (["fit"], ["--data", "--model", "required"]),
+        (["fit"], ["data", "model", "required"]),
         (["fit", "--data.train", "x.jsonl"], ["--data.train=x.jsonl: name the data module", "--data SFTDataModule"]),
         (["fit", "--model", "DPOModule", "--data", "PreferenceDataModule"], ["--model.policy: required by DPOModule"]),
     ],
@@ -470,6 +479,16 @@ def test_incomplete_commands(align, arguments, parts):
     assert result.code == 2
     assert [part for part in parts if part not in result.text] == [], result.text
     assert len(result.text.splitlines()) <= 4
+
+
+def test_what_the_search_does_not_find_is_told_in_the_parsers_words(align, monkeypatch):
+    result = align("fit", "-c", "sft.yaml", "--trainer.logger", '{"class_path": "nosuch"}')
+    assert (result.code, result.error) == (2, None)
+    assert "trainer.logger" in result.text
+    assert "nosuch" in result.text
+    monkeypatch.setattr("alignment_modules.cli_errors.mistakes", lambda *given: int("x"))
+    result = align("fit", "-c", "dpo.yaml", "--model.betta", "3")
+    assert "Option 'betta' is not accepted" in result.text
 
 
 def test_the_whole_traceback_on_demand(align, monkeypatch):
@@ -522,19 +541,41 @@ USERS = """
 import torch
 from alignment_modules import SFTModule
 
-class InSetup(SFTModule):
+class Refuses(SFTModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=-1.0)
+
+class Breaks(SFTModule):
+    def configure_optimizers(self):
+        return self.no_such_thing
 """
 
 
-def test_errors_in_code_of_the_users_keep_their_traceback(align, workplace, monkeypatch):
+def test_errors_in_code_of_the_users(align, workplace, monkeypatch):
+    """In the set-up, what libraries raise on purpose is told with the way to its traceback; all else keeps its own."""
     (workplace / "my_modules.py").write_text(USERS)
-    in_setup = align("fit", "-c", "sft.yaml", "--model", "my_modules.InSetup")
-    assert "Invalid learning rate: -1.0" in str(in_setup.error)
+    refused = align("fit", "-c", "sft.yaml", "--model", "my_modules.Refuses")
+    assert (refused.code, refused.error) == (1, None)
+    assert "Invalid learning rate: -1.0\n  (set ALIGN_TRACEBACK=1 to see where" in refused.text
+    assert isinstance(align("fit", "-c", "sft.yaml", "--model", "my_modules.Breaks").error, AttributeError)
     monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: torch.optim.SGD([], lr=-1.0))
     in_a_step = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
-    assert isinstance(in_a_step.error, ValueError)  # torch's own, but batches are worked on
+    assert isinstance(in_a_step.error, ValueError)  # torch's own, but a batch is worked on
+
+
+def test_what_is_told_in_one_message():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    told = (ValueError("x"), OSError("x"), ImportError("x"), RuntimeError("x"))
+    always = (RewardError("x"), CheckpointError("x"), MisconfigurationException("x"), FloatingPointError("x"))
+    never = (KeyError("x"), AttributeError("x"), IndexError("x"), ZeroDivisionError("x"), AssertionError("x"))
+    for loop in (trainer.fit_loop.epoch_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        for within in (False, True):
+            loop.batch_progress.current.ready += within
+            assert [is_message(error, trainer) for error in told] == [not within] * len(told)
+            assert all(is_message(error, trainer) for error in always)
+            assert not any(is_message(error, trainer) for error in never)
+        loop.batch_progress.current.completed += 1
+    assert is_message(ValueError("x"))
 
 
 class TestNothingLost:

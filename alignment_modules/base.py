@@ -22,9 +22,9 @@ from alignment_modules.checkpointing import CheckpointContract
 from alignment_modules.evaluation import EvaluationConfig, Evaluator
 from alignment_modules.frozen import frozen_children
 from alignment_modules.functional.ranges import check_options
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.hyperparameters import PlainHyperparameters, keep_hyperparameters
 from alignment_modules.makers import check_makers, make_optimizers
-from alignment_modules.objective import Meters, Objective, Statistic, with_value
 from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled, refuse_float16
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.frozen import companions
@@ -43,8 +43,10 @@ from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.text_generation import TextPrompts
+from alignment_modules.training.meters import Meters
+from alignment_modules.training.objective import Objective, with_value
 from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens, reads_as_carried
-from alignment_modules.training.steps import finish_step, guard
+from alignment_modules.training.steps import finish_step, tell_clipped
 from alignment_modules.training.window import TINY, Window
 
 
@@ -333,10 +335,10 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         finish_step(self, optimizer)
 
     def configure_gradient_clipping(self, optimizer: Any, *options: Any, **more: Any) -> None:
-        """Lightning's own, after which a `FiniteGuard` looks once more."""
+        """Lightning's own, after which callbacks may look at what is stepped with."""
         super().configure_gradient_clipping(optimizer, *options, **more)
         if self.trainer.gradient_clip_val:
-            guard(self, optimizer)
+            tell_clipped(self, optimizer)
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Combines a tensor over all ranks: "sum", "min" or "max"; without a Trainer there is one."""

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from alignment_modules.frozen import FrozenWeights, put_back
-from alignment_modules.objective import Meters
 from alignment_modules.optimization import Schedule
 from alignment_modules.policies.frozen import Frozen, companions
 from alignment_modules.position import settle, take_up
+from alignment_modules.training.meters import Meters
 from alignment_modules.training.window import Window
 
 _KEY = "alignment_module"

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from alignment_modules.functional import BATCH_COUPLED_LOSSES, Preference, sequence_logps
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.frozen import frozen_companion, row_keys
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Scores, score
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import cut_as
 from alignment_modules.training.updates import UpdateModule
 

@@ -18,13 +18,14 @@ from alignment_modules.functional import (
 )
 from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.paradigms.acting import ActingModule
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Ask
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
+from alignment_modules.training.objective import Objective
 
 
 class GRPOModule(ActingModule):

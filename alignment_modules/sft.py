@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import aggregate
 from alignment_modules.functional.ranges import NonNegative, Range, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.objective import Objective
 
 
 class SFTModule(AlignmentModule):

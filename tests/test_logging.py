@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 
 from alignment_modules import SFTModule, Statistic
-from alignment_modules.objective import Meters
 from alignment_modules.optimization import LinearSchedule
+from alignment_modules.training.meters import Meters
 
 
 def batch(rows, seed=0, width=9):

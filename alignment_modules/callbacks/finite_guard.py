@@ -45,10 +45,10 @@ class FiniteGuard(Callback):
         Raises:
             FloatingPointError: If it is not finite and this step is one that is checked at once.
         """
-        self.check(trainer, pl_module, optimizer)
+        self.on_gradients_clipped(trainer, pl_module, optimizer)
 
-    def check(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """The same, at any time between the backward pass and the step."""
+    def on_gradients_clipped(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """The same of what is left after clipping; modules of this library call it there."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

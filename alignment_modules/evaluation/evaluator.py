@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.evaluation.config import EvaluationConfig
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.metrics import pass_at_k
-from alignment_modules.objective import Statistic
 from alignment_modules.rewards import ExactMatch, RewardSet, RewardTable
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge

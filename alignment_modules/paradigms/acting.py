@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
-from alignment_modules.objective import EarlyRead
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Ask, Scores, score
@@ -21,6 +20,7 @@ from alignment_modules.rollouts.codec import columns_of
 from alignment_modules.rollouts.given import check_given_rollout
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.objective import EarlyRead
 from alignment_modules.training.updates import UpdateModule
 
 

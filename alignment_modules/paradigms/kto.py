@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from alignment_modules.functional import UnpairedLoss, mismatched_completions, sequence_logps, unpaired_loss
 from alignment_modules.functional.ranges import NonNegative, Positive, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.context import position_limit
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import cut_as
 from alignment_modules.training.updates import UpdateModule
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import reward_pair_loss
 from alignment_modules.functional.ranges import NonNegative, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.objective import Objective
 
 _BINS = 10  # of the calibration error, equally wide over probabilities from 0.5 to 1
 

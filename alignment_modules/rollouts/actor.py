@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignment_modules.objective import Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
 from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine

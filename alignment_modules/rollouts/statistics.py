@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alignment_modules.functional import aggregate
-from alignment_modules.objective import Statistic
+from alignment_modules.functional.statistics import Statistic
 
 
 def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:

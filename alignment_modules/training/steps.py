@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from alignment_modules.callbacks.finite_guard import FiniteGuard
-from alignment_modules.objective import Statistic
+from alignment_modules.functional.statistics import Statistic
 
 if TYPE_CHECKING:
     from alignment_modules.base import AlignmentModule
@@ -34,7 +33,7 @@ def finish_step(module: AlignmentModule, optimizer: torch.optim.Optimizer) -> No
     clips, scale = module.max_grad_norm if own else None, None if closed.empty else parts / closed.divisor
     norm = finish_gradients(optimizer, scale, clips, measure=due)
     if clips is not None:
-        guard(module, optimizer)
+        tell_clipped(module, optimizer)
     if closed.empty and window.skipped == 1:
         rank_zero_warn(
             f"optimizer step {module.global_step + 1} is skipped: not one target in the batches of all its "
@@ -82,12 +81,12 @@ def finish_gradients(
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def guard(module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-    """Checks the gradient as it is now, where the Trainer has a `FiniteGuard`.
+def tell_clipped(module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    """Calls `on_gradients_clipped(trainer, module, optimizer)` of the Trainer's callbacks that define it.
 
-    Raises:
-        FloatingPointError: If it is not finite and the guard checks at once.
+    Lightning has no such hook: its last one comes before it clips.
     """
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, FiniteGuard):
-            callback.check(module.trainer, module, optimizer)
+        hook = getattr(callback, "on_gradients_clipped", None)
+        if hook is not None:
+            hook(module.trainer, module, optimizer)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
-from alignment_modules.objective import Objective, Statistic
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join, reads_as_carried
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alignment_modules.objective import EarlyRead, Objective, Reduce
+from alignment_modules.training.meters import Reduce
+from alignment_modules.training.objective import EarlyRead, Objective
 
 TINY = 1e-30  # instead of 0 as the weight of nothing
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from alignment_modules import DPOModule, LoraConfig, PolicyConfig, RewardModule, SFTModule, create_module
-from alignment_modules.objective import Meters, Statistic
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.load import build_policy
+from alignment_modules.training.meters import Meters
 
 
 def pairs(count=4, seed=0, margin=False, side="right"):

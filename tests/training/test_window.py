@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignment_modules.objective import Objective, Term
+from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.window import Window
 
 

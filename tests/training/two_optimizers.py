@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from alignment_modules.objective import Objective, Statistic, Term
+from alignment_modules.functional.statistics import Statistic
 from alignment_modules.optimization import LinearSchedule
+from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.pieces import cut, empty_like
 from alignment_modules.training.updates import UpdateModule
 

@@ -1,0 +1,28 @@
+"""One number to log, as a sum and the number of its units.
+
+A mean of means depends on how a batch was cut into micro-batches and ranks; a sum and a count do not. So what is logged
+travels as `(total, weight)` and is divided once, after everything was added up.
+"""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Kind = Literal["mean", "std", "gap", "difference", "min", "max"]
+
+
+class Statistic(NamedTuple):
+    """One number to log.
+
+    Attributes:
+        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
+            sample standard deviation ("std") [2], the sum of the units and that of their squares; for the mean size of
+            sums that may cancel within a bin and not across ("gap") [bins], each bin's sum; for one
+            mean less another ("difference") [2], the sum of either's units.
+        weight: 0-dim tensor or number: how many units were summed ("difference": [2]); ignored for extremes.
+        kind: How the values of micro-batches and ranks combine.
+    """
+
+    total: Tensor
+    weight: Tensor | float = 1.0
+    kind: Kind = "mean"

@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/python examples/quickstart.py
 
 # Pure functions, data, rewards, the step: under a minute on two slow cores.
-UNIT := functional datamodules rewards training test_optimization.py test_metrics.py test_private_attributes.py test_layers.py
+UNIT := functional datamodules rewards training test_private_attributes.py test_layers.py
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not distributed" $(addprefix tests/,$(UNIT))
 

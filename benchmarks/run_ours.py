@@ -182,7 +182,7 @@ def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **cha
 
 def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> None:
     """Trains in a plain loop: forward, backward, clip, step."""
-    from alignment_modules.optimization import parameter_groups
+    from alignment_modules.training.schedules import parameter_groups
 
     if isinstance(data, L.LightningDataModule):
         data.prepare_data()

@@ -12,16 +12,16 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules import formats
-from datamodules.chat import Chat
-from datamodules.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
-from datamodules.questions import question_name
 from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
-from datamodules.rows import RenamedRows, Rows
-from datamodules.sources import has_validation, is_hub_id, load_from_hub, open_source
-from datamodules.splits import check_share, take_share
+from datamodules.rows import formats
+from datamodules.rows.questions import question_name
+from datamodules.rows.rows import RenamedRows, Rows
+from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
+from datamodules.rows.splits import check_share, take_share
+from datamodules.text.chat import Chat
+from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.workers import start_worker
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import formats
 from datamodules.base import AlignmentDataModule
 from datamodules.batching import Ragged, SidesCollate, Table, cut_left, room
-from datamodules.encoding import Encoder
-from datamodules.formats import Example
-from datamodules.messages import scalar, short
 from datamodules.reading import Batches, SplitReader
-from datamodules.tokens import starts_with
+from datamodules.rows import formats
+from datamodules.rows.formats import Example
+from datamodules.rows.messages import scalar, short
+from datamodules.text.encoding import Encoder
+from datamodules.text.tokens import starts_with
 
 
 class SidesTable(Table):

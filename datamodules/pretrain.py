@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules import formats
 from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
+from datamodules.rows import formats
 
 
 class PretrainDataModule(AlignmentDataModule):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from datamodules import formats
 from datamodules.base import AlignmentDataModule
 from datamodules.ranges import MAX_INT, Range
 from datamodules.reading import Batches, SplitReader
+from datamodules.rows import formats
 
 
 class PromptDataModule(AlignmentDataModule):

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import formats
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
-from datamodules.encoding import Encoder, LossOn
-from datamodules.formats import Example
-from datamodules.messages import shown, truth
-from datamodules.rows import Rows
+from datamodules.rows import formats
+from datamodules.rows.formats import Example
+from datamodules.rows.messages import shown, truth
+from datamodules.rows.rows import Rows
 from datamodules.tables import PromptTable, row_checksum
+from datamodules.text.encoding import Encoder, LossOn
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
 _CHUNK = 1024  # rows tokenised in one call

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from datamodules import formats
 from datamodules.base import AlignmentDataModule
-from datamodules.encoding import LossOn
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
+from datamodules.rows import formats
+from datamodules.text.encoding import LossOn
 
 
 class SFTDataModule(AlignmentDataModule):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.batching import Ragged, Table
-from datamodules.rows import Rows
+from datamodules.rows.rows import Rows
 
 
 def row_checksum(row: Mapping[str, Any], start: int = 0) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from datamodules import formats
 from datamodules.base import AlignmentDataModule
-from datamodules.formats import Example
 from datamodules.preference import Sides
 from datamodules.reading import Batches, SplitReader
+from datamodules.rows import formats
+from datamodules.rows.formats import Example
 
 
 class UnpairedDataModule(AlignmentDataModule):

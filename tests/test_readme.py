@@ -177,7 +177,7 @@ FORMATS = table("Bring your data")
 
 
 def test_every_format_is_in_the_table():
-    from datamodules import formats
+    from datamodules.rows import formats
 
     assert {row[0] for row in FORMATS} == set(formats.COLUMNS)
 
@@ -185,7 +185,7 @@ def test_every_format_is_in_the_table():
 @pytest.mark.parametrize("row", FORMATS, ids=[row[0] for row in FORMATS])
 def test_formats(row, workplace):
     import datamodules
-    from datamodules import formats
+    from datamodules.rows import formats
 
     line = json.loads(names(row[1])[0])
     assert formats.recognise(line) == row[0]
@@ -251,10 +251,16 @@ def test_the_table_of_metrics_is_what_a_run_logs(align, paradigm, tmp_path):
 def test_contributing_example(workplace, align, tmp_path, monkeypatch):
     """The paradigm that CONTRIBUTING adds: its file passes its test and trains by its configuration."""
     files = titled(CONTRIBUTING, "python") | titled(CONTRIBUTING, "yaml")
-    assert set(files) == {"alignment_modules/orpo.py", "tests/test_orpo.py", "configs/recipes/orpo.yaml"}
+    assert set(files) == {
+        "alignment_modules/paradigms/orpo.py",
+        "tests/modules/test_orpo.py",
+        "configs/recipes/orpo.yaml",
+    }
     (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
     for path, text in files.items():
-        text = text.replace("alignment_modules.orpo", "orpo").replace("class_path: ORPO", "class_path: orpo.ORPO")
+        text = text.replace("alignment_modules.paradigms.orpo", "orpo").replace(
+            "class_path: ORPO", "class_path: orpo.ORPO"
+        )
         (tmp_path / Path(path).name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_orpo.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

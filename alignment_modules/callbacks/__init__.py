@@ -1,6 +1,5 @@
 """Callbacks and the checkpoint writer that any LightningModule can use."""
 
-from alignment_modules.callbacks.atomic_checkpoint import AtomicCheckpointIO, CheckpointError
 from alignment_modules.callbacks.checkpoints import Checkpoints
 from alignment_modules.callbacks.completion_writer import CompletionWriter
 from alignment_modules.callbacks.exact_resume import ExactResume
@@ -11,6 +10,7 @@ from alignment_modules.callbacks.run_report import RunReport
 from alignment_modules.callbacks.sample_table import SampleTable
 from alignment_modules.callbacks.stop_and_save import StopAndSave
 from alignment_modules.callbacks.throughput import Throughput
+from alignment_modules.training.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
 __all__ = [
     "AtomicCheckpointIO",

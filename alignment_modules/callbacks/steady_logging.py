@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from alignment_modules.training.checkpoint_io import write_error
+
 _AGAIN = 300.0  # seconds after which a logger that failed is tried again
 
 
@@ -24,17 +26,6 @@ def keep_training(logger: Logger) -> None:
     for name in ("log_metrics", "log_hyperparams", "log_text", "save", "finalize", "after_save_checkpoint"):
         if callable(method := getattr(logger, name, None)):
             setattr(logger, name, rest.guard(method))
-
-
-def write_error(error: BaseException | None) -> OSError | None:
-    """The failed write behind an error; None where it is about something else.
-
-    Args:
-        error: What was raised; libraries wrap the operating system's error.
-    """
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 class _Rest:

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from alignment_modules.checkpointing import per_rank
 from alignment_modules.functional.ranges import check_options
+from alignment_modules.training.checkpoint import per_rank
 
 _KEY = "throughput"
 

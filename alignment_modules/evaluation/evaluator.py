@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.evaluation.config import EvaluationConfig
+from alignment_modules.evaluation.metrics import pass_at_k
+from alignment_modules.evaluation.text import TextPrompts, complete_text
 from alignment_modules.functional.statistics import Statistic
-from alignment_modules.metrics import pass_at_k
 from alignment_modules.rewards import ExactMatch, RewardSet, RewardTable
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge
@@ -22,7 +23,6 @@ from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
-from alignment_modules.text_generation import TextPrompts, complete_text
 
 
 class Evaluator:

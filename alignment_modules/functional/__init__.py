@@ -16,14 +16,6 @@ from alignment_modules.functional.logprobs import (
     token_entropy,
     token_log_probs,
 )
-from alignment_modules.functional.policy_gradient import (
-    IMPORTANCE_LEVELS,
-    LOSS_REDUCTIONS,
-    ClipMasks,
-    Surrogate,
-    importance_ratio,
-    policy_gradient_loss,
-)
 from alignment_modules.functional.preference import (
     BATCH_COUPLED_LOSSES,
     F_DIVERGENCES,
@@ -34,6 +26,14 @@ from alignment_modules.functional.preference import (
 )
 from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
 from alignment_modules.functional.reward import reward_pair_loss
+from alignment_modules.functional.surrogate import (
+    IMPORTANCE_LEVELS,
+    LOSS_REDUCTIONS,
+    ClipMasks,
+    Surrogate,
+    importance_ratio,
+    policy_gradient_loss,
+)
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 
 __all__ = [

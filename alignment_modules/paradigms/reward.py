@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment_modules.base import AlignmentModule
 from alignment_modules.functional import reward_pair_loss
 from alignment_modules.functional.ranges import NonNegative, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
+from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.pieces import PAIR_KEYS
 
 _BINS = 10  # of the calibration error, equally wide over probabilities from 0.5 to 1
 
@@ -36,9 +37,7 @@ class RewardModule(AlignmentModule):
     """
 
     paradigm = "reward"
-    batch_keys = tuple(
-        f"{side}_{part}" for side in ("prompt", "chosen", "rejected") for part in ("input_ids", "attention_mask")
-    )
+    batch_keys = PAIR_KEYS
     head = "scalar"
     generates = False
     compares_log_probs = True  # the rewards of a pair are compared, so dropout must be off as well

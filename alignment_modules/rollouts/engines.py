@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.codec import Codec, real_tokens
-from alignment_modules.rollouts.decoding import Decoder
+from alignment_modules.rollouts.decoders.base import Decoder
+from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
 from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.sampler import Completions, draw, draw_uniforms, sample_prompts
 from alignment_modules.rollouts.seeds import Seeds
-from alignment_modules.rollouts.selection import select_decoder, without_checkpointing
 from alignment_modules.rollouts.stopping import StopStrings
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.rollouts.decoding import Decoder
+from alignment_modules.rollouts.decoders.base import Decoder
+from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
 from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
-from alignment_modules.rollouts.selection import select_decoder, without_checkpointing
 from alignment_modules.rollouts.stopping import StopStrings, stop_table
 
 
@@ -59,9 +59,8 @@ def sample(
     """Samples completions of each prompt without gradients.
 
     Each prompt is run once, whatever the number of its samples, and finished rows leave the batch. Which forward runs
-    is decided by :func:`alignment_modules.rollouts.selection.select_decoder`; all give the same numbers. Modes are the
-    caller's business: a policy in train mode with dropout samples with dropout. Log-probabilities come from float32
-    logits (float64 for a float64 policy).
+    is decided by `select_decoder`; all give the same numbers. Modes are the caller's business: a policy in train mode
+    with dropout samples with dropout. Log-probabilities come from float32 logits (float64 for a float64 policy).
 
     Args:
         policy: A transformers causal language model, a peft model around one, or any module from `input_ids` to logits.

@@ -12,7 +12,7 @@ from torch import Tensor
 from alignment_modules.functional.statistics import Statistic
 
 if TYPE_CHECKING:
-    from alignment_modules.base import AlignmentModule
+    from alignment_modules.training.module import AlignmentModule
 
 NO_TARGETS = "labels all -100, empty completions, or groups with fewer than two rewards"
 

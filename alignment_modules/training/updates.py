@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from alignment_modules.base import AlignmentModule
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join, reads_as_carried
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from alignment_modules.cli_given import given_options
+from alignment_modules.cli.given import given_options
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import io
 
 import pytest
 
-from alignment_modules.cli_errors import AlignArgumentParser
-from alignment_modules.cli_help import help_for
+from alignment_modules.cli.errors import AlignArgumentParser
+from alignment_modules.cli.help import help_for
 
 
 @pytest.fixture(scope="module")

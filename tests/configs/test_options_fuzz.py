@@ -17,18 +17,17 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules import cli_classes
-from alignment_modules.base import AlignmentModule
-from alignment_modules.cli_classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
-from alignment_modules.cli_errors import AlignArgumentParser, find_cause
-from alignment_modules.cli_failures import is_message
+from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.errors import AlignArgumentParser, find_cause
+from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.functional.ranges import Range
-from alignment_modules.optimization import Schedule
 from alignment_modules.policies import config as policy_config
 from alignment_modules.policies import lora
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.schedules import Schedule
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
@@ -179,9 +178,9 @@ def words(value):
 
 @pytest.mark.parametrize(("group", "cls"), list(cases()), ids=lambda value: getattr(value, "__name__", value))
 def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
-    for place in ("alignment_modules.base.build_policy", "alignment_modules.dpo.frozen_companion"):
+    for place in ("alignment_modules.training.module.build_policy", "alignment_modules.paradigms.dpo.frozen_companion"):
         monkeypatch.setattr(place, stub_policy)
-    monkeypatch.setattr("alignment_modules.grpo.frozen_companion", stub_policy)
+    monkeypatch.setattr("alignment_modules.paradigms.grpo.frozen_companion", stub_policy)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     wrong, count = [], 0
     for level, parameter, hint, _ in options_of(cls):
@@ -209,7 +208,7 @@ def vars_of(cls, group):
 @pytest.mark.parametrize("form", ["ExactMatch", [{"class_path": "ExactMatch"}], ["ExactMatch", "RegexMatch"]], ids=str)
 def test_short_names_of_rewards(parser, monkeypatch, form):
     """On the command line, where values are text, and in a file, which is read by the same loader."""
-    monkeypatch.setattr("alignment_modules.base.build_policy", stub_policy)
+    monkeypatch.setattr("alignment_modules.training.module.build_policy", stub_policy)
     given = [
         "--model=GRPOModule",
         "--model.policy=nowhere",
@@ -240,4 +239,4 @@ def test_both_packages_check_alike():
     ours, theirs = alignment_modules.functional.ranges, datamodules.ranges
     assert Path(ours.__file__).read_text() == Path(theirs.__file__).read_text()
     assert typing.get_args(ours.Share)[1] == Range(0, 1)
-    assert cli_classes.REWARDS
+    assert REWARDS

@@ -4,8 +4,9 @@ import lightning.pytorch.cli
 import pytest
 import yaml
 
-from alignment_modules import GRPOModule, SFTModule, callbacks, optimization, rewards
-from alignment_modules.cli_classes import import_path
+from alignment_modules import GRPOModule, SFTModule, callbacks, rewards
+from alignment_modules.cli.classes import import_path
+from alignment_modules.training import schedules
 from datamodules import PromptDataModule, SFTDataModule, tasks
 from tests.configs.test_configs import printed
 
@@ -39,7 +40,7 @@ def test_in_a_file(align, tmp_path):
     (tmp_path / "short.yaml").write_text(FILE)
     config = yaml.safe_load(printed(align, "fit", f"--config={tmp_path / 'short.yaml'}"))
     found = [GRPOModule, rewards.ExactMatch, rewards.PatientReward]
-    found += [optimization.LinearSchedule, rewards.NumericAnswer]
+    found += [schedules.LinearSchedule, rewards.NumericAnswer]
     assert set(found) <= set(classes(config["model"]))
     assert config["model"]["init_args"]["policy"]["path"] == "x"
     assert classes(config["data"]) == [PromptDataModule, tasks.AdditionPrompts]
@@ -49,8 +50,8 @@ def test_in_a_file(align, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "part", "found"),
     [
-        (["--model.lr_scheduler", "CosineSchedule"], "model", optimization.CosineSchedule),
-        (['--model.lr_scheduler={"class_path": "CosineSchedule"}'], "model", optimization.CosineSchedule),
+        (["--model.lr_scheduler", "CosineSchedule"], "model", schedules.CosineSchedule),
+        (['--model.lr_scheduler={"class_path": "CosineSchedule"}'], "model", schedules.CosineSchedule),
         (
             ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.monitor=loss"],
             "model",

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodules.chat import Chat
+from datamodules.text.chat import Chat
 
 CONVERSATION = [
     {"role": "user", "content": "hi"},

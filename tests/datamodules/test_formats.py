@@ -13,8 +13,8 @@ from datamodules import (
     UnpairedDataModule,
     formats,
 )
-from datamodules.encoding import Encoder
-from datamodules.formats import Example, normalise, recognise
+from datamodules.rows.formats import Example, normalise, recognise
+from datamodules.text.encoding import Encoder
 
 USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("assistant", "c")])
 

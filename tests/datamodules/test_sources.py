@@ -6,8 +6,8 @@ import pytest
 from torch.utils.data import Dataset
 
 from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
-from datamodules.rows import JsonlRows
-from datamodules.sources import check_sources, is_hub_id, open_source
+from datamodules.rows.rows import JsonlRows
+from datamodules.rows.sources import check_sources, is_hub_id, open_source
 
 ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b\n", "n": 2, "extra": [1]}]
 

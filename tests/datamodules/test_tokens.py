@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule
-from datamodules.encoding import Encoder
-from datamodules.formats import Example
-from datamodules.tokens import first_tokens
+from datamodules.rows.formats import Example
+from datamodules.text.encoding import Encoder
+from datamodules.text.tokens import first_tokens
 
 SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
 USER, REPLY = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is 2."}

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from alignment_modules.callbacks import CheckpointError
-from alignment_modules.cli_failures import is_message
+from alignment_modules.cli.failures import is_message
 from alignment_modules.rewards import RewardError
 
 PARSING, BUILDING, TRAINING = "parsing", "before training", "training"
@@ -486,7 +486,7 @@ def test_what_the_search_does_not_find_is_told_in_the_parsers_words(align, monke
     assert (result.code, result.error) == (2, None)
     assert "trainer.logger" in result.text
     assert "nosuch" in result.text
-    monkeypatch.setattr("alignment_modules.cli_errors.mistakes", lambda *given: int("x"))
+    monkeypatch.setattr("alignment_modules.cli.errors.mistakes", lambda *given: int("x"))
     result = align("fit", "-c", "dpo.yaml", "--model.betta", "3")
     assert "Option 'betta' is not accepted" in result.text
 
@@ -499,7 +499,7 @@ def test_the_whole_traceback_on_demand(align, monkeypatch):
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(align, monkeypatch):
-    monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: int("x"))
+    monkeypatch.setattr("alignment_modules.paradigms.sft.SFTModule.objective", lambda module, batch: int("x"))
     result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
     assert isinstance(result.error, ValueError)
     assert "invalid literal for int()" in str(result.error)
@@ -558,7 +558,9 @@ def test_errors_in_code_of_the_users(align, workplace, monkeypatch):
     assert (refused.code, refused.error) == (1, None)
     assert "Invalid learning rate: -1.0\n  (set ALIGN_TRACEBACK=1 to see where" in refused.text
     assert isinstance(align("fit", "-c", "sft.yaml", "--model", "my_modules.Breaks").error, AttributeError)
-    monkeypatch.setattr("alignment_modules.sft.SFTModule.objective", lambda module, batch: torch.optim.SGD([], lr=-1.0))
+    monkeypatch.setattr(
+        "alignment_modules.paradigms.sft.SFTModule.objective", lambda module, batch: torch.optim.SGD([], lr=-1.0)
+    )
     in_a_step = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "1")
     assert isinstance(in_a_step.error, ValueError)  # torch's own, but a batch is worked on
 

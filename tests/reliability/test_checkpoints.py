@@ -198,7 +198,7 @@ def test_never_overrides_what_was_typed(align, written):
     assert [group["lr"] for group in after["optimizer_states"][0]["param_groups"]] == [0.25, 0.25]
 
 
-SCHEDULES = ["alignment_modules.optimization.LinearSchedule", "torch.optim.lr_scheduler.LinearLR"]
+SCHEDULES = ["alignment_modules.training.schedules.LinearSchedule", "torch.optim.lr_scheduler.LinearLR"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from alignment_modules.rollouts import sampler
-from alignment_modules.rollouts.cached_decoder import CachedDecoder
-from alignment_modules.rollouts.decoding import RecomputeDecoder
-from alignment_modules.rollouts.fast_decoder import FastDecoder
+from alignment_modules.rollouts.decoders.base import RecomputeDecoder
+from alignment_modules.rollouts.decoders.cached import CachedDecoder
+from alignment_modules.rollouts.decoders.llama.decoder import FastDecoder
 
 DECODERS = {"recompute": RecomputeDecoder, "cached": CachedDecoder, "fast": FastDecoder}
 SIZES = {

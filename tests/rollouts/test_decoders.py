@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from alignment_modules.rollouts import SamplingParameters, sample
-from alignment_modules.rollouts.bins import Bins
-from alignment_modules.rollouts.cached_decoder import CachedDecoder
-from alignment_modules.rollouts.decoding import RecomputeDecoder
-from alignment_modules.rollouts.fast_decoder import FastDecoder
-from alignment_modules.rollouts.llama_weights import no_fast_decoding
-from alignment_modules.rollouts.selection import select_decoder
+from alignment_modules.rollouts.decoders.base import RecomputeDecoder
+from alignment_modules.rollouts.decoders.cached import CachedDecoder
+from alignment_modules.rollouts.decoders.llama.bins import Bins
+from alignment_modules.rollouts.decoders.llama.decoder import FastDecoder
+from alignment_modules.rollouts.decoders.llama.weights import no_fast_decoding
+from alignment_modules.rollouts.decoders.select import select_decoder
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
 PARAMETERS = SamplingParameters(10, temperature=0.8, stop_token_ids=tuple(range(0, 40, 7)))
@@ -99,7 +99,7 @@ def test_a_wrong_decoder_is_not_used(make_policy, monkeypatch, caplog):
     prefill = CachedDecoder.prefill
     monkeypatch.setattr(CachedDecoder, "prefill", lambda self: prefill(self) * 1.01)
     policy.register_forward_hook(lambda *_: None)
-    with caplog.at_level("INFO", logger="alignment_modules.rollouts.selection"):
+    with caplog.at_level("INFO", logger="alignment_modules.rollouts.decoders.select"):
         assert select_decoder(policy, 20) is RecomputeDecoder
         assert select_decoder(policy, 20) is RecomputeDecoder
     assert caplog.text.count("CachedDecoder: logits differ by 1.0e-02") == 1

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from alignment_modules.rollouts import SamplingParameters
-from alignment_modules.rollouts.cached_decoder import CachedDecoder
 from alignment_modules.rollouts.codec import Codec
-from alignment_modules.rollouts.decoding import RecomputeDecoder
+from alignment_modules.rollouts.decoders.base import RecomputeDecoder
+from alignment_modules.rollouts.decoders.cached import CachedDecoder
+from alignment_modules.rollouts.decoders.llama.decoder import FastDecoder
 from alignment_modules.rollouts.engines import InProcessEngine
-from alignment_modules.rollouts.fast_decoder import FastDecoder
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.sampler import draw, draw_uniforms
 from alignment_modules.rollouts.seeds import Seeds

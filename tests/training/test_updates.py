@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from alignment_modules import SFTModule
 from alignment_modules.functional.statistics import Statistic
-from alignment_modules.optimization import LinearSchedule
 from alignment_modules.training.objective import Objective, Term
+from alignment_modules.training.schedules import LinearSchedule
 from alignment_modules.training.updates import UpdateModule
 from datamodules.loader import ResumableLoader, ResumableSampler
 

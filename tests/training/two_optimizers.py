@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from alignment_modules.functional.statistics import Statistic
-from alignment_modules.optimization import LinearSchedule
 from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.pieces import cut, empty_like
+from alignment_modules.training.schedules import LinearSchedule
 from alignment_modules.training.updates import UpdateModule
 
 CRITIC_STEPS = 2

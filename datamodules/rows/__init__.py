@@ -1,0 +1,1 @@
+"""Where rows come from and what they say: sources and splits, and each format as one canonical `Example`."""

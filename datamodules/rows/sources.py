@@ -1,0 +1,246 @@
+"""Where rows come from: files, saved folders, hub ids, sequences and torch datasets, all as one indexable `Rows`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.rows.rows import ConcatRows, JsonlRows, Rows, SequenceRows
+from datamodules.rows.splits import named_splits, split_files
+from datamodules.rows.strict_json import find_line, strict_json
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# The split that a hub id or a saved dictionary of splits is read from when none is named.
+DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
+
+
+def open_source(source: Any, split: str) -> Rows:
+    """Open whatever the user gave as the rows of one split.
+
+    Args:
+        source: A path (JSONL, JSON, CSV, TSV, Parquet, text; a folder of such files; a folder saved by `datasets`), a
+            hub id (`owner/name`, `owner/name@config`, either with `:split` at its end), a torch map-style Dataset of
+            dict rows, a `datasets.Dataset` or `DatasetDict`, or any sequence of dict rows.
+        split: "train", "validation", "test" or "predict": names the parameter in errors and picks the split of a
+            source that has several.
+
+    Raises:
+        ValueError: The source does not exist, cannot be read, cannot be indexed, or has no rows.
+    """
+    is_name = isinstance(source, (str, Path))
+    rows = _open_path_or_hub(str(source), split) if is_name else _open_object(source, split)
+    if len(rows) == 0:
+        raise ValueError(f"{split}={rows.name!r} has no rows; at least one is needed")
+    return rows
+
+
+def is_hub_id(source: Any) -> bool:
+    """Whether a source names a hub data set: no such path here, and it does not look like one."""
+    if not isinstance(source, str) or Path(source).expanduser().exists():
+        return False
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(SUFFIXES)
+    return not looks_like_path and source != ""
+
+
+def has_validation(source: Any) -> bool:
+    """Whether a training source is a folder that has rows for validation, too."""
+    if not isinstance(source, str) or not Path(source).expanduser().is_dir():
+        return False
+    saved = Path(source).expanduser() / "dataset_dict.json"
+    if saved.exists():
+        return "validation" in json.loads(saved.read_text(encoding="utf-8")).get("splits", [])
+    return "validation" in split_files(Path(source).expanduser(), SUFFIXES)
+
+
+def load_from_hub(source: str, split: str) -> Rows:
+    """Load a hub data set (`owner/name[@config][:split]`), from the local cache where it is there.
+
+    Raises:
+        ValueError: It cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    identifier, _, chosen = source.partition(":")
+    identifier, _, config = identifier.partition("@")
+    try:
+        loaded = datasets.load_dataset(identifier, config or None)
+    except Exception as error:  # the hub client raises many unrelated classes
+        raise ValueError(
+            f"{split}={source!r} is no file or folder here, and loading it as a hub data set failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return SequenceRows(_pick_split(loaded, chosen, split, source), source)
+
+
+def _pick_split(loaded: Mapping[str, Any], chosen: str, split: str, name: str) -> Any:
+    wanted = chosen or DEFAULT_SPLITS[split]
+    if wanted not in loaded:
+        raise ValueError(
+            f"{split}={name!r} has no split {wanted!r}; it has {sorted(loaded)}. Name one: '{name.partition(':')[0]}:"
+            f"{sorted(loaded)[0]}'"
+        )
+    return loaded[wanted]
+
+
+def _open_object(source: Any, split: str) -> Rows:
+    name = f"the {type(source).__name__} given as {split}"
+    if type(source).__name__ == "DatasetDict" and isinstance(source, Mapping):
+        source = _pick_split(source, "", split, name)
+    if isinstance(source, Mapping) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise ValueError(
+            f"{split}={type(source).__name__} cannot be used: a source needs __len__ and __getitem__ (a map-style "
+            "Dataset, a list of dict rows) or must be a path or hub id; streams without a length are not supported"
+        )
+    return SequenceRows(source, name)
+
+
+def _open_path_or_hub(source: str, split: str) -> Rows:
+    location, _, chosen = source.rpartition(":") if ":" in source else (source, "", "")
+    path = Path(source).expanduser()
+    if not path.exists() and location and Path(location).expanduser().is_dir():
+        path = Path(location).expanduser()  # a saved folder with ":split" at its end
+    else:
+        chosen = ""
+    if path.is_dir():
+        return _open_folder(path, chosen, split)
+    if path.is_file():
+        return _open_file(path, split)
+    if is_hub_id(source):
+        return load_from_hub(source, split)
+    raise ValueError(_not_found(source, split))
+
+
+def check_sources(sources: Mapping[str, Any], splits: Sequence[str]) -> None:
+    """Refuse a path of some splits that is not there, before anything is opened; hub ids are not looked up.
+
+    Raises:
+        ValueError: A path does not exist; the message names the split, the path and what is there.
+    """
+    for split in splits:
+        source = sources.get(split)
+        if not isinstance(source, str) or is_hub_id(source):
+            continue
+        if not any(Path(path).expanduser().exists() for path in (source, source.rpartition(":")[0] or source)):
+            raise ValueError(_not_found(source, split))
+
+
+def _not_found(source: str, split: str) -> str:
+    folder = Path(source).expanduser().absolute().parent
+    there = sorted(entry.name for entry in folder.iterdir())[:10] if folder.is_dir() else []
+    found = f"{folder} holds {there}" if folder.is_dir() else f"there is no folder {folder} either"
+    return f"{split}={source!r}: no such file or folder; {found}"
+
+
+def _open_folder(path: Path, chosen: str, split: str) -> Rows:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        import datasets
+
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            loaded = _pick_split(loaded, chosen, split, str(path))
+        return SequenceRows(loaded, str(path))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    by_split = split_files(path, SUFFIXES)
+    if by_split or chosen:
+        wanted = next(iter(named_splits(chosen or DEFAULT_SPLITS[split])), chosen)
+        named = {name: [str(file.relative_to(path)) for file in found] for name, found in by_split.items()}
+        if wanted not in by_split:
+            raise ValueError(
+                f"{split}={str(path)!r}: the folder has no file for {wanted!r}; by their names it has {named}. "
+                "Give the file itself, or a split as in 'folder:test'"
+            )
+        left = sorted({file.name for file in files} - {file.name for found in by_split.values() for file in found})
+        if left:
+            logger.warning("%s from %s: left out, since their names name no split: %s", split, path, left)
+        files = by_split[wanted]
+        logger.info("%s from %s: its files for %s: %s", split, path, wanted, named[wanted])
+    kinds = sorted({file.suffix.lower() for file in files})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{split}={str(path)!r}: the folder must be one saved by `datasets` or hold data files of one kind "
+            f"({', '.join(SUFFIXES)}); found {kinds or 'none'}"
+        )
+    return ConcatRows([_open_file(file, split) for file in files], str(path))
+
+
+def _open_file(path: Path, split: str) -> Rows:
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return JsonlRows(path)
+    if suffix == ".json":
+        return _open_json(path)
+    if suffix in (".csv", ".tsv"):
+        return SequenceRows(_read_csv(path, "\t" if suffix == ".tsv" else ","), str(path))
+    if suffix == ".parquet":
+        import datasets
+
+        try:
+            return SequenceRows(datasets.Dataset.from_parquet(str(path)), str(path))
+        except Exception as error:  # pyarrow and datasets raise unrelated classes
+            raise ValueError(f"{split}={str(path)!r} is not a readable Parquet file: {error}") from error
+    if suffix == ".txt":
+        lines = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return SequenceRows([{"text": line} for line in lines if line.strip()], str(path))
+    raise ValueError(f"{split}={str(path)!r}: unknown kind of file {suffix!r}; known: {', '.join(SUFFIXES)}")
+
+
+def _read_text(path: Path) -> str:
+    """Content of a UTF-8 file, line ends as they are, without a byte order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {column})") from None
+
+
+def _open_json(path: Path) -> Rows:
+    text = _read_text(path)
+    try:
+        data = strict_json(text)
+    except json.JSONDecodeError as error:
+        first = text.lstrip().splitlines()[0].strip() if text.strip() else ""
+        if first.startswith("{") and first.endswith("}"):
+            return JsonlRows(path)  # JSON Lines under the suffix .json is common
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:
+        raise ValueError(f"{find_line(text, path)}: {error}") from None
+    if isinstance(data, dict) and "data" in data:
+        data = data["data"]
+    if isinstance(data, dict):
+        data = [data]
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: holds a JSON {type(data).__name__}; a list of objects is needed")
+    return SequenceRows(data, str(path))
+
+
+def _read_csv(path: Path, delimiter: str) -> list[dict[str, str]]:
+    # Every value stays a string: "007" and "1.0" must not turn into numbers that a verifier then compares.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072 characters
+    try:
+        header = next(reader, None) or []
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise ValueError(f"{path}:{reader.line_num}: the header names {repeated} more than once: {header}")
+        rows = []
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}: {header}"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows

@@ -1,0 +1,1 @@
+"""Text and conversations to token ids, with a mask of what is learnt."""

@@ -1,0 +1,181 @@
+"""Plain text and examples to token ids, in batches, with the stop token and the tokenizer's own first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from datamodules.rows.formats import Example
+from datamodules.text.chat import PLAIN_TEMPLATE, Chat
+from datamodules.text.tokens import continuation, first_text, first_tokens, starts_with, tokenise
+
+LossOn = Literal["completion", "last_turn", "all"]
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load a tokenizer from a folder or by hub id; code from the repository is never run.
+
+    Raises:
+        ValueError: The folder does not exist, or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"tokenizer={path!r}: no such folder (looked in {Path.cwd()})")
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        found = sorted(file.name for file in folder.iterdir())
+        raise ValueError(f"tokenizer={path!r}: the folder holds no tokenizer (tokenizer.json); it holds {found}")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError ...
+        raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def read_chat_template(chat_template: str, tokenizer: Any) -> str:
+    """A template given as "plain", as the path of a file, or as the template itself.
+
+    The plain one begins with the tokens that the tokenizer begins every text with.
+    """
+    if chat_template == "plain":
+        return first_text(tokenizer) + PLAIN_TEMPLATE
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template={chat_template!r}: neither 'plain', nor a template, nor a file that exists")
+    return path.read_text(encoding="utf-8")
+
+
+class Encoder:
+    """Turns texts and examples into token ids (int32 arrays `[time]`).
+
+    Args:
+        tokenizer: A `transformers` tokenizer with an end-of-sequence token. A pad token is not needed.
+
+    Raises:
+        ValueError: The tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no eos_token, so a model could never learn to stop; set tokenizer.eos_token"
+            )
+        self.tokenizer = tokenizer
+        self.eos = int(tokenizer.eos_token_id)
+        pad = tokenizer.pad_token_id
+        self.pad = int(self.eos if pad is None else pad)
+        self.first = first_tokens(tokenizer)
+        self._chat: Chat | None = None
+
+    @property
+    def chat(self) -> Chat:
+        """The chat template's encoder.
+
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
+        if self._chat is None:
+            self._chat = Chat(self.tokenizer)
+        return self._chat
+
+    def texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text alone, nothing added."""
+        return tokenise(self.tokenizer, texts)
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """First tokens, text, end-of-sequence token."""
+        return [self._close(self._open(ids)) for ids in self.texts(texts)]
+
+    def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Prompt and completion ids, the completion closed by the end-of-sequence token.
+
+        Both are tokenised as one text where that leaves the prompt's own tokens as they are (what a sampler sees);
+        else the completion is tokenised apart, so that no token lies across the boundary.
+        """
+        joint = self.texts([*prompts, *(p + c for p, c in zip(prompts, completions, strict=True))])
+        rows = []
+        for head, whole, completion in zip(joint[: len(prompts)], joint[len(prompts) :], completions, strict=True):
+            if starts_with(whole, head):
+                tail = whole[len(head) :]
+            else:
+                tail = continuation(self.tokenizer, head, completion, whole, head)
+            rows.append((self._open(head), self._close(tail)))
+        return rows
+
+    def _open(self, ids: np.ndarray) -> np.ndarray:
+        """Puts the first tokens before ids that lack them (a prompt decoded with its special tokens has them)."""
+        there = len(self.first) and np.array_equal(ids[: len(self.first)], self.first)
+        return ids if there else np.concatenate((self.first, ids))
+
+    def _close(self, ids: np.ndarray) -> np.ndarray:
+        if len(ids) and int(ids[-1]) == self.eos:
+            return ids
+        return np.append(ids, np.int32(self.eos))
+
+    def prompts(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Ids of each example's prompt, ready to be continued."""
+        plain = iter(self.texts([e.prompt or "" for e in examples if not isinstance(e.prompt, list)]))
+        return [
+            self.chat.encode_prompt(example.prompt, example.tools)
+            if isinstance(example.prompt, list)
+            else self._open(next(plain))
+            for example in examples
+        ]
+
+    def completions(self, examples: Sequence[Example], side: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Prompt ids, completion ids and the completion's loss mask; `side` is "completion", "chosen" or "rejected"."""
+        plain = [example for example in examples if not isinstance(example.prompt, list)]
+        pairs = iter(self.pairs([str(e.prompt or "") for e in plain], [getattr(e, side) for e in plain]))
+        return [
+            self.chat.encode_completion(example.prompt, getattr(example, side), example.tools)
+            if isinstance(example.prompt, list)
+            else _whole(*next(pairs))
+            for example in examples
+        ]
+
+    def supervised(self, examples: Sequence[Example], loss_on: LossOn) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and loss mask (int32 and bool `[time]`) of texts, prompt/completion pairs and conversations.
+
+        The first token of a row is never a target, since nothing comes before it.
+        """
+        texts = iter(self.documents([e.text for e in examples if e.text is not None]))
+        plain = [e for e in examples if isinstance(e.prompt, str) and e.messages is None and e.text is None]
+        pairs = iter(self.pairs([str(e.prompt) for e in plain], [str(e.completion) for e in plain]))
+        rows = []
+        for example in examples:
+            if example.text is not None:
+                ids = next(texts)
+                mask = np.ones(len(ids), dtype=bool)
+            elif example.messages is not None or isinstance(example.prompt, list):
+                ids, mask = self._conversation(example, loss_on)
+            else:
+                prompt, completion = next(pairs)
+                ids = np.concatenate((prompt, completion))
+                mask = np.arange(len(ids)) >= (0 if loss_on == "all" else len(prompt))
+            mask[:1] = False
+            rows.append((ids, mask))
+        return rows
+
+    def _conversation(self, example: Example, loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
+        last = loss_on == "last_turn"
+        marked = [*(example.messages or []), *(m for m in example.completion or [] if isinstance(m, dict))]
+        if loss_on == "all" and any(not message.get("learn", True) for message in marked):
+            raise ValueError("a message is marked as not to be learnt, but here every token is learnt")
+        if example.messages is not None:
+            ids, mask = self.chat.encode(example.messages, last_only=last, tools=example.tools)
+        else:
+            prompt: list[Any] = list(example.prompt or [])
+            completion: list[Any] = list(example.completion or [])
+            messages = [*prompt, *completion]
+            ids, mask = self.chat.encode(messages, first=len(prompt), last_only=last, tools=example.tools)
+        return ids, np.ones_like(mask) if loss_on == "all" else mask
+
+
+def _whole(prompt: np.ndarray, completion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A plain pair, all of whose completion is to be scored."""
+    return prompt, completion, np.ones(len(completion), dtype=bool)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from alignment_modules.paradigms.table import PARADIGMS
+from alignment_modules.paradigms import PARADIGMS
 from tests.paradigms import OF_A_KIND, ROWS, SOURCES, build
 
 

@@ -11,8 +11,8 @@ from datamodules import (
     PromptDataModule,
     SFTDataModule,
     UnpairedDataModule,
-    formats,
 )
+from datamodules.rows import formats
 from datamodules.rows.formats import Example, normalise, recognise
 from datamodules.text.encoding import Encoder
 

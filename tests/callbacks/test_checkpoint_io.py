@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from alignment_modules.callbacks import AtomicCheckpointIO, CheckpointError
-from alignment_modules.callbacks import atomic_checkpoint as atomic_checkpoint_module
+from alignment_modules.training import checkpoint_io
 
 CHECKPOINT = {"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3, "pytorch-lightning_version": "2.6.6"}
 
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch, stage):
     if stage == "write":
         monkeypatch.setattr(torch, "save", full_after(100))
     else:
-        monkeypatch.setattr(atomic_checkpoint_module.os, stage, fail)
+        monkeypatch.setattr(checkpoint_io.os, stage, fail)
     with pytest.raises(
         OSError, match=r"cannot write checkpoint '.*last.ckpt': No space left.*previous file.*untouched"
     ):

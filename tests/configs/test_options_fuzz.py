@@ -221,7 +221,7 @@ def test_short_names_of_rewards(parser, monkeypatch, form):
     assert parser.instantiate(parser.parse_args(given)).model.rewards.names == ("exact_match",)
 
 
-@pytest.mark.parametrize("cls", {cls for _, cls in cases()}, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", dict.fromkeys(cls for _, cls in cases()), ids=lambda cls: cls.__name__)
 def test_every_number_has_a_range(cls):
     for _, parameter, hint, _ in options_of(cls):
         if parameter.name not in ("label",):

@@ -159,11 +159,12 @@ class GRPOModule(ActingModule):
         """
         if self.scale_rewards not in ("batch", "batch_tokens"):
             return group_advantages(rewards, scale=self.scale_rewards)
-        gathered = self.all_gather_ragged(torch.stack([rewards.double(), lengths.double()], dim=-1))
-        every, start = torch.cat(gathered).to(rewards.device), sum(map(len, gathered[: self.global_rank]))
-        tokens = every[..., 1] if self.scale_rewards == "batch_tokens" else None
-        found = group_advantages(every[..., 0].to(rewards), scale=self.scale_rewards, lengths=tokens)
-        return found[start : start + len(rewards)]
+
+        def of_all(every: Tensor) -> Tensor:
+            tokens = every[..., 1] if self.scale_rewards == "batch_tokens" else None
+            return group_advantages(every[..., 0].to(rewards), scale=self.scale_rewards, lengths=tokens)
+
+        return self.over_ranks(torch.stack([rewards.double(), lengths.double()], dim=-1), of_all)
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The clipped policy-gradient loss of a piece of a rollout, summed as the loss's reduction says."""

@@ -78,16 +78,17 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy")
 
     Args:
         policy: The model.
-        tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length.
+        tokenizer: A transformers tokenizer, or any object with `get_vocab()` or a length; others are not checked.
         name: What the model is called in the message.
 
     Raises:
         ValueError: The largest id does not fit; the message names both sizes.
     """
     rows = vocabulary_size(policy)
-    if rows is None:
+    vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else None
+    if rows is None or (vocabulary is None and not hasattr(tokenizer, "__len__")):
         return
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1 if hasattr(tokenizer, "get_vocab") else len(tokenizer)
+    needed = len(tokenizer) if vocabulary is None else max(vocabulary, default=-1) + 1
     if needed > rows:
         raise ValueError(
             f"The tokenizer has {needed} ids (largest {needed - 1}) but the {name} {type(policy).__name__} has "

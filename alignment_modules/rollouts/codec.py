@@ -33,6 +33,19 @@ class Codec:
         found = getattr(self.tokenizer, "pad_token_id", None)
         return int(found) if found is not None else 0
 
+    def require_tokenizer(self) -> Any:
+        """The tokenizer.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "tokenizer=None: rewards read text. Give the module a tokenizer (a folder or an object), or the "
+                "Trainer a datamodule that has one"
+            )
+        return self.tokenizer
+
     def decode(self, rows: list[list[int]]) -> list[str]:
         """Completions as text: without the stop token, with all else, such as a special `<think>`."""
         stops, kept = set(self.stop_token_ids), []
@@ -41,7 +54,7 @@ class Codec:
             while end and row[end - 1] in stops:
                 end -= 1
             kept.append(row[:end])
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
+        return self.require_tokenizer().batch_decode(kept, skip_special_tokens=False)
 
     def prompts(self, batch: Mapping[str, Any]) -> list[Any]:
         """A batch's prompts as the data set gave them (column `prompt`: text or messages), else decoded."""
@@ -52,7 +65,7 @@ class Codec:
     def seen_prompts(self, batch: Mapping[str, Any], *, skip_special_tokens: bool = False) -> list[str]:
         """A batch's prompts as the policy saw them, decoded."""
         rows = real_tokens(batch["prompts"], batch["prompt_attention_mask"])
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
+        return self.require_tokenizer().batch_decode(rows, skip_special_tokens=skip_special_tokens)
 
     def encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         """Token ids of a prompt that is to be completed: a text as it stands, messages by the chat template.

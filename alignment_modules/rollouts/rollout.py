@@ -34,6 +34,7 @@ class Rollout:
             is exactly 1.
         reference_logps: [N, T] float32.
         values: [N, T] float32, a critic's.
+        returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
 
     Raises:
@@ -54,6 +55,7 @@ class Rollout:
     old_logps: Tensor | None = None
     reference_logps: Tensor | None = None
     values: Tensor | None = None
+    returns: Tensor | None = None
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from alignment_modules.functional.ranges import Count, Finite, Natural, Positive
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Ask, Scores, score
-from alignment_modules.policies.segments import Segments
+from alignment_modules.policies.segments import Reads, Segments
 from alignment_modules.rewards import RewardError, RewardSet
 from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.actor import Actor
@@ -89,11 +89,13 @@ class ActingModule(UpdateModule):
         """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.
 
         Raises:
-            ValueError: If a key or column is missing, or what is given does not fit together (`check_given_rollout`).
+            ValueError: If a key or column is missing, what is given does not fit together (`check_given_rollout`), or
+                rewards are to read what no tokenizer can decode.
         """
         super().check_batch(batch)
         check_given_rollout(batch)
         if not isinstance(batch.get("rewards"), Tensor):
+            self.codec.require_tokenizer()
             self.rewards.check_columns(columns_of(batch).keys())
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
@@ -167,6 +169,17 @@ class ActingModule(UpdateModule):
                     return
                 yield part
 
+    def segments_of(self, rollout: Rollout, targets: Tensor, reads: Reads = "targets") -> Segments:
+        """A piece of a rollout as `read` takes it, on this module's device.
+
+        Args:
+            rollout: The piece.
+            targets: [N, T] bool, on the host: which tokens are asked about.
+            reads: As in `Segments`.
+        """
+        rows = rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets
+        return Segments.from_prompts(*rows, reads=reads).to(self.device)
+
     def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
         """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
 
@@ -176,8 +189,8 @@ class ActingModule(UpdateModule):
             targets: [N, T] bool, on the host: which tokens are scored.
             ask: As in `score`.
         """
-        segments = Segments.from_prompts(rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets)
-        scores = score(model, segments.to(self.device), temperature=self.actor.sampling.temperature, ask=ask)
+        segments = self.segments_of(rollout, targets)
+        scores = score(model, segments, temperature=self.actor.sampling.temperature, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -346,14 +345,6 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
             return values
         # A copy: the collective writes into what it is given.
         return self.trainer.strategy.reduce(values.to(self.device, copy=True), reduce_op=how)
-
-    def all_gather_ragged(self, values: Any) -> list[Any]:
-        """Every rank's tensor or dictionary of tensors and lists, in rank order, whatever their lengths."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return [values]
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, move_data_to_device(values, "cpu"))
-        return move_data_to_device(parts, self.device)
 
     def on_train_epoch_end(self) -> None:
         """Logs the steps of the epoch that no interval has logged.

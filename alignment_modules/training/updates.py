@@ -6,6 +6,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
@@ -63,6 +64,25 @@ class UpdateModule(AlignmentModule):
         ranks, rank = (self.all_gather_ragged(own), self.global_rank) if self.training else ([own], 0)
         start = sum(map(count_rows, ranks[:rank]))
         return join(ranks), slice(start, start + count_rows(own))
+
+    def all_gather_ragged(self, values: Any) -> list[Any]:
+        """Every rank's tensor or dictionary of tensors and lists, in rank order, whatever their lengths."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return [values]
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, move_data_to_device(values, "cpu"))
+        return move_data_to_device(parts, self.device)
+
+    def over_ranks(self, rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is computed of the rows of all ranks together: this rank's part of it.
+
+        Args:
+            rows: [rows, ...], another number of them on each rank.
+            compute: From the rows of all ranks, in rank order, to as many.
+        """
+        ranks = self.all_gather_ragged(rows)
+        start = sum(map(len, ranks[: self.global_rank]))
+        return compute(torch.cat(ranks).to(rows.device))[start : start + len(rows)]
 
     def units(self, piece: Any) -> dict[str, Tensor] | None:
         """The weight of each of the objective's terms in a piece, from masks alone; None: the objective has one term.

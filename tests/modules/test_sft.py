@@ -188,7 +188,7 @@ def test_compiling_all_of_a_module_is_refused_and_its_policy_is_not(train, tiny_
 
 
 def test_segments_come_with_the_batch_and_are_built_once(train, tiny_llama, batch, monkeypatch):
-    from alignment_modules import sft
+    from alignment_modules.paradigms import sft
     from alignment_modules.policies.segments import Segments
 
     built, read = [], []

@@ -23,8 +23,9 @@ UNIT := functional datamodules rewards training test_private_attributes.py test_
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not distributed" $(addprefix tests/,$(UNIT))
 
+# Two processes, a file of tests each at a time: as many as the two slow cores that it is meant for.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

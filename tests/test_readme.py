@@ -267,7 +267,7 @@ def test_contributing_example(workplace, align, tmp_path, monkeypatch):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     arguments = [
         "fit",
         f"--config={tmp_path / 'orpo.yaml'}",

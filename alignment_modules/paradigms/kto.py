@@ -29,9 +29,8 @@ class KTOModule(UpdateModule):
     `1 - sigmoid(beta (r - z))` and another's `1 - sigmoid(beta (z - r))`, averaged over the completions of the whole
     optimizer step. `z`, how far the policy is from the reference, is the mean log-ratio, but at least 0, of each prompt
     with the completion of the nearest row before it that has another prompt, rows standing in a circle in the order of
-    the batch's `index`, else as they come. It is one for a step, over all its rows on all ranks and without gradient,
-    so that no `micro_batch_size` changes it; in validation each batch has its own. A batch may hold
-    `completion_loss_mask` `[batch, time]`: which of a completion's tokens the policy wrote.
+    the batch's `index`, else as they come. It is one for a step, over all rows on all ranks and without gradient; in
+    validation each batch has its own. `completion_loss_mask` `[batch, time]`, if given, marks the policy's own tokens.
 
     Args:
         reference: What the policy is held to: a folder, a `PolicyConfig` or a module. None: a frozen copy of the policy

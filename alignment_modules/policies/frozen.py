@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
-from alignment_modules.policies.config import DTYPES, PolicyConfig
+from alignment_modules.policies.config import DTYPES, Head, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
@@ -158,7 +158,12 @@ class Frozen(nn.Module):
 
 
 def frozen_companion(
-    model: str | PolicyConfig | nn.Module | None, policy: nn.Module, *, name: str = "reference", saved: bool = False
+    model: str | PolicyConfig | nn.Module | None,
+    policy: nn.Module,
+    *,
+    name: str = "reference",
+    saved: bool = False,
+    head: Head | None = "lm",
 ) -> Frozen:
     """Builds the frozen model that a policy is held against.
 
@@ -172,6 +177,7 @@ def frozen_companion(
         policy: The policy, built.
         name: What the option is called in an error.
         saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy.
+        head: The head that it is to have, as in `build_policy`; None: any.
 
     Raises:
         ValueError: The model is the policy itself or shares a weight with it, or cannot be built.
@@ -185,7 +191,7 @@ def frozen_companion(
         dtype = next((p.dtype for p in policy.parameters() if p.is_floating_point()), None)
         model = PolicyConfig(path=os.fspath(model), dtype=names.get(dtype, "float32"))
     try:
-        module = build_policy(model, trainable=False)
+        module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:
         raise type(error)(_renamed(str(error), name)) from error
     ours = {id(parameter) for parameter in policy.parameters()}

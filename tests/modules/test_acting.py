@@ -323,3 +323,18 @@ def test_any_engine_serves(make, train):
     assert engine.asked == [(4, 4, (0, 1, 2, 3), 0, (2, 7)), (3, 4, (0, 1, 2), 2, (2, 7))]
     assert module.rollout.old_logps[module.rollout.own].isfinite().all()
     assert trainer.callback_metrics["train/importance_ratio/mean"] != 1
+
+
+def test_rewards_need_a_tokenizer_and_given_ones_do_not(make, train):
+    with pytest.raises(ValueError, match="tokenizer=None: rewards read text"):
+        train(make(tokenizer=None), [prompts()])
+    assert train(make(tokenizer=None), [given([0.0, 1.0, 2.0, 3.0])]).global_step == 1
+
+
+def test_a_tokenizer_of_unknown_size_is_taken(make, train):
+    class Decodes:
+        eos_token_id = 7
+        batch_decode = Ids.batch_decode
+        decode = Ids.decode
+
+    assert train(make(tokenizer=Decodes()), [prompts()]).global_step == 1

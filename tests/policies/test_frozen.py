@@ -273,3 +273,11 @@ def test_row_keys_know_values_and_not_their_padding():
     assert first == second == fourth != third
     assert row_keys((values, mask), (mask, mask))[0] != first
     assert row_keys((values[:0], mask[:0])) == []
+
+
+def test_a_reward_model_is_no_reference(tiny_llama):
+    model = PolicyConfig(config={**tiny_llama.config.to_dict(), "model_type": "llama"}, head="scalar")
+    with pytest.raises(ValueError, match="reference"):
+        frozen_companion(model, tiny_llama)
+    frozen = frozen_companion(model, tiny_llama, name="reward_model", head="scalar")
+    assert frozen.module.score.out_features == 1

@@ -195,7 +195,7 @@ def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> N
     steps = options.warmup + options.steps
     for step, batch in zip(range(1, steps + 1), data, strict=False):
         watch.tokens.append(batch_tokens(batch))
-        objective = module.objective(module.roll_out(batch) if options.method == "grpo" else batch)
+        objective = module.objective(module.annotate(module.roll_out(batch)) if options.method == "grpo" else batch)
         module.extra_metrics(batch, objective)
         (objective.total / objective.weight).backward()
         torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     "options",
     [
         ["sft"],
-        ["sft", "--bare"],
+        ["grpo", "--bare"],
         ["dpo", "--variant", "cached"],
         ["grpo", "--check"],
         ["grpo", "--beta", "0.04", "--profile", "3"],

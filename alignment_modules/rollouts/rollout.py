@@ -59,16 +59,17 @@ class Rollout:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
+        prompts = self.prompt_ids.shape[0]
         for name, values, per in self._tensors():
-            rows = len(self) * (self.group if per == "completion" else 1)
-            if len(values) != rows:
+            rows = prompts * self.group if per == "completion" else prompts
+            if values.shape[0] != rows:
                 raise ValueError(
-                    f"{type(self).__name__}.{name} has {len(values)} rows; {len(self)} prompts with {self.group} "
+                    f"{type(self).__name__}.{name} has {values.shape[0]} rows; {prompts} prompts with {self.group} "
                     f"completions each need {rows}, one a {per}"
                 )
 
     def __len__(self) -> int:
-        return len(self.prompt_ids)
+        return self.prompt_ids.shape[0]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
         """Every tensor with its name and what it has a row for: "prompt" or "completion"."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignment_modules.policies.masks import check_unbroken
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -23,10 +25,10 @@ class Prompts:
 
     @classmethod
     def from_padded(cls, prompt_ids: Tensor, prompt_mask: Tensor) -> Prompts:
-        """Drops the padding of `[prompts, time]` ids, on whichever side and in whatever holes it is.
+        """Drops the padding of `[prompts, time]` ids, on whichever side it is.
 
         Raises:
-            ValueError: If the shapes differ, there is no prompt, or a prompt has no token.
+            ValueError: If the shapes differ, there is no prompt, a prompt has no token or one is masked between others.
         """
         if prompt_ids.ndim != 2 or prompt_ids.shape != prompt_mask.shape:
             raise ValueError(
@@ -35,7 +37,7 @@ class Prompts:
             )
         if prompt_ids.numel() == 0:
             raise ValueError(f"prompt_ids must hold at least one token, got shape {list(prompt_ids.shape)}.")
-        mask = prompt_mask.bool()
+        mask = check_unbroken("prompt_mask", prompt_mask)
         lengths = mask.sum(1)
         if not bool(lengths.all()):
             empty = (lengths == 0).nonzero().flatten().tolist()

@@ -6,7 +6,7 @@ from alignment_modules.rollouts import SamplingParameters, sample
 PATHS = ["recompute", "cached", "fast"]
 LEFT = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
 RIGHT = LEFT.flip(1)
-HOLES = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
+BOTH = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0]])
 STOPS = (3, 7, 11, 20, 33)
 
 
@@ -18,7 +18,7 @@ def prompts(mask, vocabulary=40):
     return ids
 
 
-@pytest.mark.parametrize("mask", [LEFT, RIGHT, HOLES], ids=["left", "right", "holes"])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, BOTH], ids=["left", "right", "both"])
 @pytest.mark.parametrize("path", PATHS)
 def test_log_probabilities_equal_rescored_ones(make_policy, force, rescore, path, mask):
     force(path)
@@ -42,6 +42,12 @@ def test_log_probabilities_equal_rescored_ones(make_policy, force, rescore, path
     assert (got.ids[~got.mask] == 0).all()
     assert (got.token_logps[~got.mask] == 0).all()
     assert got.token_logps.dtype == torch.float32
+
+
+def test_a_hole_in_a_prompt_is_refused_by_name(make_policy):
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 0]])
+    with pytest.raises(ValueError, match=r"^prompt_mask has a hole: it is 0 at row 1, column 1, between tokens"):
+        sample(make_policy(), prompts(mask), mask, parameters=SamplingParameters(4))
 
 
 def test_all_paths_and_layouts_give_the_same_tokens(make_policy, force):

@@ -30,10 +30,14 @@ _SHOWN = {  # metrics of the summary, and which of their values is the best
     "val/reward": _MOST,
     "val/exact_match": _MOST,
 }
+_ACT = "align fit --config configs/recipes/grpo.yaml --model.policy.path {export} --data.train QUESTIONS"
 _NEXT = {  # what one usually does with the exported policy
     "pretrain": "align fit --config configs/recipes/sft.yaml --model.policy.path {export} --data.train DEMONSTRATIONS",
     "sft": "align fit --config configs/recipes/dpo.yaml --model.policy.path {export} --data.train PAIRS",
-    "dpo": "align fit --config configs/recipes/grpo.yaml --model.policy.path {export} --data.train QUESTIONS",
+    "reward": "align fit --config configs/recipes/grpo.yaml --model.policy.path POLICY --model.rewards {export} "
+    "--data.train QUESTIONS",
+    "dpo": _ACT,
+    "kto": _ACT,
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }
 

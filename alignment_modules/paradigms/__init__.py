@@ -1,4 +1,4 @@
-"""What is trained on what: one file a paradigm, none of which imports another, and the table of them."""
+"""What is trained on what: a file a paradigm, none importing another (but pretraining SFT), and the table of them."""
 
 from typing import Any
 

@@ -1,8 +1,11 @@
 """The report says what runs and what came of it; the watch warns once of what teaches nothing."""
 
+from pathlib import Path
+
 import pytest
 
 from alignment_modules.callbacks import LearningWatch, RunReport
+from alignment_modules.paradigms import PARADIGMS
 
 
 class Logs:
@@ -36,6 +39,18 @@ def test_beginning_and_end(boring, make_trainer, loader, capsys, tmp_path):
     assert "first 3, last 1.5, best 0.5 at step 4" in told["train/loss"]
     assert "export/" in told["files"]
     assert f"--model.policy.path {tmp_path / 'export'}" in told["next"]
+
+
+@pytest.mark.parametrize("paradigm", [module.paradigm for module in PARADIGMS])
+def test_every_paradigm_says_what_comes_next(paradigm, boring, make_trainer, loader, capsys, tmp_path):
+    module = boring()
+    module.paradigm = paradigm
+    (tmp_path / "export").mkdir()
+    make_trainer(RunReport()).fit(module, loader)
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[0] == "next"
+    assert str(tmp_path / "export") in command
+    assert Path(command[command.index("--config") + 1]).is_file()
 
 
 def test_a_module_that_describes_itself_is_not_described_twice(boring, make_trainer, loader, capsys):

@@ -75,7 +75,9 @@ class TestAfterSIGKILL:
         runs(f"killed_{workers}", code=-signal.SIGKILL)
         whole, resumed = weights(runs("whole")), weights(runs(f"resumed_{workers}"))
         start = load_file(workplace / "policy" / "model.safetensors")
-        assert not any(torch.equal(value, start[key]) for key, value in whole.items())
+        trunk = whole.keys() & start.keys()  # a reward model has a head of its own
+        assert len(trunk) >= len(start) - 1
+        assert not any(torch.equal(whole[key], start[key]) for key in trunk)
         assert equal(whole, resumed)
 
     def test_same_rows_in_the_same_order(self, runs, paradigm, workers):

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
-from datamodules.ranges import MAX_INT, Count, Range, Seed, check_options
+from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.rows.questions import question_name
 from datamodules.rows.rows import RenamedRows, Rows
 from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
-from datamodules.rows.splits import check_share, take_share
+from datamodules.rows.splits import check_share, first_rows, take_share
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.workers import start_worker
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
 SPLITS = ("train", "validation", "test", "predict")
+# The same rows once more, in another form.
+VALIDATION_PROMPTS, TEST_TARGETS = "validation prompts", "test targets"
+_WITH_PROMPT = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -54,9 +57,14 @@ class AlignmentDataModule(LightningDataModule):
         chat_template: Replaces the tokenizer's chat template: "plain", a file, or the template itself.
         as_chat: Turn plain prompts and completions into chat messages.
         columns: New names for columns of the sources, such as {"question": "prompt"}.
+        validation_prompts: Of that many validation rows that have a prompt and other columns, such as an `answer`, the
+            prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
+        test_targets: Whether test rows with targets are also given with these, in a second test loader.
     """
 
     accepts: tuple[str, ...] = ()
+    gives_prompts: bool = False
+    """Whether batches of every split are prompts."""
 
     def __init__(
         self,
@@ -77,6 +85,8 @@ class AlignmentDataModule(LightningDataModule):
         chat_template: str | None = None,
         as_chat: bool = False,
         columns: dict[str, str] | None = None,
+        validation_prompts: Natural = 64,
+        test_targets: bool = False,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -90,6 +100,7 @@ class AlignmentDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.shuffle, self.seed, self.drop_last, self.num_workers = shuffle, seed, drop_last, num_workers
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
+        self.validation_prompts, self.test_targets = validation_prompts, test_targets
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
@@ -189,20 +200,23 @@ class AlignmentDataModule(LightningDataModule):
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
         return loader
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches in the order of the source, each row on one rank."""
-        return self._evaluation_loader("validation")
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Validation batches in the order of the source, each row on one rank; the `validation_prompts` come second."""
+        return self._evaluation_loaders("validation", VALIDATION_PROMPTS)
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches: prompts (with the other columns) where the rows have one, else the training format."""
-        return self._evaluation_loader("test")
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Test batches: prompts (with the other columns) where the rows have one, else the training format.
+
+        With `test_targets` there is a second loader of the training format.
+        """
+        return self._evaluation_loaders("test", TEST_TARGETS)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches to predict, in the format of `test_dataloader`."""
         return self._evaluation_loader("predict")
 
     def _table(self, split: str) -> Batches:
-        if self.sources[split] is None:
+        if split not in self._tables and self.sources[split] is None:
             raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
         if split not in self._tables:
             self._tables[split] = self._make(split)
@@ -220,6 +234,11 @@ class AlignmentDataModule(LightningDataModule):
             "generator": torch.Generator(),
             "worker_init_fn": start_worker,
         }
+
+    def _evaluation_loaders(self, split: str, view: str) -> DataLoader[Any] | list[DataLoader[Any]]:
+        first = self._evaluation_loader(split)
+        wanted = self.validation_prompts if view == VALIDATION_PROMPTS else self.test_targets
+        return [first, self._evaluation_loader(view)] if wanted and view in self._tables else first
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         table, collate = self._table(split)
@@ -250,15 +269,28 @@ class AlignmentDataModule(LightningDataModule):
 
     def _make(self, split: str) -> Batches:
         rows = self._read(split)
-        others = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
         seen = formats.summary(rows)
-        kind, accepted, prompts = None, self.accepts, False
+        kind, prompts = self._recognise(split, rows, seen)
+        made = self._table_of(split, rows, kind, seen, prompts)
+        if split == "validation" and self.validation_prompts and not self.gives_prompts:
+            self._add_prompts(rows, seen)
+        if split == "test" and self.test_targets:
+            if self.gives_prompts or kind not in self.accepts:
+                raise ValueError(f"test_targets=True, but {rows.name} has no targets: its format is {kind!r}")
+            if prompts:
+                self._tables[TEST_TARGETS] = self._table_of(TEST_TARGETS, rows, kind, seen, prompts=False)
+        return made
+
+    def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
+        """The format of a split's rows, and whether their prompts alone are used."""
+        kind, accepted = None, self.accepts
         if split in ("test", "predict"):  # prompts where the rows have some, in the module's own formats first
             own = [name for name in self.accepts if name != formats.TEXT]
-            kind = formats.recognise(seen, own) or formats.recognise(seen, others)
-            prompts = kind is not None
-            accepted = tuple(dict.fromkeys((*self.accepts, *others)))
-        kind = kind or formats.recognise(seen, self.accepts)
+            kind = formats.recognise(seen, own) or formats.recognise(seen, _WITH_PROMPT)
+            accepted = tuple(dict.fromkeys((*self.accepts, *_WITH_PROMPT)))
+        if kind is not None:
+            return kind, True
+        kind = formats.recognise(seen, self.accepts)
         if kind is None:
             found = formats.recognise(seen)
             found = f"; that is the format '{found}'" if found else ""
@@ -268,16 +300,35 @@ class AlignmentDataModule(LightningDataModule):
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
             )
+        return kind, False
+
+    def _table_of(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], prompts: bool) -> Batches:
         as_chat = self.as_chat or (
             question_name(seen) == "instruction" and getattr(self.tokenizer, "chat_template", None) is not None
         )
         reader = SplitReader(
             split, rows, kind, self.encoder, max_length=self.max_length, overflow=self.overflow, as_chat=as_chat
         )
-        self.reports[split] = reader.report
+        if split in SPLITS:
+            self.reports[split] = reader.report
         made = reader.prompt_table() if prompts else self.build(reader)
         self._log(reader)
         return made
+
+    def _add_prompts(self, rows: Rows, seen: dict[str, Any]) -> None:
+        """The first validation rows as prompts, where that is what they also are."""
+        kind = formats.recognise(seen, _WITH_PROMPT)
+        if kind is None:
+            return
+        try:
+            table, collate = self._table_of(
+                VALIDATION_PROMPTS, first_rows(rows, self.validation_prompts), kind, seen, prompts=True
+            )
+        except ValueError as error:  # they are valid rows all the same
+            logger.info("no completions of validation rows are judged: %s", error)
+            return
+        if getattr(table, "columns", ()):
+            self._tables[VALIDATION_PROMPTS] = table, collate
 
     @rank_zero_only
     def _log(self, reader: SplitReader) -> None:

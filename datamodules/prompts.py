@@ -24,6 +24,7 @@ class PromptDataModule(AlignmentDataModule):
     """
 
     accepts = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
+    gives_prompts = True
 
     def __init__(self, *, max_length: Annotated[int, Range(2, MAX_INT)] = 512, **common: Any) -> None:
         super().__init__(max_length=max_length, **common)

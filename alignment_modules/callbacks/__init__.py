@@ -1,6 +1,7 @@
 """Callbacks and the checkpoint writer that any LightningModule can use."""
 
 from alignment_modules.callbacks.checkpoints import Checkpoints
+from alignment_modules.callbacks.compare_runs import CompareRuns
 from alignment_modules.callbacks.completion_writer import CompletionWriter
 from alignment_modules.callbacks.exact_resume import ExactResume
 from alignment_modules.callbacks.export import ExportPolicy
@@ -9,6 +10,7 @@ from alignment_modules.callbacks.learning_watch import LearningWatch
 from alignment_modules.callbacks.run_report import RunReport
 from alignment_modules.callbacks.sample_table import SampleTable
 from alignment_modules.callbacks.stop_and_save import StopAndSave
+from alignment_modules.callbacks.tensorboard import TensorBoard
 from alignment_modules.callbacks.throughput import Throughput
 from alignment_modules.training.checkpoint_io import AtomicCheckpointIO, CheckpointError
 
@@ -16,6 +18,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "CheckpointError",
     "Checkpoints",
+    "CompareRuns",
     "CompletionWriter",
     "ExactResume",
     "ExportPolicy",
@@ -24,5 +27,6 @@ __all__ = [
     "RunReport",
     "SampleTable",
     "StopAndSave",
+    "TensorBoard",
     "Throughput",
 ]

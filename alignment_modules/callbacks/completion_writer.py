@@ -16,23 +16,28 @@ from alignment_modules.functional.ranges import check_options
 
 
 class CompletionWriter(Callback):
-    """Writes what `predict_step` returns (a list of rows, or a dictionary of lists of equal length), one line a row.
+    """Writes the rows that `predict_step` returns, and those that `test_step` returns as `rows`, one line a row.
 
-    Every batch is flushed, so an interrupted run leaves what it had. With several processes each writes a part beside
+    Rows are a list of dictionaries, or a dictionary of lists of equal length. Every batch is flushed, so an interrupted
+    run leaves what it had. With several processes each writes a part beside
     the file (`NAME.rank1` and so on), and rank 0 joins them at the end, by the rows' `index` where all have one.
 
     Args:
-        path: The JSONL file; None: `predictions.jsonl` in the Trainer's `default_root_dir`. It is overwritten.
+        path: The JSONL file of `predict`; None: `predictions.jsonl` in the Trainer's `default_root_dir`. It is
+            overwritten.
+        test_path: That of `test`; None: `test.jsonl` there.
+        test: Whether `test` writes at all.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, test_path: str | None = None, test: bool = True) -> None:
         check_options(CompletionWriter.__init__, locals())
-        self.path = path
+        self.path, self.test_path, self.test = path, test_path, test
         self._file: TextIO | None = None
         self._count = 0
 
     def _target(self, trainer: L.Trainer) -> Path:
-        return Path(self.path) if self.path else Path(trainer.default_root_dir) / "predictions.jsonl"
+        given, name = (self.test_path, "test.jsonl") if trainer.testing else (self.path, "predictions.jsonl")
+        return Path(given) if given else Path(trainer.default_root_dir) / name
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the file; what an earlier run wrote stays until there are new rows.
@@ -40,12 +45,7 @@ class CompletionWriter(Callback):
         Raises:
             OSError: If it cannot be written.
         """
-        target = self._target(trainer)
-        part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
-        with naming(part):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(part, "a", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
-        self._count = 0
+        self._open(trainer)
 
     def on_predict_batch_end(
         self,
@@ -62,6 +62,49 @@ class CompletionWriter(Callback):
             TypeError: If `predict_step` returned something else than rows.
             OSError: If they cannot be written.
         """
+        self._write(outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the file, joins the ranks' parts and says where they are."""
+        self._finish(trainer, "predictions")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens no file yet: a test need not have rows."""
+        self._count = 0
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes one batch where there are rows.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        rows = outputs.get("rows") if isinstance(outputs, dict) else None
+        if rows and self.test and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self._file is None:
+                self._open(trainer)
+            self._write(rows)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Closes the file, joins the ranks' parts and says where they are."""
+        self._finish(trainer, "tested completions")
+
+    def _open(self, trainer: L.Trainer) -> None:
+        target = self._target(trainer)
+        part = target if trainer.world_size == 1 else _part(target, trainer.global_rank)
+        with naming(part):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(part, "a", encoding="utf-8")  # noqa: SIM115  closed by the hooks below
+        self._count = 0
+
+    def _write(self, outputs: Any) -> None:
         if self._file is not None:
             lines = [to_json_line(row) for row in _rows(outputs)]
             with naming(Path(self._file.name)):
@@ -71,14 +114,15 @@ class CompletionWriter(Callback):
                 self._file.flush()
             self._count += len(lines)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Closes the file, joins the ranks' parts and says where they are."""
+    def _finish(self, trainer: L.Trainer, what: str) -> None:
+        written = self._file is not None
         self._close()
         if trainer.world_size > 1:
             trainer.strategy.barrier("completion_writer")
-            if trainer.is_global_zero:
+            if written and trainer.is_global_zero:
                 self._count = _join(self._target(trainer), trainer.world_size)
-        rank_zero_info(f"wrote {self._count} predictions to {self._target(trainer)}")
+        if written:
+            rank_zero_info(f"wrote {self._count} {what} to {self._target(trainer)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Closes the file."""

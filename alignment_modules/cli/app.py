@@ -27,6 +27,7 @@ import datamodules  # makes `--data PreferenceDataModule` known
 from alignment_modules.callbacks import (
     AtomicCheckpointIO,
     Checkpoints,
+    CompareRuns,
     CompletionWriter,
     ExactResume,
     ExportPolicy,
@@ -102,6 +103,7 @@ class AlignCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(LearningWatch, "watch")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_lightning_class_args(CompareRuns, "comparison")
         parser.set_defaults({"trainer.default_root_dir": DEFAULT_ROOT, "trainer.enable_model_summary": False})
 
     def _parse_ckpt_path(self) -> None:
@@ -121,8 +123,10 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "fit":
             self._claim_folder(config)
         if trainer.get("logger") in (None, True):
-            folder = Namespace(save_dir=trainer.default_root_dir, name="", version="", default_hp_metric=False)
-            trainer.logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=folder)
+            folder = Namespace(save_dir=trainer.default_root_dir)
+            trainer.logger = Namespace(
+                class_path="alignment_modules.callbacks.tensorboard.TensorBoard", init_args=folder
+            )
         data = (config.get("data") or {}).get("init_args") or {}
         split = {"fit": "train", "validate": "validation"}.get(self.subcommand, self.subcommand)
         if split in data and data[split] is None and _is_ours(config.data):

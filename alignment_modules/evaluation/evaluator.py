@@ -6,6 +6,7 @@ A pretrained, an instruction-tuned and an aligned policy are measured by the sam
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,7 +16,7 @@ from alignment_modules.evaluation.config import EvaluationConfig
 from alignment_modules.evaluation.metrics import pass_at_k
 from alignment_modules.evaluation.text import TextPrompts, complete_text
 from alignment_modules.functional.statistics import Statistic
-from alignment_modules.rewards import ExactMatch, RewardSet, RewardTable
+from alignment_modules.rewards import ExactMatch, RewardError, RewardSet
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge
 from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, rank_and_world_size, real_tokens
@@ -23,6 +24,20 @@ from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a batch of prompts.
+
+    Attributes:
+        statistics: Sums with their weights, by name.
+        rows: For each prompt its `index`, columns and `prompt`; `completion` and `reward` (None where the verifier does
+            not apply); with samples also `completions` and `rewards`.
+    """
+
+    statistics: dict[str, Statistic]
+    rows: list[dict[str, Any]]
 
 
 class Evaluator:
@@ -40,35 +55,55 @@ class Evaluator:
     def __init__(self, engine: Engine, config: EvaluationConfig, *, codec: Codec) -> None:
         self.engine, self.config, self.codec = engine, config, codec
         self.verifier = RewardSet([config.verifier or ExactMatch()], option="evaluation.verifier")
+        self._told = False
         self.restart()
 
     def restart(self) -> None:
         """Counts prompts anew, at the start of an epoch."""
         self._prompts_seen = 0
-        self._told = False
 
-    def test(self, policy: nn.Module, batch: Mapping[str, Any]) -> dict[str, Statistic]:
-        """`exact_match`, `pass@k` and the lengths over one batch of prompts.
+    def judges(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the batch has the columns that the verifier asks for; where it has not, that is said once."""
+        try:
+            self.verifier.check_columns(columns_of(batch).keys())
+        except RewardError as error:
+            if not self._told:
+                self._told = True
+                rank_zero_info(f"completions are not judged: {error}")
+            return False
+        return True
+
+    def test(self, policy: nn.Module, batch: Mapping[str, Any], greedy: Completions | None = None) -> Measured:
+        """`exact_match`, `reward`, `pass@k` and the lengths over one batch of prompts, and the completions as rows.
+
+        Args:
+            policy: Who writes.
+            batch: Prompts, with the columns that the verifier asks for.
+            greedy: One completion of each prompt where there is one already.
 
         Raises:
             RewardError: If the batch lacks a column that the verifier asks for.
         """
         self.verifier.check_columns(columns_of(batch).keys())
         batch, config = self._indexed(batch), self.config
-        greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
-        correct, applies = self._correct(batch, greedy, 1)
+        if greedy is None:
+            greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
+        reward, rows = self._judge(batch, greedy, self._rows(batch), "completion")
+        applies = ~reward.isnan()
         statistics = {
-            "exact_match": Statistic(correct.sum(), applies.sum()),
+            "exact_match": Statistic((reward >= 1.0).double().sum(), applies.sum()),
+            "reward": Statistic(reward.nansum(), applies.sum()),
             "frac_not_judged": Statistic((~applies).sum(), float(applies.numel())),
             **length_statistics(greedy.mask, greedy.truncated),
         }
         if config.num_samples:
             samples = self.generate(policy, batch, self.parameters(), num_samples=config.num_samples, seed=config.seed)
-            correct, applies = self._correct(batch, samples, config.num_samples)
+            reward, rows = self._judge(batch, samples, rows, "completions")
+            correct, applies = (reward >= 1.0).double(), ~reward.isnan()
             solved = pass_at_k(correct, config.num_samples)
             statistics[f"pass@{config.num_samples}"] = Statistic(solved.sum(), applies.any(dim=1).sum())
             statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
-        return statistics
+        return Measured(statistics, rows)
 
     def predict(self, policy: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.
@@ -81,26 +116,15 @@ class Evaluator:
         if "prompts" not in batch:
             raise ValueError(f"predict needs batches of prompts (key 'prompts'); this one has {sorted(batch)}")
         batch = self._indexed(batch)
-        config, samples = self.config, max(self.config.num_samples, 1)
-        columns = columns_of(batch) | {"prompt": self.codec.prompts(batch)}
-        scored = bool(config.num_samples and (config.verifier or "answer" in columns))
-        if scored:
+        config, rows = self.config, self._rows(batch)
+        name = "completions" if config.num_samples else "completion"
+        parameters, samples = self.parameters(greedy=not config.num_samples), max(config.num_samples, 1)
+        if config.num_samples and config.verifier:
             self.verifier.check_columns(columns_of(batch).keys())
-        elif config.num_samples and not self._told:
-            self._told = True
-            rank_zero_info("predict: the rows have no column 'answer', so their completions are not scored")
-        parameters = self.parameters(greedy=not config.num_samples)
         completions = self.generate(policy, batch, parameters, num_samples=samples, seed=config.seed)
-        table, texts = self._judged(batch, completions) if scored else (None, self.decode(completions))
-        rows: list[dict[str, Any]] = [{"index": index} for index in batch["index"]]
-        for number, row in enumerate(rows):
-            row.update({name: values[number] for name, values in columns.items()})
-            own = texts[number * samples : (number + 1) * samples]
-            row.update({"completions": own} if config.num_samples else {"completion": own[0]})
-        if table is not None:
-            for row, rewards in zip(rows, table.total.view(-1, samples).tolist(), strict=True):
-                row["rewards"] = [None if math.isnan(reward) else reward for reward in rewards]
-        return rows
+        if config.num_samples and self.judges(batch):
+            return self._judge(batch, completions, rows, name)[1]
+        return _with(rows, name, self.decode(completions))
 
     def generate(
         self,
@@ -144,13 +168,19 @@ class Evaluator:
         """The completions as text: without padding and the stop token, with all else, such as a special `<think>`."""
         return self.codec.decode(real_tokens(completions.ids, completions.mask))
 
-    def _judged(self, batch: Mapping[str, Any], completions: Completions) -> tuple[RewardTable, list[str]]:
-        return judge(self.verifier, self.codec, batch, real_tokens(completions.ids, completions.mask))
+    def _rows(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What is known of each prompt: its index, the columns, and itself."""
+        columns = {"index": batch["index"]} | columns_of(batch) | {"prompt": self.codec.prompts(batch)}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def _correct(self, batch: Mapping[str, Any], completions: Completions, samples: int) -> tuple[Tensor, Tensor]:
-        """Whether each completion [prompts, samples] is right, and whether the verifier applies to it at all."""
-        total = self._judged(batch, completions)[0].total.view(-1, samples)
-        return (total >= 1.0).double(), ~total.isnan()
+    def _judge(
+        self, batch: Mapping[str, Any], completions: Completions, rows: list[dict[str, Any]], name: str
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The verifier's value of each completion [prompts, samples], and the rows with both."""
+        table, texts = judge(self.verifier, self.codec, batch, real_tokens(completions.ids, completions.mask))
+        rewards = table.total.view(len(rows), -1)
+        shown = [None if math.isnan(value) else value for value in table.total.tolist()]
+        return rewards, _with(_with(rows, name, texts), name.replace("completion", "reward"), shown)
 
     def _indexed(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with an `index`: what it brings, else a running number, so that no batch size changes a sample."""
@@ -160,3 +190,11 @@ class Evaluator:
         indices = [index + ranks * self._prompts_seen for index in prompt_indices(batch)]
         self._prompts_seen += len(indices)
         return {**batch, "index": indices}
+
+
+def _with(rows: list[dict[str, Any]], name: str, values: list[Any]) -> list[dict[str, Any]]:
+    """Rows with one more entry each: a value, or where the name is a plural a list of as many as each row has."""
+    if name.endswith("s"):
+        size = len(values) // len(rows)
+        values = [values[start : start + size] for start in range(0, len(values), size)]
+    return [row | {name: value} for row, value in zip(rows, values, strict=True)]

@@ -135,9 +135,8 @@ class Actor:
         except NonFiniteLogits as error:
             raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
 
-    def measure(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int) -> dict[str, Statistic]:
-        """Judges one greedy completion of each prompt."""
-        completions = self.complete(policy, batch, step, greedy=True)
+    def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
+        """What the rewards say of one completion of each prompt."""
         table, _ = judge(self.rewards, self.codec, batch, real_tokens(completions.ids, completions.mask))
         reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
         statistics = reward_statistics(table.names, table.values, table.total)

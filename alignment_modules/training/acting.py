@@ -114,8 +114,10 @@ class ActingModule(UpdateModule):
         }
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Judges one greedy completion of each prompt."""
-        self.record_evaluation(self.actor.measure(self.policy, batch, step=self.global_step), dataloader_idx)
+        """Judges one greedy completion of each prompt: by the rewards, and as `test` does where it can."""
+        greedy = self.actor.complete(self.policy, batch, self.global_step, greedy=True)
+        tested = self.writer.test(self.policy, batch, greedy).statistics if self.writer.judges(batch) else {}
+        self.record_evaluation(tested | self.actor.judge(batch, greedy), dataloader_idx)
 
     def describe(self) -> dict[str, str]:
         """Adds how completions are drawn and judged."""

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from alignment_modules.evaluation import EvaluationConfig, Evaluator
+from alignment_modules.evaluation import EvaluationConfig, Evaluator, Measured
 from alignment_modules.evaluation.text import TextPrompts
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.functional.statistics import Statistic
@@ -165,6 +165,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
             raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
         data = getattr(self.trainer, "datamodule", None)
         self.codec.data_stops = tuple(getattr(data, "stop_token_ids", ()))
+        if not self.generates and hasattr(data, "validation_prompts"):
+            data.validation_prompts = 0  # nobody would complete them
         if self.tokenizer is None:
             self.tokenizer = getattr(data, "tokenizer", None)
         if self.tokenizer is not None:
@@ -269,23 +271,29 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         return self.windows[of].add(objective)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the validation means, which do not depend on the batch size."""
-        self.record_evaluation(self.measure(batch), dataloader_idx)
+        """Adds a batch to the validation means, which do not depend on the batch size.
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the means of the test."""
-        self.record_evaluation(self.measure(batch), dataloader_idx)
+        Of prompts completions are judged, where the rows have what the verifier asks for.
+        """
+        if not self._measures_completions(batch) or self.writer.judges(batch):
+            self.record_evaluation(self.measure(batch).statistics, dataloader_idx)
 
-    def measure(self, batch: dict[str, Any]) -> dict[str, Statistic]:
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Adds a batch to the means of the test; returns the completions as `rows`, for callbacks that write them."""
+        measured = self.measure(batch)
+        self.record_evaluation(measured.statistics, dataloader_idx)
+        return {"rows": measured.rows}
+
+    def measure(self, batch: dict[str, Any]) -> Measured:
         """What is measured of a batch: of prompts what the evaluator says of completions, else the objective."""
         if self._measures_completions(batch):
-            return self._writer.test(self.policy, batch)
+            return self.writer.test(self.policy, batch)
         objective = self.objective(batch)
-        return objective.statistics | self.extra_metrics(batch, objective)
+        return Measured(objective.statistics | self.extra_metrics(batch, objective), [])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Rows for a JSONL file; `Evaluator.predict` says which."""
-        return self._writer.predict(self.policy, batch)
+        return self.writer.predict(self.policy, batch)
 
     def generate(
         self,
@@ -301,7 +309,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         For text it answers in text: `module.generate("1+1=")`, also for messages and for lists of either
         (`complete_text` says how).
         """
-        return self._writer.generate(self.policy, batch, parameters, num_samples=num_samples, seed=seed, step=step)
+        return self.writer.generate(self.policy, batch, parameters, num_samples=num_samples, seed=seed, step=step)
 
     def record_evaluation(self, statistics: Mapping[str, Statistic], dataloader_idx: int) -> None:
         """Adds statistics to the means of a validation or test loader."""
@@ -317,7 +325,12 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         self.codec.tokenizer = tokenizer
 
     @property
-    def _writer(self) -> Evaluator:
+    def writer(self) -> Evaluator:
+        """The evaluator.
+
+        Raises:
+            ValueError: If the policy writes nothing.
+        """
         if self.evaluator is None:
             raise ValueError(f"{type(self).__name__} writes nothing: it can neither generate nor predict")
         return self.evaluator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -65,11 +66,12 @@ def publish_training(module: AlignmentModule, step: int) -> None:
 
 
 def publish_evaluation(module: AlignmentModule, stage: Literal["val", "test"]) -> None:
-    """Publishes the means of each validation or test loader, over all ranks."""
-    several = len(module._eval_meters) > 1
-    for number, meters in sorted(module._eval_meters.items()):
-        suffix = f"/dataloader_idx_{number}" if several else ""
-        module.publish({f"{name}{suffix}": v for name, v in meters.compute(module.reduce).items()}, stage)
+    """Publishes the means of each validation or test loader, over all ranks; what several have gets their numbers."""
+    means = {number: meters.compute(module.reduce) for number, meters in sorted(module._eval_meters.items())}
+    found = Counter(name for values in means.values() for name in values)
+    for number, values in means.items():
+        suffixes = {name: f"/dataloader_idx_{number}" if found[name] > 1 else "" for name in values}
+        module.publish({f"{name}{suffixes[name]}": value for name, value in values.items()}, stage)
     module._eval_meters.clear()
 
 

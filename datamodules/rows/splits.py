@@ -102,3 +102,8 @@ def take_share(rows: Rows, share: float, seed: int, split: str) -> SelectedRows:
     size = min(max(round(count * share), 1), count - 1)
     taken[np.random.default_rng([seed, count]).permutation(count)[:size]] = True
     return SelectedRows(rows, taken if split == "validation" else ~taken)
+
+
+def first_rows(rows: Rows, count: int) -> SelectedRows:
+    """The first rows of a table, at most `count`."""
+    return SelectedRows(rows, np.arange(len(rows)) < count)

@@ -1,0 +1,74 @@
+"""TensorBoard that opens on what matters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+WORKINGS = "workings/"
+"""What comes before the names of metrics that matter to who looks for a fault; it sorts last."""
+_WORKINGS = (
+    *("clip_ratio/*", "cispo_clip_ratio", "importance_ratio/*", "sampling/*", "logps/*", "frac_not_judged"),
+    *("completions/m??_length", "completions/*_terminated_length", "rewards/m??", "rewards/*/std"),
+    *("rewards/*/not_applicable", "sample_accuracy", "samples_per_second", "padding_share", "num_tokens"),
+    *("steps_without_targets", "time/*"),
+)
+_LAYOUT = {  # charts of the CUSTOM SCALARS page, and the metrics that each holds
+    "loss": ("train/loss", "val/loss"),
+    "reward": ("train/reward", "val/reward"),
+    "exact match": ("val/exact_match", "test/exact_match"),
+    "accuracy": ("train/mean_token_accuracy", "val/mean_token_accuracy"),
+    "preferred over rejected": ("train/rewards/accuracies", "val/rewards/accuracies"),
+    "margin": ("train/rewards/margins", "val/rewards/margins"),
+    "groups without signal": ("train/frac_reward_zero_std",),
+    "length": ("train/completions/mean_length", "val/completions/mean_length"),
+    "KL": ("train/kl", "val/kl"),
+    "entropy": ("train/entropy", "val/entropy"),
+    "gradient norm": ("train/grad_norm",),
+    "learning rate": ("train/learning_rate",),
+}
+
+
+@cache
+def tag_of(name: str) -> str:
+    """The tag of a metric: diagnostics stand under `workings/`, which sorts last.
+
+    Example:
+        >>> tag_of("train/loss"), tag_of("train/clip_ratio/low_mean")
+        ('train/loss', 'workings/train/clip_ratio/low_mean')
+    """
+    base = name.partition("/")[2].partition("/dataloader_idx_")[0]
+    return WORKINGS + name if any(fnmatchcase(base, pattern) for pattern in _WORKINGS) else name
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's `TensorBoardLogger` for runs that people compare.
+
+    Diagnostics have tags under `workings/`, `epoch` has none. The page CUSTOM SCALARS holds what matters, training and
+    validation in one chart. Tests stand at the number of stages of training behind the policy, so that the stages of a
+    chain make one curve.
+
+    Args:
+        save_dir: Folder of the run.
+        stages: How many stages of training lie behind a policy that is tested.
+    """
+
+    def __init__(self, save_dir: str, stages: int = 0) -> None:
+        super().__init__(save_dir, name="", version="", default_hp_metric=False)
+        self.stages = stages
+        self._laid_out = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Writes numbers, each under its tag."""
+        if not self._laid_out:
+            self._laid_out = True
+            charts = {name: ["Multiline", [f"^{tag}$" for tag in tags]] for name, tags in _LAYOUT.items()}
+            self.experiment.add_custom_scalars({"what matters": charts})
+        for name, value in metrics.items():
+            if name != "epoch":
+                at = self.stages if name.startswith("test/") else step
+                self.experiment.add_scalar(tag_of(name), value, at)

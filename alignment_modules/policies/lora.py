@@ -230,9 +230,7 @@ def adapter_is_identity(policy: nn.Module) -> bool:
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
     left, right = first.state_dict(), second.state_dict()
-    return left.keys() == right.keys() and all(
-        left[key].is_meta or torch.equal(left[key], right[key]) for key in left
-    )
+    return left.keys() == right.keys() and all(left[key].is_meta or torch.equal(left[key], right[key]) for key in left)
 
 
 def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:

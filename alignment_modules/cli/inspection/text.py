@@ -1,0 +1,152 @@
+"""An inspection in a terminal: in colour where it has some, else with the targets in double brackets."""
+
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.text import Text
+
+from alignment_modules.cli.inspection.findings import Inspection, Passage, Row, Token
+from alignment_modules.cli.inspection.words import Fact, Section, headings, judgement, sections
+
+PLAIN_WIDTH = 100
+"""Columns of a line where there is no terminal to ask."""
+_MOST = 600  # tokens shown of a document; of a longer one the first and the last
+_BAR = 40
+_STYLES = {  # by target and special
+    (False, False): "",
+    (False, True): "cyan",
+    (True, False): "bold green",
+    (True, True): "bold green underline",
+}
+
+
+def show(found: Inspection, console: Console | None = None) -> None:
+    """Prints what was found.
+
+    Args:
+        found: The inspection.
+        console: Where; None: standard output.
+    """
+    console = console or _console()
+    coloured = console.color_system is not None
+    _rule(console, found.title)
+    if found.rows:
+        _print(console, Text("The first rows of training, as the model sees them. ") + _legend(coloured))
+    for number, row in enumerate(found.rows, start=1):
+        console.print()
+        _print(console, Text(f"{number}", "bold") + Text("".join(f"   {fact}" for fact in headings(row)), "dim"))
+        _print_row(console, row, coloured)
+    for section in sections(found):
+        console.print()
+        _print_section(console, section)
+    for note in found.notes:
+        _print(console, Text(f"note: {note}"))
+
+
+def _console() -> Console:
+    stream: Any = sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")  # no text of the data may end the command
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
+
+
+def _rule(console: Console, title: str) -> None:
+    _print(console, Text(title, "bold"))
+    _print(console, Text("=" * min(cell_len(title), console.width)))
+
+
+def _legend(coloured: bool) -> Text:
+    if not coloured:
+        return Text("Targets of the loss stand in [[double brackets]].")
+    parts = [("target", (True, False)), ("special target", (True, True)), ("special token", (False, True))]
+    return Text("  ").join(Text(name, _STYLES[kind]) for name, kind in parts)
+
+
+def _print_row(console: Console, row: Row, coloured: bool) -> None:
+    for passage in row.passages:
+        if passage.name:
+            _print(console, Text(passage.name, "dim italic"))
+        for line in _lines(passage, console.width - 2, coloured):
+            _print(console, Text("  ") + line)
+    if row.judged:
+        _print_facts(console, [judgement(judged) for judged in row.judged])
+
+
+def _lines(passage: Passage, width: int, coloured: bool) -> Iterator[Text]:
+    several = len(passage.documents) > 1
+    for number, document in enumerate(passage.documents, start=1):
+        if several:
+            yield Text(f"--- document {number} of {len(passage.documents)}", "dim")
+        head, tail = document, tuple[Token, ...]()
+        if len(document) > _MOST:
+            head, tail = document[: _MOST // 2], document[-_MOST // 2 :]
+        yield from _wrapped(head, width, coloured)
+        if tail:
+            yield Text(f"... {len(document) - _MOST:,} tokens not shown; --html shows all ...", "dim")
+            yield from _wrapped(tail, width, coloured)
+
+
+def _wrapped(tokens: tuple[Token, ...], width: int, coloured: bool) -> Iterator[Text]:
+    """Lines that break between tokens, and behind a newline; a token is broken only where it is longer than a line."""
+    line, used = Text(), 0
+    for number, token in enumerate(tokens):
+        text = token.text
+        if token.target and not coloured:
+            text = "[[" * (not number or not tokens[number - 1].target) + text
+            text += "]]" * (number + 1 == len(tokens) or not tokens[number + 1].target)
+        for piece in chop_cells(text, width) if cell_len(text) > width else [text]:
+            if used and used + cell_len(piece) > width:
+                yield line
+                line, used = Text(), 0
+            line.append(piece, _STYLES[token.target, token.special])
+            used += cell_len(piece)
+        if token.text.endswith("\\n"):
+            yield line
+            line, used = Text(), 0
+    if used:
+        yield line
+
+
+def _print_section(console: Console, section: Section) -> None:
+    _print(console, Text(section.title, "bold"))
+    if section.facts:
+        _print_facts(console, section.facts)
+    if section.bars:
+        most, full = max(count for _, count in section.bars), "\N{FULL BLOCK}" if _draws(console) else "#"
+        wide = max(len(label) for label, _ in section.bars)
+        for label, count in section.bars:
+            length = -(-count * _BAR // most)
+            _print(console, Text(f"  {label:>{wide}} ") + Text(full * length, "blue") + Text(f" {count:,}"))
+    if section.note:
+        console.print(Text(section.note, "dim"))
+
+
+def _draws(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _print_facts(console: Console, facts: Sequence[Fact]) -> None:
+    """Names, values and notes below each other; a note that is longer than the line goes on below itself."""
+    names, values = (max(cell_len(part) for part in column) for column in zip(*((f.name, f.value) for f in facts)))
+    numbers = all(fact.value[:1].isdigit() for fact in facts)
+    for fact in facts:
+        gap = " " * (values - cell_len(fact.value))
+        value = f"{gap}{fact.value}" if numbers else f"{fact.value}{gap}"
+        lead = f"  {fact.name}{' ' * (names - cell_len(fact.name))}  "
+        indent = " " * min(cell_len(lead + value) + 2, console.width // 2)
+        notes = textwrap.wrap(fact.note, max(console.width - len(indent), 20)) or [""]
+        first = Text(lead) + Text(value.rstrip() if not notes[0] else value, "bold") + Text(f"  {notes[0]}", "dim")
+        first.rstrip()
+        _print(console, first)
+        for note in notes[1:]:
+            _print(console, Text(indent + note, "dim"))
+
+
+def _print(console: Console, text: Text) -> None:
+    """A line as it is: wrapped by nobody."""
+    console.print(text, soft_wrap=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row, Sizesfrom alignment_modules.cli.inspection.tokens import printable
+from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row, Sizes
+from alignment_modules.cli.inspection.tokens import printable
 
 LEFT_OUT = (
     "activations, buffers, copies that a strategy makes, reward models, and a sampler's cache; a quantized base counts "

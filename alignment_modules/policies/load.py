@@ -263,7 +263,9 @@ def _check_model_folder(path: str) -> None:
             else ""
         )
         raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {listing(folder)}.{hint}")
-    if not weights and not shapes_only():
+    if not weights and shapes_only():
+        logger.warning("policy.path=%r: the folder has no *.safetensors, which a run needs", path)
+    elif not weights:
         raise ValueError(
             f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
             f"{listing(folder)}."

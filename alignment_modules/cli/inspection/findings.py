@@ -1,6 +1,7 @@
 """What an inspection finds, as plain values; how it is shown is another file's business."""
 
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 
@@ -26,15 +27,14 @@ class Passage:
     Attributes:
         name: "" for a row that is one passage.
         documents: Several where a packed row holds several.
+        length: Its token ids; of `documents` a character that takes several of them is one.
+        targets: Those that are targets.
     """
 
     name: str
     documents: tuple[tuple[Token, ...], ...]
-
-    @property
-    def length(self) -> int:
-        """Shown tokens; a character that takes several of them counts once."""
-        return sum(map(len, self.documents))
+    length: int
+    targets: int
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Row:
     """A row of a batch, as the model sees it.
 
     Attributes:
-        title: Its place among the rows shown.
+        title: Where it comes from, as far as the batch tells.
         passages: Its text.
-        facts: More of it, such as its label, by name.
+        columns: More of it, such as its label or what reaches the rewards, by name.
         judged: What the rewards say of completions of it.
     """
 
     title: str
     passages: tuple[Passage, ...]
-    facts: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
     judged: tuple[Judged, ...] = ()
 
 
@@ -123,6 +123,7 @@ class Plan:
         epochs: Most epochs; None: no limit.
         max_steps: Most optimizer steps; None: no limit.
         steps: Optimizer steps of the whole run, infinite without a limit.
+        completions: Completions of each prompt, and the most tokens of one; None: the module samples none.
     """
 
     processes: int
@@ -132,6 +133,12 @@ class Plan:
     epochs: int | None
     max_steps: int | None
     steps: float
+    completions: tuple[int, int] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return ceil(self.batches / self.accumulate) * self.steps_per_batch
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,6 @@ class Inspection:
         plan: The run's length; None: data alone were inspected.
         memory: Bytes; None: data alone were inspected.
         rewards: What rewards ask for.
-        notes: What else a person should know.
         problems: Why the run would fail, a line each.
     """
 
@@ -202,5 +208,4 @@ class Inspection:
     plan: Plan | None = None
     memory: Memory | None = None
     rewards: tuple[RewardUse, ...] = ()
-    notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()

@@ -34,12 +34,12 @@ def inspect_datamodule(datamodule: LightningDataModule, tokenizer: Any, rows: in
     """
     datamodule.prepare_data()
     datamodule.setup("fit")
-    return read_epoch(datamodule, lambda batch: rows_of(batch, tokenizer), rows)
+    return read_epoch(datamodule, lambda batch, count: rows_of(batch, tokenizer, count), rows)
 
 
 def read_epoch(
     datamodule: LightningDataModule,
-    show: Callable[[dict[str, Any]], list[Row]],
+    show: Callable[[dict[str, Any], int], list[Row]],
     rows: int,
     *,
     limit: int | None = None,
@@ -49,7 +49,7 @@ def read_epoch(
 
     Args:
         datamodule: The data module.
-        show: Makes a batch's rows.
+        show: Makes the first rows of a batch, so many at most.
         rows: How many to show.
         limit: Most batches of an epoch; None: all.
         check: Called with each batch.
@@ -64,7 +64,7 @@ def read_epoch(
         check(batch)
         tally.add(batch)
         if len(shown) < rows:
-            shown += show(batch)[: rows - len(shown)]
+            shown += show(batch, rows - len(shown))
     return Inspection(
         title=type(datamodule).__name__,
         rows=tuple(shown),
@@ -74,27 +74,29 @@ def read_epoch(
     )
 
 
-def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[Row]:
-    """The rows of a batch, token by token.
+def rows_of(batch: Mapping[str, Any], tokenizer: Any, count: int) -> list[Row]:
+    """The first rows of a batch, token by token.
+
+    Args:
+        batch: The batch.
+        tokenizer: Turns ids into text; None: ids are shown.
+        count: How many, at most.
 
     Raises:
         ValueError: If the batch holds none of the keys that a paradigm reads.
     """
     parts, positions = parts_of(batch), batch.get("position_ids")
     rows = list[Row]()
-    for number in range(len(parts[0][1])):
-        passages, facts = list[Passage](), dict[str, str]()
+    for number in range(min(count, len(parts[0][1]))):
+        passages = list[Passage]()
         for name, ids, mask, targets in parts:
             kept = mask[number].bool()
             own, learnt = ids[number][kept].tolist(), targets[number][kept].tolist()
             starts = _starts(positions, number, kept)
             ends = [*starts[1:], len(own)]
             texts = tuple(readable(tokenizer, own[a:b], learnt[a:b]) for a, b in zip(starts, ends, strict=True))
-            passages.append(Passage(name, texts))
-            facts[f"{name} tokens".strip()] = f"{len(own)}"
-            if name != "prompt":
-                facts[f"{name} targets".strip()] = f"{sum(learnt)}"
-        rows.append(Row(_title(batch, number), tuple(passages), facts | _columns(batch, number)))
+            passages.append(Passage(name, texts, len(own), sum(map(bool, learnt))))
+        rows.append(Row(_title(batch, number), tuple(passages), _columns(batch, number)))
     return rows
 
 

@@ -1,17 +1,16 @@
 """An inspection as one page of HTML that needs nothing else: no script, no font, no other file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from alignment_modules.cli.inspection.findings import Inspection, Row, Token
-from alignment_modules.cli.inspection.words import Fact, Section, headings, judgement, sections
+from alignment_modules.cli.inspection.words import Fact, Section, columns, judgement, measure, sections
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f7f8; padding: .7rem; margin: .2rem 0 .6rem; }
-h3 .quiet { font-weight: 400; font-size: .85em; margin-left: 1em; }
 pre, .bar { font: 13px/1.6 ui-monospace, monospace; }
 hr { border: 0; border-top: 1px dashed #999; }
 .target { background: #c9efd0; }
@@ -43,24 +42,23 @@ def _page(found: Inspection) -> Iterator[str]:
         yield f'<p class="problem">{escape(problem)}</p>'
     if found.rows:
         yield "<h2>Rows, as the model sees them</h2>"
-        yield '<p><span class="target">What the loss is computed on</span>, <span class="special">special tokens</span>'
+        yield '<p><span class="target">Targets (what is scored)</span>, <span class="special">special tokens</span>'
     for number, row in enumerate(found.rows, start=1):
         yield from _row(number, row)
     for section in sections(found):
         yield from _section(section)
-    for note in found.notes:
-        yield f"<p>{escape(note)}</p>"
     yield "</body></html>\n"
 
 
 def _row(number: int, row: Row) -> Iterator[str]:
-    yield f'<h3>{number} <span class="quiet">{"&ensp; ".join(map(escape, headings(row)))}</span></h3>'
+    yield f"<h3>{escape(f'{number}. {row.title}'.removesuffix('. '))}</h3>"
     for passage in row.passages:
-        if passage.name:
-            yield f'<div class="quiet">{escape(passage.name)}</div>'
+        yield f'<div class="quiet">{escape(measure(passage))}</div>'
         yield f"<pre>{'<hr>'.join(''.join(map(_token, document)) for document in passage.documents)}</pre>"
+    if row.columns:
+        yield _table(columns(row))
     if row.judged:
-        yield _table(tuple(judgement(judged) for judged in row.judged))
+        yield _table([judgement(judged) for judged in row.judged])
 
 
 def _token(token: Token) -> str:
@@ -84,7 +82,7 @@ def _section(section: Section) -> Iterator[str]:
         yield f'<p class="quiet">{escape(section.note)}</p>'
 
 
-def _table(facts: tuple[Fact, ...]) -> str:
+def _table(facts: Sequence[Fact]) -> str:
     rows = (
         f"<tr><td>{escape(fact.name)}</td><td><b>{escape(fact.value)}</b></td>"
         f'<td class="quiet">{escape(fact.note)}</td></tr>'

@@ -64,7 +64,7 @@ def inspect_run(
     module.setup("fit")
     batches = _count_batches(trainer, datamodule)
     judging = _Judging(module, completion) if isinstance(module, ActingModule) else None
-    show = judging.rows_of if judging else lambda batch: rows_of(batch, module.tokenizer)
+    show = judging.rows_of if judging else lambda batch, count: rows_of(batch, module.tokenizer, count)
     found = read_epoch(datamodule, show, rows, limit=batches, check=module.check_batch)
     _check_validation(module, datamodule, trainer)
     trainer.batches = batches
@@ -101,6 +101,9 @@ def _check_validation(module: AlignmentModule, datamodule: LightningDataModule, 
 
 def _plan(module: AlignmentModule, trainer: PlannedTrainer, batches: int) -> Plan:
     options = trainer.distributed_sampler_kwargs or {}
+    completions = None
+    if isinstance(module, ActingModule):
+        completions = (module.actor.num_generations, module.actor.sampling.max_completion_length)
     return Plan(
         processes=int(options.get("num_replicas", 1)),
         batches=batches,
@@ -109,6 +112,7 @@ def _plan(module: AlignmentModule, trainer: PlannedTrainer, batches: int) -> Pla
         epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
         max_steps=None if trainer.max_steps == -1 else trainer.max_steps,
         steps=module.total_optimizer_steps,
+        completions=completions,
     )
 
 
@@ -169,8 +173,8 @@ class _Judging:
             RewardUse(name, weight, wanted[name]) for name, weight in zip(rewards.names, rewards.weights, strict=True)
         )
 
-    def rows_of(self, batch: dict[str, Any]) -> list[Row]:
-        rows = rows_of(batch, self.module.tokenizer)
+    def rows_of(self, batch: dict[str, Any], count: int) -> list[Row]:
+        rows = rows_of(batch, self.module.tokenizer, count)
         if isinstance(batch.get("rewards"), Tensor):  # judged already
             return rows
         return [replace(row, judged=tuple(self._judge(batch, number))) for number, row in enumerate(rows)]

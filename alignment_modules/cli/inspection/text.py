@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from alignment_modules.cli.inspection.findings import Inspection, Passage, Row, Token
-from alignment_modules.cli.inspection.words import Fact, Section, headings, judgement, sections
+from alignment_modules.cli.inspection.words import Fact, Section, columns, judgement, measure, sections
 
 PLAIN_WIDTH = 100
 """Columns of a line where there is no terminal to ask."""
@@ -38,13 +38,11 @@ def show(found: Inspection, console: Console | None = None) -> None:
         _print(console, Text("The first rows of training, as the model sees them. ") + _legend(coloured))
     for number, row in enumerate(found.rows, start=1):
         console.print()
-        _print(console, Text(f"{number}", "bold") + Text("".join(f"   {fact}" for fact in headings(row)), "dim"))
+        _print(console, Text(f"{number}. {row.title}".removesuffix(". "), "bold"))
         _print_row(console, row, coloured)
     for section in sections(found):
         console.print()
         _print_section(console, section)
-    for note in found.notes:
-        _print(console, Text(f"note: {note}"))
 
 
 def _console() -> Console:
@@ -62,17 +60,18 @@ def _rule(console: Console, title: str) -> None:
 
 def _legend(coloured: bool) -> Text:
     if not coloured:
-        return Text("Targets of the loss stand in [[double brackets]].")
+        return Text("Targets (what is scored) stand in [[double brackets]].")
     parts = [("target", (True, False)), ("special target", (True, True)), ("special token", (False, True))]
     return Text("  ").join(Text(name, _STYLES[kind]) for name, kind in parts)
 
 
 def _print_row(console: Console, row: Row, coloured: bool) -> None:
     for passage in row.passages:
-        if passage.name:
-            _print(console, Text(passage.name, "dim italic"))
-        for line in _lines(passage, console.width - 2, coloured):
-            _print(console, Text("  ") + line)
+        _print(console, Text(f"  {measure(passage)}", "dim"))
+        for line in _lines(passage, console.width - 4, coloured):
+            _print(console, Text("    ") + line)
+    if row.columns:
+        _print_facts(console, columns(row))
     if row.judged:
         _print_facts(console, [judgement(judged) for judged in row.judged])
 
@@ -92,24 +91,41 @@ def _lines(passage: Passage, width: int, coloured: bool) -> Iterator[Text]:
 
 
 def _wrapped(tokens: tuple[Token, ...], width: int, coloured: bool) -> Iterator[Text]:
-    """Lines that break between tokens, and behind a newline; a token is broken only where it is longer than a line."""
-    line, used = Text(), 0
-    for number, token in enumerate(tokens):
-        text = token.text
-        if token.target and not coloured:
-            text = "[[" * (not number or not tokens[number - 1].target) + text
-            text += "]]" * (number + 1 == len(tokens) or not tokens[number + 1].target)
-        for piece in chop_cells(text, width) if cell_len(text) > width else [text]:
-            if used and used + cell_len(piece) > width:
-                yield line
-                line, used = Text(), 0
-            line.append(piece, _STYLES[token.target, token.special])
-            used += cell_len(piece)
-        if token.text.endswith("\\n"):
+    """Lines that break between words, and behind a newline; a word is broken only where it is longer than a line."""
+    line = Text()
+    for word in _words(tokens, marked=not coloured):
+        if line and line.cell_len + word.cell_len > width:
             yield line
-            line, used = Text(), 0
-    if used:
+            line = Text()
+        while word.cell_len > width:
+            first = chop_cells(word.plain, width)[0]
+            yield word[: len(first)]
+            word = word[len(first) :]
+        line += word
+        if line.plain.endswith("\\n"):
+            yield line
+            line = Text()
+    if line:
         yield line
+
+
+def _words(tokens: tuple[Token, ...], *, marked: bool) -> Iterator[Text]:
+    """Tokens that are one word, together; a special token stands by itself."""
+    word, before = Text(), Token("", special=True)
+    for token, after in zip(tokens, (*tokens[1:], Token("")), strict=True):
+        text = token.text
+        if word and (before.special or token.special or text[:1] == " " or before.text[-1:] == " "):
+            yield word
+            word = Text()
+        if marked and token.target:
+            text = "[[" * (not before.target) + text + "]]" * (not after.target)
+        word += Text(text, _STYLES[token.target, token.special])
+        before = token
+        if token.text.endswith("\\n"):
+            yield word
+            word = Text()
+    if word:
+        yield word
 
 
 def _print_section(console: Console, section: Section) -> None:
@@ -132,7 +148,9 @@ def _draws(console: Console) -> bool:
 
 def _print_facts(console: Console, facts: Sequence[Fact]) -> None:
     """Names, values and notes below each other; a note that is longer than the line goes on below itself."""
-    names, values = (max(cell_len(part) for part in column) for column in zip(*((f.name, f.value) for f in facts)))
+    names, values = (
+        max(cell_len(part) for part in column) for column in zip(*((f.name, f.value) for f in facts), strict=True)
+    )
     numbers = all(fact.value[:1].isdigit() for fact in facts)
     for fact in facts:
         gap = " " * (values - cell_len(fact.value))

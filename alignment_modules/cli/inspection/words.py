@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row, Sizes
+from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Passage, Plan, RewardUse, Row, Sizes
 from alignment_modules.cli.inspection.tokens import printable
 
 LEFT_OUT = (
@@ -28,11 +28,12 @@ _WHY = {
 
 @dataclass(frozen=True)
 class Fact:
-    """A name, its value, and what is to be said about it."""
+    """A name, its value, and what is to be said about it; `warns` where something was lost."""
 
     name: str
     value: str
     note: str = ""
+    warns: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,22 @@ def sections(found: Inspection) -> Iterator[Section]:
         yield Section("Rewards", tuple(map(_reward, found.rewards)))
 
 
-def headings(row: Row) -> list[str]:
-    """What stands above a row: where it comes from, how long it is, and its columns."""
-    return [*([row.title] if row.title else []), *(f"{name} {value}" for name, value in row.facts.items())]
+def measure(passage: Passage) -> str:
+    """A passage's name and length."""
+    targets = "" if passage.name == "prompt" else f", {passage.targets:,} of them targets"
+    return f"{passage.name}   {passage.length:,} tokens{targets}".strip()
+
+
+def columns(row: Row) -> list[Fact]:
+    """What a row brings beside its text."""
+    return [Fact(name, value) for name, value in row.columns.items()]
 
 
 def judgement(judged: Judged) -> Fact:
     """What rewards say of a completion, in a line."""
     values = ", ".join(f"{name} {_number(value)}" for name, value in judged.values.items())
     total = f", in all {_number(judged.total)}" if len(judged.values) > 1 else ""
-    return Fact(judged.what, f"{printable(judged.completion, 40)!r}", f"{values}{total}")
+    return Fact(judged.what, f'"{printable(judged.completion, 40)}"', f"{values}{total}")
 
 
 def _number(value: float | None) -> str:
@@ -89,7 +96,8 @@ def _number(value: float | None) -> str:
 def _reported(report: dict[str, Any]) -> Iterator[Fact]:
     for name, value in report.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
-        yield Fact(name.replace("_", " "), shown, _WHY.get(name, ""))
+        lost = name.startswith("dropped") or name in ("truncated", "ties")
+        yield Fact(name.replace("_", " "), shown, _WHY.get(name, ""), lost)
 
 
 def _lengths(found: Inspection) -> Section:
@@ -145,15 +153,21 @@ def _run(plan: Plan, sizes: Sizes) -> Iterator[Fact]:
     factors = [f"{sizes.most_rows:,} in a batch"]
     factors += [f"{plan.accumulate} batches"] if plan.accumulate > 1 else []
     factors += [f"{plan.processes} processes"] if plan.processes > 1 else []
-    an_epoch = math.ceil(plan.batches / plan.accumulate) * plan.steps_per_batch
     yield Fact("rows of a step", f"{rows:,}", " x ".join(factors) if len(factors) > 1 else "")
     if plan.steps_per_batch > 1:
         yield Fact("steps of a batch", f"{plan.steps_per_batch:,}")
-    yield Fact("steps of an epoch", f"{an_epoch:,}")
+    if plan.completions is not None:
+        of_each, longest = plan.completions
+        yield Fact("completions of them", f"{rows * of_each:,}", f"{of_each:,} a prompt, of at most {longest:,} tokens")
+    yield Fact("steps of an epoch", f"{plan.steps_per_epoch:,}")
     limit = f"max_epochs {plan.epochs:,}" if plan.epochs is not None else "no limit on epochs"
     if plan.max_steps is not None:
         limit += f", max_steps {plan.max_steps:,}"
     yield Fact("optimizer steps", "no end" if math.isinf(plan.steps) else f"{int(plan.steps):,}", limit)
+    if not math.isinf(plan.steps):
+        read = sizes.tokens * plan.processes * plan.steps / max(plan.steps_per_epoch, 1)
+        what = "read" if plan.completions is None else "of prompts"
+        yield Fact("tokens", f"{round(read):,}", f"{what} in the whole run, without padding")
 
 
 def _memory(memory: Memory) -> Iterator[Fact]:
@@ -176,4 +190,6 @@ def _size(count: int) -> str:
 
 
 def _reward(use: RewardUse) -> Fact:
-    return Fact(use.name, f"weight {use.weight:g}", f"asks for {', '.join(use.columns)}")
+    asked = ", ".join(column for column in use.columns if column != "*")
+    more = "; is given all columns" if "*" in use.columns else ""
+    return Fact(use.name, f"weight {use.weight:g}", f"asks for {asked}{more}")

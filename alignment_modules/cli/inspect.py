@@ -45,7 +45,7 @@ class InspectCLI(AlignCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the command's own options to those of `fit`."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--rows", type=int, default=5, help="Rows to show.")
+        parser.add_argument("--rows", type=Any, default=5, help="Rows to show.")
         parser.add_argument("--html", type=str | None, default=None, help="File to write a page to.")
         parser.add_argument("--completion", type=str | None, default=None, help="What the rewards are to judge.")
 

@@ -18,6 +18,7 @@ hr { border: 0; border-top: 1px dashed #999; }
 .quiet { color: #666; }
 td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
 .bar span { display: inline-block; height: .8em; background: #6a9fd4; margin-right: .5em; }
+.warns b { background: #ffe9a8; }
 .problem { color: #a00; }
 """
 
@@ -84,7 +85,7 @@ def _section(section: Section) -> Iterator[str]:
 
 def _table(facts: Sequence[Fact]) -> str:
     rows = (
-        f"<tr><td>{escape(fact.name)}</td><td><b>{escape(fact.value)}</b></td>"
+        f"<tr{' class=warns' * fact.warns}><td>{escape(fact.name)}</td><td><b>{escape(fact.value)}</b></td>"
         f'<td class="quiet">{escape(fact.note)}</td></tr>'
         for fact in facts
     )

@@ -75,7 +75,7 @@ def inspect_run(
         plan=_plan(module, trainer, found.sizes.batches),
         memory=memory,
         rewards=judging.uses() if judging else (),
-        problems=tuple(judging.problems) if judging else (),
+        problems=tuple(dict.fromkeys(judging.problems)) if judging else (),
     )
 
 

@@ -35,10 +35,11 @@ def show(found: Inspection, console: Console | None = None) -> None:
     coloured = console.color_system is not None
     _rule(console, found.title)
     if found.rows:
-        _print(console, Text("The first rows of training, as the model sees them. ") + _legend(coloured))
+        scored = any(passage.targets for row in found.rows for passage in row.passages)
+        _print(console, Text("The first rows of training, as the model sees them. ") + _legend(coloured, scored))
     for number, row in enumerate(found.rows, start=1):
         console.print()
-        _print(console, Text(f"{number}. {row.title}".removesuffix(". "), "bold"))
+        _print(console, Text(f"{number}. {row.title}".rstrip(), "bold") + _unnamed(row))
         _print_row(console, row, coloured)
     for section in sections(found):
         console.print()
@@ -58,16 +59,23 @@ def _rule(console: Console, title: str) -> None:
     _print(console, Text("=" * min(cell_len(title), console.width)))
 
 
-def _legend(coloured: bool) -> Text:
+def _legend(coloured: bool, scored: bool) -> Text:
     if not coloured:
-        return Text("Targets (what is scored) stand in [[double brackets]].")
-    parts = [("target", (True, False)), ("special target", (True, True)), ("special token", (False, True))]
+        return Text("Targets (what is scored) stand in [[double brackets]]." if scored else "")
+    parts = [("special token", (False, True))]
+    parts += [("target (what is scored)", (True, False)), ("special target", (True, True))] if scored else []
     return Text("  ").join(Text(name, _STYLES[kind]) for name, kind in parts)
+
+
+def _unnamed(row: Row) -> Text:
+    """The length of a row that is one passage, for the line above it."""
+    return Text("".join(f" {measure(passage)}" for passage in row.passages if not passage.name), "dim")
 
 
 def _print_row(console: Console, row: Row, coloured: bool) -> None:
     for passage in row.passages:
-        _print(console, Text(f"  {measure(passage)}", "dim"))
+        if passage.name:
+            _print(console, Text(f"  {measure(passage)}", "dim"))
         for line in _lines(passage, console.width - 4, coloured):
             _print(console, Text("    ") + line)
     if row.columns:
@@ -138,8 +146,8 @@ def _print_section(console: Console, section: Section) -> None:
         for label, count in section.bars:
             length = -(-count * _BAR // most)
             _print(console, Text(f"  {label:>{wide}} ") + Text(full * length, "blue") + Text(f" {count:,}"))
-    if section.note:
-        console.print(Text(section.note, "dim"))
+    for line in textwrap.wrap(section.note, console.width - 2):
+        _print(console, Text(f"  {line}", "dim"))
 
 
 def _draws(console: Console) -> bool:
@@ -148,9 +156,8 @@ def _draws(console: Console) -> bool:
 
 def _print_facts(console: Console, facts: Sequence[Fact]) -> None:
     """Names, values and notes below each other; a note that is longer than the line goes on below itself."""
-    names, values = (
-        max(cell_len(part) for part in column) for column in zip(*((f.name, f.value) for f in facts), strict=True)
-    )
+    names = max(cell_len(fact.name) for fact in facts)
+    values = max(cell_len(fact.value) for fact in facts)
     numbers = all(fact.value[:1].isdigit() for fact in facts)
     for fact in facts:
         gap = " " * (values - cell_len(fact.value))
@@ -158,7 +165,7 @@ def _print_facts(console: Console, facts: Sequence[Fact]) -> None:
         lead = f"  {fact.name}{' ' * (names - cell_len(fact.name))}  "
         indent = " " * min(cell_len(lead + value) + 2, console.width // 2)
         notes = textwrap.wrap(fact.note, max(console.width - len(indent), 20)) or [""]
-        first = Text(lead) + Text(value.rstrip() if not notes[0] else value, "bold") + Text(f"  {notes[0]}", "dim")
+        first = Text(lead) + Text(value, "bold yellow" if fact.warns else "bold") + Text(f"  {notes[0]}", "dim")
         first.rstrip()
         _print(console, first)
         for note in notes[1:]:

@@ -36,10 +36,11 @@ def show(found: Inspection, console: Console | None = None) -> None:
     _rule(console, found.title)
     if found.rows:
         scored = any(passage.targets for row in found.rows for passage in row.passages)
-        _print(console, Text("The first rows of training, as the model sees them. ") + _legend(coloured, scored))
+        _print(console, Text("The first rows of training, as the model sees them"))
+        _print(console, _legend(coloured, scored))
     for number, row in enumerate(found.rows, start=1):
         console.print()
-        _print(console, Text(f"{number}. {row.title}".rstrip(), "bold") + _unnamed(row))
+        _print(console, Text.assemble((f"{number}. {row.title}".rstrip(), "bold"), _unnamed(row)))
         _print_row(console, row, coloured)
     for section in sections(found):
         console.print()
@@ -61,7 +62,9 @@ def _rule(console: Console, title: str) -> None:
 
 def _legend(coloured: bool, scored: bool) -> Text:
     if not coloured:
-        return Text("Targets (what is scored) stand in [[double brackets]]." if scored else "")
+        return Text(
+            "Targets (what is scored) stand in [[double brackets]]" if scored else "Nothing of them is a target"
+        )
     parts = [("special token", (False, True))]
     parts += [("target (what is scored)", (True, False)), ("special target", (True, True))] if scored else []
     return Text("  ").join(Text(name, _STYLES[kind]) for name, kind in parts)

@@ -162,9 +162,9 @@ class _Tally:
         self.lengths: list[int] = []
 
     def add(self, batch: Mapping[str, Any]) -> None:
-        counts = {key: int(value) for key, value in count_tokens(batch).items()}
         parts = parts_of(batch)
         rows = len(parts[0][1])
+        counts = {key: int(value) for key, value in count_tokens(batch).items()}
         self.batches, self.rows = self.batches + 1, self.rows + rows
         self.tokens, self.padding = self.tokens + counts["tokens"], self.padding + counts["padding"]
         self.targets += sum(int(targets.sum()) for _, _, _, targets in parts)

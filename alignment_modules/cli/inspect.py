@@ -70,8 +70,8 @@ class InspectCLI(AlignCLI):
         with without_weights(), _warnings_only():
             super().instantiate_classes()
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
+    def fit(self, *arguments: Any, **keywords: Any) -> None:
+        """Runs nothing, in place of the Trainer's own."""
 
     @property
     def options(self) -> Any:

@@ -92,8 +92,9 @@ def figure(text, title, name):
     return line.removeprefix(f"  {name}").split()[0].replace(",", "")
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("overlay", [None, "lora"])
+@pytest.mark.parametrize(
+    ("name", "overlay"), [*((name, None) for name in RECIPES), ("dpo", "lora"), ("reward", "lora")]
+)
 def test_every_recipe_without_weights(inspected, name, overlay, tmp_path, caplog):
     overlays = [f"--config={OVERLAYS / overlay}.yaml"] if overlay else []
     found = inspected(name, *overlays, "--rows=2", f"--trainer.default_root_dir={tmp_path / 'run'}")
@@ -270,7 +271,7 @@ def test_memory_is_that_of_the_model(inspected, model_folder):
     assert int(figure(text, "Memory of a device", "parameters")) == count
     tensors = 4 * 4 * count
     assert float(figure(text, "Memory of a device", "in all")) == pytest.approx(tensors / 2**10, rel=0.01)
-    sgd = inspected("sft", "--model.optimizer=SGD", "--model.optimizer.lr=0.1", "--rows=0")
+    sgd = inspected("sft", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1", "--rows=0")
     assert sgd.code == 0, sgd.err
     assert figure(sgd.out, "Memory of a device", "optimizer") == "0"
 

@@ -194,6 +194,7 @@ def test_a_reward_model_is_not_read(inspected, bare, tmp_path):
     found = inspected("grpo", f"--model.rewards={folder}", "--rows=1")
     assert found.code == 0, found.err
     assert "judge n/a" in found.out
+    assert "since its weights are not read" in " ".join(found.out.split())
 
 
 def test_a_page(inspected, tmp_path):
@@ -271,6 +272,8 @@ def test_memory_is_that_of_the_model(inspected, model_folder):
     assert int(figure(text, "Memory of a device", "parameters")) == count
     tensors = 4 * 4 * count
     assert float(figure(text, "Memory of a device", "in all")) == pytest.approx(tensors / 2**10, rel=0.01)
+    half = inspected("sft", "--trainer.precision=bf16-true", "--rows=0").out
+    assert float(figure(half, "Memory of a device", "in all")) == pytest.approx(tensors / 2**11, rel=0.01)
     sgd = inspected("sft", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1", "--rows=0")
     assert sgd.code == 0, sgd.err
     assert figure(sgd.out, "Memory of a device", "optimizer") == "0"
@@ -285,6 +288,7 @@ REFUSED = {
     "reward": ("grpo", ["--model.rewards=inspected_rewards.breaks"], "an empty completion: reward 'breaks' raised"),
     "schedule": ("sft", ["--model.lr_scheduler.warmup_steps=500"], "warmup_steps=500 must not be more"),
     "rows": ("sft", ["--rows=-1"], "rows=-1 must be"),
+    "completion": ("sft", ["--completion=2"], "completion='2': SFTModule has no rewards"),
     "html": ("sft", ["--html=nowhere/page.html"], "html='nowhere/page.html': there is no folder"),
 }
 

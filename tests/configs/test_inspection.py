@@ -122,6 +122,17 @@ def test_batches_of_others():
         inspect_datamodule(Foreign(), None)
 
 
+def test_a_long_document_is_cut_in_the_terminal_and_says_so(byte_level):
+    rows = [{"prompt": "", "completion": "first" + "a" * 990 + "last"}]
+    found = inspect_datamodule(SFTDataModule(train=rows, tokenizer=byte_level), byte_level)
+    stream = io.StringIO()
+    show(found, Console(file=stream, width=80, color_system=None))
+    text = stream.getvalue().replace("\n    ", "")
+    assert "... 400 tokens not shown; --html shows all ..." in text
+    assert "first" in text
+    assert "last<|im_end|>]]" in text
+
+
 @pytest.mark.parametrize("colour", [None, "truecolor"])
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_layout(byte_level, width, colour):

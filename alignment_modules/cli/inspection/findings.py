@@ -177,11 +177,13 @@ class RewardUse:
         name: Its name in the logs.
         weight: Its factor.
         columns: Parameter names; those in brackets it can do without.
+        computes: Whether it can judge here; a reward model cannot without its weights.
     """
 
     name: str
     weight: float
     columns: tuple[str, ...]
+    computes: bool = True
 
 
 @dataclass(frozen=True)

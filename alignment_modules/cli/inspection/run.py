@@ -55,6 +55,8 @@ def inspect_run(
     Raises:
         ValueError: Where a run would be refused, with the run's own message.
     """
+    if completion is not None and not isinstance(module, ActingModule):
+        raise ValueError(f"completion={completion!r}: {type(module).__name__} has no rewards to judge it; leave it out")
     module.trainer = datamodule.trainer = trainer
     trainer.datamodule = datamodule  # type: ignore[attr-defined]
     trainer.training = True
@@ -62,6 +64,7 @@ def inspect_run(
     datamodule.prepare_data()
     datamodule.setup("fit")
     module.setup("fit")
+    trainer.precision_plugin.convert_module(module)  # as the Trainer does before the first step
     batches = _count_batches(trainer, datamodule)
     judging = _Judging(module, completion) if isinstance(module, ActingModule) else None
     show = judging.rows_of if judging else lambda batch, count: rows_of(batch, module.tokenizer, count)
@@ -159,6 +162,11 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _computes(reward: Any) -> bool:
+    """Whether a reward is more than the shapes of a model."""
+    return not isinstance(reward, SequenceClassifier) or has_weights(reward.model)
+
+
 class _Judging:
     """Shows rows with what the rewards of an acting module say of completions that are given."""
 
@@ -169,9 +177,8 @@ class _Judging:
     def uses(self) -> tuple[RewardUse, ...]:
         rewards = self.module.rewards
         wanted = rewards.wanted()
-        return tuple(
-            RewardUse(name, weight, wanted[name]) for name, weight in zip(rewards.names, rewards.weights, strict=True)
-        )
+        columns = zip(rewards.names, rewards.weights, rewards.functions, strict=True)
+        return tuple(RewardUse(name, weight, wanted[name], _computes(function)) for name, weight, function in columns)
 
     def rows_of(self, batch: dict[str, Any], count: int) -> list[Row]:
         rows = rows_of(batch, self.module.tokenizer, count)
@@ -192,7 +199,7 @@ class _Judging:
         columns = {name: [column[number]] for name, column in columns_of(batch).items()}
         for function, name in zip(rewards.functions, rewards.names, strict=True):
             values[name] = None
-            if isinstance(function, SequenceClassifier) and not has_weights(function.model):
+            if not _computes(function):
                 continue
             try:
                 table = RewardSet([function])(

@@ -79,7 +79,7 @@ def _print_row(console: Console, row: Row, coloured: bool) -> None:
     for passage in row.passages:
         if passage.name:
             _print(console, Text(f"  {measure(passage)}", "dim"))
-        for line in _lines(passage, console.width - 4, coloured):
+        for line in _lines(passage, max(console.width - 4, 8), coloured):
             _print(console, Text("    ") + line)
     if row.columns:
         _print_facts(console, columns(row))

@@ -192,4 +192,5 @@ def _size(count: int) -> str:
 def _reward(use: RewardUse) -> Fact:
     asked = ", ".join(column for column in use.columns if column != "*")
     more = "; is given all columns" if "*" in use.columns else ""
+    more += "" if use.computes else "; judges nothing here, since its weights are not read"
     return Fact(use.name, f"weight {use.weight:g}", f"asks for {asked}{more}")

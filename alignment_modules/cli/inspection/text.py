@@ -63,7 +63,9 @@ def _rule(console: Console, title: str) -> None:
 def _legend(coloured: bool, scored: bool) -> Text:
     if not coloured:
         return Text(
-            "Targets (what is scored) stand in [[double brackets]]" if scored else "Nothing of them is a target"
+            "Targets (what is scored) stand in [[double brackets]]"
+            if scored
+            else "The model writes what follows; nothing of a prompt is scored"
         )
     parts = [("special token", (False, True))]
     parts += [("target (what is scored)", (True, False)), ("special target", (True, True))] if scored else []

@@ -149,7 +149,7 @@ def _columns(batch: Mapping[str, Any], number: int) -> dict[str, str]:
         found["margin"] = f"{float(batch['margin'][number]):g}"
     for name, values in batch.items():
         if isinstance(values, list) and name not in ("index", "prompt"):
-            found[name] = printable(str(values[number]))
+            found[printable(name)] = printable(str(values[number]))
     return found
 
 

@@ -38,6 +38,7 @@ from alignment_modules.callbacks import (
     Throughput,
 )
 from alignment_modules.callbacks.steady_logging import keep_training
+from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
@@ -193,12 +194,13 @@ def _policy_path(policy: Any) -> str | None:
     return policy if isinstance(policy, str) else policy.get("path") if isinstance(policy, Namespace) else None
 
 
-def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
+def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = AlignCLI) -> AlignCLI:
     """Parses the arguments, builds trainer, module and datamodule, and runs the subcommand.
 
     Args:
         args: Command-line arguments; None: those of the process.
         run: Whether there is a subcommand to run; False only builds.
+        cli: What parses, builds and runs.
 
     Returns:
         The CLI object, with `trainer`, `model` and `datamodule`.
@@ -218,7 +220,7 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
         transformers.utils.logging.disable_progress_bar()  # a line for each of its steps in a log file
     warnings.formatwarning = _format_warning
     _show_messages()
-    return AlignCLI(
+    return cli(
         AlignmentModule,
         LightningDataModule,
         parser_class=AlignArgumentParser,
@@ -255,7 +257,10 @@ def main(args: ArgsType = None) -> None:
     AlignCLI.running = lambda: None
     if os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
+    given = sys.argv[1:] if args is None else args
     try:
+        if isinstance(given, list) and given[:1] and given[0] in COMMANDS:
+            sys.exit(run_command(given[0], [str(argument) for argument in given[1:]]))
         run_cli(args)
     except SIGTERMException as stopped:
         sys.exit(143 if stopped.code is None else stopped.code)  # a preempted run is not a finished one

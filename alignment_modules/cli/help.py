@@ -24,6 +24,7 @@ _COMMANDS = {
     "validate": "the objective on data.validation",
     "test": "exact match and pass@k on data.test",
     "predict": "completions of data.predict as JSONL",
+    "inspect": "what a model will see, before training: rows, lengths, steps, memory",
     "list": f"what there is: align list {' | '.join([*_KINDS, 'losses'])}",
 }
 

@@ -32,6 +32,7 @@ from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
+from alignment_modules.policies.weights import building_device, read_model, shapes_only
 
 __all__ = [
     "LoraConfig",
@@ -73,7 +74,8 @@ def build_policy(
         ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
         ImportError: `quantization` without bitsandbytes.
     """
-    model = _build(policy, trainable, head)
+    with building_device():
+        model = _build(policy, trainable, head)
     check_head(model, head)
     if trainable:
         warn_of_left_out_losses(model)
@@ -162,7 +164,8 @@ def _load(policy: PolicyConfig) -> nn.Module:
         model = _from_pretrained(base, policy, adapter.get("revision"))
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
-    model = merge_adapter_folder(model, path, policy.revision)
+    if not shapes_only():  # a merged adapter leaves every shape as it was
+        model = merge_adapter_folder(model, path, policy.revision)
     # These weights exist nowhere on disk: a later adapter must not claim the unmerged base as its own.
     model.name_or_path = model.config.name_or_path = ""  # type: ignore[union-attr,assignment]
     return model
@@ -191,14 +194,8 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
     else:
         auto, kind = transformers.AutoModelForCausalLM, "causal language model"
     try:
-        model, report = auto.from_pretrained(
-            path,
-            dtype=DTYPES.get(policy.dtype, "auto"),
-            use_safetensors=True,
-            trust_remote_code=policy.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        dtype = DTYPES.get(policy.dtype, "auto")
+        model, report = read_model(auto, path, dtype=dtype, trust_remote_code=policy.trust_remote_code, **options)
     except Exception as error:  # transformers raises almost every type here, from OSError to SafetensorError
         where = (
             "the folder"
@@ -266,7 +263,9 @@ def _check_model_folder(path: str) -> None:
             else ""
         )
         raise ValueError(f"policy.path={path!r}: the folder has no config.json; it holds {listing(folder)}.{hint}")
-    if not weights:
+    if not weights and shapes_only():
+        logger.warning("policy.path=%r: the folder has no *.safetensors, which a run needs", path)
+    elif not weights:
         raise ValueError(
             f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
             f"{listing(folder)}."

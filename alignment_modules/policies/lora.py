@@ -219,7 +219,7 @@ def adapter_is_identity(policy: nn.Module) -> bool:
             ups = [layer.lora_B[n] for n in layer.active_adapters if n in layer.lora_B]
             values: list[Tensor] = [p for up in ups for p in up.parameters()]
             values += [layer.lora_embedding_B[n] for n in layer.active_adapters if n in layer.lora_embedding_B]
-            if layer.merged or any(bool(value.detach().any()) for value in values):
+            if layer.merged or any(bool(value.detach().any()) for value in values if not value.is_meta):
                 return False
             base = {id(p) for p in layer.get_base_layer().parameters()}
             own.update(id(p) for p in layer.parameters() if id(p) not in base)
@@ -230,7 +230,7 @@ def adapter_is_identity(policy: nn.Module) -> bool:
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
     left, right = first.state_dict(), second.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return left.keys() == right.keys() and all(left[key].is_meta or torch.equal(left[key], right[key]) for key in left)
 
 
 def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from alignment_modules.policies.config import DTYPES, PolicyConfig
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.tokenizers import load_tokenizer
+from alignment_modules.policies.weights import read_model
 from alignment_modules.rewards.protocol import RewardError
 
 _log = logging.getLogger(__name__)
@@ -224,12 +225,9 @@ def _load(path: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, 
         adapter = PolicyConfig(path=source, head="scalar", dtype=dtypes[dtype], trust_remote_code=trust_remote_code)
         return build_policy(adapter, trainable=False).eval().requires_grad_(False), load_tokenizer(source)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,  # left out, transformers asks on standard input
-            output_loading_info=True,
+        # Without `trust_remote_code` transformers would ask on standard input.
+        model, info = read_model(
+            AutoModelForSequenceClassification, source, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         _refuse_code(path, error)

@@ -88,6 +88,13 @@ class RewardSet:
                 function.to(device)
         return self
 
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """What each reward asks for by parameter name, what it can do without in brackets; "*": whatever there is."""
+        return {
+            name: (*wanted.required, *(f"[{column}]" for column in wanted.optional), *(["*"] * wanted.everything))
+            for name, wanted in zip(self.names, self._wanted, strict=True)
+        }
+
     def check_columns(self, columns: Collection[str]) -> None:
         """Checks, before anything is generated, that the data has what the rewards ask for.
 

@@ -37,6 +37,7 @@ from alignment_modules.callbacks import (
     Throughput,
 )
 from alignment_modules.callbacks.steady_logging import keep_training
+from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
@@ -252,6 +253,11 @@ def main(args: ArgsType = None) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     try:
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list | tuple) and given and str(given[0]) in COMMANDS:
+            if code := run_command(str(given[0]), [str(argument) for argument in given[1:]]):
+                sys.exit(code)
+            return
         run_cli(args)
     except SIGTERMException as stopped:
         sys.exit(143 if stopped.code is None else stopped.code)  # a preempted run is not a finished one

@@ -21,6 +21,7 @@ from alignment_modules.cli.classes import (
     lengthen_argument,
     path_of,
 )
+from alignment_modules.cli.commands import COMMANDS
 from alignment_modules.cli.given import given_options
 from alignment_modules.cli.help import print_help
 from alignment_modules.cli.mistakes import allowed, close, mistakes
@@ -107,7 +108,7 @@ class AlignArgumentParser(LightningArgumentParser):
         commands = getattr(self, "_subcommands_action", None)
         parser = getattr(ex, "subcommand_parser", None) or self._command()
         if parser is self and commands and self._given and not self._given[0].startswith("-"):
-            word, names = self._given[0], list(commands.choices)
+            word, names = self._given[0], [*commands.choices, *COMMANDS]
             self._refuse(f"{word!r} is not a subcommand{close(word, names)}{allowed(names)}")
         with contextlib.suppress(Exception):  # the parser's words must not be lost over a search for better ones
             tree = given_options(self._given, self._folder) or self._tree or {}

@@ -87,9 +87,9 @@ def test_the_module_has_its_own_weights_after_the_best_were_exported(run, workpl
 
     module = SFTModule(policy="policy", optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.02))
     data = SFTDataModule(train="sft.jsonl", validation="others.jsonl", tokenizer="policy", batch_size=4)
-    callbacks = [Keep(), ExportPolicy(which="best"), ModelCheckpoint(monitor="val/loss")]
+    callbacks = [Keep(), ExportPolicy(which="best"), ModelCheckpoint(monitor="val/loss", mode="max")]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(default_root_dir=tmp_path, max_epochs=6, accelerator="cpu", callbacks=callbacks, **quiet)
+    trainer = L.Trainer(default_root_dir=tmp_path, max_epochs=3, accelerator="cpu", callbacks=callbacks, **quiet)
     trainer.fit(module, datamodule=data)
     assert_equal(dict(module.state_dict()), kept)
     best = policy_of(trainer.checkpoint_callback.best_model_path)

@@ -42,22 +42,18 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, temperature: float | None) -> None:
     """Adds the options that say how completions are drawn.
 
     Args:
         parser: The command's.
-        temperature: The default.
+        temperature: The default; None: it depends on the number of samples.
     """
     group = parser.add_argument_group("sampling")
     add = group.add_argument
-    add(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="T",
-        help=f"0: the likeliest tokens (default {temperature:g})",
-    )
+    default = "0 for one sample, 1 for several" if temperature is None else f"{temperature:g}"
+    text = f"0: the likeliest tokens (default {default})"
+    add("--temperature", type=float, default=temperature, metavar="T", help=text)
     add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens of this mass (default 1: all)")
     add("--top-k", type=int, default=0, metavar="K", help="only this many likeliest tokens (default 0: all)")
     add("--max-completion-length", type=int, default=256, metavar="N", help="most tokens of a completion (default 256)")

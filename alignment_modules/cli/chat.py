@@ -20,7 +20,7 @@ from alignment_modules.rollouts.seeds import Seeds
 _HELP = {
     "/undo": "take back the last message and its answer",
     "/retry": "answer the last message again, with other random numbers",
-    "/save FILE": "append the conversation to a JSONL file that SFTDataModule reads",
+    "/save FILE": "append the conversation to a JSONL file to train on (SFT)",
     "/system TEXT": "set the system prompt; without text there is none",
     "/adapter on|off": "switch the LoRA adapter of the folder on or off",
     "/help": "show this",

@@ -211,8 +211,7 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_no_advertisement)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a line for each of its steps in a log file
+    _hide_bars()
     warnings.formatwarning = _format_warning
     _show_messages()
     return AlignCLI(
@@ -229,6 +228,12 @@ def run_cli(args: ArgsType = None, run: bool = True) -> AlignCLI:
         args=args,
         run=run,
     )
+
+
+def _hide_bars() -> None:
+    """Keeps the bars of transformers out of a log file, where they are a line for each of their steps."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _show_messages() -> None:
@@ -255,6 +260,7 @@ def main(args: ArgsType = None) -> None:
     try:
         given = sys.argv[1:] if args is None else args
         if isinstance(given, list | tuple) and given and str(given[0]) in COMMANDS:
+            _hide_bars()
             if code := run_command(str(given[0]), [str(argument) for argument in given[1:]]):
                 sys.exit(code)
             return

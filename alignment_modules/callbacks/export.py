@@ -1,29 +1,39 @@
 """The trained policy as a folder that any other tool reads."""
 
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.policies.export import check_export
+from alignment_modules.policies.export import check_export, read_note
+from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
+from alignment_modules.training.best import monitoring_callback, weights_from
 
 
 class ExportPolicy(Callback):
     """Writes the policy at the end of `fit`, by the module's `export(directory, lora=...)`, on rank 0.
 
+    The folder's model card (`README.md`) says what was trained on what, with the configuration and the last metrics.
     Nothing is written after an exception, nor in a `fast_dev_run`.
 
     Args:
         directory: Where to; None: `export` in the Trainer's `default_root_dir`.
         lora: "merge" folds adapters into the weights; "adapter" writes them alone.
         enabled: False writes nothing.
+        which: "last" writes the weights as training left them; "best" those of the checkpoint that the run's
+            `ModelCheckpoint(monitor=...)` found the best. The module keeps its own.
+        license: A licence's identifier on model hubs, such as "apache-2.0", for the model card; None: it says nothing.
 
     Raises:
-        ValueError: If `lora` is neither "merge" nor "adapter".
+        ValueError: If `lora` is neither "merge" nor "adapter", or `which` neither "last" nor "best".
     """
 
     def __init__(
@@ -31,11 +41,15 @@ class ExportPolicy(Callback):
         directory: str | None = None,
         lora: Literal["merge", "adapter"] = "merge",
         enabled: bool = True,
+        which: Literal["last", "best"] = "last",
+        license: str | None = None,
     ) -> None:
         check_options(ExportPolicy.__init__, locals())
         self.directory = directory
         self.lora = lora
         self.enabled = enabled
+        self.which = which
+        self.license = license
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what cannot be exported before it has been trained for hours.
@@ -43,14 +57,19 @@ class ExportPolicy(Callback):
         Raises:
             TypeError: If the module has no `export` method.
             ValueError: If the module's `policy` cannot be written as asked for: the directory holds something else,
-                there are no adapters to write alone, or their base is not on disk.
+                there are no adapters to write alone, their base is not on disk, or nothing says which checkpoint is
+                the best.
         """
         if stage != "fit" or not self.enabled:
             return
         if not callable(getattr(pl_module, "export", None)):
             raise TypeError(f"ExportPolicy needs {type(pl_module).__name__}.export(directory, lora=...); it has none")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.which == "best":
+            monitoring_callback(trainer.callbacks)  # type: ignore[attr-defined]
         policy = getattr(pl_module, "policy", None)
-        if isinstance(policy, nn.Module) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if isinstance(policy, nn.Module):
             tokenizer = getattr(pl_module, "tokenizer", None)
             check_export(policy, self._target(trainer), lora=self.lora, tokenizer=tokenizer)
 
@@ -63,6 +82,58 @@ class ExportPolicy(Callback):
             return
         directory = self._target(trainer)
         if trainer.is_global_zero:
-            pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
-            rank_zero_info(f"exported the policy to {directory}")
+            with ExitStack() as stack:
+                weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
+                pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
+            if read_note(directory):  # a module's own `export` may write something else
+                write_model_card(directory, self._facts(trainer, pl_module, weights))
+            rank_zero_info(f"exported the policy to {directory}{f' ({weights})' if weights else ''}")
         trainer.strategy.barrier("export_policy")
+
+    def _take_best(self, stack: ExitStack, trainer: L.Trainer, module: L.LightningModule) -> str | None:
+        """Gives the module the best weights until the stack is left; says in words which."""
+        callback = monitoring_callback(trainer.callbacks)  # type: ignore[attr-defined]
+        if not callback.best_model_path:
+            rank_zero_warn(f"which='best': {callback.monitor} was never logged, so the last weights are exported")
+            return None
+        stack.enter_context(weights_from(module, Path(callback.best_model_path)))
+        score = "" if callback.best_model_score is None else f" {float(callback.best_model_score):.6g}"
+        return f"those of the best {callback.monitor}{score}, {Path(callback.best_model_path).name}"
+
+    def _facts(self, trainer: L.Trainer, module: L.LightningModule, weights: str | None) -> CardFacts:
+        saves_config = any(isinstance(one, SaveConfigCallback) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        config = Path(trainer.default_root_dir) / "config.yaml"  # another program's where no command line wrote it
+        return CardFacts(
+            base=_started_from(module),
+            trained_by=type(module).__name__,
+            paradigm=getattr(module, "paradigm", None),
+            license=self.license,
+            weights=weights or f"the last, after {trainer.global_step} optimizer steps",
+            data=_data_facts(getattr(trainer, "datamodule", None)),
+            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            config=config.read_text(encoding="utf-8") if saves_config and config.is_file() else None,
+        )
+
+
+def _started_from(module: L.LightningModule) -> str | None:
+    """The path of the policy as it was given, else as its model tells it."""
+    given: Any = module.hparams.get("policy")
+    given = given.get("path") if isinstance(given, Mapping) else given
+    policy = getattr(module, "policy", None)
+    return given if isinstance(given, str) else base_path(policy) if isinstance(policy, nn.Module) else None
+
+
+def _data_facts(datamodule: Any) -> list[DataFacts]:
+    """What was read in training, as a data module with `sources` and `reports` tells it."""
+    sources, reports = getattr(datamodule, "sources", {}), getattr(datamodule, "reports", {})
+    return [
+        DataFacts(split, _named(sources.get(split)), report.get("kept", report.get("rows")), report.get("tokens"))
+        for split, report in reports.items()
+        if split in ("train", "validation")
+    ]
+
+
+def _named(source: Any) -> str:
+    if isinstance(source, float):
+        return f"{source:g} of train"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"

@@ -216,8 +216,7 @@ def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = Align
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist")  # values come reduced already
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_no_advertisement)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a line for each of its steps in a log file
+    _hide_bars()
     warnings.formatwarning = _format_warning
     _show_messages()
     return cli(
@@ -236,6 +235,12 @@ def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = Align
     )
 
 
+def _hide_bars() -> None:
+    """Keeps the bars of transformers out of a log file, where they are a line for each of their steps."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
 def _show_messages() -> None:
     """Prints what both packages have to say, such as the format of the data, where the program has no logging yet."""
     for package in (alignment_modules, datamodules):
@@ -251,7 +256,7 @@ def _show_messages() -> None:
 def main(args: ArgsType = None) -> None:
     """Entry point of `align`; exits with 128 + its number after a signal, with 1 when an input was refused.
 
-    What is raised on purpose (`cli_failures`) is printed without the calls that led there, unless `ALIGN_TRACEBACK` is
+    What is raised on purpose (`cli.failures`) is printed without the calls that led there, unless `ALIGN_TRACEBACK` is
     set.
     """
     AlignCLI.running = lambda: None
@@ -259,8 +264,11 @@ def main(args: ArgsType = None) -> None:
         threading.Thread(target=follow_parent, args=(os.getppid(),), daemon=True).start()
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] and given[0] in COMMANDS:
-            sys.exit(run_command(given[0], [str(argument) for argument in given[1:]]))
+        if isinstance(given, list | tuple) and given and str(given[0]) in COMMANDS:
+            _hide_bars()
+            if code := run_command(str(given[0]), [str(argument) for argument in given[1:]]):
+                sys.exit(code)
+            return
         run_cli(args)
     except SIGTERMException as stopped:
         sys.exit(143 if stopped.code is None else stopped.code)  # a preempted run is not a finished one

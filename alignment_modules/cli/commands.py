@@ -1,21 +1,26 @@
-"""Commands beside those of the Trainer: each a function of its arguments, imported when it is called."""
+"""Commands of `align` beside Lightning's own: which there are, and where each is."""
 
 import importlib
 from collections.abc import Callable
 
-COMMANDS = {"inspect": "alignment_modules.cli.inspect:inspect_command"}
-"""Where each command's function is, by name."""
+COMMANDS = {
+    "chat": "alignment_modules.cli.chat:chat_command",
+    "export": "alignment_modules.cli.export:export_command",
+    "generate": "alignment_modules.cli.generate:generate_command",
+    "inspect": "alignment_modules.cli.inspect:inspect_command",
+}
+"""Name of each command, and its function as "module:function": from arguments to the program's exit code."""
 
 
 def run_command(name: str, arguments: list[str]) -> int:
-    """Runs a command of `COMMANDS`.
+    """Runs a command; what it needs is imported only now.
 
     Args:
-        name: Which.
-        arguments: What follows its name on the command line.
+        name: One of `COMMANDS`.
+        arguments: What follows the name on the command line.
 
     Returns:
-        The exit code.
+        The program's exit code.
     """
     module, _, function = COMMANDS[name].partition(":")
     command: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)

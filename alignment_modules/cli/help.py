@@ -25,6 +25,9 @@ _COMMANDS = {
     "test": "exact match and pass@k on data.test",
     "predict": "completions of data.predict as JSONL",
     "inspect": "what a model will see, before training: rows, lengths, steps, memory",
+    "chat": "talk with a policy: align chat --policy runs/sft/export",
+    "generate": "complete prompts, or make data of them: align generate --policy runs/sft/export '1+1='",
+    "export": "a run's checkpoint as a folder in Hugging Face format: align export runs/sft OUT",
     "list": f"what there is: align list {' | '.join([*_KINDS, 'losses'])}",
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import has_adapter, merged_state
+from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
 
@@ -33,7 +34,8 @@ def export_policy(
     the same tokens: its padding id is one that ends no text, or none, so that the last token before it is the text's
     last. Its note says by which ids texts end.
 
-    It holds safetensors, the configuration, the generation configuration and the tokenizer with its chat template.
+    It holds safetensors, the configuration, the generation configuration, the tokenizer with its chat template and a
+    model card, `README.md`, which says more once `write_model_card` knows more.
     Everything goes to a temporary folder beside the target, is flushed to disk and takes the target's name at the end,
     so that a reader never sees half an export and a failure leaves the former one as it was. The live model is not
     changed. Files that somebody added to the former export are carried over.
@@ -73,6 +75,7 @@ def export_policy(
                 note["stop_token_ids"] = _set_classifier_ids(temporary, tokenizer, stop_token_ids)
             else:
                 _set_token_ids(temporary, tokenizer, stop_token_ids)
+        write_model_card(temporary, CardFacts(base=base_path(policy)))
         note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
         _write_json(temporary / MARKER, note)
         readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors leaves files to their owner alone

@@ -29,7 +29,7 @@ from alignment_modules.policies.config import (
 )
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import LoraConfig, add_lora, merge_adapter_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
 from alignment_modules.policies.weights import building_device, read_model, shapes_only
@@ -55,7 +55,11 @@ def is_fresh(policy: Any) -> bool:
 
 
 def build_policy(
-    policy: str | PolicyConfig | nn.Module, *, trainable: bool = True, head: Head | None = None
+    policy: str | PolicyConfig | nn.Module,
+    *,
+    trainable: bool = True,
+    head: Head | None = None,
+    merge: bool = True,
 ) -> nn.Module:
     """Gives the module that a policy specification describes, ready to be read (see `policies.probing`).
 
@@ -65,6 +69,8 @@ def build_policy(
         trainable: Whether the module is to be trained; a quantized model without LoRA is refused then.
         head: The head that is needed: "lm" or "scalar". A path alone gets it; what comes with another is refused. None:
             any will do.
+        merge: Whether the adapter of a folder that holds one is merged into its base; otherwise it is attached, frozen,
+            and can be switched off.
 
     Returns:
         The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
@@ -75,7 +81,7 @@ def build_policy(
         ImportError: `quantization` without bitsandbytes.
     """
     with building_device():
-        model = _build(policy, trainable, head)
+        model = _build(policy, trainable, head, merge)
     check_head(model, head)
     if trainable:
         warn_of_left_out_losses(model)
@@ -109,7 +115,7 @@ def check_head(model: nn.Module, head: Head | None) -> None:
         )
 
 
-def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head | None) -> nn.Module:
+def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head | None, merge: bool) -> nn.Module:
     if isinstance(policy, nn.Module):
         config: Any = getattr(policy, "config", None)
         if hasattr(config, "to_dict"):
@@ -127,7 +133,7 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy) if policy.path is not None else _fresh(policy)
+    model = _load(policy, merge) if policy.path is not None else _fresh(policy)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:
@@ -139,7 +145,7 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
     return model.train()
 
 
-def _load(policy: PolicyConfig) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
@@ -164,6 +170,8 @@ def _load(policy: PolicyConfig) -> nn.Module:
         model = _from_pretrained(base, policy, adapter.get("revision"))
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
+    if not merge:
+        return attach_adapter_folder(model, path, policy.revision)
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     # These weights exist nowhere on disk: a later adapter must not claim the unmerged base as its own.

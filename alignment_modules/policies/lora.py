@@ -274,8 +274,8 @@ def _merged_layer(name: str, layer: nn.Module) -> nn.Module:
     return twin.get_base_layer()
 
 
-def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
-    """Loads a saved adapter onto its base model and merges it.
+def attach_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
+    """Loads a saved adapter onto its base model, where it can be switched off (`adapter_off`).
 
     Args:
         base: The model that the adapter was trained on.
@@ -283,11 +283,11 @@ def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = No
         revision: Branch, tag or commit of a hub id.
 
     Returns:
-        The base with the adapter's update added to its weights, all parameters trainable.
+        A `peft.PeftModel`, frozen.
 
     Raises:
-        ValueError: The adapter does not fit the base, is of a kind that cannot be merged, or is not in safetensors
-            format.
+        ValueError: The adapter does not fit the base, is of a kind that cannot be switched off, or is not in
+            safetensors format.
     """
     import peft
 
@@ -307,9 +307,32 @@ def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = No
             raise ValueError(missing[0])
         if not adapter_layers(model):
             raise ValueError("adapters of this kind cannot be merged")
-        merged = model.merge_and_unload(safe_merge=True)
     except Exception as error:  # a truncated file raises safetensors' own error
-        raise ValueError(
-            f"The adapter in {folder!r} cannot be merged into its base {type(base).__name__}: {error}"
-        ) from error
+        raise _does_not_fit(folder, base, error) from error
+    return model
+
+
+def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
+    """Loads a saved adapter onto its base model and merges it.
+
+    Args:
+        base: As in `attach_adapter_folder`, and so are the others.
+        folder: Folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The base with the adapter's update added to its weights, all parameters trainable.
+
+    Raises:
+        ValueError: As `attach_adapter_folder`, or the adapter cannot be merged.
+    """
+    model: Any = attach_adapter_folder(base, folder, revision)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # of whatever type each kind of layer raises
+        raise _does_not_fit(folder, base, error) from error
     return merged.requires_grad_(True)
+
+
+def _does_not_fit(folder: str, base: nn.Module, error: Exception) -> ValueError:
+    return ValueError(f"The adapter in {folder!r} cannot be merged into its base {type(base).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +109,9 @@ def sample_prompts(
     stop_strings: StopStrings | None = None,
     pad_token_id: int = 0,
     drop: bool = True,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> tuple[Completions, Decoder]:
-    """`sample` for prompts without padding; also gives the decoder, which `draw` says more of.
+    """`sample` for prompts without padding; also gives the decoder, which `draw` says more of, and of `watch`.
 
     Raises:
         ValueError: If there is no sample, or not one index a prompt.
@@ -126,7 +127,14 @@ def sample_prompts(
         decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples
         found = draw(
-            decoder, rows, parameters, uniforms, stop_strings=stop_strings, pad_token_id=pad_token_id, drop=drop
+            decoder,
+            rows,
+            parameters,
+            uniforms,
+            stop_strings=stop_strings,
+            pad_token_id=pad_token_id,
+            drop=drop,
+            watch=watch,
         )
     return found, decoder
 
@@ -150,6 +158,7 @@ def draw(
     stop_strings: StopStrings | None = None,
     pad_token_id: int = 0,
     drop: bool = True,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Completions:
     """Draws token by token until every row has stopped; tensors are `[time, rows]` until the end.
 
@@ -161,6 +170,7 @@ def draw(
         stop_strings: Strings that end a completion.
         pad_token_id: Written behind the completions.
         drop: Whether finished rows leave the decoder, which can then not be resumed.
+        watch: Gets the ids `[time so far, rows]` as each token is drawn; what it raises ends the drawing.
 
     Raises:
         NonFiniteLogits: If the policy's logits are not finite.
@@ -192,6 +202,8 @@ def draw(
             tokens = inverse_cdf(weights, uniforms[time])
         ids[time].index_copy_(0, rows, tokens)
         chosen[time].index_copy_(0, rows, probabilities.gather(1, tokens[:, None]).squeeze(1))
+        if watch is not None:
+            watch(ids[: time + 1])
         lengths.index_add_(0, rows, alive.long())
         now = is_stop[tokens]
         if stop_strings is not None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -19,7 +20,7 @@ from datamodules.rows import formats
 from datamodules.rows.questions import question_name
 from datamodules.rows.rows import RenamedRows, Rows
 from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
-from datamodules.rows.splits import check_share, take_share
+from datamodules.rows.splits import SelectedRows, check_share, take_share
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template
 from datamodules.workers import start_worker
@@ -27,6 +28,7 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
+_PROMPTED = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
 SPLITS = ("train", "validation", "test", "predict")
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -248,16 +250,50 @@ class AlignmentDataModule(LightningDataModule):
             rows = RenamedRows(rows, self.columns)
         return rows
 
+    def first_prompts(self, count: int) -> dict[str, Any] | None:
+        """The prompts of the first validation rows as one batch, in the format of test batches of prompts.
+
+        Args:
+            count: How many rows.
+
+        Returns:
+            The batch; None where there are no validation rows, or they have no prompt, as plain text has none.
+
+        Raises:
+            ValueError: A row cannot be read; the message names its place.
+        """
+        if self.sources["validation"] is None:
+            return None
+        rows = self._read("validation")
+        first = SelectedRows(rows, np.arange(len(rows)) < count)
+        seen = formats.summary(first)
+        kind = self._prompt_format(seen)
+        if kind is None:
+            return None
+        table, collate = self._reader("validation", first, kind, seen, overflow="truncate").prompt_table()
+        return collate([table.row(number) for number in range(len(table))])
+
+    def _prompt_format(self, seen: dict[str, Any]) -> str | None:
+        """The format of rows that have a prompt, in the module's own formats first; None: they have none."""
+        own = [name for name in self.accepts if name != formats.TEXT]
+        return formats.recognise(seen, own) or formats.recognise(seen, _PROMPTED)
+
+    def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
+        as_chat = self.as_chat or (
+            question_name(seen) == "instruction" and getattr(self.tokenizer, "chat_template", None) is not None
+        )
+        return SplitReader(
+            split, rows, kind, self.encoder, max_length=self.max_length, overflow=overflow, as_chat=as_chat
+        )
+
     def _make(self, split: str) -> Batches:
         rows = self._read(split)
-        others = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
         seen = formats.summary(rows)
         kind, accepted, prompts = None, self.accepts, False
-        if split in ("test", "predict"):  # prompts where the rows have some, in the module's own formats first
-            own = [name for name in self.accepts if name != formats.TEXT]
-            kind = formats.recognise(seen, own) or formats.recognise(seen, others)
+        if split in ("test", "predict"):  # prompts where the rows have some
+            kind = self._prompt_format(seen)
             prompts = kind is not None
-            accepted = tuple(dict.fromkeys((*self.accepts, *others)))
+            accepted = tuple(dict.fromkeys((*self.accepts, *_PROMPTED)))
         kind = kind or formats.recognise(seen, self.accepts)
         if kind is None:
             found = formats.recognise(seen)
@@ -268,12 +304,7 @@ class AlignmentDataModule(LightningDataModule):
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
                 f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
             )
-        as_chat = self.as_chat or (
-            question_name(seen) == "instruction" and getattr(self.tokenizer, "chat_template", None) is not None
-        )
-        reader = SplitReader(
-            split, rows, kind, self.encoder, max_length=self.max_length, overflow=self.overflow, as_chat=as_chat
-        )
+        reader = self._reader(split, rows, kind, seen, self.overflow)
         self.reports[split] = reader.report
         made = reader.prompt_table() if prompts else self.build(reader)
         self._log(reader)

@@ -1,0 +1,138 @@
+"""Samples as one HTML file, which needs nothing else: neither network nor server nor another file."""
+
+import base64
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from alignment_modules.callbacks.jsonl import naming, to_json_line
+from alignment_modules.functional.ranges import Count, check_options
+
+_MAX_CHARACTERS = 32_000_000  # of a page's rows: what a browser still opens within a second
+# What could end the element that holds the rows, or a line of a script.
+_ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"})
+
+
+class Page:
+    """The rows of a page, as the text that it holds; steps are thinned where there are too many.
+
+    Args:
+        max_rows: Most rows. Above it every second step is left out, but for the newest, until they fit; the same is
+            done where they have more than 32 million characters.
+
+    Raises:
+        ValueError: If `max_rows` is no positive integer.
+    """
+
+    def __init__(self, max_rows: Count = 2000) -> None:
+        check_options(Page.__init__, locals())
+        self.max_rows = max_rows
+        self._steps: dict[int, dict[str, str]] = {}
+        self._thinned = False
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows; one with the `step` and `id` of an earlier row takes its place.
+
+        Args:
+            rows: As `SampleTable` writes them to its JSONL file. `step` is an integer; a row without an `id` gets its
+                number in the step.
+        """
+        for row in rows:
+            step = int(row.get("step", 0))
+            entries = self._steps.setdefault(step, {})
+            name = str(row.get("id", len(entries)))
+            entries[name] = to_json_line({**row, "step": step, "id": name}).rstrip("\n").translate(_ESCAPES)
+        while len(self._steps) > 1 and self._is_too_large():
+            self._thinned = True
+            kept = set(sorted(self._steps)[::-1][::2])
+            self._steps = {step: entries for step, entries in self._steps.items() if step in kept}
+
+    def _is_too_large(self) -> bool:
+        texts = [text for entries in self._steps.values() for text in entries.values()]
+        return len(texts) > self.max_rows or sum(map(len, texts)) > _MAX_CHARACTERS
+
+    def write(self, path: str | Path, title: str = "Samples") -> None:
+        """Writes the page; whoever opens it meanwhile sees the former one, whole.
+
+        Args:
+            path: The HTML file; its folder is made.
+            title: What the page is called.
+
+        Raises:
+            OSError: If it cannot be written; the message names the file.
+        """
+        path = Path(path)
+        rows = ",\n".join(text for step in sorted(self._steps) for text in self._steps[step].values())
+        about = to_json_line({"title": title, "thinned": self._thinned}).strip().translate(_ESCAPES)
+        head, middle, end = _template()
+        part = path.with_name(f".{path.name}.part")
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(f"{head}{about}{middle}[{rows}]{end}", encoding="utf-8")
+            part.replace(path)
+
+
+def write_page(
+    rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str = "Samples", max_rows: Count = 2000
+) -> None:
+    """Writes a page of samples, such as from a run's JSONL file: `write_page(read_rows("samples.jsonl"), "a.html")`.
+
+    Args:
+        rows: Dictionaries with `step`, `id` ("step/prompt/sample"), `prompt` or `messages`, `completion`, and as far as
+            there are: `reward`, `advantage`, `truncated`, `expected`, rewards by name, and per-token lists `tokens`,
+            `own`, `advantages`, `sampled_logps`, `old_logps`, `reference_logps`. Other keys are shown as they are.
+        path: The HTML file.
+        title: What the page is called.
+        max_rows: Most rows; `Page` says which are left out.
+
+    Raises:
+        OSError: If it cannot be written; the message names the file.
+        ValueError: If `max_rows` is no positive integer.
+    """
+    page = Page(max_rows)
+    page.add(rows)
+    page.write(path, title)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of samples; a last line without its line break, as a killed run leaves it, is not one.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If another line is no JSON object; the message names file and line.
+        OSError: If it cannot be read.
+    """
+    rows = []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = list(file)
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON: {error.msg}; each line must hold one sample") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: holds a JSON {type(row).__name__}; each line must hold one sample")
+        rows.append(row)
+    return rows
+
+
+@functools.cache
+def _template() -> tuple[str, str, str]:
+    """The page's parts around title and rows, with a policy that runs its own script and style and nothing else."""
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    for name in ("script", "style"):
+        (body,) = re.findall(rf"<{name}>(.*?)</{name}>", text, flags=re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        text = text.replace(f"{name.upper()}_HASH", f"sha256-{digest}")
+    head, rest = text.split("ABOUT_JSON")
+    middle, end = rest.split("ROWS_JSON")
+    return head, middle, end

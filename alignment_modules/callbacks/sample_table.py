@@ -36,7 +36,7 @@ class SampleTable(Callback):
         rows: Completions shown.
         path: The JSONL file; None: `samples.jsonl` in the Trainer's `default_root_dir`. Rows are appended.
         page: Whether the page is written; it has the JSONL file's name and ends with `.html`.
-        max_rows: Most rows of the page; above it every second step is left out. The JSONL file keeps all.
+        max_rows: Most rows of the page; above it some steps are left out. The JSONL file keeps all.
         max_characters: Longest completion in TensorBoard's table.
         prompts: What a module without rollouts completes; None: the prompts of the first validation rows.
         enabled: False shows and writes nothing.

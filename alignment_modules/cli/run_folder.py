@@ -18,15 +18,8 @@ from alignment_modules.callbacks import AtomicCheckpointIO, CheckpointError
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_OWN = (
-    "config.yaml",
-    "hparams.yaml",
-    "samples.jsonl",
-    "samples.html",
-    "checkpoints",
-    "export",
-    "events.out.tfevents.*",
-)
+_SAMPLES = ("samples.jsonl", "samples.html")
+_OWN = ("config.yaml", "hparams.yaml", *_SAMPLES, "checkpoints", "export", "events.out.tfevents.*")
 _EMPTY = 200  # bytes of an event file in which nothing was logged
 
 

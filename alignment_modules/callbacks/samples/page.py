@@ -14,6 +14,8 @@ from alignment_modules.callbacks.jsonl import naming, to_json_line
 from alignment_modules.functional.ranges import Count, check_options
 
 _MAX_CHARACTERS = 32_000_000  # of a page's rows: what a browser still opens within a second
+# Lists with an entry a token; the page reads a sample's when it is looked at.
+_LISTS = ("tokens", "own", "advantages", "sampled_logps", "old_logps", "reference_logps")
 # What could end the element that holds the rows, or a line of a script.
 _ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&\u2028\u2029"})
 
@@ -22,8 +24,8 @@ class Page:
     """The rows of a page, as the text that it holds; steps are thinned where there are too many.
 
     Args:
-        max_rows: Most rows. Above it every second step is left out, but for the newest, until they fit; the same is
-            done where they have more than 32 million characters.
+        max_rows: Most rows. Above it whole steps are left out, those that lie closest to others, but never the newest;
+            the same is done where the rows have more than 32 million characters.
 
     Raises:
         ValueError: If `max_rows` is no positive integer.
@@ -32,7 +34,8 @@ class Page:
     def __init__(self, max_rows: Count = 2000) -> None:
         check_options(Page.__init__, locals())
         self.max_rows = max_rows
-        self._steps: dict[int, dict[str, str]] = {}
+        self._steps: dict[int, dict[str, tuple[str, str]]] = {}  # a row as the page holds it: itself, and its lists
+        self._lists: set[str] = set()
         self._thinned = False
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -46,15 +49,21 @@ class Page:
             step = int(row.get("step", 0))
             entries = self._steps.setdefault(step, {})
             name = str(row.get("id", len(entries)))
-            entries[name] = to_json_line({**row, "step": step, "id": name}).rstrip("\n").translate(_ESCAPES)
-        while len(self._steps) > 1 and self._is_too_large():
+            lists = {key: row[key] for key in _LISTS if row.get(key)}
+            own = {key: value for key, value in row.items() if key not in _LISTS}
+            counted = {"tokens": len(lists["tokens"])} if "tokens" in lists else {}
+            entries[name] = (_embedded({**own, **counted, "step": step, "id": name}), _embedded(lists))
+            self._lists |= lists.keys()
+        sizes = {
+            step: (len(entries), sum(len(row) + len(lists) for row, lists in entries.values()))
+            for step, entries in self._steps.items()
+        }
+        count, characters = (sum(column) for column in zip((0, 0), *sizes.values(), strict=True))
+        while len(self._steps) > 1 and (count > self.max_rows or characters > _MAX_CHARACTERS):
+            step = _least_missed(sorted(self._steps))
+            del self._steps[step]
+            count, characters = count - sizes[step][0], characters - sizes[step][1]
             self._thinned = True
-            kept = set(sorted(self._steps)[::-1][::2])
-            self._steps = {step: entries for step, entries in self._steps.items() if step in kept}
-
-    def _is_too_large(self) -> bool:
-        texts = [text for entries in self._steps.values() for text in entries.values()]
-        return len(texts) > self.max_rows or sum(map(len, texts)) > _MAX_CHARACTERS
 
     def write(self, path: str | Path, title: str = "Samples") -> None:
         """Writes the page; whoever opens it meanwhile sees the former one, whole.
@@ -67,13 +76,14 @@ class Page:
             OSError: If it cannot be written; the message names the file.
         """
         path = Path(path)
-        rows = ",\n".join(text for step in sorted(self._steps) for text in self._steps[step].values())
-        about = to_json_line({"title": title, "thinned": self._thinned}).strip().translate(_ESCAPES)
-        head, middle, end = _template()
+        entries = [entry for step in sorted(self._steps) for entry in self._steps[step].values()]
+        rows, lists = ",\n".join(row for row, _ in entries), "\n".join(lists for _, lists in entries)
+        about = _embedded({"title": title, "thinned": self._thinned, "lists": sorted(self._lists)})
+        first, second, third, last = _template()
         part = path.with_name(f".{path.name}.part")
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(f"{head}{about}{middle}[{rows}]{end}", encoding="utf-8")
+            part.write_text(f"{first}{about}{second}[{rows}]{third}{lists}{last}", encoding="utf-8")
             part.replace(path)
 
 
@@ -125,14 +135,24 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _least_missed(steps: list[int]) -> int:
+    """Of ascending steps the one between the closest neighbours; of two the first."""
+    inner = range(1, len(steps) - 1)
+    return steps[min(inner, key=lambda at: steps[at + 1] - steps[at - 1], default=0)]
+
+
+def _embedded(values: Mapping[str, Any]) -> str:
+    """JSON in one line that may stand in a script element: no letter of it can end the element."""
+    return to_json_line(dict(values)).rstrip("\n").translate(_ESCAPES)
+
+
 @functools.cache
-def _template() -> tuple[str, str, str]:
-    """The page's parts around title and rows, with a policy that runs its own script and style and nothing else."""
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    for name in ("script", "style"):
-        (body,) = re.findall(rf"<{name}>(.*?)</{name}>", text, flags=re.DOTALL)
+def _template() -> tuple[str, ...]:
+    """The page's parts around its data, with a policy that runs its own script and style and nothing else."""
+    folder = resources.files(__package__)
+    files = ("page.html", "page.css", "data.js", "view.js")
+    text, style, data, view = (folder.joinpath(name).read_text("utf-8") for name in files)
+    for name, body in (("STYLE", style), ("SCRIPT", data + view)):
         digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        text = text.replace(f"{name.upper()}_HASH", f"sha256-{digest}")
-    head, rest = text.split("ABOUT_JSON")
-    middle, end = rest.split("ROWS_JSON")
-    return head, middle, end
+        text = text.replace(f"{name}_HASH", f"sha256-{digest}").replace(f"{name}_TEXT", body)
+    return tuple(re.split("ABOUT_JSON|ROWS_JSON|LISTS_JSON", text))

@@ -38,7 +38,7 @@ for (const row of rows) {
     if (typeof row[name] === "number" && !KNOWN.has(name)) numeric.add(name);
   }
 }
-const rewards = [...numeric].filter((name) => !["step", "reward", "advantage"].includes(name));
+const rewards = [...numeric].filter((name) => !["step", "reward", "advantage"].includes(name) && rows.some((row) => name in row));
 const groups = [];
 const same = new Map();
 {
@@ -161,7 +161,7 @@ function filter() {
     for (const row of group.rows) if (tests.every((test) => test(row, group))) matching.add(row);
     if (matching.size > before) visible.push(group);
   }
-  const numbers = (group) => group.rows.filter((row) => matching.has(row) && typeof row.reward === "number").map((row) => row.reward);
+  const numbers = (group) => group.rows.map((row) => row.reward).filter((value) => typeof value === "number");
   const keys = {
     oldest: (group) => group.step,
     reward: (group) => -(mean(numbers(group)) ?? -Infinity),

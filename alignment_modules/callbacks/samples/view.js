@@ -115,8 +115,8 @@ function splitAt(text, cuts) {
   parts.push(text.slice(from));
   return parts.filter((part) => part);
 }
-function card(row) {
-  const head = make("div", "head", null, make("span", "name", row.id.split("/").length === 3 ? "#" + row.id.split("/")[2] : row.id));
+function card(row, name) {
+  const head = make("div", "head", null, make("span", "name", name ?? (row.id.split("/").length === 3 ? "#" + row.id.split("/")[2] : row.id)));
   head.firstChild.title = row.id;
   if (row.truncated) head.append(make("span", "chip warn", "truncated"));
   head.append(make("span", "grow"));
@@ -192,13 +192,16 @@ function detail() {
   const parts = [bar, prompt(current)];
   if (over) {
     parts.push(trend(history));
-    for (const group of [...history].sort((a, b) => a.step - b.step)) {
+    const ordered = [...history].sort((a, b) => a.step - b.step);
+    const alone = ordered.every((group) => group.rows.length === 1);
+    if (alone) parts.push(make("div", "cards", null, ...ordered.map((group) => card(group.rows[0], `step ${group.step}`))));
+    for (const group of alone ? [] : ordered) {
       const own = mean(group.rows.map((row) => row.reward).filter((value) => typeof value === "number"));
       const said = own === null || group.rows.length < 2 ? "" : `, mean reward ${shown(own)}`;
-      parts.push(make("div", "step", null, `Step ${group.step}`, make("span", "faint", said)), make("div", "cards", null, ...group.rows.map(card)));
+      parts.push(make("div", "step", null, `Step ${group.step}`, make("span", "faint", said)), make("div", "cards", null, ...group.rows.map((row) => card(row))));
     }
   } else {
-    parts.push(make("div", "cards", null, ...current.rows.map(card)));
+    parts.push(make("div", "cards", null, ...current.rows.map((row) => card(row))));
   }
   place.replaceChildren(...parts);
   place.scrollTop = 0;

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart unit test slow check
+.PHONY: setup quickstart unit test slow browser check
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,10 +26,14 @@ unit: setup
 
 # Two processes, a file of tests each at a time: as many as the two slow cores that it is meant for.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser" --numprocesses 2 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Needs chromium on the path.
+browser: setup
+	$(BIN)/python -m pytest -m browser
 
 check: setup
 	$(BIN)/ruff check .

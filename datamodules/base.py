@@ -27,10 +27,10 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
+_PROMPTED = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
 SPLITS = ("train", "validation", "test", "predict")
 # The same rows once more, in another form.
 VALIDATION_PROMPTS, TEST_TARGETS = "validation prompts", "test targets"
-_WITH_PROMPT = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -267,29 +267,67 @@ class AlignmentDataModule(LightningDataModule):
             rows = RenamedRows(rows, self.columns)
         return rows
 
+    def first_prompts(self, count: int) -> dict[str, Any] | None:
+        """The prompts of the first validation rows as one batch, in the format of test batches of prompts.
+
+        Args:
+            count: How many rows.
+
+        Returns:
+            The batch; None where there are no validation rows, or they have no prompt, as plain text has none.
+
+        Raises:
+            ValueError: A row cannot be read; the message names its place.
+        """
+        if self.sources["validation"] is None:
+            return None
+        reader = self._prompt_reader("validation", self._read("validation"), count, overflow="truncate")
+        if reader is None:
+            return None
+        table, collate = reader.prompt_table()
+        return collate([table.row(number) for number in range(len(table))])
+
+    def _prompt_reader(self, name: str, rows: Rows, count: int, overflow: str) -> SplitReader | None:
+        """Reads the first rows as prompts; None: they have none."""
+        first = first_rows(rows, count)
+        seen = formats.summary(first)
+        kind = self._prompt_format(seen)
+        return None if kind is None else self._reader(name, first, kind, seen, overflow)
+
+    def _prompt_format(self, seen: dict[str, Any]) -> str | None:
+        """The format of rows that have a prompt, in the module's own formats first; None: they have none."""
+        own = [name for name in self.accepts if name != formats.TEXT]
+        return formats.recognise(seen, own) or formats.recognise(seen, _PROMPTED)
+
+    def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
+        has_template = getattr(self.tokenizer, "chat_template", None) is not None
+        as_chat = self.as_chat or (question_name(seen) == "instruction" and has_template)
+        return SplitReader(
+            split, rows, kind, self.encoder, max_length=self.max_length, overflow=overflow, as_chat=as_chat
+        )
+
     def _make(self, split: str) -> Batches:
         rows = self._read(split)
         seen = formats.summary(rows)
         kind, prompts = self._recognise(split, rows, seen)
-        made = self._table_of(split, rows, kind, seen, prompts)
+        made = self._made(self._reader(split, rows, kind, seen, self.overflow), prompts)
         if split == "validation" and self.validation_prompts and not self.gives_prompts:
-            self._add_prompts(rows, seen)
+            self._add_prompts(rows)
         if split == "test" and self.test_targets:
             if self.gives_prompts or kind not in self.accepts:
                 raise ValueError(f"test_targets=True, but {rows.name} has no targets: its format is {kind!r}")
             if prompts:
-                self._tables[TEST_TARGETS] = self._table_of(TEST_TARGETS, rows, kind, seen, prompts=False)
+                reader = self._reader(TEST_TARGETS, rows, kind, seen, self.overflow)
+                self._tables[TEST_TARGETS] = self._made(reader, prompts=False)
         return made
 
     def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
         """The format of a split's rows, and whether their prompts alone are used."""
-        kind, accepted = None, self.accepts
-        if split in ("test", "predict"):  # prompts where the rows have some, in the module's own formats first
-            own = [name for name in self.accepts if name != formats.TEXT]
-            kind = formats.recognise(seen, own) or formats.recognise(seen, _WITH_PROMPT)
-            accepted = tuple(dict.fromkeys((*self.accepts, *_WITH_PROMPT)))
-        if kind is not None:
-            return kind, True
+        accepted = self.accepts
+        if split in ("test", "predict"):  # prompts where the rows have some
+            if kind := self._prompt_format(seen):
+                return kind, True
+            accepted = tuple(dict.fromkeys((*self.accepts, *_PROMPTED)))
         kind = formats.recognise(seen, self.accepts)
         if kind is None:
             found = formats.recognise(seen)
@@ -302,33 +340,23 @@ class AlignmentDataModule(LightningDataModule):
             )
         return kind, False
 
-    def _table_of(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], prompts: bool) -> Batches:
-        as_chat = self.as_chat or (
-            question_name(seen) == "instruction" and getattr(self.tokenizer, "chat_template", None) is not None
-        )
-        reader = SplitReader(
-            split, rows, kind, self.encoder, max_length=self.max_length, overflow=self.overflow, as_chat=as_chat
-        )
-        if split in SPLITS:
-            self.reports[split] = reader.report
+    def _made(self, reader: SplitReader, prompts: bool) -> Batches:
+        if reader.split in SPLITS:
+            self.reports[reader.split] = reader.report
         made = reader.prompt_table() if prompts else self.build(reader)
         self._log(reader)
         return made
 
-    def _add_prompts(self, rows: Rows, seen: dict[str, Any]) -> None:
-        """The first validation rows as prompts, where that is what they also are."""
-        kind = formats.recognise(seen, _WITH_PROMPT)
-        if kind is None:
-            return
+    def _add_prompts(self, rows: Rows) -> None:
+        """The first validation rows as prompts, where they have some, and columns to judge completions by."""
         try:
-            table, collate = self._table_of(
-                VALIDATION_PROMPTS, first_rows(rows, self.validation_prompts), kind, seen, prompts=True
-            )
+            reader = self._prompt_reader(VALIDATION_PROMPTS, rows, self.validation_prompts, self.overflow)
+            made = None if reader is None else self._made(reader, prompts=True)
         except ValueError as error:  # they are valid rows all the same
             logger.info("no completions of validation rows are judged: %s", error)
             return
-        if getattr(table, "columns", ()):
-            self._tables[VALIDATION_PROMPTS] = table, collate
+        if made is not None and getattr(made[0], "columns", ()):
+            self._tables[VALIDATION_PROMPTS] = made
 
     @rank_zero_only
     def _log(self, reader: SplitReader) -> None:

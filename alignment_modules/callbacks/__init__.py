@@ -6,6 +6,7 @@ from alignment_modules.callbacks.completion_writer import CompletionWriter
 from alignment_modules.callbacks.exact_resume import ExactResume
 from alignment_modules.callbacks.export import ExportPolicy
 from alignment_modules.callbacks.finite_guard import FiniteGuard
+from alignment_modules.callbacks.histograms import Histograms
 from alignment_modules.callbacks.learning_watch import LearningWatch
 from alignment_modules.callbacks.run_report import RunReport
 from alignment_modules.callbacks.sample_table import SampleTable
@@ -23,6 +24,7 @@ __all__ = [
     "ExactResume",
     "ExportPolicy",
     "FiniteGuard",
+    "Histograms",
     "LearningWatch",
     "RunReport",
     "SampleTable",

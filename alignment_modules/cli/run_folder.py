@@ -18,7 +18,8 @@ from alignment_modules.callbacks import AtomicCheckpointIO, CheckpointError
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_OWN = ("config.yaml", "hparams.yaml", "samples.jsonl", "checkpoints", "export", "events.out.tfevents.*")
+_SAMPLES = ("samples.jsonl", "samples.html")
+_OWN = ("config.yaml", "hparams.yaml", *_SAMPLES, "checkpoints", "export", "events.out.tfevents.*")
 _EMPTY = 200  # bytes of an event file in which nothing was logged
 
 
@@ -110,7 +111,7 @@ def _is_worth_keeping(entry: Path) -> bool:
         return any(path.is_file() for path in entry.rglob("*"))
     if entry.name.startswith("events.out."):
         return entry.stat().st_size > _EMPTY
-    return entry.name == "samples.jsonl"
+    return entry.name in _SAMPLES
 
 
 def _remove_empty(folder: Path) -> None:

@@ -19,11 +19,19 @@ from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import ExactMatch, RewardError, RewardSet
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge
-from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, rank_and_world_size, real_tokens
+from alignment_modules.rollouts.codec import (
+    Codec,
+    columns_of,
+    messages_of,
+    prompt_indices,
+    rank_and_world_size,
+    real_tokens,
+)
 from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
+from alignment_modules.rollouts.words import token_columns
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,30 @@ class Evaluator:
         if config.num_samples and self.judges(batch):
             return self._judge(batch, completions, rows, name)[1]
         return _with(rows, name, self.decode(completions))
+
+    def samples(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> dict[str, list[Any]]:
+        """One greedy completion of each prompt, for people: a list a column, with an entry a completion.
+
+        Args:
+            policy: Who writes.
+            batch: Prompts with their `index`; a `completion` of the data set's own is shown as `expected`.
+            step: The optimizer step, for the ids.
+
+        Returns:
+            `id`, `prompt` as the policy saw it, `completion`, `truncated`, and what `token_columns` says of each token.
+        """
+        given = self.generate(policy, batch, self.parameters(greedy=True))
+        columns: dict[str, list[Any]] = {
+            "id": [f"{step}/{index}/0" for index in prompt_indices(batch)],
+            "prompt": self.codec.seen_prompts(batch),
+            "completion": self.decode(given),
+            "truncated": given.truncated.tolist(),
+        }
+        for name, values in (("messages", messages_of(batch)), ("expected", batch.get("completion"))):
+            if values is not None:
+                columns[name] = values
+        values = {"sampled_logps": given.token_logps}
+        return columns | token_columns(self.codec, given.ids, given.mask, given.own, values)
 
     def generate(
         self,

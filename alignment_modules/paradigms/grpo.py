@@ -13,6 +13,7 @@ from alignment_modules.functional import (
     Surrogate,
     aggregate,
     group_advantages,
+    importance_ratio,
     kl_penalty,
     validate_kl_placement,
 )
@@ -194,6 +195,10 @@ class GRPOModule(ActingModule):
         if scores.entropy is not None and self.logging_due:
             shares = self.surrogate.statistics(token_logps.detach(), old_logps, advantages, scores.mask)
             statistics |= {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
+            if self.kept_ratios is not None:
+                level = self.surrogate.importance_level
+                ratio = importance_ratio(token_logps.detach(), old_logps, scores.mask, level=level)
+                self.kept_ratios.append(ratio[scores.mask])
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
             if rollout.old_logps is None:
                 statistics |= sampling_statistics(rollout.sampled_logps, token_logps.detach(), scores.mask)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
-from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, real_tokens
+from alignment_modules.rollouts.codec import Codec, columns_of, messages_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.given import given_completions
 from alignment_modules.rollouts.parameters import SamplingOptions
@@ -18,6 +18,7 @@ from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics
 from alignment_modules.rollouts.stopping import StopStrings
+from alignment_modules.rollouts.words import token_columns
 
 
 @dataclass
@@ -142,11 +143,13 @@ class Actor:
         statistics = reward_statistics(table.names, table.values, table.total)
         return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
 
-    def rows(self, rollout: Rollout | None) -> dict[str, list[Any]]:
+    def rows(self, rollout: Rollout | None, first: int | None = None) -> dict[str, list[Any]]:
         """The last rollout in words: a list a column, with an entry a completion; empty before the first.
 
         Args:
             rollout: The one that `roll_out` gave last, with its advantages; None: there was none.
+            first: Only so many completions, with more said of each: `messages` (where the data set gave the prompt as
+                such) and the columns of `token_columns`. None: all, without.
         """
         if rollout is None:
             return {}
@@ -154,7 +157,7 @@ class Actor:
         prompts = self.codec.seen_prompts(seen.batch) if readable else [""] * len(rollout)
         columns: dict[str, list[Any]] = {
             "id": [f"{seen.step}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
-            "prompt": [prompt for prompt in prompts for _ in range(rollout.group)],
+            "prompt": _repeat(prompts, rollout.group),
             "completion": seen.texts or (self.codec.decode(seen.completions) if readable else [""] * len(rollout.ids)),
             **seen.rewards,
             "reward": rollout.rewards.tolist(),
@@ -162,7 +165,20 @@ class Actor:
         }
         if rollout.advantages is not None and rollout.advantages.dim() == 1:
             columns["advantage"] = rollout.advantages.tolist()
-        return columns
+        if first is None:
+            return columns
+        if (messages := messages_of(seen.batch)) is not None:
+            columns["messages"] = _repeat(messages, rollout.group)
+        cut = {name: values[:first] for name, values in columns.items()}
+        values = {
+            "sampled_logps": rollout.sampled_logps,
+            # where it is what the engine told, it says nothing more
+            "old_logps": None if rollout.old_logps is rollout.sampled_logps else rollout.old_logps,
+            "reference_logps": rollout.reference_logps,
+            "advantages": rollout.advantages if "advantage" not in columns else None,
+        }
+        tables = {name: None if table is None else table[:first] for name, table in values.items()}
+        return cut | token_columns(self.codec, rollout.ids[:first], rollout.mask[:first], rollout.own[:first], tables)
 
     def _given(self, batch: Mapping[str, Any]) -> Completions:
         strings = StopStrings(self.sampling.stop_strings, self.codec.tokenizer) if self.sampling.stop_strings else None
@@ -186,3 +202,7 @@ def judge(
         columns=columns_of(batch),
     )
     return table, texts
+
+
+def _repeat(values: list[Any], times: int) -> list[Any]:
+    return [value for value in values for _ in range(times)]

@@ -96,6 +96,13 @@ def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: values for name, values in batch.items() if isinstance(values, list) and name != "index"}
 
 
+def messages_of(batch: Mapping[str, Any]) -> list[list[dict[str, Any]] | None] | None:
+    """A batch's prompts as messages, None for those that are text; None where all are."""
+    prompts = batch.get("prompt")
+    found = [prompt if isinstance(prompt, list) else None for prompt in prompts] if isinstance(prompts, list) else []
+    return found if any(found) else None
+
+
 def prompt_indices(batch: Mapping[str, Any]) -> list[int]:
     """What a prompt's samples are seeded with: its `index`, else its place in the batch, another on each rank."""
     if "index" in batch:

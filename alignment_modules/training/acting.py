@@ -77,6 +77,7 @@ class ActingModule(UpdateModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
         )
         self.rollout: Rollout | None = None
+        self.kept_ratios: list[Tensor] | None = None  # of the logged steps, [tokens] each, once someone asks: a list
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
 
@@ -84,6 +85,14 @@ class ActingModule(UpdateModule):
     def last_rollout(self) -> dict[str, list[Any]]:
         """The last rollout in words, for sample tables: an entry a completion in each column."""
         return self.actor.rows(self.rollout)
+
+    def first_samples(self, count: int) -> dict[str, list[Any]]:
+        """The first completions of the last rollout, token by token (`Actor.rows`); empty before the first rollout.
+
+        Args:
+            count: How many.
+        """
+        return self.actor.rows(self.rollout, count)
 
     def check_batch(self, batch: Any) -> None:
         """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.

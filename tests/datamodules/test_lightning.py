@@ -283,3 +283,19 @@ def test_resume_on_two_processes(tmp_path):
     for number in range(2):
         rows = [row for rank in whole for epoch, _, index in rank if epoch == number for row in index]
         assert sorted(rows) == list(range(22))
+
+
+def test_the_first_prompts_of_the_validation_rows(tokenizer):
+    rows = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(5)]
+    data = SFTDataModule(train=rows, validation=rows[1:], tokenizer=tokenizer, max_length=8)
+    batch = data.first_prompts(2)
+    assert batch["prompts"].shape == batch["prompt_attention_mask"].shape == (2, 4)
+    assert (batch["prompt"], batch["completion"], batch["index"]) == (["1+1=", "2+1="], ["2", "3"], [0, 1])
+    assert len(data.first_prompts(9)["index"]) == 4
+    assert not data.reports  # looking is no reading of a split
+    assert SFTDataModule(train=rows, tokenizer=tokenizer).first_prompts(2) is None
+    text = [{"text": "1+1=2"}]
+    assert PretrainDataModule(train=text, validation=text, tokenizer=tokenizer).first_prompts(2) is None
+    pairs = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]
+    shared = PreferenceDataModule(train=pairs, validation=pairs, tokenizer=tokenizer).first_prompts(2)
+    assert shared["prompt"] == ["1+1="]

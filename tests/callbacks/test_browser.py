@@ -1,0 +1,172 @@
+"""The page of samples in a real browser: markup stays text, filters work, many samples open quickly."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from alignment_modules.callbacks.samples import write_page
+
+pytestmark = pytest.mark.browser
+EVIL = (
+    "</script><script>document.documentElement.dataset.hacked='yes'</script><img src=x onerror=\"document.title='x'\">"
+)
+
+
+@pytest.fixture(scope="module")
+def look(tmp_path_factory):
+    """The document of a page once its script has run."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.fail("no chromium on the path: install it, or leave out -m browser")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def run(path, address="", size="1280,800"):
+        command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        options = [f"--window-size={size}", "--virtual-time-budget=10000", "--dump-dom", f"file://{path}{address}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout
+
+    return run
+
+
+def attribute(document, name):
+    found = re.search(rf'<html[^>]* data-{name}="([^"]*)"', document)
+    return found and found[1]
+
+
+def visible(document):
+    """The text of the page's body, without its data and script."""
+    body = re.sub(r"<script.*?</script>", "", document[document.index("<body") :], flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]*>", "", body))
+
+
+def rows(steps=(1, 50), prompts=2, group=4, tokens=6):
+    found = []
+    for step in steps:
+        for prompt in range(prompts):
+            for sample in range(group):
+                found.append(
+                    {
+                        "step": step,
+                        "id": f"{step}/{prompt}/{sample}",
+                        "prompt": f"<|user|>question {prompt}",
+                        "messages": [{"role": "user", "content": f"question {prompt}"}],
+                        "completion": f"answer {sample}",
+                        "reward": sample / group,
+                        "advantage": sample - 1.5,
+                        "truncated": sample == 1,
+                        "tokens": [f" word{place}" for place in range(tokens)],
+                        "sampled_logps": [-0.5 * place for place in range(tokens)],
+                        "reference_logps": [-0.25 * place for place in range(tokens)],
+                    }
+                )
+    return found
+
+
+@pytest.mark.parametrize("place", ["completion", "tokens", "prompt", "messages", "role", "expected", "column", "title"])
+def test_markup_is_shown_and_not_run(tmp_path, look, place):
+    row = {"step": 1, "id": "0/0/0", "prompt": "p", "completion": "c", "reward": 1.0}
+    values = {
+        "tokens": {"tokens": ["<b>", EVIL, "<|im_end|>"]},
+        "messages": {"messages": [{"role": "user", "content": EVIL}]},
+        "role": {"messages": [{"role": EVIL, "content": "", "tool_calls": [{"function": EVIL}]}]},
+        "column": {EVIL: EVIL},
+        "title": {},
+    }
+    title = EVIL if place == "title" else "Module"
+    write_page([row | values.get(place, {place: EVIL})], tmp_path / "a.html", title=title)
+    document = look(tmp_path / "a.html")
+    assert attribute(document, "samples") == "1"
+    assert attribute(document, "hacked") is None
+    assert "<img" not in document[document.index("<body") :]
+    shown = visible(document)
+    assert EVIL.lower() in shown.lower()
+    if place == "tokens":
+        assert "<|im_end|>" in shown
+
+
+@pytest.mark.parametrize(
+    ("address", "count"),
+    [
+        ("", 16),
+        ("#reward>0.4", 8),
+        ("#reward%3E0.4&step=50", 4),
+        ("#step<=1", 8),
+        ("#truncated", 4),
+        ("#-truncated", 12),
+        ("#%22question%201%22", 8),
+        ("#advantage=-1.5&reward>=0", 4),
+        ("#length>5", 16),
+        ("#nobody", 0),
+    ],
+)
+def test_the_address_filters(tmp_path, look, address, count):
+    write_page(rows(), tmp_path / "a.html")
+    document = look(tmp_path / "a.html", address)
+    assert attribute(document, "matching") == str(count)
+    assert f"{count} of 16 samples" in visible(document)
+    assert ("No sample fits the filter" in visible(document)) == (count == 0)
+
+
+def test_an_unknown_column_is_named(tmp_path, look):
+    write_page(rows(), tmp_path / "a.html")
+    assert "no column rewrd: there are step, length, reward, advantage" in visible(
+        look(tmp_path / "a.html", "#rewrd>1")
+    )
+
+
+def test_sorting_and_a_prompt_over_the_steps(tmp_path, look):
+    found = rows()
+    for row in found:
+        row["reward"] += row["step"] == 1 and row["id"].split("/")[1] == "1"
+    write_page(found, tmp_path / "a.html")
+    assert "Step 1, prompt 1" in visible(look(tmp_path / "a.html", "#sort=reward"))
+    assert "Step 50, prompt 0" in visible(look(tmp_path / "a.html", "#open=50/0"))
+    over = visible(look(tmp_path / "a.html", "#open=50/0&view=steps"))
+    assert "Step 1, mean reward 0.375" in over
+    assert "Step 50, mean reward 0.375" in over
+
+
+@pytest.mark.parametrize("shade", ["advantage", "surprise", "reference"])
+def test_tokens_are_shaded(tmp_path, look, shade):
+    write_page(rows(group=1), tmp_path / "a.html")
+    document = look(tmp_path / "a.html", f"#shade={shade}")
+    spans = re.findall(r'<span title="log p [^"]*" style="background: rgba\(var\(--(\w+)\), ([\d.]+)\);"', document)
+    assert len(spans) == 6
+    assert {name for name, strength in spans if float(strength)} == {"bad"}
+    if shade == "surprise":
+        strengths = [float(strength) for _, strength in spans]
+        assert strengths == sorted(strengths)
+    assert "rgba(var(--bad), 0." not in look(tmp_path / "a.html", "#shade=none").partition("<main")[2]
+
+
+def test_tool_calls_and_what_others_wrote_are_blocks(tmp_path, look):
+    call, result = '<tool_call>{"name": "add"}</tool_call>', "<tool_response>7</tool_response>"
+    tokens = ["so ", "<tool_call>", '{"name": "add"}', "</tool_call>", "7", " done"]
+    found = [
+        {"step": 1, "id": "0/0/0", "prompt": "p", "completion": f"so {call}{result} done"},
+        {"step": 1, "id": "0/0/1", "prompt": "p", "completion": "", "tokens": tokens, "own": [1, 1, 1, 1, 0, 1]},
+    ]
+    write_page(found, tmp_path / "a.html")
+    document = look(tmp_path / "a.html")
+    blocks = re.findall(r'<span class="block[^"]*"><span class="role">([^<]*)</span>(.*?)</span></span>', document)
+    texts = [(name, html.unescape(re.sub("<[^>]*>", "", inner))) for name, inner in blocks]
+    assert texts == [("tool call", call), ("result", result), ("tool call", call), ("not the policy's", "7")]
+
+
+def test_two_thousand_samples_open_quickly(tmp_path, look):
+    write_page(rows(steps=range(1, 126), prompts=2, group=8, tokens=256), tmp_path / "b.html")
+    documents = [look(tmp_path / "b.html") for _ in range(3)]
+    document, best = documents[0], min(int(attribute(found, "milliseconds")) for found in documents)
+    assert attribute(document, "samples") == "2000"
+    assert len(re.findall('class="group', document)) == 60  # the rest comes when it is asked for
+    assert "190 more" in visible(document)
+    assert best < 3000  # generous: other work may run beside it
+
+
+def test_no_samples_yet(tmp_path, look):
+    write_page([], tmp_path / "a.html")
+    assert "No samples yet" in visible(look(tmp_path / "a.html"))

@@ -59,6 +59,7 @@ class AlignmentDataModule(LightningDataModule):
         columns: New names for columns of the sources, such as {"question": "prompt"}.
         validation_prompts: Of that many validation rows that have a prompt and other columns, such as an `answer`, the
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
+            Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
     """
 
@@ -311,7 +312,8 @@ class AlignmentDataModule(LightningDataModule):
         seen = formats.summary(rows)
         kind, prompts = self._recognise(split, rows, seen)
         made = self._made(self._reader(split, rows, kind, seen, self.overflow), prompts)
-        if split == "validation" and self.validation_prompts and not self.gives_prompts:
+        completed = getattr(getattr(self.trainer, "lightning_module", None), "generates", False)
+        if split == "validation" and self.validation_prompts and completed and not self.gives_prompts:
             self._add_prompts(rows)
         if split == "test" and self.test_targets:
             if self.gives_prompts or kind not in self.accepts:
@@ -355,7 +357,7 @@ class AlignmentDataModule(LightningDataModule):
         except ValueError as error:  # they are valid rows all the same
             logger.info("no completions of validation rows are judged: %s", error)
             return
-        if made is not None and getattr(made[0], "columns", ()):
+        if made is not None and getattr(made[0], "columns", None):
             self._tables[VALIDATION_PROMPTS] = made
 
     @rank_zero_only

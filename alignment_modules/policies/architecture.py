@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -98,20 +99,24 @@ def check_trainable_types(module: nn.Module) -> None:
         )
 
 
-def refuse_float16(precision: object) -> None:
-    """Refuses to compute a training step in float16: the sums over a step's tokens overflow its gradients.
+def check_trainer(trainer: Any, stage: str) -> None:
+    """Refuses to compute a training step in float16, where the sums over its tokens overflow, and to clip at NaN.
 
     Args:
-        precision: The Trainer's.
+        trainer: Lightning's.
+        stage: "fit", or another.
 
     Raises:
-        ValueError: If it is float16.
+        ValueError: If the Trainer is to do so.
     """
-    if precision in ("16-mixed", "16-true", "transformer-engine-float16"):
+    precision, clip = trainer.precision, trainer.gradient_clip_val
+    if stage == "fit" and precision in ("16-mixed", "16-true", "transformer-engine-float16"):
         raise ValueError(
             f"Trainer(precision={precision!r}) is not allowed: the sums of a language model's step overflow float16 "
             "gradients. Use 'bf16-mixed', or '32-true'"
         )
+    if math.isnan(clip or 0.0):
+        raise ValueError(f"Trainer(gradient_clip_val={clip}) must be a number, or null")
 
 
 def refuse_compiled(module: nn.Module) -> None:
@@ -149,3 +154,10 @@ def own_stop_ids(model: nn.Module, vocabulary: int | None) -> list[int]:
             stacklevel=2,
         )
     return [int(token) for token in ids if token not in outside]
+
+
+def describe_size(model: nn.Module) -> str:
+    """A model's class and numbers of parameters, for people."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{type(model).__name__}, {total:,} parameters, {trained:,} of them trained"

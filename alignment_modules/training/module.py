@@ -6,7 +6,6 @@ the totals are backpropagated as they are, and the gradients divided once, just 
 over the window. How a step is split therefore does not change it.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +20,13 @@ from alignment_modules.evaluation import EvaluationConfig, Evaluator, Measured
 from alignment_modules.evaluation.text import TextPrompts
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.functional.statistics import Statistic
-from alignment_modules.policies.architecture import check_trainable_types, own_stop_ids, refuse_compiled, refuse_float16
+from alignment_modules.policies.architecture import (
+    check_trainable_types,
+    check_trainer,
+    describe_size,
+    own_stop_ids,
+    refuse_compiled,
+)
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.frozen import companions
 from alignment_modules.policies.load import (
@@ -133,7 +138,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def describe(self) -> dict[str, str]:
         """What is printed at the start of `fit`: the resolved objective, line by line."""
         held = {name: companion.describe() for name, companion in companions(self).items()}
-        return {"paradigm": self.paradigm, "policy": _count_parameters(self.policy)} | held
+        return {"paradigm": self.paradigm, "policy": describe_size(self.policy)} | held
 
     def extra_metrics(self, batch: dict[str, Any], objective: Objective) -> dict[str, Statistic]:
         """More statistics to log for one micro-batch."""
@@ -159,14 +164,9 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """
         refuse_compiled(self)
         prepare(self.policy)
-        if stage == "fit":
-            refuse_float16(self.trainer.precision)
-        if math.isnan(self.trainer.gradient_clip_val or 0.0):
-            raise ValueError(f"Trainer(gradient_clip_val={self.trainer.gradient_clip_val}) must be a number, or null")
+        check_trainer(self.trainer, stage)
         data = getattr(self.trainer, "datamodule", None)
         self.codec.data_stops = tuple(getattr(data, "stop_token_ids", ()))
-        if not self.generates and hasattr(data, "validation_prompts"):
-            data.validation_prompts = 0  # nobody would complete them
         if self.tokenizer is None:
             self.tokenizer = getattr(data, "tokenizer", None)
         if self.tokenizer is not None:
@@ -221,9 +221,10 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuses a batch of another paradigm, and adds its `segments` while it still is on the host."""
-        if self._trainer is None or (self.generates and (self.trainer.testing or self.trainer.predicting)):
+        trainer = self._trainer
+        if trainer is None or (self.generates and (trainer.testing or trainer.predicting)):
             return batch
-        if not self.trainer.training and self._measures_completions(batch) and "prompts" not in self.batch_keys:
+        if not trainer.training and "prompts" not in self.batch_keys and self._measures_completions(batch):
             return batch
         self.check_batch(batch)
         found = self.segments(batch) if reads_as_carried(self) else None
@@ -396,9 +397,3 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""
         return export_policy(self.policy, directory, self.tokenizer, lora=lora, stop_token_ids=self.codec.data_stops)
-
-
-def _count_parameters(module: nn.Module) -> str:
-    total = sum(p.numel() for p in module.parameters())
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return f"{type(module).__name__}, {total:,} parameters, {trainable:,} of them trained"

@@ -311,9 +311,10 @@ class AlignmentDataModule(LightningDataModule):
         rows = self._read(split)
         seen = formats.summary(rows)
         kind, prompts = self._recognise(split, rows, seen)
+        if split == "validation" and prompts:
+            rows = first_rows(rows, self.validation_prompts)
         made = self._made(self._reader(split, rows, kind, seen, self.overflow), prompts)
-        completed = getattr(getattr(self.trainer, "lightning_module", None), "generates", False)
-        if split == "validation" and self.validation_prompts and completed and not self.gives_prompts:
+        if split == "validation" and not prompts and self._completes_validation():
             self._add_prompts(rows)
         if split == "test" and self.test_targets:
             if self.gives_prompts or kind not in self.accepts:
@@ -323,6 +324,11 @@ class AlignmentDataModule(LightningDataModule):
                 self._tables[TEST_TARGETS] = self._made(reader, prompts=False)
         return made
 
+    def _completes_validation(self) -> bool:
+        """Whether completions of validation prompts are wanted, and the Trainer's module makes them."""
+        module = getattr(self.trainer, "lightning_module", None)
+        return bool(self.validation_prompts and not self.gives_prompts and getattr(module, "generates", False))
+
     def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
         """The format of a split's rows, and whether their prompts alone are used."""
         accepted = self.accepts
@@ -331,6 +337,9 @@ class AlignmentDataModule(LightningDataModule):
                 return kind, True
             accepted = tuple(dict.fromkeys((*self.accepts, *_PROMPTED)))
         kind = formats.recognise(seen, self.accepts)
+        bare = kind is None and formats.recognise(seen, (formats.PROMPT,))
+        if bare and split == "validation" and self._completes_validation():
+            return bare, True
         if kind is None:
             found = formats.recognise(seen)
             found = f"; that is the format '{found}'" if found else ""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.policies.export import check_export, read_note
+from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
 from alignment_modules.training.best import monitoring_callback, weights_from
 
@@ -50,6 +50,7 @@ class ExportPolicy(Callback):
         self.enabled = enabled
         self.which = which
         self.license = license
+        self._stages: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what cannot be exported before it has been trained for hours.
@@ -68,6 +69,7 @@ class ExportPolicy(Callback):
             return
         if self.which == "best":
             monitoring_callback(trainer.callbacks)  # type: ignore[attr-defined]
+        self._stages = stages_of(_started_from(pl_module))  # read now: the folder may be the one that is replaced
         policy = getattr(pl_module, "policy", None)
         if isinstance(policy, nn.Module):
             tokenizer = getattr(pl_module, "tokenizer", None)
@@ -87,6 +89,7 @@ class ExportPolicy(Callback):
                 pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
             if read_note(directory):  # a module's own `export` may write something else
                 write_model_card(directory, self._facts(trainer, pl_module, weights))
+                note_stages(directory, [*self._stages, str(getattr(pl_module, "paradigm", type(pl_module).__name__))])
             rank_zero_info(f"exported the policy to {directory}{f' ({weights})' if weights else ''}")
         trainer.strategy.barrier("export_policy")
 

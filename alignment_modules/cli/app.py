@@ -43,6 +43,7 @@ from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
 from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
+from alignment_modules.policies.export import stages_of
 from alignment_modules.training.module import AlignmentModule
 from datamodules.rows.sources import check_sources
 
@@ -124,9 +125,11 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "fit":
             self._claim_folder(config)
         if trainer.get("logger") in (None, True):
-            folder = Namespace(save_dir=trainer.default_root_dir)
+            policy = (config.model.get("init_args") or Namespace()).get("policy")
+            stages = len(stages_of(_policy_path(policy)))
             trainer.logger = Namespace(
-                class_path="alignment_modules.callbacks.tensorboard.TensorBoard", init_args=folder
+                class_path="alignment_modules.callbacks.tensorboard.TensorBoard",
+                init_args=Namespace(save_dir=trainer.default_root_dir, stages=stages),
             )
         data = (config.get("data") or {}).get("init_args") or {}
         split = {"fit": "train", "validate": "validation"}.get(self.subcommand, self.subcommand)

@@ -252,8 +252,29 @@ def _set_classifier_ids(folder: Path, tokenizer: Any, stop_token_ids: Sequence[i
     return ends
 
 
+def note_stages(folder: str | os.PathLike[str], stages: Sequence[str]) -> None:
+    """Adds to an export's note by which stages of training its policy came about.
+
+    Args:
+        folder: The export.
+        stages: Their names, the first first.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    temporary = Path(folder) / f".{MARKER}.{os.getpid()}.tmp"
+    _write_json(temporary, {**read_note(folder), "stages": list(stages)})
+    temporary.replace(Path(folder) / MARKER)
+
+
+def stages_of(folder: str | os.PathLike[str] | None) -> list[str]:
+    """By which stages of training an exported policy came about; none where its folder does not tell."""
+    stages = read_note(folder).get("stages") if folder else None
+    return [str(stage) for stage in stages] if isinstance(stages, list) else []
+
+
 def read_note(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an export says of itself (`format`, and of a reward model `stop_token_ids`); empty for other folders."""
+    """What an export says of itself (`format`, `stages`, of a reward model `stop_token_ids`); empty of others."""
     try:
         found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -303,8 +303,13 @@ class AlignmentDataModule(LightningDataModule):
     def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
         has_template = getattr(self.tokenizer, "chat_template", None) is not None
         as_chat = self.as_chat or (question_name(seen) == "instruction" and has_template)
+        bar = self.trainer is None or self.trainer.progress_bar_callback is not None
         return SplitReader(
-            split, rows, kind, self.encoder, max_length=self.max_length, overflow=overflow, as_chat=as_chat
+            *(split, rows, kind, self.encoder),
+            max_length=self.max_length,
+            overflow=overflow,
+            as_chat=as_chat,
+            bar=bar and getattr(rank_zero_only, "rank", 0) == 0,
         )
 
     def _make(self, split: str) -> Batches:

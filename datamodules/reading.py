@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
 from datamodules.rows import formats
@@ -38,16 +39,26 @@ class SplitReader:
         max_length: Most tokens of a row.
         overflow: "truncate", "drop", "error" or (for documents) "split".
         as_chat: Turn plain prompts and completions into messages.
+        bar: Whether a terminal shows how far tokenising is, where that takes more than a second.
 
     Attributes:
         report: Counts by name: rows read and kept, tokens, and whatever was cut or left out.
     """
 
     def __init__(
-        self, split: str, rows: Rows, kind: str, encoder: Encoder, *, max_length: int, overflow: str, as_chat: bool
+        self,
+        split: str,
+        rows: Rows,
+        kind: str,
+        encoder: Encoder,
+        *,
+        max_length: int,
+        overflow: str,
+        as_chat: bool,
+        bar: bool = True,
     ) -> None:
         self.split, self.rows, self.kind, self.encoder = split, rows, kind, encoder
-        self.max_length, self.overflow, self.as_chat = max_length, overflow, as_chat
+        self.max_length, self.overflow, self.as_chat, self.bar = max_length, overflow, as_chat, bar
         self.report: dict[str, Any] = {"rows": len(rows), "format": kind}
         # Whether `label` holds values that are no truth values in the first rows, so that it is just a column.
         self.labelled = any(row.get("label") is not None for row in islice(rows, formats.SAMPLE))
@@ -82,7 +93,18 @@ class SplitReader:
         see: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Rows passed through `encode` in chunks, with their numbers; an error inside names the row."""
-        examples = self.examples(see)
+        shown = None if self.bar else True  # None: where the output is a terminal
+        examples = iter(
+            tqdm(
+                self.examples(see),
+                desc=f"tokenising {self.split}",
+                total=len(self.rows),
+                disable=shown,
+                delay=1.0,
+                leave=False,
+                ncols=79,
+            )
+        )
         while chunk := list(islice(examples, _CHUNK)):
             try:
                 results = encode([example for _, example in chunk])

@@ -1,5 +1,6 @@
 """Callbacks and the checkpoint writer that any LightningModule can use."""
 
+from alignment_modules.callbacks.bar import StepBar
 from alignment_modules.callbacks.checkpoints import Checkpoints
 from alignment_modules.callbacks.compare_runs import CompareRuns
 from alignment_modules.callbacks.completion_writer import CompletionWriter
@@ -28,6 +29,7 @@ __all__ = [
     "LearningWatch",
     "RunReport",
     "SampleTable",
+    "StepBar",
     "StopAndSave",
     "TensorBoard",
     "Throughput",

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,6 +34,7 @@ from alignment_modules.callbacks import (
     FiniteGuard,
     LearningWatch,
     RunReport,
+    StepBar,
     StopAndSave,
     Throughput,
 )
@@ -177,8 +178,11 @@ class AlignCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds what saves a run that ends early; the user's own `ModelCheckpoint` takes the place of `Checkpoints`."""
-        own = config.get("callbacks") or []
-        has_own = any(isinstance(callback, ModelCheckpoint) for callback in (own if isinstance(own, list) else [own]))
+        given = config.get("callbacks") or []
+        own = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not config.get("barebones"):
+            callbacks = [*callbacks, *([] if any(isinstance(one, ProgressBar) for one in own) else [StepBar()])]
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in own)
         if has_own or config.get("enable_checkpointing") is False or config.get("barebones"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
         return super()._instantiate_trainer(config, [*callbacks, StopAndSave(resume_command(self._arguments))])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from alignment_modules.functional.waiting import tell
 from alignment_modules.rewards import verifiers
 from alignment_modules.rewards.calling import compute
 from alignment_modules.rewards.model import SequenceClassifier
@@ -146,6 +147,7 @@ class RewardSet:
         values = torch.full((count, len(self.functions)), math.nan, dtype=torch.float64)
         for column, (function, name, wanted) in enumerate(zip(self.functions, self.names, self._wanted, strict=True)):
             arguments = rows.arguments(name, wanted)
+            tell(f"judging: {name}")
             values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
         weights = torch.tensor(self.weights, dtype=torch.float64)
         total = (values.nan_to_num(nan=0.0) * weights).sum(1)

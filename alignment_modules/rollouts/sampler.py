@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.waiting import tell
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
@@ -214,6 +215,7 @@ def draw(
             break
         if (time + 1) % check_every == 0:
             remaining = int(alive.sum())
+            tell("sampling", count - remaining, count)
             if remaining == 0:
                 break
             if drop and remaining <= 0.75 * len(rows):

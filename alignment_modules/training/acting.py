@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
+from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.scoring import Ask, Scores, score
@@ -222,6 +223,7 @@ class ActingModule(UpdateModule):
         size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
             for start in range(0, len(rollout), size):
+                tell("scoring", start * rollout.group, len(results))
                 piece = rollout.select(slice(start, start + size))
                 rows = slice(start * rollout.group, (start + size) * rollout.group)
                 results[rows] = self.score_piece(model, piece, piece.own).token_logps

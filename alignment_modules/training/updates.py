@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Positive, check_options
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.waiting import tell
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join, reads_as_carried
@@ -201,6 +202,7 @@ class UpdateModule(AlignmentModule):
                 padded = self.before_updates(padded)
         self.windows[of].open(self._count(padded, units))
         for number, piece in enumerate(padded, start=1):
+            tell("updating", number, count)
             with self._gradient_sync(entry, last=number == count):
                 self.manual_backward(self.record(piece, objective(piece), of))
         wrapped: Any = self.optimizers()  # as Lightning wraps them: their steps are the run's

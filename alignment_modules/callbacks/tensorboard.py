@@ -15,9 +15,9 @@ _WORKINGS = (
     *("clip_ratio/*", "cispo_clip_ratio", "importance_ratio/*", "sampling/*", "logps/*", "frac_not_judged"),
     *("completions/m??_length", "completions/*_terminated_length", "rewards/m??", "rewards/*/std"),
     *("rewards/*/not_applicable", "sample_accuracy", "samples_per_second", "padding_share", "num_tokens"),
-    *("steps_without_targets", "time/*"),
+    *("steps_without_targets", "time/*", "grad_norm", "learning_rate", "reward_std", "tokens_per_second"),
 )
-_LAYOUT = {  # charts of the CUSTOM SCALARS page, and the metrics that each holds
+_LAYOUT = {  # charts of the page CUSTOM SCALARS, and the metrics that each holds; a run has those of its first metrics
     "loss": ("train/loss", "val/loss"),
     "reward": ("train/reward", "val/reward"),
     "exact match": ("val/exact_match", "test/exact_match"),
@@ -31,6 +31,7 @@ _LAYOUT = {  # charts of the CUSTOM SCALARS page, and the metrics that each hold
     "gradient norm": ("train/grad_norm",),
     "learning rate": ("train/learning_rate",),
 }
+_EVERY_RUN = ("exact match", "gradient norm", "learning rate")  # what other hooks log, later
 
 
 @cache
@@ -66,8 +67,12 @@ class TensorBoard(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Writes numbers, each under its tag."""
         if not self._laid_out:
-            self._laid_out = True
-            charts = {name: ["Multiline", [f"^{tag}$" for tag in tags]] for name, tags in _LAYOUT.items()}
+            self._laid_out = True  # TensorBoard reads a run's first layout alone
+            charts = {
+                title: ["Multiline", [f"^{tag_of(name)}$" for name in names]]
+                for title, names in _LAYOUT.items()
+                if title in _EVERY_RUN or any(name in metrics for name in names)
+            }
             self.experiment.add_custom_scalars({"what matters": charts})
         for name, value in metrics.items():
             if name != "epoch":

@@ -1,12 +1,18 @@
-"""The page of samples in a real browser: markup stays text, filters work, many samples open quickly."""
+"""What people open in a real browser: the page of samples, and TensorBoard's first screen."""
 
 import html
+import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 
+from alignment_modules.callbacks import TensorBoard
 from alignment_modules.callbacks.samples import write_page
 
 pytestmark = pytest.mark.browser
@@ -25,7 +31,8 @@ def look(tmp_path_factory):
 
     def run(path, address="", size="1280,800"):
         command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-        options = [f"--window-size={size}", "--virtual-time-budget=10000", "--dump-dom", f"file://{path}{address}"]
+        url = path if str(path).startswith("http:") else f"file://{path}"
+        options = [f"--window-size={size}", "--virtual-time-budget=10000", "--dump-dom", f"{url}{address}"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True)
         return done.stdout
 
@@ -170,3 +177,52 @@ def test_two_thousand_samples_open_quickly(tmp_path, look):
 def test_no_samples_yet(tmp_path, look):
     write_page([], tmp_path / "a.html")
     assert "No samples yet" in visible(look(tmp_path / "a.html"))
+
+
+@pytest.fixture
+def tensorboard(tmp_path):
+    """The address of a TensorBoard that shows `tmp_path`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--host", "127.0.0.1"]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--load_fast", "false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as answer:
+                    if json.load(answer):
+                        break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_the_first_screen_of_tensorboard(tmp_path, look, request):
+    """What matters comes first, under the names of the documentation; diagnostics come last; no card for epochs."""
+    logger = TensorBoard(str(tmp_path / "run"))
+    names = ["reward", "frac_reward_zero_std", "completions/mean_length", "kl", "entropy", "loss", "grad_norm"]
+    names += ["clip_ratio/low_mean", "completions/min_length", "num_tokens"]
+    for step in range(1, 4):
+        logger.log_metrics({f"train/{name}": float(step) for name in names} | {"epoch": 0.5}, step)
+    logger.log_metrics({"val/exact_match": 0.5}, 3)
+    logger.finalize("success")
+    address = request.getfixturevalue("tensorboard")
+    document = look(f"{address}/", "#timeseries", size="1280,2000")
+    groups = re.findall(r'title="(train|val|workings|epoch)"', document)
+    assert groups == ["train", "val", "workings"]
+    cards = re.findall(r'title="(train/[^"]*)"', document)
+    assert cards == [
+        "train/completions/mean_length", "train/entropy", "train/frac_reward_zero_std", "train/kl", "train/loss",
+        "train/reward",
+    ]  # fmt: skip
+    charts = visible(look(f"{address}/", "#custom_scalars", size="1280,2000"))
+    assert all(title in charts for title in ("what matters", "reward", "groups without signal", "KL", "exact match"))
+    assert "preferred over rejected" not in charts

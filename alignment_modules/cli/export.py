@@ -13,7 +13,7 @@ from alignment_modules.cli.classes import import_path
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.options import OptionParser
 from alignment_modules.cli.run_folder import last_checkpoint
-from alignment_modules.policies.export import MARKER
+from alignment_modules.policies.export import MARKER, note_stages, stages_of
 from alignment_modules.policies.load import load_tokenizer
 from alignment_modules.policies.model_card import CardFacts, DataFacts, write_model_card
 from alignment_modules.training.best import Best, best_of_state
@@ -44,6 +44,7 @@ def export_command(arguments: list[str]) -> int:
     _attach_data(module, config)
     target = module.export(given.out, lora=given.lora)
     write_model_card(target, _facts(given, config, text, module, state, best))
+    note_stages(target, [*stages_of(_policy_path(config)), module.paradigm])
     print(f"exported {checkpoint} to {given.out}")
     if given.push:
         print(f"pushed to {push(target, given.push)}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import has_adapter, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
+from alignment_modules.policies.weights import without_bar
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
 
@@ -66,7 +66,7 @@ def export_policy(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        with _without_bar():
+        with without_bar():  # the Trainer's own may still be there
             note = _write(policy, temporary, lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
@@ -146,20 +146,6 @@ def check_export(
 def _base_path(policy: Any) -> str:
     path = policy.peft_config[policy.active_adapter].base_model_name_or_path or ""
     return os.path.abspath(os.path.expanduser(path)) if os.path.isdir(os.path.expanduser(path)) else path
-
-
-@contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    """Keeps transformers' progress bar from the screen, where the Trainer's own may still be."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -36,6 +37,20 @@ def building_device() -> AbstractContextManager[Any]:
     return torch.device("meta") if shapes_only() else nullcontext()
 
 
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Keeps transformers' progress bars from the screen."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def has_weights(model: nn.Module) -> bool:
     """Whether none of a model's parameters is on the meta device."""
     return not any(parameter.is_meta for parameter in model.parameters())
@@ -57,14 +72,16 @@ def read_model(
         The model, and what transformers reports on its keys.
     """
     if not shapes_only():
-        return auto.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        # Where it cannot be drawn over, in a file or a notebook, each of a bar's states would stay.
+        with nullcontext() if sys.stderr.isatty() else without_bar():
+            return auto.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     import transformers
 
     read = {key: value for key, value in options.items() if key in ("revision", "num_labels")}

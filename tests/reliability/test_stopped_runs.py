@@ -23,7 +23,7 @@ def start(workplace, tmp_path):
         with open(tmp_path / "log.txt", "a") as log:
             process = subprocess.Popen(
                 [*command, "--trainer.default_root_dir", str(tmp_path / "run")],
-                cwd=workplace, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
+                cwd=workplace, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear,
             )  # fmt: skip
         processes.append(process)
         limit = time.monotonic() + 180
@@ -38,6 +38,12 @@ def start(workplace, tmp_path):
         except ProcessLookupError:
             continue
         process.wait()
+
+
+def hear():
+    """Signals that these tests were started to ignore: a shell's background job has SIGINT so, `nohup` SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def log(tmp_path):

@@ -1,6 +1,7 @@
 """What runs differ in, beside what came of them: TensorBoard's page HPARAMS."""
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,10 +77,18 @@ def options_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Plain
     return {name: value for name, value in (shown | flat(changed)).items() if value is not None}
 
 
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Default values of a class's options; none where it is not imported, as all that a configuration names is."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    parameters = inspect.signature(found).parameters if callable(found) else {}
+    return {option: parameter.default for option, parameter in parameters.items()}
+
+
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
     """Nested options as one level of plain values: classes by their names, nothing that is None or private.
 
-    Of an optimizer the rate and the weight decay are shown, of schedules all.
+    Of an optimizer the rate and the weight decay are shown, of other classes what is not as by default.
 
     Example:
         >>> flat({"beta": 0.1, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5}}})
@@ -93,6 +102,9 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
                 found[prefix + name] = str(value["class_path"]).rpartition(".")[2]
             if "optimizer" in name:
                 inside = {key: inside[key] for key in ("lr", "weight_decay") if key in inside}
+            elif "class_path" in value:
+                usual = _defaults(str(value["class_path"]))
+                inside = {key: entry for key, entry in inside.items() if entry != usual.get(key, ...)}
             found |= flat(inside, f"{prefix}{name}.")
         elif isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
             found[prefix + name] = ", ".join(value)

@@ -42,7 +42,10 @@ def tag_of(name: str) -> str:
         >>> tag_of("train/loss"), tag_of("train/clip_ratio/low_mean")
         ('train/loss', 'workings/train/clip_ratio/low_mean')
     """
-    base = name.partition("/")[2].partition("/dataloader_idx_")[0]
+    stage, _, rest = name.partition("/")
+    base = rest.partition("/dataloader_idx_")[0]
+    if stage == "test":  # sorts before `train`, so that only the results of a chain of stages stand there
+        return name if base == "exact_match" or base.startswith("pass@") else WORKINGS + name
     return WORKINGS + name if any(fnmatchcase(base, pattern) for pattern in _WORKINGS) else name
 
 

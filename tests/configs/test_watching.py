@@ -132,6 +132,9 @@ def test_the_pages_of_tensorboard(chain):
         ("train/rewards/exact_match/mean", "train/rewards/exact_match/mean"),
         ("train/rewards/exact_match/std", "workings/train/rewards/exact_match/std"),
         ("test/frac_not_judged", "workings/test/frac_not_judged"),
+        ("test/loss", "workings/test/loss"),
+        ("test/exact_match", "test/exact_match"),
+        ("test/pass@8", "test/pass@8"),
     ],
 )
 def test_tags(name, tag):
@@ -140,9 +143,19 @@ def test_tags(name, tag):
 
 def test_options_that_are_classes_go_by_their_names():
     given = {
-        "lr_scheduler": {"class_path": "alignment_modules.training.schedules.Cosine", "init_args": {"warmup": 0.1}},
+        "lr_scheduler": {
+            "class_path": "alignment_modules.training.schedules.CosineSchedule",
+            "init_args": {"warmup_steps": 7, "floor": 0.0, "last_epoch": -1},
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "eps": 1e-8}},
         "rewards": ["ExactMatch", "my.close"],
         "quantization": None,
         "_hidden": 3,
     }
-    assert flat(given) == {"lr_scheduler": "Cosine", "lr_scheduler.warmup": 0.1, "rewards": "ExactMatch, my.close"}
+    assert flat(given) == {
+        "lr_scheduler": "CosineSchedule",
+        "lr_scheduler.warmup_steps": 7,
+        "optimizer": "AdamW",
+        "optimizer.lr": 0.1,
+        "rewards": "ExactMatch, my.close",
+    }

@@ -21,7 +21,7 @@ quickstart: setup
 # Pure functions, data, rewards, the step: under a minute on two slow cores.
 UNIT := functional datamodules rewards training test_private_attributes.py test_layers.py
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not distributed" $(addprefix tests/,$(UNIT)) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not distributed" --numprocesses 2 $(addprefix tests/,$(UNIT)) \
 	  --ignore tests/training/test_position.py # it resumes whole runs
 
 # Two processes, a file of tests each at a time: as many as the two slow cores that it is meant for.

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from alignment_modules.callbacks.jsonl import naming, to_json_line
@@ -22,6 +23,7 @@ _HELP = {
     "/retry": "answer the last message again, with other random numbers",
     "/save FILE": "append the conversation to a JSONL file to train on (SFT)",
     "/system TEXT": "set the system prompt; without text there is none",
+    "/temperature T": "sample at another temperature; 0: the likeliest tokens",
     "/adapter on|off": "switch the LoRA adapter of the folder on or off",
     "/help": "show this",
     "/quit": "end (so does Ctrl-D); Ctrl-C stops an answer",
@@ -109,6 +111,7 @@ class Chat:
             "/retry": self.retry,
             "/save": self.save,
             "/system": self.system,
+            "/temperature": self.temperature,
             "/adapter": self.adapter,
             "/help": self.help,
         }
@@ -213,6 +216,17 @@ class Chat:
         for voice in self.voices:
             voice.conversation.system = rest
         return self.screen.note("(system prompt set)" if rest else "(no system prompt)")
+
+    def temperature(self, rest: str) -> None:
+        """Sets the temperature."""
+        try:
+            value = float(rest)
+            made = [replace(voice.parameters, temperature=value, greedy=not value) for voice in self.voices]
+        except ValueError as error:
+            return self.screen.error(f"/temperature {rest}: {error}")
+        for voice, parameters in zip(self.voices, made, strict=True):
+            voice.parameters = parameters
+        return self.screen.note(f"(temperature {value:g})")
 
     def adapter(self, rest: str) -> None:
         """Switches adapters on or off."""

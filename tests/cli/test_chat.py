@@ -100,6 +100,17 @@ def test_without_a_template_each_line_is_continued(talk, plain_folder, tmp_path)
     assert saved(file)[1]["completion"] in again
 
 
+def test_another_temperature(talk, plain_folder, tmp_path):
+    file = tmp_path / "out.jsonl"
+    text = talk(plain_folder, "/temperature 0", "1+1=", f"/save {file}", "/temperature hot", "/temperature -1")
+    talk(plain_folder, "1+1=", f"/save {file}", options=["--temperature", "0"])
+    greedy, same = saved(file)
+    assert greedy == same
+    assert "(temperature 0)" in text
+    assert "/temperature hot: could not convert" in text
+    assert "/temperature -1: temperature=-1.0 must be" in text
+
+
 def test_text_mode_of_a_policy_with_a_template(talk, model_folder, tmp_path):
     talk(model_folder, "hi", f"/save {tmp_path / 'x.jsonl'}", options=["--text"])
     assert saved(tmp_path / "x.jsonl")[0]["prompt"] == "hi"

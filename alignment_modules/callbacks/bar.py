@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from alignment_modules.callbacks.screen import Line
+from alignment_modules.callbacks.line import Line
 from alignment_modules.functional.ranges import Range, check_options
 from alignment_modules.functional.waiting import listen
 

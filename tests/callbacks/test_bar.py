@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from alignment_modules.callbacks import StepBar, screen
+from alignment_modules.callbacks import StepBar, line
 from alignment_modules.functional.waiting import tell
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ class Talking(L.LightningModule):
 @pytest.fixture
 def always(monkeypatch):
     """Draws whenever there is something new."""
-    monkeypatch.setattr(screen.Line, "due", lambda line: True)
+    monkeypatch.setattr(line.Line, "due", lambda drawn: True)
 
 
 def fit(bar, module=None, **options):
@@ -117,7 +117,7 @@ def drawn(text):
 
 
 def test_one_line_with_three_numbers_and_the_time_left(terminal, monkeypatch):
-    monkeypatch.setattr(screen.Line, "due", lambda line: True)
+    monkeypatch.setattr(line.Line, "due", lambda drawn: True)
     lines = drawn(terminal(lambda: fit(StepBar())))
     assert max(map(len, lines)) <= 79  # the eightieth column would wrap
     assert any(
@@ -130,7 +130,7 @@ def test_one_line_with_three_numbers_and_the_time_left(terminal, monkeypatch):
 
 
 def test_messages_stand_on_lines_of_their_own(terminal, monkeypatch):
-    monkeypatch.setattr(screen.Line, "due", lambda line: True)
+    monkeypatch.setattr(line.Line, "due", lambda drawn: True)
     shown = warnings.showwarning
     text = terminal(lambda: fit(StepBar()))
     assert re.search(r"\r\x1b\[K[^\r\n]*mind the gap", text) or "mind the gap" not in text
@@ -140,7 +140,7 @@ def test_messages_stand_on_lines_of_their_own(terminal, monkeypatch):
 
 
 def test_an_error_finds_the_screen_free(terminal, monkeypatch):
-    monkeypatch.setattr(screen.Line, "due", lambda line: True)
+    monkeypatch.setattr(line.Line, "due", lambda drawn: True)
     module = Talking()
     module.fail_at = 6
 

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from alignment_modules.callbacks.steady_logging import try_write
 from alignment_modules.functional.ranges import check_options
 
 _METRICS = (
@@ -48,8 +50,12 @@ class CompareRuns(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for summary in hparams(options_of(trainer, module), dict.fromkeys(_METRICS, 0.0)):
-                    logger.experiment.file_writer.add_summary(summary)
+                try_write(logger, partial(_write_options, logger, options_of(trainer, module)))
+
+
+def _write_options(logger: TensorBoardLogger, options: Mapping[str, Plain]) -> None:
+    for summary in hparams(options, dict.fromkeys(_METRICS, 0.0)):
+        logger.experiment.file_writer.add_summary(summary)
 
 
 def options_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Plain]:

@@ -1,13 +1,15 @@
 """How rewards, advantages, lengths and ratios of a rollout are spread, where a mean says little."""
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from alignment_modules.callbacks.steady_logging import try_write
 from alignment_modules.functional.ranges import check_options
 
 
@@ -39,7 +41,7 @@ class Histograms(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asks for the ratios where someone will see them."""
         self._logged = trainer.global_step
-        if self.enabled and list(_writers(trainer)):
+        if self.enabled and _loggers(trainer):
             pl_module.kept_ratios = []  # type: ignore[assignment]
 
     def on_train_batch_end(
@@ -53,10 +55,9 @@ class Histograms(Callback):
         self._logged = step
         if not trainer.is_global_zero:
             return
-        for name, values in _values(pl_module).items():
-            values = values[values.isfinite()]
-            for writer in _writers(trainer) if len(values) else ():
-                writer.add_histogram(f"histograms/{name}", values, global_step=step)
+        finite = {name: values[values.isfinite()] for name, values in _values(pl_module).items()}
+        for logger in _loggers(trainer):
+            try_write(logger, partial(_send, logger, finite, step))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -71,11 +72,16 @@ class Histograms(Callback):
             pl_module.kept_ratios = None  # type: ignore[assignment]
 
 
-def _writers(trainer: L.Trainer) -> Iterator[Any]:
-    """The loggers' writers that know histograms, on rank 0."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if callable(getattr(experiment := getattr(logger, "experiment", None), "add_histogram", None)):
-            yield experiment
+def _loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """The loggers that know histograms, on rank 0."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _send(logger: TensorBoardLogger, histograms: dict[str, Tensor], step: int) -> None:
+    for name, values in histograms.items():
+        if len(values):
+            logger.experiment.add_histogram(f"histograms/{name}", values, global_step=step)
 
 
 def _values(module: Any) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from alignment_modules.training.checkpoint_io import write_error
 
 _AGAIN = 300.0  # seconds after which a logger that failed is tried again
+_RESTS: weakref.WeakKeyDictionary[Logger, "_Rest"] = weakref.WeakKeyDictionary()
 
 
 def keep_training(logger: Logger) -> None:
@@ -22,17 +24,31 @@ def keep_training(logger: Logger) -> None:
     Args:
         logger: Any logger; its methods are replaced.
     """
-    rest = _Rest(logger)
+    rest = _RESTS.setdefault(logger, _Rest(logger))
     for name in ("log_metrics", "log_hyperparams", "log_text", "save", "finalize", "after_save_checkpoint"):
         if callable(method := getattr(logger, name, None)):
             setattr(logger, name, rest.guard(method))
 
 
+def try_write(logger: Logger, write: Callable[[], Any]) -> None:
+    """Writes something with a logger's own writer; a failure is what `keep_training` makes of it.
+
+    Args:
+        logger: The logger.
+        write: What writes.
+    """
+    _RESTS.setdefault(logger, _Rest(logger)).guard(write)()
+
+
 class _Rest:
     def __init__(self, logger: Logger) -> None:
-        self.logger = logger
+        self._logger = weakref.ref(logger)
         self.until = 0.0
         self.warned = False
+
+    @property
+    def logger(self) -> Any:
+        return self._logger()
 
     def guard(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -61,6 +77,6 @@ class _Rest:
             )
         writer: Any = getattr(self.logger, "_experiment", None)
         if hasattr(writer, "add_scalar"):  # TensorBoard's thread has ended; only a new writer has another
-            self.logger._experiment = None  # type: ignore[attr-defined]
+            self.logger._experiment = None
             with contextlib.suppress(Exception):
                 writer.close()

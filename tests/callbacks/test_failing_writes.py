@@ -2,18 +2,26 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from alignment_modules.callbacks import CompletionWriter, ExportPolicy, SampleTable
+from alignment_modules.callbacks import (
+    CompareRuns,
+    CompletionWriter,
+    ExportPolicy,
+    Histograms,
+    SampleTable,
+    TensorBoard,
+)
 from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.policies.export import export_policy
 
 
-def full(*_):
+def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -54,6 +62,29 @@ def test_a_full_disk_under_tensorboard(logged, tmp_path, monkeypatch):
     assert trainer.global_step == 6
     assert len([warning for warning in seen if "No space left" in str(warning.message)]) <= 2
     assert (tmp_path / "samples.jsonl").read_text().count("\n") == 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("method", ["add_summary", "add_histogram", "add_scalar", "add_custom_scalars"])
+def test_options_and_histograms_on_a_full_disk(logged, tmp_path, monkeypatch, method):
+    from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+    monkeypatch.setattr(FileWriter if method == "add_summary" else SummaryWriter, method, full)
+    with pytest.warns(UserWarning, match=r"TensorBoard cannot .*curves.*No space"):
+        trainer = logged(TensorBoard(str(tmp_path / "curves")), CompareRuns(), Rolls())
+    assert trainer.global_step == 6
+
+
+class Rolls(Histograms):
+    """Histograms of a module that has no rollout."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.rollout = SimpleNamespace(
+            rewards=torch.ones(2), own=torch.ones(2, 3), advantages=torch.tensor([0.5, -0.5])
+        )
+
+    def setup(self, trainer, pl_module, stage):
+        """Nothing to refuse."""
 
 
 def test_curves_come_back_when_there_is_space_again(tmp_path, monkeypatch, read_events):

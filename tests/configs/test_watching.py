@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from alignment_modules.callbacks import StepBar
 from alignment_modules.callbacks.compare_runs import flat
 from alignment_modules.callbacks.tensorboard import WORKINGS, tag_of
 
@@ -159,3 +161,18 @@ def test_options_that_are_classes_go_by_their_names():
         "optimizer.lr": 0.1,
         "rewards": "ExactMatch, my.close",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ([], StepBar),
+        (["--trainer.callbacks+=TQDMProgressBar"], TQDMProgressBar),
+        (["--trainer.enable_progress_bar=false"], type(None)),
+    ],
+)
+def test_there_is_one_bar(align, data, model_folder, given, kind):
+    common = [f"--config={RECIPES / 'sft.yaml'}", f"--model.policy.path={model_folder}", f"--data.train={data['sft']}"]
+    root = [f"--trainer.default_root_dir={align.folder / kind.__name__}", *QUIET[:2]]
+    trainer = align("fit", *common, *root, "--trainer.max_steps=1", *given).trainer
+    assert type(trainer.progress_bar_callback) is kind

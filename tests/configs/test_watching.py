@@ -1,6 +1,9 @@
 """What `align` leaves to be looked at: TensorBoard's tags and pages, early stopping on what completions are worth."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +179,31 @@ def test_there_is_one_bar(align, data, model_folder, given, kind):
     root = [f"--trainer.default_root_dir={align.folder / kind.__name__}", *QUIET[:2]]
     trainer = align("fit", *common, *root, "--trainer.max_steps=1", *given).trainer
     assert type(trainer.progress_bar_callback) is kind
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_judge_what_one_does(align, data, model_folder):
+    """Completions of validation prompts are shared between the processes, each judged once."""
+    rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}", "answer": f"{a + b}"} for a in range(3) for b in range(3)]
+    source = align.folder / "judged.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (align.folder / "easy.py").write_text(
+        "def judge(completions, prompts):\n    return [float('1' in p) for p in prompts]\n"
+    )
+    found = []
+    for devices in (1, 2):
+        root = align.folder / f"ranks-{devices}"
+        command = [sys.executable, "-m", "alignment_modules", "validate", f"--config={RECIPES / 'sft.yaml'}"]
+        options = [f"--model.policy.path={model_folder}", f"--data.validation={source}", "--data.batch_size=2"]
+        options += ["--model.evaluation.verifier=easy.judge", "--model.evaluation.max_completion_length=3"]
+        options += ["--trainer.strategy=ddp", "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
+        subprocess.run(
+            [*command, *options, f"--trainer.default_root_dir={root}"], cwd=align.folder, check=True, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        scalars = events(root)
+        found.append({tag: scalars.Scalars(tag)[0].value for tag in scalars.Tags()["scalars"] if "val/" in tag})
+    assert found[0].keys() == found[1].keys()
+    assert found[0]["val/exact_match"] == pytest.approx(5 / 9)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -1,177 +1,27 @@
-import copy
-import logging
-
 import pytest
 import torch
 from torch import nn
 
 from alignment_modules.policies import scoring
-from alignment_modules.policies.attention import ATTENTION_NAME
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
-
-VOCABULARY = 40
-BASE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-MODELS = {
-    "llama": {"model_type": "llama", **GROUPED, "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
-    "qwen3": {"model_type": "qwen3", **GROUPED},
-    "gpt2": {"model_type": "gpt2", **NO_DROPOUT},
-    "gpt_neox": {"model_type": "gpt_neox"},
-    "mistral": {"model_type": "mistral", "sliding_window": None, **GROUPED},
-    "mistral_window": {"model_type": "mistral", "sliding_window": 6, **GROUPED},
-    "gemma2": {"model_type": "gemma2", **GROUPED, "sliding_window": 4, "final_logit_softcapping": 5.0},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        **GROUPED,
-        "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "cohere": {"model_type": "cohere", "num_key_value_heads": 2, "logit_scale": 0.25},
-    "granite": {"model_type": "granite", "num_key_value_heads": 2, "logits_scaling": 3.0},
-    "falcon": {"model_type": "falcon"},
-}
-PACKED = {"llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "mistral", "mistral_window", "gemma3", "cohere", "granite"}
-# Layer norms and rotations that models force into float32 round differently when sums are ordered differently.
-GRADIENT = 3e-6
-# Gemma 2's eager attention takes its softmax in float32.
-LOGPS = {"gemma2": 5e-6}
-
-
-def build(name, dtype=torch.float64, **extra):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {**BASE, **SPECIAL, **MODELS[name], **extra}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).to(dtype)
-    with torch.no_grad():  # biases and norms away from their neutral values
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-class Plain(nn.Module):
-    """A causal module without transformers: what an existing Lightning project brings."""
-
-    def __init__(self, returns="tensor"):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.mixer = nn.Embedding(VOCABULARY, 12), nn.GRU(12, 12, batch_first=True)
-        self.head, self.returns = nn.Linear(12, VOCABULARY), returns
-
-    def forward(self, input_ids):
-        logits = self.head(self.mixer(self.embedding(input_ids))[0])
-        return logits if self.returns == "tensor" else type("Output", (), {"logits": logits})()
-
-
-class Wrong(nn.Module):
-    def forward(self, input_ids):
-        return input_ids.double()
-
-
-def runs(rows, time, g):
-    """Masks of existing tokens: one run in each row, with padding before and after it."""
-    column = torch.arange(time)
-    start, end = torch.randint(2, (rows, 1), generator=g), torch.randint(time - 2, time + 1, (rows, 1), generator=g)
-    return (start <= column) & (column < end)
-
-
-def prompts_batch(seed=0, prompts=3, samples=2, empty=True):
-    g = torch.Generator().manual_seed(seed)
-    batch = {
-        "prompt_ids": torch.randint(VOCABULARY, (prompts, 5), generator=g),
-        "prompt_mask": runs(prompts, 5, g),
-        "completion_ids": torch.randint(VOCABULARY, (prompts * samples, 6), generator=g),
-        "completion_mask": runs(prompts * samples, 6, g),
-    }
-    if empty:
-        batch["prompt_mask"][0] = False
-        batch["completion_mask"][-1] = False
-    return batch
-
-
-def labels_batch(seed=0, rows=4, time=9, side="right"):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(VOCABULARY, (rows, time), generator=g)
-    lengths = torch.randint(2, time + 1, (rows, 1), generator=g)
-    column = torch.arange(time)[None]
-    mask = column < lengths if side == "right" else column >= time - lengths
-    labels = torch.where(mask & (torch.rand(rows, time, generator=g) < 0.7), ids, -100)
-    return ids, labels, mask
-
-
-def logits_of(policy, ids):
-    output = policy(ids)
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def naive_sequence(policy, tokens, temperature=1.0):
-    """Log-probabilities and entropies of tokens 1 .. n-1 of one sequence, from all its logits."""
-    log_p = (logits_of(policy, tokens[None])[0, :-1] / temperature).log_softmax(-1)
-    chosen = log_p.gather(1, tokens[1:, None])[:, 0]
-    return chosen, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == tokens[1:]
-
-
-def naive_prompts(policy, batch, temperature=1.0):
-    rows, time = batch["completion_ids"].shape
-    samples = rows // len(batch["prompt_ids"])
-    dtype = next(policy.parameters()).dtype
-    outputs = [
-        torch.zeros(rows, time, dtype=dtype),
-        torch.zeros(rows, time, dtype=dtype),
-        torch.zeros(rows, time).bool(),
-    ]
-    for n in range(rows):
-        prompt = batch["prompt_ids"][n // samples][batch["prompt_mask"][n // samples]]
-        places = batch["completion_mask"][n].nonzero()[:, 0]
-        places = places if len(prompt) else places[1:]
-        tokens = torch.cat((prompt, batch["completion_ids"][n][batch["completion_mask"][n]]))
-        if not len(places):
-            continue
-        for output, values in zip(outputs, naive_sequence(policy, tokens, temperature), strict=True):
-            output[n, places] = values[-len(places) :]
-    return outputs
-
-
-def naive_labels(policy, ids, labels, mask):
-    dtype = next(policy.parameters()).dtype
-    output = torch.zeros(ids.shape, dtype=dtype)
-    for b in range(len(ids)):
-        places = mask[b].nonzero()[:, 0]
-        if len(places) > 1:
-            log_p = logits_of(policy, ids[b][places][None])[0, :-1].log_softmax(-1)
-            wanted = labels[b][places[1:]]
-            values = log_p.gather(1, wanted.clamp_min(0)[:, None])[:, 0]
-            output[b, places[1:]] = torch.where(wanted == -100, 0.0, values)
-    return output
-
-
-def gradients(policy, value):
-    policy.zero_grad()
-    weight = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
-    (value * weight).sum().backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(found, expected, atol):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+from tests.policies.naive import (
+    GRADIENT,
+    LOGPS,
+    MODELS,
+    PACKED,
+    VOCABULARY,
+    Plain,
+    Wrong,
+    assert_same_gradients,
+    build,
+    gradients,
+    labels_batch,
+    naive_labels,
+    naive_prompts,
+    prompts_batch,
+)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -474,85 +324,6 @@ def test_a_head_that_is_not_linear_sees_the_predicting_tokens_alone():
     policy.get_base_model().lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
     score(policy, segments)
     assert shapes == [(1, len(segments.target_ids), VOCABULARY)]
-
-
-def test_a_scored_policy_is_used_as_before(tmp_path, caplog):
-    policy = build("llama", torch.float32)
-    untouched = copy.deepcopy(policy)
-    with caplog.at_level(logging.INFO, logger="alignment_modules"):
-        for _ in range(2):
-            score(policy, Segments.from_prompts(**prompts_batch()))
-    assert [record.message.count("packed rows") for record in caplog.records] == [1]  # said once
-    ids, mask = torch.randint(VOCABULARY, (3, 6)), torch.ones(3, 6, dtype=torch.int64)
-    mask[0, :3] = 0
-    assert torch.equal(policy(ids, attention_mask=mask).logits, untouched(ids, attention_mask=mask).logits)
-    packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
-    assert torch.equal(policy(**packed).logits, untouched(**packed).logits)
-    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(policy.generate(ids, **options), untouched.generate(ids, **options))
-    policy.save_pretrained(tmp_path)
-    assert ATTENTION_NAME not in (tmp_path / "config.json").read_text()
-    clone = copy.deepcopy(policy)
-    assert prepare(clone).packed
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_the_probe_leaves_modes_and_random_numbers_alone(training):
-    policy = build("gpt2", resid_pdrop=0.1)
-    policy.train(training)
-    policy.transformer.h[0].eval()
-    modes = [module.training for module in policy.modules()]
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    prepare(policy)
-    assert [module.training for module in policy.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_another_attention_implementation_is_kept():
-    policy, batch = build("llama"), prompts_batch()
-    policy.set_attn_implementation("eager")
-    expected = naive_prompts(policy, batch)[0]
-    found = score(policy, Segments.from_prompts(**batch)).token_logps
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert policy.config._attn_implementation == "eager"
-    assert "eager is kept" in prepare(policy).reason
-    policy.set_attn_implementation("sdpa")
-    assert prepare(policy).packed
-    policy.set_attn_implementation("eager")
-    assert not prepare(policy).packed
-
-
-def test_contexts_longer_than_the_window_are_padded():
-    policy = build("mistral_window")
-    assert prepare(policy).window == 6
-    short = {**prompts_batch(empty=False)}
-    short["prompt_mask"][:, 2:] = False
-    short["completion_mask"][:, 4:] = False
-    segments = Segments.from_prompts(**short)
-    assert segments.longest <= 6
-    torch.testing.assert_close(score(policy, segments).token_logps, naive_prompts(policy, short)[0], rtol=0, atol=1e-11)
-    long = {**prompts_batch(empty=False)}
-    assert Segments.from_prompts(**long).longest > 6
-    found = score(policy, Segments.from_prompts(**long)).token_logps
-    torch.testing.assert_close(found, naive_prompts(policy, long)[0], rtol=0, atol=1e-11)
-
-
-def test_a_model_whose_numbers_differ_when_packed_is_padded(monkeypatch):
-    policy, batch = build("llama"), prompts_batch()
-    original = policy.model.forward
-
-    def mixes_neighbours(*args, **kwargs):  # such as a convolution over the row
-        output = original(*args, **kwargs)
-        states = output.last_hidden_state
-        output.last_hidden_state = states + torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), 1)
-        return output
-
-    monkeypatch.setattr(policy.model, "forward", mixes_neighbours)
-    found = score(policy, Segments.from_prompts(**batch)).token_logps
-    assert "packed and padded rows differ" in prepare(policy).reason
-    assert policy.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(found, naive_prompts(policy, batch)[0], rtol=0, atol=1e-11)
 
 
 def test_inference_mode_and_then_training_on_the_same_segments():

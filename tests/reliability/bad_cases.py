@@ -1,0 +1,391 @@
+"""What users get wrong and are told, in one table: each message names the thing, its value and what is allowed."""
+
+from dataclasses import dataclass
+
+PARSING, BUILDING, TRAINING = "parsing", "before training", "training"
+
+
+@dataclass
+class Case:
+    """`align fit -c PARADIGM.yaml ARGUMENTS` fails at the moment `when` with a message that holds all of `parts`."""
+
+    paradigm: str
+    arguments: list[str]
+    parts: list[str]
+    when: str = BUILDING
+
+
+CALLBACK = ["--trainer.callbacks+=ModelCheckpoint"]
+CASES = {
+    # options and classes
+    "unknown option of a module": Case(
+        "dpo",
+        ["--model.betta", "0.3"],
+        ["align fit: error", "--model.betta=0.3", "DPOModule has no option", "did you mean 'beta'?", "label_smoothing"],
+        PARSING,
+    ),
+    "an option's name elsewhere": Case(
+        "sft", ["--lr", "1e-4"], ["--lr=1e-4: there is no such option; use --model.optimizer.lr\n"], PARSING
+    ),
+    "an optimizer's option by another name": Case(
+        "sft",
+        ["--model.optimizer.learning_rate", "1"],
+        ["--model.optimizer.learning_rate=1: AdamW has no option 'learning_rate'; use --model.optimizer.lr\n"],
+        PARSING,
+    ),
+    "a data module's option by another name": Case(
+        "sft",
+        ["--data.max_seq_length", "9"],
+        ["--data.max_seq_length=9: SFTDataModule has no option", "did you mean 'max_length'?"],
+        PARSING,
+    ),
+    "the batch size by another name": Case(
+        "sft", ["--per_device_train_batch_size=4"], ["there is no such option; use --data.batch_size\n"], PARSING
+    ),
+    "a base class of modules": Case(
+        "sft", ["--model", "ActingModule"], ["--model=ActingModule: only a base", "allowed: GRPOModule\n"], PARSING
+    ),
+    "a base class of schedules": Case(
+        "sft", ["--model.lr_scheduler=Schedule"], ["--model.lr_scheduler=Schedule: only a base", "Cosine"], PARSING
+    ),
+    "not a number": Case("dpo", ["--model.beta", ".nan"], ["beta=nan must be a finite number > 0"]),
+    "a number that is null": Case("dpo", ["--model.beta", "null"], ["beta=None must be a finite number > 0"]),
+    "more workers than any machine has": Case(
+        "sft",
+        ["--data.num_workers", "1e20"],
+        ["--data.num_workers=1e20: must be an integer from 0 to 1024"],
+        PARSING,
+    ),
+    "weights that are all zero": Case(
+        "grpo", ["--model.reward_weights", "[0]"], ["reward_weights=[0.0] must be finite and not all 0"]
+    ),
+    "unknown option in a file": Case(
+        "dpo", ["-c", "bad/option.yaml"], ["--model.betta=0.3", "DPOModule", "'beta'", "label_smoothing"], PARSING
+    ),
+    "unknown option of a data module": Case(
+        "sft", ["--data.batchsize=3"], ["--data.batchsize=3", "SFTDataModule", "'batch_size'", "max_length"], PARSING
+    ),
+    "unknown option of an optimizer": Case(
+        "sft", ["--model.optimizer.lrate", "1"], ["--model.optimizer.lrate=1", "AdamW", "allowed: lr, betas"], PARSING
+    ),
+    "unknown option of a schedule": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup", "3"],
+        ["--model.lr_scheduler.warmup=3", "CosineSchedule", "did you mean 'warmup_steps'?", "floor"],
+        PARSING,
+    ),
+    "a misspelt option that has options itself": Case(
+        "sft",
+        ["--model.optimiser.lr", "1e-3"],
+        ["--model.optimiser.lr=1e-3", "SFTModule has no option 'optimiser'", "did you mean 'optimizer'?"],
+        PARSING,
+    ),
+    "a misspelt option that has options itself, in a file": Case(
+        "sft",
+        ["-c", "bad/optimiser.yaml"],
+        ["--model.optimiser=", "SFTModule has no option 'optimiser'", "did you mean 'optimizer'?"],
+        PARSING,
+    ),
+    "no number in an optimizer": Case(
+        "sft", ["--model.optimizer.lr", "abc"], ["--model.optimizer.lr=abc: must be a finite number\n"], PARSING
+    ),
+    "no number in a schedule": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup_steps", "few"],
+        ["--model.lr_scheduler.warmup_steps=few: must be an integer from 0"],
+        PARSING,
+    ),
+    "no number deep in the policy": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.r", "few"],
+        ["--model.policy.lora.r=few: must be an integer from 1"],
+        PARSING,
+    ),
+    "a schedule without what it needs": Case(
+        "sft",
+        ["--model.lr_scheduler", "StepLR"],
+        ["--model.lr_scheduler.step_size: required by StepLR, but not given"],
+        PARSING,
+    ),
+    "a schedule on a plateau of nothing": Case(
+        "sft",
+        ["--model.lr_scheduler", "ReduceLROnPlateau"],
+        ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
+        PARSING,
+    ),
+    "a schedule on a plateau of nothing, in a file": Case(
+        "sft",
+        ["-c", "bad/plateau.yaml"],
+        ["--model.lr_scheduler.monitor: required by ReduceLROnPlateau, but not given"],
+        PARSING,
+    ),
+    "unknown option of the policy": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.rank", "8"],
+        ["--model.policy.lora.rank=8", "LoraConfig has no option 'rank'", "allowed: r, alpha"],
+        PARSING,
+    ),
+    "unknown option of the Trainer": Case(
+        "sft", ["--trainer.max_epoch", "3"], ["--trainer.max_epoch=3", "did you mean 'max_epochs'?"], PARSING
+    ),
+    "unknown option of the Trainer in a file": Case(
+        "sft", ["-c", "bad/trainer.yaml"], ["--trainer.max_epoch", "did you mean 'max_epochs'?", "accelerator"], PARSING
+    ),
+    "unknown option of the command": Case(
+        "sft", ["--ckpt", "x.ckpt"], ["--ckpt=x.ckpt: there is no such option", "'ckpt_path'"], PARSING
+    ),
+    "a stray word": Case("sft", ["beta=1"], ["beta=1", "every option starts with --"], PARSING),
+    "unknown module": Case(
+        "sft", ["--model", "DPOModul"], ["--model=DPOModul", "did you mean 'DPOModule'?", "GRPOModule"], PARSING
+    ),
+    "unknown module with options": Case(
+        "sft", ["--model", "DPOModul", "--model.beta", "1"], ["--model=DPOModul", "did you mean 'DPOModule'?"], PARSING
+    ),
+    "a class that is no module": Case(
+        "sft", ["--model", "torch.nn.Linear"], ["--model=torch.nn.Linear", "subclass of AlignmentModule"], PARSING
+    ),
+    "a module of a package that is not there": Case(
+        "sft",
+        ["--model", "my_modules.SFT"],
+        ["--model=my_modules.SFT", "No module named 'my_modules'"],
+        PARSING,
+    ),
+    "unknown data module": Case(
+        "sft", ["--data", "SFTData"], ["--data=SFTData", "did you mean 'SFTDataModule'?", "PromptDataModule"], PARSING
+    ),
+    "unknown optimizer": Case(
+        "sft", ["--model.optimizer", "AdamX"], ["--model.optimizer=AdamX", "did you mean 'Adam", "SGD"], PARSING
+    ),
+    "unknown callback": Case(
+        "sft", ["--trainer.callbacks+=SampleTabel"], ["SampleTabel", "did you mean 'SampleTable'?"], PARSING
+    ),
+    "unknown built-in reward": Case(
+        "grpo",
+        ["--model.rewards", '[{"class_path": "alignment_modules.rewards.ExactMach"}]'],
+        ["--model.rewards=alignment_modules.rewards.ExactMach", "did you mean 'ExactMatch'?"],
+        PARSING,
+    ),
+    "no number": Case("dpo", ["--model.beta", "big"], ["--model.beta=big", "must be a finite number > 0"], PARSING),
+    "no such choice": Case(
+        "grpo", ["--model.kl_placement", "los"], ["--model.kl_placement=los", "'loss' or 'reward'"], PARSING
+    ),
+    "a number of epochs that is none": Case(
+        "sft", ["--trainer.max_epochs", "few"], ["--trainer.max_epochs=few", "an integer or null"], PARSING
+    ),
+    "a configuration that is not there": Case(
+        "sft", ["-c", "nowhere.yaml"], ["config", "does not exist", "nowhere.yaml"], PARSING
+    ),
+    "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
+    "an empty configuration": Case("sft", ["-c", "bad/nothing.yaml"], ["--config=bad/nothing.yaml", "empty"], PARSING),
+    "a configuration that is a list": Case("sft", ["-c", "bad/list.yaml"], ["--config=bad/list.yaml", "list"], PARSING),
+    "a configuration that is no text": Case(
+        "sft", ["-c", "bad/binary.yaml"], ["--config=bad/binary.yaml", "UTF-8"], PARSING
+    ),
+    "unknown loss": Case("dpo", ["--model.loss", "sigmod"], ["loss", "'sigmod'", "'sigmoid', 'robust'"]),
+    "a model type that is not known": Case(
+        "sft",
+        ["--model.policy", "null", "--model.policy.config", '{"model_type": "lama"}', "--data.tokenizer", "policy"],
+        ["policy.config.model_type='lama'", "llama"],
+    ),
+    # folders and tokenizers
+    "missing policy": Case(
+        "sft", ["--model.policy", "runs/sft/export"], ["policy.path='runs/sft/export'", "Hugging Face format"]
+    ),
+    "policy in an empty folder": Case("sft", ["--model.policy", "bad/empty"], ["'bad/empty'", "config.json"]),
+    "missing tokenizer": Case("sft", ["--data.tokenizer", "./none"], ["tokenizer='./none'", "no such folder"]),
+    "folder without tokenizer": Case(
+        "sft", ["--model.policy", "other"], ["tokenizer='other'", "holds no tokenizer", "config.json"]
+    ),
+    "a vocabulary that does not fit": Case(
+        "sft", ["--model.policy", "small", "--data.tokenizer", "policy"], ["42 ids", "embeddings for 10", "vocab_size"]
+    ),
+    "missing reference": Case(
+        "dpo", ["--model.reference", "runs/sft/export"], ["reference.path='runs/sft/export'", "Hugging Face format"]
+    ),
+    # data
+    "missing data": Case("sft", ["--data.train", "none.jsonl"], ["train='none.jsonl'", "no such file or folder"]),
+    "a kind of file that is not known": Case(
+        "sft", ["--data.train", "policy/model.safetensors"], ["'.safetensors'", "known: .jsonl"]
+    ),
+    "a line that does not parse": Case(
+        "sft", ["--data.train", "bad/line.jsonl"], ["bad/line.jsonl:3", "not valid JSON", "one JSON object"]
+    ),
+    "a line that is no object": Case(
+        "sft", ["--data.train", "bad/number.jsonl"], ["bad/number.jsonl:2", "JSON object"]
+    ),
+    "rows without the columns": Case(
+        "dpo",
+        ["--data.train", "sft.jsonl"],
+        ["sft.jsonl:1", "['completion', 'prompt']", "PreferenceDataModule needs [prompt, chosen, rejected]"],
+    ),
+    "a later row without a column": Case(
+        "sft", ["--data.train", "bad/column.jsonl"], ["bad/column.jsonl:2", "needs column completion", "['prompt']"]
+    ),
+    "an empty file": Case("sft", ["--data.train", "bad/empty.jsonl"], ["train='bad/empty.jsonl'", "no rows"]),
+    "no source": Case("sft", ["--data.train", "null"], ["train=None", "give --data.train a source"]),
+    "every row longer than the limit": Case(
+        "sft",
+        ["--data.max_length", "3", "--data.overflow", "drop"],
+        ["every row is longer than max_length=3", "longest has", "raise max_length or"],
+    ),
+    "every row longer than the limit, as an error": Case(
+        "sft",
+        ["--data.max_length", "3", "--data.overflow", "error"],
+        ["sft.jsonl:1", "max_length=3", "'drop'"],
+    ),
+    "no supervised token in the data": Case(
+        "pretrain",
+        ["--data.train", "bad/no_target.jsonl"],
+        ["no row is left to use", "dropped without target 2"],
+    ),
+    "an epoch without a supervised token": Case(
+        "sft",
+        ["--data", "my_data.Masked", "--data.tokenizer", "policy"],
+        ["nothing to learn in epoch 0", "labels all -100"],
+        TRAINING,
+    ),
+    "batches of another paradigm": Case(
+        "grpo",
+        ["--data", "SFTDataModule", "--data.train", "sft.jsonl"],
+        ["GRPOModule must hold prompts", "it holds ['attention_mask', 'input_ids', 'labels']"],
+    ),
+    "unknown overflow policy": Case(
+        "sft", ["--data.overflow", "cut"], ["--data.overflow=cut", "'truncate' or 'drop' or 'error'"], PARSING
+    ),
+    # options that contradict each other or a value that is not allowed
+    "one generation": Case("grpo", ["--model.num_generations", "1"], ["num_generations=1", "at least 2"]),
+    "no micro-batch": Case("grpo", ["--model.micro_batch_size", "0"], ["micro_batch_size=0", "an integer from 1"]),
+    "a reference that nothing reads": Case(
+        "grpo", ["--model.reference", "other"], ["reference is given but beta=0", "KL penalty"]
+    ),
+    "accumulation by the Trainer": Case(
+        "grpo",
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["accumulate_grad_batches=2", "micro_batch_size"],
+    ),
+    "clipping by the Trainer": Case(
+        "grpo", ["--trainer.gradient_clip_val", "0.5"], ["gradient_clip_val=0.5", "GRPOModule", "max_grad_norm"]
+    ),
+    "a KL estimator without a gradient": Case(
+        "grpo", ["--model.beta", "0.1", "--model.kl_estimator", "k1"], ["'k1' must not stand in the loss", "'k3'"]
+    ),
+    "unknown KL estimator": Case(
+        "grpo", ["--model.beta", "0.1", "--model.kl_estimator", "k9"], ["'k9'", "'k1', 'k2', 'k3'"]
+    ),
+    "label smoothing that a loss does not have": Case(
+        "dpo", ["--model.loss", "ipo", "--model.label_smoothing", "0.1"], ["label_smoothing", "'ipo'", "0.1", "robust"]
+    ),
+    "a negative beta": Case("dpo", ["--model.beta", "-1"], ["beta", "-1.0", "> 0"]),
+    "temperature of zero": Case("grpo", ["--model.temperature", "0"], ["temperature", "0.0", "> 0"]),
+    "too many weights": Case(
+        "grpo", ["--model.reward_weights", "[1, 2]"], ["weights=[1.0, 2.0]", "one factor for each of the 1 rewards"]
+    ),
+    "a path and an architecture": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.config", '{"model_type": "llama"}'],
+        ["exactly one of 'path'", "'config'", "both are given"],
+    ),
+    "more warmup than steps": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--model.lr_scheduler.warmup_steps", "500"],
+        ["warmup_steps=500", "total_steps=6"],
+    ),
+    "adapters for layers that are not there": Case(
+        "sft",
+        ["--model.policy.path", "policy", "--model.policy.lora.target_modules", "query"],
+        ["lora.target_modules='query'", "q_proj", "'all-linear'"],
+    ),
+    # what Lightning and torch refuse before the first batch
+    "a learning rate below 0": Case("sft", ["--model.optimizer.lr", "-1"], ["Invalid learning rate: -1.0"]),
+    "an optimizer that cannot take these parameters": Case(
+        "sft", ["--model.optimizer", "Muon"], ["Muon only supports 2D parameters"]
+    ),
+    "an optimizer that takes no groups": Case(
+        "sft", ["--model.optimizer", "LBFGS"], ["LBFGS doesn't support per-parameter options"]
+    ),
+    "unknown strategy": Case("sft", ["--trainer.strategy", "ddpp"], ["strategy='ddpp'"]),
+    "unknown accelerator": Case("sft", ["--trainer.accelerator", "xpuu"], ["accelerator='xpuu'", "cpu"]),
+    "validation after more batches than there are": Case(
+        "sft", ["--trainer.val_check_interval", "50", "--data.validation", "sft.jsonl"], ["val_check_interval", "50"]
+    ),
+    "the best of no checkpoints": Case("sft", ["--ckpt_path", "best"], ['ckpt_path="best"', "ModelCheckpoint"]),
+    "batches that cannot be counted": Case(
+        "sft",
+        ["--model.lr_scheduler", "CosineSchedule", "--trainer.limit_train_batches", "0"],
+        ["CosineSchedule", "set the Trainer's max_steps", "no length"],
+    ),
+    # exports
+    "an export of adapters that are not there": Case(
+        "sft", ["--export.lora", "adapter"], ["lora='adapter'", "has no adapters", "lora='merge'"]
+    ),
+    "an export into a folder of something else": Case(
+        "sft", ["--export.directory", "policy"], ["policy'", "is not empty and not an export"]
+    ),
+    "an export of adapters on a base that is not on disk": Case(
+        "sft",
+        ["-c", "bad/fresh.yaml", "--export.lora", "adapter"],
+        ["lora='adapter'", "base model under these adapters is not on disk"],
+    ),
+    # rewards
+    "a reward that is not there": Case(
+        "grpo", ["--model.rewards", "my_rewards.digit"], ["rewards[0]='my_rewards.digit'", "no attribute 'digit'"]
+    ),
+    "a reward's module that is not there": Case(
+        "grpo",
+        ["--model.rewards", "my_reward.digits"],
+        ["rewards[0]=", "no module named 'my_reward'"],
+    ),
+    "a reward that raises": Case(
+        "grpo", ["--model.rewards", "my_rewards.raises"], ["reward 'raises' raised in row 0", "ZeroDivisionError"]
+    ),
+    "a reward of the wrong count": Case(
+        "grpo", ["--model.rewards", "my_rewards.too_few"], ["reward 'too_few' returned 1 values for 12 completions"]
+    ),
+    "a reward of NaN": Case(
+        "grpo",
+        ["--model.rewards", "my_rewards.never_a_number"],
+        ["optimizer step 1", "never_a_number", "NaN for all completions"],
+    ),
+    "a reward that is no number": Case(
+        "grpo", ["--model.rewards", "my_rewards.a_word"], ["'a_word' returned str 'good' in row 0", "must be a number"]
+    ),
+    "a reward's column that is not there": Case(
+        "grpo",
+        ["--model.rewards", "my_rewards.wants_a_column"],
+        ["'wants_a_column' asks for 'solution'", "found: answer, completion_ids"],
+    ),
+    # checkpoints (more of them in test_checkpoints.py)
+    "a checkpoint that is not there": Case(
+        "sft", ["--ckpt_path", "runs/last.ckpt"], ["ckpt_path='runs/last.ckpt'", "no such file"]
+    ),
+    "a checkpoint of another paradigm": Case(
+        "sft", ["--ckpt_path", "bad/other.ckpt"], ["'bad/other.ckpt'", "paradigm 'dpo'", "only paradigm 'sft'"]
+    ),
+    "a truncated checkpoint": Case(
+        "sft", ["--ckpt_path", "bad/short.ckpt"], ["'bad/short.ckpt'", "truncated at 300 bytes", "earlier checkpoint"]
+    ),
+    "a checkpoint of weights alone": Case(
+        "sft", ["--ckpt_path", "bad/weights.ckpt"], ["'bad/weights.ckpt'", "pytorch-lightning_version", "no Trainer"]
+    ),
+    "a checkpoint with a pickle inside": Case(
+        "sft", ["--ckpt_path", "bad/pickle.ckpt"], ["'bad/pickle.ckpt'", "Python objects", "refused"]
+    ),
+    "a misspelt metric": Case(
+        "sft",
+        [*CALLBACK, "--trainer.callbacks.monitor", "val/los", "--data.validation", "sft.jsonl"],
+        ["'val/los'", "'val/loss'"],
+        TRAINING,
+    ),
+}
+
+FRESH = """
+model:
+  init_args:
+    policy:
+      class_path: PolicyConfig
+      init_args:
+        config: {model_type: llama, vocab_size: 42, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1,
+          num_attention_heads: 2}
+        lora: {}
+data: {init_args: {tokenizer: policy}}
+"""

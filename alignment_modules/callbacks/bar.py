@@ -195,41 +195,17 @@ class StepBar(ProgressBar):
         """Begins to count the batches of all loaders."""
         self._begin("test", float(sum(trainer.num_test_batches)))
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Shows the batch."""
-        self._advance(self._done + 1)
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins to count the batches of all loaders."""
+        self._begin("predict", float(sum(trainer.num_predict_batches)))
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the last line on the screen."""
         self._end()
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to count the batches of all loaders."""
-        self._begin("predict", float(sum(trainer.num_predict_batches)))
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Shows the batch."""
-        self._advance(self._done + 1)
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the last line on the screen."""
-        self._end()
+    on_predict_end = on_test_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leaves the screen to the error."""

@@ -219,8 +219,8 @@ class SidesCollate:
     """Batches of rows made of named token sequences: `{name}_input_ids` and `{name}_attention_mask`, `[batch, time]`.
 
     Prompts are padded on the left and completions on the right, so that a pair stands without a gap. Other keys:
-    `index` becomes a list, `label` (bool, or float32 probabilities) and `margin` (float32) tensors `[batch]`, and `{name}_loss_mask` an int64
-    tensor `[batch, time]`.
+    `index` becomes a list, `label` (bool, or float32 probabilities) and `margin` (float32) tensors `[batch]`, and
+    `{name}_loss_mask` an int64 tensor `[batch, time]`.
 
     Args:
         pad_id: Fills the ids.

@@ -295,6 +295,7 @@ ROWS: dict[str, Paradigm] = {
         first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0},
         first_options={"reference": None},
         source="pairs",
+        recipe={"metrics": ("--model.wpo=true", "--model.nll_coef=0.1", "--model.log_logits=true")},
     ),
     "orpo": Paradigm(
         batch=pairs,

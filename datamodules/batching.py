@@ -219,8 +219,8 @@ class SidesCollate:
     """Batches of rows made of named token sequences: `{name}_input_ids` and `{name}_attention_mask`, `[batch, time]`.
 
     Prompts are padded on the left and completions on the right, so that a pair stands without a gap. Other keys:
-    `index` becomes a list, `label` (bool) and `margin` (float32) tensors `[batch]`, and `{name}_loss_mask` an int64
-    tensor `[batch, time]`.
+    `index` becomes a list, `label` (bool, or float32 probabilities) and `margin` (float32) tensors `[batch]`, and
+    `{name}_loss_mask` an int64 tensor `[batch, time]`.
 
     Args:
         pad_id: Fills the ids.
@@ -240,8 +240,9 @@ class SidesCollate:
             if f"{name}_loss_mask" in rows[0]:
                 batch[f"{name}_loss_mask"], _ = pad([row[f"{name}_loss_mask"] for row in rows], 0, side=side)
         batch["index"] = [row["index"] for row in rows]
-        for name, dtype in (("label", torch.bool), ("margin", torch.float32)):
+        for name in ("label", "margin"):
             if name in rows[0]:
+                dtype = torch.bool if isinstance(rows[0][name], bool) else torch.float32
                 batch[name] = torch.tensor([row[name] for row in rows], dtype=dtype)
         return batch
 

@@ -102,6 +102,13 @@ class Sides:
         return table, SidesCollate(self.encoder.pad, names)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+_NUMBERS = {  # columns of numbers, and what they may be
+    "margin": (-_LARGEST, _LARGEST, "a finite number"),
+    "label": (0.0, 1.0, "the probability that the chosen completion is the better, from 0 to 1"),
+}
+
+
 class PreferenceDataModule(AlignmentDataModule):
     """Preference pairs.
 
@@ -111,8 +118,9 @@ class PreferenceDataModule(AlignmentDataModule):
     `index` (row numbers in the source). Prompts are padded on the left, completions on the right; completions end with
     the stop token. Where completions hold messages that are not the assistant's, `chosen_loss_mask` and
     `rejected_loss_mask` say which of their tokens are to be scored. A column `margin` (by how much the chosen one is
-    the better) becomes `margin` `[batch]`, float32; all rows have one, or none. Test and predict rows give batches of
-    prompts.
+    the better) becomes `margin` `[batch]`, float32, a column `label` (the probability that the chosen one is the
+    better, from 0 to 1, or true or false) `label` `[batch]`, float32; all rows have one, or none. Test and predict rows
+    give batches of prompts.
 
     Args:
         **common: Keywords of `AlignmentDataModule`. `max_length` bounds a prompt and one completion together;
@@ -124,32 +132,35 @@ class PreferenceDataModule(AlignmentDataModule):
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the pairs of a split."""
         names = ("chosen", "rejected")
-        sides, index, margins = Sides(reader, self.encoder, names), list[int](), list[float | None]()
+        sides, index = Sides(reader, self.encoder, names), list[int]()
+        numbers: dict[str, list[float | None]] = {name: [] for name in _NUMBERS}
 
         def encode(examples: Sequence[Example]) -> list[Any]:
             return [_join(row) for row in zip(*(self.encoder.completions(examples, n) for n in names), strict=True)]
 
         def see(row: Mapping[str, Any]) -> None:
-            margins.append(_margin(row))
-            if (margins[-1] is None) != (margins[0] is None):
-                has, first = ("no", "has one") if margins[-1] is None else ("a", "has none")
-                raise ValueError(f"has {has} margin, and the first row {first}; give all rows a margin, or none")
+            for name, found in numbers.items():
+                found.append(_number(row, name))
+                if (found[-1] is None) != (found[0] is None):
+                    has, first = ("no", "has one") if found[-1] is None else ("a", "has none")
+                    raise ValueError(f"has {has} {name}, and the first row {first}; give all rows a {name}, or none")
 
         for number, row in reader.encoded(encode, see):
             if sides.add(number, *row):
                 index.append(number)
-        given = bool(margins) and margins[0] is not None
-        return sides.table(index, {"margin": np.asarray(margins, np.float32)[index]} if given else {})
+        given = {name: found for name, found in numbers.items() if found and found[0] is not None}
+        return sides.table(index, {name: np.asarray(found, np.float32)[index] for name, found in given.items()})
 
 
-def _margin(row: Mapping[str, Any]) -> float | None:
-    value = scalar(row.get("margin"))
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    """What a row says in one of `_NUMBERS`."""
+    value, (least, greatest, words) = scalar(row.get(name)), _NUMBERS[name]
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= np.finfo(np.float32).max:
-        raise ValueError(
-            f"column margin must be a finite number, found {short(row['margin'])}; rename the column if it is another"
-        )
+    if isinstance(value, bool) and name == "label":
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= greatest:
+        raise ValueError(f"column {name} must be {words}, found {short(row[name])}; rename the column if it is another")
     return float(value)
 
 

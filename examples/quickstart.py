@@ -62,8 +62,8 @@ class Chain:
         """
         started = monotonic()
         if stage == "dpo":
-            self._align("predict", "sample_pairs", *self._differences("sample_pairs", "sample_pairs"))
-        self._align("fit", stage, *self._differences(stage, name or stage), *options)
+            self.align("predict", "sample_pairs", *self._differences("sample_pairs", "sample_pairs"))
+        self.align("fit", stage, *self._differences(stage, name or stage), *options)
         return monotonic() - started
 
     def test(self, stage: str, *, name: str | None = None, trained: bool = True, seconds: float = 0.0) -> Measured:
@@ -72,10 +72,10 @@ class Chain:
         options = ["--trainer.default_root_dir", str(folder / "test")]
         options += ["--model.policy", str(folder / "export")] if trained else []
         options += [] if self.seed is None else ["--seed_everything", str(self.seed)]
-        metrics = self._align("test", stage, *options)
+        metrics = self.align("test", stage, *options)
         return Measured(name or stage, metrics["test/exact_match"], metrics[f"test/pass@{SAMPLES}"], seconds)
 
-    def _align(self, command: str, config: str, *options: str) -> dict[str, float]:
+    def align(self, command: str, config: str, *options: str) -> dict[str, float]:
         """Prints an `align` command, runs it in this process, and returns the metrics that it logged."""
         from alignment_modules.cli import run_cli
 

@@ -287,10 +287,47 @@ ROWS: dict[str, Paradigm] = {
         variants={
             **{loss: {"loss": loss} for loss in ("ipo", "sigmoid_norm", "apo_zero")},
             "with nll": {"nll_coef": 0.3},
+            "mpo": {"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+            "wpo": {"wpo": True, "loss": "hinge"},
+            "ld": {"ld_alpha": 0.5, "dpop_coef": 5.0},
             **{loss: {"loss": loss, "max_grad_norm": None} for loss in ("aot", "aot_unpaired")},
         },
         first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0},
         first_options={"reference": None},
+        source="pairs",
+        recipe={"metrics": ("--model.wpo=true", "--model.nll_coef=0.1", "--model.log_logits=true")},
+    ),
+    "orpo": Paradigm(
+        batch=pairs,
+        nothing=_NO_PAIR | {"nothing written": entry("rejected_loss_mask", 0)},
+        options=lambda other: {"beta": 0.5},
+        variants={
+            "on prompts": {"nll_on_prompt": True},
+            "of tokens": {"nll_unit": "tokens", "max_grad_norm": None},
+            "of all tokens": {"nll_unit": "tokens", "nll_on_prompt": True, "max_grad_norm": None},
+        },
+        # every token is as likely, so the odds are the same
+        first={
+            "train/loss": pytest.approx(math.log(40) + 0.1 * math.log(2), rel=1e-6),
+            "train/log_odds_ratio": pytest.approx(-math.log(2), rel=1e-6),
+            "train/log_odds_chosen": pytest.approx(0.0, abs=1e-6),
+        },
+        first_policy=flat,
+        first_options={"beta": 0.1},
+        source="pairs",
+    ),
+    "cpo": Paradigm(
+        batch=pairs,
+        nothing=_NO_PAIR | {"nothing written": entry("rejected_loss_mask", 0)},
+        options=lambda other: {"loss": "simpo"},
+        variants={
+            "cpo": {"loss": "sigmoid"},
+            "hinge": {"loss": "hinge", "beta": 0.2},
+            "ipo": {"loss": "ipo"},
+            "alpha": {"alpha": 0.25},
+        },
+        first={"train/loss": pytest.approx(math.log1p(math.e), rel=1e-6)},
+        first_policy=flat,
         source="pairs",
     ),
     "kto": Paradigm(

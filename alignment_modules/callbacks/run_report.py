@@ -37,6 +37,8 @@ _NEXT = {  # what one usually does with the exported policy
     "reward": "align fit --config configs/recipes/grpo.yaml --model.policy.path POLICY --model.rewards {export} "
     "--data.train QUESTIONS",
     "dpo": _ACT,
+    "orpo": _ACT,
+    "cpo": _ACT,
     "kto": _ACT,
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser
 
 from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of
-from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES, UnpairedLoss
+from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UnpairedLoss
 from alignment_modules.functional.ranges import MAX_INT, describe
 from alignment_modules.paradigms import PARADIGMS
 
@@ -157,6 +157,7 @@ def _listing(kind: str) -> str:
         found = {
             "PretrainModule, SFTModule": ("nll", "dft"),
             "DPOModule": PREFERENCE_LOSSES,
+            "CPOModule": REFERENCE_FREE_LOSSES,
             "KTOModule": get_args(UnpairedLoss),
             "GRPOModule": LOSS_REDUCTIONS,
         }

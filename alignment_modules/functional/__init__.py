@@ -13,6 +13,7 @@ from alignment_modules.functional.logprobs import (
     linear_token_log_probs,
     linear_token_scores,
     sequence_logps,
+    token_collision,
     token_entropy,
     token_log_probs,
 )
@@ -25,6 +26,14 @@ from alignment_modules.functional.preference import (
     preference_loss,
 )
 from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
+from alignment_modules.functional.reference_free import (
+    REFERENCE_FREE_LOSSES,
+    ReferenceFreeLoss,
+    check_reference_free,
+    log_odds,
+    odds_ratio_loss,
+    reference_free_loss,
+)
 from alignment_modules.functional.reward import reward_pair_loss
 from alignment_modules.functional.surrogate import (
     IMPORTANCE_LEVELS,
@@ -46,12 +55,15 @@ __all__ = [
     "LOSS_REDUCTIONS",
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
+    "REFERENCE_FREE_LOSSES",
     "ClipMasks",
     "LinearTokenScores",
     "Preference",
+    "ReferenceFreeLoss",
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
+    "check_reference_free",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
@@ -59,13 +71,17 @@ __all__ = [
     "length_desensitized_logps",
     "linear_token_log_probs",
     "linear_token_scores",
+    "log_odds",
     "masked_mean",
     "mismatched",
     "mismatched_completions",
+    "odds_ratio_loss",
     "policy_gradient_loss",
     "preference_loss",
+    "reference_free_loss",
     "reward_pair_loss",
     "sequence_logps",
+    "token_collision",
     "token_entropy",
     "token_log_probs",
     "unpaired_loss",

@@ -34,6 +34,7 @@ class LinearTokenScores(NamedTuple):
         correct: `[n]` bool, whether the target is the most probable token.
         normalizer: `[n]` same dtype as `token_logps`, logsumexp of the logits, differentiable.
         mean_logp: `[n]` same dtype, mean log-probability over the vocabulary, differentiable.
+        collision: `[n]` same dtype, `log sum p^2` over the vocabulary, without gradient.
     """
 
     token_logps: Tensor
@@ -41,6 +42,7 @@ class LinearTokenScores(NamedTuple):
     correct: Tensor | None
     normalizer: Tensor | None
     mean_logp: Tensor | None
+    collision: Tensor | None
 
 
 class HeadSettings(NamedTuple):
@@ -53,6 +55,7 @@ class HeadSettings(NamedTuple):
     with_correct: bool
     with_normalizer: bool
     with_mean_logp: bool
+    with_collision: bool
     needs_grad: bool = False
 
 
@@ -87,6 +90,7 @@ class _LinearHead(torch.autograd.Function):
         entropy = torch.empty_like(token_logps) if settings.with_entropy else None
         correct = torch.empty_like(token_logps, dtype=torch.bool) if settings.with_correct else None
         mean_logp = torch.empty_like(token_logps) if settings.with_mean_logp else None
+        collision = torch.empty_like(token_logps) if settings.with_collision else None
         chunk = _chunk_rows(hidden, weight, settings)
         buffer = hidden.new_empty(min(chunk, rows), weight.shape[0])
         for span in spans(rows, chunk):
@@ -99,6 +103,8 @@ class _LinearHead(torch.autograd.Function):
                 normalizer[part] = logits.gather(1, index)[:, 0] - token_logps[part]
                 if mean_logp is not None:
                     mean_logp[part] = log_p.mean(dim=-1)
+                if collision is not None:
+                    collision[part] = log_p.mul(2).logsumexp(dim=-1)
                 if correct is not None:
                     correct[part] = logits.argmax(dim=-1) == targets[part]
                 if entropy is not None:
@@ -108,9 +114,9 @@ class _LinearHead(torch.autograd.Function):
         ctx.product = buffer if settings.needs_grad and chunk >= rows else None
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
         ctx.set_materialize_grads(False)
-        if correct is not None:
-            ctx.mark_non_differentiable(correct)
-        return token_logps, entropy, correct, normalizer.clone() if settings.with_normalizer else None, mean_logp
+        ctx.mark_non_differentiable(*(found for found in (correct, collision) if found is not None))
+        shown = normalizer.clone() if settings.with_normalizer else None
+        return token_logps, entropy, correct, shown, mean_logp, collision
 
     @staticmethod
     @once_differentiable
@@ -121,6 +127,7 @@ class _LinearHead(torch.autograd.Function):
         _: Tensor | None,
         grad_normalizer: Tensor | None,
         grad_mean: Tensor | None,
+        __: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
         alpha, cap = ctx.settings.alpha, ctx.settings.cap

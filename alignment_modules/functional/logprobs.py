@@ -87,6 +87,27 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=-1)
 
 
+@torch.no_grad()
+def token_collision(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability that two draws from a distribution agree, `log sum p^2` with `p = softmax(logits / temperature)`.
+
+    Args:
+        logits: `[batch, time, vocabulary]` (any leading shape).
+        temperature: Divides the logits, > 0.
+
+    Returns:
+        `[batch, time]` in nats, float32, or float64 for float64 logits, without gradient.
+
+    Raises:
+        ValueError: If `temperature` is not positive.
+
+    >>> token_collision(torch.zeros(4))
+    tensor(-1.3863)
+    """
+    log_p = F.log_softmax(upcast(logits) / check_positive("temperature", temperature), dim=-1)
+    return log_p.mul_(2).logsumexp(dim=-1)
+
+
 def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -151,6 +172,7 @@ def linear_token_scores(
     with_correct: bool = False,
     with_normalizer: bool = False,
     with_mean_logp: bool = False,
+    with_collision: bool = False,
 ) -> LinearTokenScores:
     """`linear_token_log_probs` and, from the same pass over the logits, what else is asked for.
 
@@ -167,6 +189,7 @@ def linear_token_scores(
         with_correct: Also compute whether the target is the most probable token.
         with_normalizer: Also compute the logsumexp of the logits, differentiable (for a z-loss).
         with_mean_logp: Also compute the mean log-probability over the vocabulary, differentiable (for label smoothing).
+        with_collision: Also compute `log sum p^2` over the vocabulary, without gradient (for WPO's weights).
 
     Returns:
         `LinearTokenScores` with None for what was not asked for.
@@ -183,5 +206,6 @@ def linear_token_scores(
         raise ValueError(f"targets must be [{hidden.shape[0]}], got shape {tuple(targets.shape)}")
     alpha, cap = factor_and_cap(logit_scale, softcap, temperature)
     check_positive("max_chunk_bytes", max_chunk_bytes)
-    settings = HeadSettings(alpha, cap, max_chunk_bytes, with_entropy, with_correct, with_normalizer, with_mean_logp)
+    asked = (with_entropy, with_correct, with_normalizer, with_mean_logp, with_collision)
+    settings = HeadSettings(alpha, cap, max_chunk_bytes, *asked)
     return apply_linear_head(hidden, weight, bias, targets, settings)

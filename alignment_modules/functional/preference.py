@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import exp_bounded
-from alignment_modules.functional.ranges import Positive, Range, Share, check_options
+from alignment_modules.functional.logprobs import sequence_logps
+from alignment_modules.functional.preference_losses import LOSSES, OF_DIFFERENCES, SMOOTHED, SORTED, Pairs
+from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
+
+PREFERENCE_LOSSES = tuple(LOSSES)
+"""Names that `preference_loss` takes."""
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 """Names that `preference_loss` takes as `f_divergence`."""
 
-BATCH_COUPLED_LOSSES = frozenset({"aot", "aot_unpaired"})
+BATCH_COUPLED_LOSSES = SORTED
 """Losses that sort the pairs they are given: for a part of them, say by `Preference.partners` what the whole is."""
 
 
-class _Pairs(NamedTuple):
-    """One batch of pairs, all `[batch]`."""
+class _Side(NamedTuple):
+    """A completion of each pair, all `[batch]`."""
 
-    chosen: Tensor  # log p - log p_ref, or another f-divergence's score of it
-    rejected: Tensor
-    policy_chosen: Tensor
-    policy_margin: Tensor
-    reference_margin: Tensor
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
-    partners: Tensor | None
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -40,40 +40,93 @@ class Preference:
     """How pairs of completions are compared, as one value that checks itself.
 
     Args:
-        loss: One of `PREFERENCE_LOSSES`.
+        loss: One of `PREFERENCE_LOSSES`, or several, whose weighted sum is taken (MPO, arXiv:2411.10442).
         beta: Strength of the pull to the reference, > 0 (`tau` for "ipo").
-        label_smoothing: Assumed share of wrong labels, in [0, 0.5); > 0 for "exo_pair", 0 for losses that have no such
-            term.
-        f_divergence: One of `F_DIVERGENCES`; "reverse_kl" for losses that are not written in `w - l`.
+        label_smoothing: Assumed share of wrong labels, in [0, 0.5); > 0 for "exo_pair". It belongs to the losses that
+            have such a term, and is 0 where none has.
+        f_divergence: One of `F_DIVERGENCES`; it belongs to the losses that are written in `w - l`, and is "reverse_kl"
+            where none is.
         alpha: Coefficient of the alpha-divergence, in [0, 1]; 1 is "reverse_kl", 0 is "forward_kl".
         discopop_tau: Temperature of "discopop", > 0.
+        weights: A weight >= 0 for each of several losses; None: 1 each.
+        dpop_coef: `lambda` of DPO-Positive (arXiv:2402.13228, eq. 3): `w - l` becomes `w - l - lambda max(0, -w)`, so
+            that the chosen completion is not made less likely than under the reference. Likewise of losses in `w - l`.
+        ipo_logps: Whether "ipo" compares the completions' "mean" or "sum" over tokens.
 
     Raises:
-        ValueError: If an option is unknown, out of range, or without effect on this loss.
+        ValueError: If an option is unknown, out of range, or without effect on every loss.
     """
 
-    loss: str = "sigmoid"
+    loss: str | Sequence[str] = "sigmoid"
     beta: Positive = 0.1
     label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0
     f_divergence: str = "reverse_kl"
     alpha: Share = 0.5
     discopop_tau: Positive = 0.05
+    weights: Sequence[float] | None = None
+    dpop_coef: NonNegative = 0.0
+    ipo_logps: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        check_choice("loss", self.loss, PREFERENCE_LOSSES)
+        if not self.losses:
+            raise ValueError("loss=[] names no loss")
+        for name in self.losses:
+            check_choice("loss", name, PREFERENCE_LOSSES)
         check_choice("f_divergence", self.f_divergence, F_DIVERGENCES)
-        check_options(Preference, vars(self))
-        if self.label_smoothing and self.loss not in _SMOOTHED:
-            raise ValueError(
-                f"label_smoothing must be 0 for loss={self.loss!r}, which has no such term, got "
-                f"{self.label_smoothing}; it is used by {', '.join(sorted(_SMOOTHED))}"
-            )
-        if self.loss == "exo_pair" and not self.label_smoothing:
+        check_choice("ipo_logps", self.ipo_logps, ("mean", "sum"))
+        check_options(
+            Preference, {name: value for name, value in vars(self).items() if name not in ("loss", "weights")}
+        )
+        self._check_weights()
+        self._check_use("label_smoothing", self.label_smoothing, 0, SMOOTHED, "has no such term")
+        self._check_use("f_divergence", self.f_divergence, "reverse_kl", OF_DIFFERENCES, "takes no difference")
+        self._check_use("dpop_coef", self.dpop_coef, 0, OF_DIFFERENCES, "takes no difference")
+        self._check_use("ipo_logps", self.ipo_logps, "mean", {"ipo"}, "is another")
+        if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
-        if self.f_divergence != "reverse_kl" and self.loss not in _DIVERGENT:
+        if self.dpop_coef and self.f_divergence != "reverse_kl":
             raise ValueError(
-                f"f_divergence must be 'reverse_kl' for loss={self.loss!r}, got {self.f_divergence!r}; "
-                f"others are used by {', '.join(sorted(_DIVERGENT))}"
+                f"dpop_coef={self.dpop_coef} is written in log-ratios: leave f_divergence at 'reverse_kl', got "
+                f"{self.f_divergence!r}"
+            )
+        if self.sorts and len(self.losses) > 1:
+            raise ValueError(
+                f"loss={list(self.losses)}: {', '.join(sorted(SORTED))} sort the pairs of a step and stand alone"
+            )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the losses."""
+        return (self.loss,) if isinstance(self.loss, str) else tuple(self.loss)
+
+    @property
+    def sorts(self) -> bool:
+        """Whether pairs are sorted, so that a part of them has to be told its partners."""
+        return not SORTED.isdisjoint(self.losses)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a loss compares means over tokens; else all compare sums."""
+        return "sigmoid_norm" in self.losses or ("ipo" in self.losses and self.ipo_logps == "mean")
+
+    def _check_weights(self) -> None:
+        given = self.weights
+        if given is not None and (isinstance(self.loss, str) or len(given) != len(self.losses)):
+            raise ValueError(
+                f"loss_weights={list(given)} must be one weight for each of several losses, got loss={self.loss!r}"
+            )
+        for weight in given or ():
+            if isinstance(weight, bool) or weight not in Range(0):
+                raise ValueError(f"loss_weights={list(given or ())}: {weight!r} must be a number of 0 or more")
+        if given is not None and not any(given):
+            raise ValueError(f"loss_weights={list(given)}: one of them must be above 0")
+
+    def _check_use(self, name: str, value: object, default: object, users: set[str] | frozenset[str], why: str) -> None:
+        if value != default and users.isdisjoint(self.losses):
+            shown = repr(self.losses[0]) if len(self.losses) == 1 else list(self.losses)
+            raise ValueError(
+                f"{name} must be {default!r} for loss={shown}, which {why}, got {value!r}; others are used by "
+                f"{', '.join(sorted(users))}"
             )
 
     def __call__(
@@ -85,6 +138,8 @@ class Preference:
         *,
         chosen_lengths: Tensor | None = None,
         rejected_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        margins: Tensor | None = None,
         partners: Tensor | None = None,
     ) -> Tensor:
         """`preference_loss` with these options.
@@ -96,6 +151,8 @@ class Preference:
             reference_rejected_logps: `[batch]`.
             chosen_lengths: `[batch]` or None.
             rejected_lengths: `[batch]` or None.
+            labels: `[batch]` or None.
+            margins: `[batch]` or None.
             partners: `[batch, 2]`, what `partners` gave for these pairs, where they are a part of those that are
                 sorted. The sum over all parts is then that of the whole, and so is its gradient; the other losses
                 ignore it.
@@ -106,23 +163,55 @@ class Preference:
             reference_chosen_logps=reference_chosen_logps,
             reference_rejected_logps=reference_rejected_logps,
         )
-        for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
-            if lengths is not None:
-                check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: lengths})
-        if (chosen_lengths is None) != (rejected_lengths is None) and self.loss != "sft":
+        columns = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+        for name, column in (columns | {"labels": labels, "margins": margins}).items():
+            if column is not None:
+                check_same_shape(**{"policy_chosen_logps": policy_chosen_logps, name: column})
+        if (chosen_lengths is None) != (rejected_lengths is None) and self.losses != ("sft",):
             raise ValueError("chosen_lengths and rejected_lengths must be given together")
-        reference_chosen, reference_rejected = reference_chosen_logps.detach(), reference_rejected_logps.detach()
-        pairs = _Pairs(
-            chosen=_divergence_score(policy_chosen_logps - reference_chosen, self.f_divergence, self.alpha),
-            rejected=_divergence_score(policy_rejected_logps - reference_rejected, self.f_divergence, self.alpha),
-            policy_chosen=policy_chosen_logps,
-            policy_margin=policy_chosen_logps - policy_rejected_logps,
-            reference_margin=reference_chosen - reference_rejected,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
+        self._check_columns(labels, margins)
+        chosen = _Side(policy_chosen_logps, reference_chosen_logps.detach(), chosen_lengths)
+        rejected = _Side(policy_rejected_logps, reference_rejected_logps.detach(), rejected_lengths)
+        offset = 0.0 if margins is None else margins.detach() / self.beta
+        losses = self._losses(chosen, rejected, offset, partners)
+        if labels is None:
+            return losses
+        return labels * losses + (1 - labels) * self._losses(rejected, chosen, offset, None)
+
+    def _check_columns(self, labels: Tensor | None, margins: Tensor | None) -> None:
+        shown = repr(self.loss) if isinstance(self.loss, str) else list(self.loss)
+        if labels is not None and self.sorts:
+            raise ValueError(f"label: loss={shown} sorts the pairs, and knows no probability of a single one's order")
+        if margins is not None and OF_DIFFERENCES.isdisjoint(self.losses):
+            raise ValueError(
+                f"margin: loss={shown} takes no difference that could have one; those that do are "
+                f"{', '.join(sorted(OF_DIFFERENCES))}"
+            )
+        if labels is not None and margins is not None:
+            raise ValueError("label and margin contradict each other: a margin is of a pair whose order is known")
+
+    def _losses(self, chosen: _Side, rejected: _Side, offset: Tensor | float, partners: Tensor | None) -> Tensor:
+        """The weighted sum of all losses, `[batch]`."""
+        w, l = chosen.policy - chosen.reference, rejected.policy - rejected.reference  # noqa: E741
+        score = _divergence_score(w, self.f_divergence, self.alpha)
+        pairs = Pairs(
+            chosen=w,
+            rejected=l,
+            chosen_score=score - self.dpop_coef * F.relu(-w) if self.dpop_coef else score,
+            rejected_score=_divergence_score(l, self.f_divergence, self.alpha),
+            offset=offset,
+            policy_chosen=chosen.policy,
+            policy_margin=chosen.policy - rejected.policy,
+            reference_margin=chosen.reference - rejected.reference,
+            chosen_lengths=chosen.lengths,
+            rejected_lengths=rejected.lengths,
             partners=partners,
         )
-        return _LOSSES[self.loss](pairs, self)
+        first, *others = (LOSSES[name](pairs, self) for name in self.losses)
+        if self.weights is None:
+            return sum(others, start=first)
+        weighted = (weight * values for weight, values in zip(self.weights, (first, *others), strict=True))
+        return sum(weighted, start=torch.zeros_like(first))
 
     @torch.no_grad()
     def partners(
@@ -148,7 +237,7 @@ class Preference:
             (policy_chosen_logps, policy_rejected_logps),
             (reference_chosen_logps, reference_rejected_logps),
         )
-        if self.loss == "aot":
+        if self.losses == ("aot",):
             left, right = policy[0] - policy[1], reference[0] - reference[1]
         else:
             left, right = policy[0] - reference[0], policy[1] - reference[1]
@@ -161,7 +250,7 @@ def preference_loss(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
     *,
-    loss: str = "sigmoid",
+    loss: str | Sequence[str] = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
@@ -169,6 +258,11 @@ def preference_loss(
     f_divergence: str = "reverse_kl",
     alpha: float = 0.5,
     discopop_tau: float = 0.05,
+    weights: Sequence[float] | None = None,
+    dpop_coef: float = 0.0,
+    ipo_logps: Literal["mean", "sum"] = "mean",
+    labels: Tensor | None = None,
+    margins: Tensor | None = None,
 ) -> Tensor:
     """Loss of each pair of completions.
 
@@ -198,7 +292,7 @@ def preference_loss(
         policy_rejected_logps: `[batch]`, the rejected ones'.
         reference_chosen_logps: `[batch]`, under the reference; treated as constant.
         reference_rejected_logps: `[batch]`.
-        loss: One of `PREFERENCE_LOSSES`.
+        loss: One of `PREFERENCE_LOSSES`, or several, whose weighted sum is taken.
         beta: As in `Preference`, and so are the others.
         label_smoothing: Assumed share of wrong labels.
         chosen_lengths: `[batch]`, tokens of each chosen completion, for `ipo`, `sigmoid_norm` and `sft`. None: their
@@ -208,6 +302,13 @@ def preference_loss(
             has them through their difference.
         alpha: Coefficient of the alpha-divergence.
         discopop_tau: Temperature of `discopop`.
+        weights: A weight for each of several losses; None: 1 each.
+        dpop_coef: Weight of DPO-Positive's penalty.
+        ipo_logps: Whether `ipo` compares means over tokens, as above, or sums.
+        labels: `[batch]`, the probability that the chosen completion is the better one: the loss is then the expected
+            one, `labels * loss(w, l) + (1 - labels) * loss(l, w)`. None: it is certain.
+        margins: `[batch]`, what `beta (w - l)` has to exceed (ODPO, arXiv:2402.10571): taken from it in the losses
+            that are written in it.
 
     Returns:
         `[batch]`.
@@ -219,13 +320,18 @@ def preference_loss(
     >>> preference_loss(zero, zero, zero, zero)
     tensor([0.6931])
     """
-    return Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)(
+    preference = Preference(
+        loss, beta, label_smoothing, f_divergence, alpha, discopop_tau, weights, dpop_coef, ipo_logps
+    )
+    return preference(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        labels=labels,
+        margins=margins,
     )
 
 
@@ -241,20 +347,20 @@ def length_desensitized_logps(token_logps: Tensor, mask: Tensor, shared_lengths:
         ld_alpha: Weight of the tokens beyond, in [0, 1]; 1 is the plain sum.
 
     Returns:
-        `[batch]`.
+        `[batch]`, in the dtype of `sequence_logps`.
 
     Raises:
         ValueError: If shapes differ or `ld_alpha` is outside [0, 1].
 
     >>> length_desensitized_logps(-torch.ones(1, 4), torch.ones(1, 4), torch.tensor([2]), ld_alpha=0.25)
-    tensor([-2.5000])
+    tensor([-2.5000], dtype=torch.float64)
     """
     check_same_shape(token_logps=token_logps, mask=mask)
     check_options(length_desensitized_logps, locals())
     mask = mask.bool()
     shared = mask.cumsum(dim=1) <= shared_lengths[:, None]
     weights = torch.where(shared, 1.0, ld_alpha).to(token_logps.dtype)
-    return (token_logps.masked_fill(~mask, 0) * weights).sum(dim=1)
+    return sequence_logps(token_logps.masked_fill(~mask, 0) * weights)
 
 
 def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
@@ -268,120 +374,5 @@ def _divergence_score(log_ratio: Tensor, f_divergence: str, alpha: float) -> Ten
     return log_ratio
 
 
-def _per_token(logps: Tensor, lengths: Tensor | None) -> Tensor:
-    return logps if lengths is None else logps / lengths.clamp(min=1)
-
-
-def _mean_margin(pairs: _Pairs) -> Tensor:
-    return _per_token(pairs.chosen, pairs.chosen_lengths) - _per_token(pairs.rejected, pairs.rejected_lengths)
-
-
-def _logistic(logits: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-
-
-def _sigmoid(pairs: _Pairs, options: Preference) -> Tensor:
-    return _logistic(options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing)
-
-
-def _robust(pairs: _Pairs, options: Preference) -> Tensor:
-    logits, flipped = options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing
-    return (-(1 - flipped) * F.logsigmoid(logits) + flipped * F.logsigmoid(-logits)) / (1 - 2 * flipped)
-
-
-def _ipo(pairs: _Pairs, options: Preference) -> Tensor:
-    return (_mean_margin(pairs) - 1 / (2 * options.beta)).square()
-
-
-def _hinge(pairs: _Pairs, options: Preference) -> Tensor:
-    return F.relu(1 - options.beta * (pairs.chosen - pairs.rejected))
-
-
-def _exo_pair(pairs: _Pairs, options: Preference) -> Tensor:
-    logits = options.beta * (pairs.chosen - pairs.rejected)
-    wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-options.label_smoothing))
-    losses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(options.label_smoothing))
-    return wins + losses
-
-
-def _nca_pair(pairs: _Pairs, options: Preference) -> Tensor:
-    chosen, rejected = options.beta * pairs.chosen, options.beta * pairs.rejected
-    return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
-
-
-def _bco_pair(pairs: _Pairs, options: Preference) -> Tensor:
-    return -F.logsigmoid(options.beta * pairs.chosen) - F.logsigmoid(-options.beta * pairs.rejected)
-
-
-def _sppo_hard(pairs: _Pairs, options: Preference) -> Tensor:
-    target = 0.5 / options.beta
-    return (pairs.chosen - target).square() + (pairs.rejected + target).square()
-
-
-def _apo_zero(pairs: _Pairs, options: Preference) -> Tensor:
-    return torch.sigmoid(-options.beta * pairs.chosen) + torch.sigmoid(options.beta * pairs.rejected)
-
-
-def _apo_down(pairs: _Pairs, options: Preference) -> Tensor:
-    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-options.beta * (pairs.chosen - pairs.rejected))
-
-
-def _aot(pairs: _Pairs, options: Preference) -> Tensor:
-    return _in_order(pairs.policy_margin, pairs.reference_margin, pairs.partners, options)
-
-
-def _aot_unpaired(pairs: _Pairs, options: Preference) -> Tensor:
-    return _in_order(pairs.chosen, pairs.rejected, pairs.partners, options)
-
-
-def _in_order(left: Tensor, right: Tensor, partners: Tensor | None, options: Preference) -> Tensor:
-    if partners is None:
-        return _logistic(options.beta * (left.sort().values - right.sort().values), options.label_smoothing)
-    # Each difference stands here twice, once with the gradient of either side.
-    held = _logistic(options.beta * (left - partners[:, 0]), options.label_smoothing)
-    held = held + _logistic(options.beta * (partners[:, 1] - right), options.label_smoothing)
-    return held - 0.5 * held.detach()
-
-
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort(stable=True).argsort(stable=True)
-
-
-def _discopop(pairs: _Pairs, options: Preference) -> Tensor:
-    logits = options.beta * (pairs.chosen - pairs.rejected)
-    modulation = logits / options.discopop_tau
-    # The product m * exp(-logits) in one exponent: alone, the second factor overflows while the first vanishes.
-    exponential = exp_bounded(F.logsigmoid(modulation) - logits, 60.0)
-    return -F.logsigmoid(logits) * torch.sigmoid(-modulation) + exponential
-
-
-def _sigmoid_norm(pairs: _Pairs, options: Preference) -> Tensor:
-    return _logistic(options.beta * _mean_margin(pairs), options.label_smoothing)
-
-
-def _sft(pairs: _Pairs, options: Preference) -> Tensor:
-    return -_per_token(pairs.policy_chosen, pairs.chosen_lengths)
-
-
-_LOSSES: dict[str, Callable[[_Pairs, Preference], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "aot": _aot,
-    "aot_unpaired": _aot_unpaired,
-    "discopop": _discopop,
-    "sigmoid_norm": _sigmoid_norm,
-    "sft": _sft,
-}
-_SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
-_DIVERGENT = {"sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "exo_pair", "discopop"}
-
-PREFERENCE_LOSSES = tuple(_LOSSES)
-"""Names that `preference_loss` takes."""

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from alignment_modules.paradigms.cpo import CPOModule
 from alignment_modules.paradigms.dpo import DPOModule
 from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
+from alignment_modules.paradigms.orpo import ORPOModule
 from alignment_modules.paradigms.pretrain import PretrainModule
 from alignment_modules.paradigms.reward import RewardModule
 from alignment_modules.paradigms.sft import SFTModule
@@ -12,9 +14,11 @@ from alignment_modules.training.module import AlignmentModule
 
 __all__ = [
     "PARADIGMS",
+    "CPOModule",
     "DPOModule",
     "GRPOModule",
     "KTOModule",
+    "ORPOModule",
     "PretrainModule",
     "RewardModule",
     "SFTModule",
@@ -27,6 +31,8 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     SFTModule,
     RewardModule,
     DPOModule,
+    ORPOModule,
+    CPOModule,
     KTOModule,
     GRPOModule,
 )

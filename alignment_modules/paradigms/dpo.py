@@ -1,20 +1,21 @@
 """Direct preference optimization (arXiv:2305.18290) and the losses of its family, against a frozen reference."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional import BATCH_COUPLED_LOSSES, Preference, sequence_logps
+from alignment_modules.functional import Preference, length_desensitized_logps, sequence_logps
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
-from alignment_modules.functional.statistics import Statistic
-from alignment_modules.policies.frozen import frozen_companion, row_keys
+from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
-from alignment_modules.policies.scoring import Scores, score
+from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.pieces import PAIR_KEYS, cut_as
+from alignment_modules.training.pairs import PAIR_KEYS, ScoredPairs, pair_keys, pair_segments, row_means, score_pairs
+from alignment_modules.training.pieces import cut_as
+from alignment_modules.training.reference_sync import ReferenceSync, SyncReference
 from alignment_modules.training.updates import UpdateModule
 
 
@@ -32,6 +33,8 @@ class DPOModule(UpdateModule):
 
     A batch may hold `chosen_loss_mask` and `rejected_loss_mask` `[batch, time]`: which of a completion's tokens the
     policy wrote. The others, such as a user's turns in between, are context alone and count in no sum, length or mean.
+    It may hold `label` `[batch]`, the probability that the chosen completion is the better one (the loss is then the
+    expected one), or `margin` `[batch]`, what `beta * h` has to exceed (ODPO, arXiv:2402.10571).
 
     Args:
         reference: What the policy is held to: a folder, a `PolicyConfig` or a module. None: a frozen copy of the policy
@@ -40,6 +43,8 @@ class DPOModule(UpdateModule):
         loss: "sigmoid" (with `label_smoothing`: conservative DPO), "robust", "ipo", "hinge", "exo_pair", "nca_pair",
             "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sigmoid_norm", "sft"
             (each chosen completion's mean over its tokens, then the mean over pairs; `SFTModule` has one over tokens).
+            A list of them: their weighted sum, on one forward pass (MPO, arXiv:2411.10442, has sigmoid, bco_pair, sft).
+        loss_weights: A weight for each loss of a list; None: 1 each (MPO's paper: 0.8, 0.2, 1).
         label_smoothing: Share of pairs assumed to be labelled the wrong way round, in [0, 0.5).
         nll_coef: Weight of the chosen completion's mean negative log-likelihood, added to each pair's loss (RPO).
         cache_reference: Keep the reference's log-probabilities of every pair seen, by the pair's tokens, so that only
@@ -47,6 +52,17 @@ class DPOModule(UpdateModule):
         f_divergence: "reverse_kl", "forward_kl", "js" or "alpha" (arXiv:2309.16240): what takes the log-ratio's place.
         alpha: Coefficient of the alpha-divergence, in [0, 1]: 1 is the reverse KL, 0 the forward KL.
         discopop_tau: Temperature of "discopop".
+        ld_alpha: Weight of the tokens beyond the length that both completions of a pair have (LD-DPO,
+            arXiv:2409.06411), in [0, 1]; 1: all count alike. For losses of sums.
+        wpo: Whether a pair's loss is weighted by how likely the policy is to write it (WPO, arXiv:2406.11827): the
+            product over both sides of `exp(mean(log p - log sum p^2))` over tokens, without gradient. The product is
+            not cut off at 1. `nll_coef` is not weighted.
+        dpop_coef: Weight of DPO-Positive's penalty for a chosen completion that is less likely than under the reference
+            (arXiv:2402.13228, which uses 50): `h` becomes `h - dpop_coef * max(0, log ref - log pi)`.
+        ipo_logps: Whether "ipo" compares the "mean" (as its authors' corrected code does) or the "sum" over tokens.
+        sync_reference: Moves the reference towards the policy in steps (TR-DPO, arXiv:2404.09656), with `alpha` and
+            `every_n_steps`; it is then a copy of its own, with an adapter merged in, and saved in checkpoints.
+        log_logits: Whether `logits/chosen` and `logits/rejected`, means over the vocabulary and tokens, are logged.
         **common: Keywords of `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation) and, for
             "aot" and "aot_unpaired", of `UpdateModule` (micro_batch_size, max_grad_norm).
 
@@ -64,28 +80,54 @@ class DPOModule(UpdateModule):
         *,
         reference: str | PolicyConfig | nn.Module | None = None,
         beta: Positive = 0.1,
-        loss: str = "sigmoid",
+        loss: str | list[str] = "sigmoid",
+        loss_weights: list[float] | None = None,
         label_smoothing: Annotated[float, Range(0, 0.5, "[)")] = 0.0,
         nll_coef: NonNegative = 0.0,
         cache_reference: bool = False,
         f_divergence: str = "reverse_kl",
         alpha: Share = 0.5,
         discopop_tau: Positive = 0.05,
+        ld_alpha: Share = 1.0,
+        wpo: bool = False,
+        dpop_coef: NonNegative = 0.0,
+        ipo_logps: Literal["mean", "sum"] = "mean",
+        sync_reference: SyncReference | None = None,
+        log_logits: bool = False,
         **common: Any,
     ) -> None:
         check_options(DPOModule.__init__, locals())
-        preference = Preference(loss, beta, label_smoothing, f_divergence, alpha, discopop_tau)
+        preference = Preference(
+            loss, beta, label_smoothing, f_divergence, alpha, discopop_tau, loss_weights, dpop_coef, ipo_logps
+        )
+        sync = SyncReference.of(sync_reference)
+        _check_together(preference, ld_alpha, wpo, cache_reference, sync)
         super().__init__(**common)
-        self.sorts = loss in BATCH_COUPLED_LOSSES
+        self.sorts = preference.sorts
         self.automatic_optimization = not self.sorts
         self.preference, self.beta, self.nll_coef = preference, beta, nll_coef
-        self.reference = frozen_companion(reference, self.policy)
-        self.cache_reference = cache_reference
+        self.reference = frozen_companion(reference, self.policy, saved=sync is not None)
+        self.sync = None if sync is None else ReferenceSync(self.reference, sync)
+        self.cache_reference, self.ld_alpha, self.wpo, self.log_logits = cache_reference, ld_alpha, wpo, log_logits
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """Each prompt with its two completions."""
-        loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
-        return Segments.from_pairs(*(batch[key] for key in self.batch_keys), *loss_masks)
+        return pair_segments(batch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Moves a reference that follows the policy, before the step that is the first to see it moved."""
+        if self.sync is not None:
+            self.sync.after(self.global_step)
+
+    def extra_state(self) -> dict[str, Any]:
+        """After which step the reference was moved."""
+        return super().extra_state() | ({} if self.sync is None else {"reference_synced": self.sync.last})
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes it up."""
+        super().load_extra_state(state)
+        if self.sync is not None:
+            self.sync.last = state.get("reference_synced", 0)
 
     def before_updates(self, pieces: list[Any]) -> list[Any]:
         """For losses that sort: gives each pair its partners among all pairs of the step."""
@@ -94,9 +136,9 @@ class DPOModule(UpdateModule):
         found = []
         for piece in pieces:
             segments = piece.get("segments") or self.segments(piece)
-            scores = score(self.policy, segments)
-            logps = [sequence_logps(scores.token_logps).view(-1, 2), self.reference_logps(piece, segments)]
-            found.append({"logps": torch.cat(logps, dim=1), "counted": scores.mask.any(dim=1).view(-1, 2).all(dim=1)})
+            pairs = score_pairs(self.policy, segments)
+            logps = [self.compared(pairs.scores), self.reference_logps(piece, segments)]
+            found.append({"logps": torch.cat(logps, dim=1), "counted": pairs.counted})
         rows, own = self.rows_of_step(found)
         logps, counted = rows["logps"], rows["counted"]
         partners = torch.zeros_like(logps[:, :2])
@@ -107,89 +149,106 @@ class DPOModule(UpdateModule):
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The preference loss summed over pairs."""
         segments = batch.get("segments") or self.segments(batch)
-        details = not self.training or self.logging_due
-        scores = score(self.policy, segments, ask=["entropy", "accuracy"] if details else [])
-        logps = sequence_logps(scores.token_logps).view(-1, 2)
-        lengths = scores.mask.sum(dim=1).view(-1, 2)
-        partners, reference_logps = batch.get("partners"), batch.get("reference_logps")
+        pairs = score_pairs(self.policy, segments, ask=self._asked())
+        logps, reference_logps = self.compared(pairs.scores), batch.get("reference_logps")
         if reference_logps is None:
             reference_logps = self.reference_logps(batch, segments)
-        # A pair without a scored token in either completion compares nothing.
-        counted = lengths.amin(dim=1) > 0
-        if self.sorts:  # nor may it take part in the others' order
-            partners = None if partners is None else partners[counted]
-            logps, lengths, reference_logps = logps[counted], lengths[counted], reference_logps[counted]
-            counted = counted[counted]
-        losses = self.preference(
-            *logps.unbind(1),
-            *reference_logps.unbind(1),
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            partners=partners,
-        )
+        losses, more = self._losses(batch, pairs, logps, reference_logps), {}
+        if self.wpo and pairs.scores.collision is not None:
+            likely = row_means(pairs.scores.token_logps.detach() - pairs.scores.collision, pairs.scores.mask)
+            more["wpo_weight"] = likely.view(-1, 2).sum(dim=1).exp()
+            losses = losses * more["wpo_weight"]
         if self.nll_coef:
-            losses = losses - self.nll_coef * logps[:, 0] / lengths[:, 0].clamp(min=1)
-        total = (losses * counted).sum()
-        statistics = self.statistics(total, counted, logps.detach(), reference_logps)
-        statistics |= _token_statistics(scores)
-        return Objective.of(total, counted.sum(), statistics)
+            more["nll_loss"] = nll = _expected(-pairs.mean_logps, batch.get("label"))
+            losses = losses + self.nll_coef * nll
+        log_ratios = logps.detach() - reference_logps
+        if self.preference.normalised:
+            log_ratios = log_ratios / pairs.lengths.clamp(min=1)
+        return pairs.objective(losses, self.beta * log_ratios, more, logits=self.log_logits)
 
-    def reference_logps(self, batch: dict[str, Any], segments: Segments) -> Tensor:
-        """Summed log-probabilities under the reference, [pairs, 2]."""
+    def _asked(self) -> list[Ask]:
+        details = not self.training or self.logging_due
+        asked: dict[Ask, bool] = {
+            "entropy": details,
+            "accuracy": details,
+            "normalizer": details and self.log_logits,
+            "mean_logp": details and self.log_logits,
+            "collision": self.wpo,
+        }
+        return [name for name, wanted in asked.items() if wanted]
+
+    def _losses(self, batch: Mapping[str, Any], pairs: ScoredPairs, logps: Tensor, reference_logps: Tensor) -> Tensor:
+        """The preference losses, [pairs]; those that sort leave out pairs that are not counted."""
+        rows = pairs.counted if self.sorts else torch.ones_like(pairs.counted)
+        columns: dict[str, Any] = {"labels": batch.get("label"), "margins": batch.get("margin")}
+        columns = {name: None if value is None else value.to(logps) for name, value in columns.items()}
+        columns |= {"chosen_lengths": pairs.lengths[:, 0], "rejected_lengths": pairs.lengths[:, 1]}
+        columns["partners"] = batch.get("partners")
+        if self.sorts:  # nor may an uncounted pair take part in the others' order
+            columns = {name: None if value is None else value[rows] for name, value in columns.items()}
+            logps, reference_logps = logps[rows], reference_logps[rows]
+        losses = self.preference(*logps.unbind(1), *reference_logps.unbind(1), **columns)
+        return losses.new_zeros(len(rows)).index_put((rows,), losses) if self.sorts else losses
+
+    def compared(self, scores: Scores) -> Tensor:
+        """What the loss takes of a model's scores: log-probabilities over tokens, [pairs, 2]."""
+        if self.ld_alpha == 1:
+            return sequence_logps(scores.token_logps).view(-1, 2)
+        shared = scores.mask.sum(dim=1).view(-1, 2).amin(dim=1).repeat_interleave(2)
+        return length_desensitized_logps(scores.token_logps, scores.mask, shared, ld_alpha=self.ld_alpha).view(-1, 2)
+
+    def reference_logps(self, batch: Mapping[str, Any], segments: Segments) -> Tensor:
+        """The same under the reference, [pairs, 2]."""
 
         def compute() -> Tensor:
             with self.reference.reading() as reference:
-                return sequence_logps(score(reference, segments).token_logps).view(-1, 2)
+                return self.compared(score(reference, segments))
 
-        return self.reference.cached(_pair_keys(batch), compute) if self.cache_reference else compute()
-
-    def statistics(
-        self, total: Tensor, counted: Tensor, logps: Tensor, reference_logps: Tensor
-    ) -> dict[str, Statistic]:
-        """Rewards `beta * (log pi - log ref)`, their margins and accuracies, and the policy's log-probabilities."""
-        rewards = self.beta * (logps - reference_logps)
-        values = {
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "rewards/margins": rewards[:, 0] - rewards[:, 1],
-            "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).float(),
-            "logps/chosen": logps[:, 0],
-            "logps/rejected": logps[:, 1],
-        }
-        weight = counted.sum()
-        return {"loss": Statistic(total, weight)} | {
-            name: Statistic((value * counted).sum(), weight) for name, value in values.items()
-        }
+        return self.reference.cached(pair_keys(batch), compute) if self.cache_reference else compute()
 
     def describe(self) -> dict[str, str]:
         """Adds the loss, its normaliser and what the reference is."""
         options = self.preference
+        weights = options.weights or [1.0] * len(options.losses)
+        names = " + ".join(
+            name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(options.losses, weights, strict=True)
+        )
         return super().describe() | {
-            "loss": f"{options.loss}, beta {options.beta}, label smoothing {options.label_smoothing}, "
-            f"nll_coef {self.nll_coef}"
+            "loss": f"{names}, beta {options.beta}, label smoothing {options.label_smoothing}, nll_coef {self.nll_coef}"
             + f", divergence {options.f_divergence}" * (options.f_divergence != "reverse_kl")
+            + f", ld_alpha {self.ld_alpha}" * (self.ld_alpha != 1)
+            + f", dpop_coef {options.dpop_coef}" * (options.dpop_coef != 0)
+            + ", pairs weighted by their probability" * self.wpo
             + "; sorts the pairs of the optimizer step, over all micro-batches and ranks" * self.sorts,
             "normaliser": "pairs of the optimizer step, over all micro-batches and ranks",
-            "reference": f"{self.reference.describe()}{', log-probabilities cached' * self.cache_reference}",
+            "reference": f"{self.reference.describe()}{', log-probabilities cached' * self.cache_reference}"
+            + ("" if self.sync is None else f", {self.sync.describe()}"),
         }
 
 
-def _token_statistics(scores: Scores) -> dict[str, Statistic]:
-    if scores.correct is None or scores.entropy is None:
-        return {}
-    chosen, mask = scores.correct[0::2], scores.mask[0::2]
-    return {
-        "mean_token_accuracy": Statistic((chosen & mask).sum(), mask.sum()),
-        "entropy": Statistic(scores.entropy.detach().sum(), scores.mask.sum()),
-    }
+def _expected(values: Tensor, label: Tensor | None) -> Tensor:
+    """Of `values` `[pairs, 2]` the better completion's, or what is expected of it."""
+    if label is None:
+        return values[:, 0]
+    label = label.to(values)
+    return label * values[:, 0] + (1 - label) * values[:, 1]
 
 
-def _pair_keys(batch: dict[str, Any]) -> list[bytes]:
-    """One key a pair, made of its tokens and of those not scored."""
-    columns = []
-    for name in ("prompt", "chosen", "rejected"):
-        mask = batch[f"{name}_attention_mask"].bool()
-        loss_mask = batch.get(f"{name}_loss_mask")
-        scored = mask if loss_mask is None else mask & loss_mask.bool()
-        columns += [(batch[f"{name}_input_ids"], mask), (scored, mask)]
-    return row_keys(*columns)
+def _check_together(
+    preference: Preference, ld_alpha: float, wpo: bool, cache_reference: bool, sync: SyncReference | None
+) -> None:
+    """Refuses options that contradict each other.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    means = preference.normalised or "sft" in preference.losses
+    if ld_alpha != 1 and means:
+        raise ValueError(
+            f"ld_alpha={ld_alpha} weighs the tokens of sums, and loss={preference.loss!r} compares means over tokens: "
+            "leave it at 1, or use another loss (or ipo_logps='sum')"
+        )
+    if wpo and preference.sorts:
+        raise ValueError(f"wpo=True weighs single pairs, and loss={preference.loss!r} sorts them: use another loss")
+    if cache_reference and sync is not None:
+        raise ValueError("cache_reference=True would keep what sync_reference changes: use one of them")

@@ -13,7 +13,7 @@ from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.pieces import PAIR_KEYS
+from alignment_modules.training.pairs import PAIR_KEYS, pair_statistics
 
 _BINS = 10  # of the calibration error, equally wide over probabilities from 0.5 to 1
 
@@ -86,15 +86,9 @@ def _statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:
     """What is logged of rewards `[pairs, 2]`, over the pairs that are `counted` `[pairs]`."""
     differences = rewards[:, 0] - rewards[:, 1]
     right = (differences > 0).to(differences)
-    values = {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/mean": rewards.mean(dim=1),
-        "rewards/margins": differences,
-        "rewards/accuracies": right,
-    }
     weight = counted.sum()
-    found = {name: Statistic((value * counted).sum(), weight) for name, value in values.items()}
+    found = pair_statistics(rewards, counted)
+    found["rewards/mean"] = Statistic((rewards.mean(dim=1) * counted).sum(), weight)
     for kind, beyond in (("min", torch.inf), ("max", -torch.inf)):
         held = torch.where(counted[:, None], rewards, beyond).flatten()
         held = torch.cat([held, held.new_full((1,), beyond)])

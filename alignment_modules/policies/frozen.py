@@ -6,9 +6,9 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from alignment_modules.functional.ranges import Share, check_options
 from alignment_modules.policies.config import DTYPES, Head, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
+from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
 
 
@@ -85,30 +85,53 @@ class Frozen(nn.Module):
     def refresh(self, alpha: Share = 1.0) -> None:
         """Moves the model towards the policy: `alpha * of + (1 - alpha) * module` (TR-DPO, arXiv:2404.09656).
 
+        The weights are mixed. Those of a policy with adapters are its base's with the adapters merged in, so that a
+        mixture is one of models, not of the factors of an adapter.
+
         Args:
             alpha: Share of the policy, in [0, 1]; 1 takes its weights over. Buffers are taken over with any.
 
         Raises:
-            ValueError: `alpha` is out of range, the model is the policy with its adapters off, is not `saved` (a
-                checkpoint would be of weights that no run can build again), or has other parameters than the policy.
+            ValueError: `alpha` is out of range, or the model is not one that can be moved (`check_refreshable`).
         """
         check_options(Frozen.refresh, locals())
+        self.check_refreshable()
+        module = cast(nn.Module, self.module)
+        with torch.no_grad():
+            theirs = self._weights_of_policy()
+            for name, parameter in module.named_parameters():
+                parameter.lerp_(theirs[name].to(parameter), alpha)
+            for buffer, new in zip(module.buffers(), self.of.buffers(), strict=True):
+                buffer.copy_(new)
+        self._forget_what_changed()
+
+    def check_refreshable(self) -> None:
+        """Checks that the model can be moved towards the policy.
+
+        Raises:
+            ValueError: The model is the policy with its adapters off, is not `saved` (a checkpoint would be of weights
+                that no run can build again), or has other parameters than the policy.
+        """
         if self.module is None or not self.saved:
             what = "is the policy with its adapters off" if self.module is None else "is in no checkpoint"
             raise ValueError(f"refresh: this companion {what}; build it with saved=True, as a copy that is saved")
-        mine, theirs = dict(self.module.named_parameters()), dict(self.of.named_parameters())
+        mine, theirs = dict(self.module.named_parameters()), self._weights_of_policy()
         other = [name for name in {**mine, **theirs} if _shape(mine, name) != _shape(theirs, name)]
         if other:
             raise ValueError(
                 f"refresh: {type(self.module).__name__} and the policy {type(self.of).__name__} differ in "
                 f"{len(other)} parameters, first {other[0]!r}"
             )
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.lerp_(theirs[name].to(parameter), alpha)
-            for buffer, new in zip(self.module.buffers(), self.of.buffers(), strict=True):
-                buffer.copy_(new)
-        self._forget_what_changed()
+
+    def _weights_of_policy(self) -> dict[str, Tensor]:
+        """The policy's parameters by name; with its adapters merged in where the model has none."""
+        if not has_adapter(self.of) or has_adapter(cast(nn.Module, self.module)):
+            return dict(self.of.named_parameters())
+        buffers = {name for name, _ in cast(nn.Module, self.module).named_buffers()}
+        tied = {name for name, _ in cast(nn.Module, self.module).named_parameters(remove_duplicate=False)}
+        own = {name for name, _ in cast(nn.Module, self.module).named_parameters()}
+        state = merged_state(self.of)[1]
+        return {name: value for name, value in state.items() if name not in buffers and name not in tied - own}
 
     def cached(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives for rows that all were seen before, else its result; forgotten when weights change.
@@ -176,7 +199,8 @@ def frozen_companion(
             model. An adapter that was trained before is not switched off but copied with its model.
         policy: The policy, built.
         name: What the option is called in an error.
-        saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy.
+        saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy, with the adapters of a
+            policy that has some merged in.
         head: The head that it is to have, as in `build_policy`; None: any.
 
     Raises:
@@ -185,6 +209,9 @@ def frozen_companion(
     """
     if model is None:
         off = has_adapter(policy) and adapter_is_identity(policy) and not saved
+        if saved and has_adapter(policy):
+            twin: Any = copy.deepcopy(policy)
+            return Frozen(twin.merge_and_unload(safe_merge=True), of=policy, saved=True)
         return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
     if isinstance(model, (str, os.PathLike)):
         names: dict[torch.dtype | None, str] = {dtype: known for known, dtype in DTYPES.items()}
@@ -233,7 +260,7 @@ def _fill_in(companion: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
             state.setdefault(f"{prefix}module.{key}", value)
 
 
-def _shape(parameters: dict[str, nn.Parameter], name: str) -> torch.Size | None:
+def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return parameters[name].shape if name in parameters else None
 
 

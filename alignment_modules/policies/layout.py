@@ -52,6 +52,7 @@ def of_prompts(
     wanted: Tensor,
     masks: Mapping[str, Tensor],
     reads: Reads,
+    score_prompts: bool = False,
 ) -> Layout:
     """Lays out completions behind the prompts that they share.
 
@@ -63,6 +64,8 @@ def of_prompts(
         wanted: `[prompts * K, time]` bool, the completion tokens to be scored.
         masks: The masks of existing tokens as they were given, by name.
         reads: What is asked for.
+        score_prompts: Whether the prompts' tokens are scored, too: in `prompts` more rows of the output, behind those
+            of the completions, which is as wide as the longest of all.
 
     Raises:
         ValueError: If one of `masks` has a hole.
@@ -70,6 +73,7 @@ def of_prompts(
     prompts, prompt_time = prompt_ids.shape
     rows, time = ids.shape
     samples = rows // prompts if prompts else 1
+    width = max(time, prompt_time) if score_prompts else time
 
     # [prompts, 1 + samples, width]: a prompt and its completions are neighbours, so flattening gives the layout.
     block = (prompts, 1 + samples, max(prompt_time, time, 1))
@@ -82,7 +86,10 @@ def of_prompts(
         tokens[:, 0, :prompt_time], real[:, 0, :prompt_time] = prompt_ids, prompt_mask
         tokens[:, 1:, :time], real[:, 1:, :time] = ids.view(grouped), mask.view(grouped)
         asked[:, 1:, :time] = wanted.view(grouped)
-        slots[:, 1:, :time] = torch.arange(rows * time).view(grouped)
+        slots[:, 1:, :width] = torch.arange(rows * width).view(prompts, samples, width)
+    if score_prompts and prompts:
+        asked[:, 0, :prompt_time] = prompt_mask
+        slots[:, 0, :width] = rows * width + torch.arange(prompts * width).view(prompts, width)
 
     where = real.flatten().nonzero().squeeze(1)
     segment = where // block[2]
@@ -113,7 +120,7 @@ def of_prompts(
         ),
         last=Last(ends[last[last_rows]] - 1, last[last_rows], last_rows),
         reads=reads,
-        shape=(rows, time),
+        shape=(rows + prompts if score_prompts else rows, width),
     )
 
 

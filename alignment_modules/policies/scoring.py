@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from alignment_modules.functional.checks import check_positive
-from alignment_modules.functional.logprobs import linear_token_scores, token_entropy, token_log_probs
+from alignment_modules.functional.logprobs import linear_token_scores, token_collision, token_entropy, token_log_probs
 from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.segments import Segments
 
-Ask = Literal["entropy", "accuracy", "normalizer", "mean_logp"]
+Ask = Literal["entropy", "accuracy", "normalizer", "mean_logp", "collision"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Scores:
         correct: `[rows, time]` bool, whether the target is the most probable token; None if not asked for.
         normalizer: `[rows, time]` logsumexp of the logits, 0 where not scored; None if not asked for.
         mean_logp: `[rows, time]` mean log-probability over the vocabulary, 0 where not scored; None if not asked for.
+        collision: `[rows, time]` log of the probability that two draws are the same token, `log sum p^2`, without
+            gradient, 0 where not scored; None if not asked for.
     """
 
     token_logps: Tensor
@@ -42,6 +44,7 @@ class Scores:
     correct: Tensor | None = None
     normalizer: Tensor | None = None
     mean_logp: Tensor | None = None
+    collision: Tensor | None = None
 
 
 def score(
@@ -64,7 +67,7 @@ def score(
         ask: What else to compute, all from the same pass over the logits: "entropy" (differentiable too), "accuracy"
             (whether each target is the most probable token), "normalizer" (the logsumexp of the logits, differentiable
             too, for a z-loss), "mean_logp" (the mean log-probability over the vocabulary, differentiable too, for label
-            smoothing).
+            smoothing), "collision" (the log-probability that two draws agree, not differentiable, for WPO's weights).
 
     Returns:
         The scores.
@@ -94,6 +97,7 @@ def score(
             "correct": states.argmax(-1) == targets if "accuracy" in ask else None,
             "normalizer": log_normalizer if "normalizer" in ask else None,
             "mean_logp": states.mean(-1) / temperature - log_normalizer if "mean_logp" in ask else None,  # type: ignore[operator]
+            "collision": token_collision(states, temperature) if "collision" in ask else None,
         }
     else:
         found = linear_token_scores(
@@ -108,6 +112,7 @@ def score(
             with_correct="accuracy" in ask,
             with_normalizer="normalizer" in ask,
             with_mean_logp="mean_logp" in ask,
+            with_collision="collision" in ask,
         )._asdict()
     placed: Any = {name: None if values is None else reading.place(values) for name, values in found.items()}
     return Scores(mask=reading.segments.mask(), **placed)

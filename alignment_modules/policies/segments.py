@@ -187,6 +187,7 @@ class Segments:
         rejected_loss_mask: Tensor | None = None,
         *,
         reads: Reads = "targets",
+        score_prompts: bool = False,
     ) -> Segments:
         """Builds the segments of preference pairs; output rows alternate chosen and rejected, `[2 * pairs, time]`.
 
@@ -201,6 +202,8 @@ class Segments:
                 exist. What is not scored stays in the context of what is.
             rejected_loss_mask: `[pairs, rejected_time]`, likewise.
             reads: As in `from_prompts`.
+            score_prompts: Whether the prompts' tokens are scored, too, but for each first: `[3 * pairs, longest]`, the
+                prompts' rows behind the others.
 
         Raises:
             ValueError: If shapes do not fit together, a loss mask marks a token that does not exist, or another mask
@@ -233,7 +236,9 @@ class Segments:
             parts.append((ids, mask, scored))
         prompt, *both = parts
         ids, mask, wanted = (torch.stack(side, dim=1).flatten(0, 1) for side in zip(*both, strict=True))
-        return cls(*of_prompts(prompt[0], prompt[1], ids, mask, wanted, masks, reads)).to(chosen_ids.device)
+        return cls(*of_prompts(prompt[0], prompt[1], ids, mask, wanted, masks, reads, score_prompts)).to(
+            chosen_ids.device
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Segments:
         """The same on another device, carried over in one transfer; Lightning calls it on whatever a batch holds.

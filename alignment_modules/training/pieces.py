@@ -9,11 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAIR_KEYS = tuple(
-    f"{side}_{part}" for side in ("prompt", "chosen", "rejected") for part in ("input_ids", "attention_mask")
-)
-"""What every batch of preference pairs holds, `[pairs, time]` each."""
-
 SEGMENTS = "segments"  # what an objective reads: of the whole batch, or a list of those of its pieces
 
 

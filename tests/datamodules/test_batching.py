@@ -231,6 +231,21 @@ def test_margins(tokenizer, kind):
     assert other.train_dataloader().dataset.fingerprint != data.train_dataloader().dataset.fingerprint
 
 
+def test_labels_of_pairs(tokenizer):
+    labels = [0.25, True, 0, 1.0]
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "label": label} for label in labels]
+    batch = next(iter(PreferenceDataModule(train=rows, tokenizer=tokenizer, shuffle=False).train_dataloader()))
+    assert batch["label"].tolist() == [0.25, 1.0, 0.0, 1.0]
+    assert batch["label"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("label", [1.5, -1, "good"])
+def test_labels_of_pairs_are_probabilities(tokenizer, label):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "label": label}]
+    with pytest.raises(ValueError, match="row 0 of .* train: column label must be the probability that the chosen"):
+        PreferenceDataModule(train=rows, tokenizer=tokenizer).setup("fit")
+
+
 @pytest.mark.parametrize(
     ("margins", "said"),
     [

@@ -30,7 +30,9 @@ def plain(hidden, weight, targets, bias=None, temperature=1.0, logit_scale=1.0, 
     log_p = F.log_softmax(logits / temperature, dim=-1)
     chosen = log_p.gather(1, targets[:, None])[:, 0]
     correct = log_p.argmax(-1) == targets
-    return chosen, -(log_p.exp() * log_p).sum(-1), correct, (logits / temperature).logsumexp(-1), log_p.mean(-1)
+    collision = log_p.detach().exp().square().sum(-1).log()
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return chosen, entropy, correct, (logits / temperature).logsumexp(-1), log_p.mean(-1), collision
 
 
 def head(rows=7, width=5, vocabulary=11, dtype=torch.float64, seed=0):
@@ -121,6 +123,7 @@ def test_linear_matches_plain(settings, with_bias, max_chunk_bytes):
         with_correct=True,
         with_normalizer=True,
         with_mean_logp=True,
+        with_collision=True,
         **settings,
     )
     assert isinstance(scores, LinearTokenScores)

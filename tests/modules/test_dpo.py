@@ -11,6 +11,7 @@ from torch import nn
 
 from alignment_modules import DPOModule, LoraConfig, PolicyConfig, SFTModule
 from alignment_modules.policies.fingerprints import fingerprint
+from alignment_modules.policies.scoring import score
 
 
 def pairs(count=4, seed=0):
@@ -178,13 +179,17 @@ def test_label_smoothing_is_conservative_dpo(make, train):
     """The second step's loss, against the formula on the logged log-probabilities."""
     module = make(label_smoothing=0.2, beta=0.5)
     margins = []
-    original = module.statistics
+    original = module.objective
 
-    def spy(total, counted, logps, reference_logps):
-        margins.append((float(total), 0.5 * ((logps - reference_logps)[:, 0] - (logps - reference_logps)[:, 1])))
-        return original(total, counted, logps, reference_logps)
+    def spy(batch):
+        with torch.no_grad():
+            segments = batch.get("segments") or module.segments(batch)
+            log_ratios = module.compared(score(module.policy, segments)) - module.reference_logps(batch, segments)
+        objective = original(batch)
+        margins.append((float(objective.total), 0.5 * (log_ratios[:, 0] - log_ratios[:, 1])))
+        return objective
 
-    module.statistics = spy
+    module.objective = spy
     train(module, [pairs()] * 2)
     total, margin = margins[1]
     expected = (-0.8 * F.logsigmoid(margin) - 0.2 * F.logsigmoid(-margin)).sum()

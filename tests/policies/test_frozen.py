@@ -243,7 +243,7 @@ def test_what_cannot_be_refreshed(tiny_llama_config):
     saved = frozen_companion(None, policy, saved=True)
     nn.init.normal_(policy.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
     saved.refresh()
-    assert torch.equal(logits(saved.module), logits(policy.eval()))
+    torch.testing.assert_close(logits(saved.module), logits(policy.eval()), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="in no checkpoint"):
         Holder().anchor.refresh()
     with pytest.raises(ValueError, match=r"alpha=1\.5"):

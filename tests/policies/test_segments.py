@@ -257,3 +257,30 @@ def test_a_gap_in_what_is_scored_leaves_no_gap_in_the_context():
 def test_pairs_of_unequal_number_are_named():
     with pytest.raises(ValueError, match="rejected_input_ids has 1 rows and prompt_input_ids 2"):
         Segments.from_pairs(IDS, WHOLE, IDS, WHOLE, IDS[:1], WHOLE[:1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_are_scored_where_asked_for(side):
+    """Their rows stand behind those of the completions, as wide as the longest of all."""
+    generator = torch.Generator().manual_seed(0)
+    sides = {}
+    for name, width in (("prompt", 6), ("chosen", 3), ("rejected", 4)):
+        ids = torch.randint(1, 40, (3, width), generator=generator)
+        mask = (torch.arange(width)[None] < torch.tensor([[width], [2], [1]])).long()
+        sides[name] = (ids, mask.flip(1) if side == "left" else mask)
+    given = [part for pair in sides.values() for part in pair]
+    plain, segments = Segments.from_pairs(*given), Segments.from_pairs(*given, score_prompts=True)
+    assert (plain.shape, segments.shape) == ((6, 4), (9, 6))
+    expected = {}
+    for slot, target in contents(plain).items():
+        expected[slot // 4 * 6 + slot % 4] = target
+    for row in range(3):
+        before = []
+        for column in range(6):
+            if sides["prompt"][1][row, column]:
+                if before:
+                    expected[36 + 6 * row + column] = (tuple(before), int(sides["prompt"][0][row, column]))
+                before.append(int(sides["prompt"][0][row, column]))
+    assert contents(segments) == expected
+    assert segments.tokens <= sum(int(mask.sum()) for _, mask in sides.values())
+    assert segments.mask()[6:].sum(dim=1).tolist() == [5, 1, 0]

@@ -1,0 +1,152 @@
+"""What every paradigm on preference pairs does: lay out, score, count, sum and log them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from alignment_modules.functional import sequence_logps
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.frozen import row_keys
+from alignment_modules.policies.scoring import Ask, Scores, score
+from alignment_modules.policies.segments import Segments
+from alignment_modules.training.objective import Objective
+
+PAIR_KEYS = tuple(
+    f"{side}_{part}" for side in ("prompt", "chosen", "rejected") for part in ("input_ids", "attention_mask")
+)
+"""What every batch of preference pairs holds, `[pairs, time]` each."""
+
+
+def pair_segments(batch: Mapping[str, Any], *, score_prompts: bool = False) -> Segments:
+    """Each prompt with its two completions, which share it.
+
+    Args:
+        batch: With `PAIR_KEYS`, and maybe `chosen_loss_mask` and `rejected_loss_mask` `[pairs, time]`: which tokens of
+            a completion the policy wrote. The others are context alone.
+        score_prompts: As in `Segments.from_pairs`.
+    """
+    loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
+    return Segments.from_pairs(*(batch[key] for key in PAIR_KEYS), *loss_masks, score_prompts=score_prompts)
+
+
+def pair_keys(batch: Mapping[str, Any]) -> list[bytes]:
+    """One key a pair, made of its tokens and of those not scored."""
+    columns = []
+    for name in ("prompt", "chosen", "rejected"):
+        mask = batch[f"{name}_attention_mask"].bool()
+        loss_mask = batch.get(f"{name}_loss_mask")
+        scored = mask if loss_mask is None else mask & loss_mask.bool()
+        columns += [(batch[f"{name}_input_ids"], mask), (scored, mask)]
+    return row_keys(*columns)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredPairs:
+    """Pairs under a policy. A pair without a scored token in either completion compares nothing and is not counted.
+
+    Attributes:
+        scores: Of the completions, rows alternating chosen and rejected, `[2 * pairs, time]`.
+        prompts: Of the prompts, `[pairs, time]`; None where they are not scored.
+        logps: `[pairs, 2]`, log-probabilities of the chosen and the rejected completion, summed over tokens, float64.
+        lengths: `[pairs, 2]`, their scored tokens.
+        counted: `[pairs]` bool.
+    """
+
+    scores: Scores
+    prompts: Scores | None
+    logps: Tensor
+    lengths: Tensor
+    counted: Tensor
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """`[pairs, 2]`, means over tokens."""
+        return self.logps / self.lengths.clamp(min=1)
+
+    def objective(
+        self, losses: Tensor, rewards: Tensor, more: Mapping[str, Tensor] | None = None, *, logits: bool = False
+    ) -> Objective:
+        """The losses summed over the counted pairs, with what every paradigm on pairs logs.
+
+        Args:
+            losses: `[pairs]`.
+            rewards: `[pairs, 2]`, what the paradigm implicitly takes for the completions' rewards.
+            more: More to log, `[pairs]` each.
+            logits: Whether the mean logits of the completions' tokens are logged, where they were asked for.
+        """
+        counted = self.counted
+        total, weight = (losses * counted).sum(), counted.sum()
+        values = {"logps/chosen": self.logps[:, 0], "logps/rejected": self.logps[:, 1], **(more or {})}
+        statistics = {"loss": Statistic(total, weight)} | pair_statistics(rewards, counted)
+        statistics |= {name: Statistic((value.detach() * counted).sum(), weight) for name, value in values.items()}
+        return Objective.of(total, weight, statistics | _token_statistics(self.scores, logits))
+
+
+def score_pairs(
+    policy: nn.Module, segments: Segments, *, ask: Collection[Ask] = (), score_prompts: bool = False
+) -> ScoredPairs:
+    """Scores the pairs of `pair_segments`.
+
+    Args:
+        policy: As in `score`.
+        segments: Of the pairs.
+        ask: As in `score`.
+        score_prompts: Whether the segments were made so.
+    """
+    scores, prompts = score(policy, segments, ask=ask), None
+    if score_prompts:
+        scores, prompts = _split(scores, len(scores.mask) // 3 * 2)
+    lengths = scores.mask.sum(dim=1).view(-1, 2)
+    logps = sequence_logps(scores.token_logps).view(-1, 2)
+    return ScoredPairs(scores, prompts, logps, lengths, lengths.amin(dim=1) > 0)
+
+
+def pair_statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:
+    """Means over the counted pairs of what is told of rewards.
+
+    Args:
+        rewards: `[pairs, 2]` of the chosen and the rejected completion.
+        counted: `[pairs]` bool.
+    """
+    rewards = rewards.detach()
+    values = {
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": rewards[:, 0] - rewards[:, 1],
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).to(rewards),
+    }
+    weight = counted.sum()
+    return {name: Statistic((value * counted).sum(), weight) for name, value in values.items()}
+
+
+def row_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Means over the tokens of each row, 0 where there is none: `[rows, time]` to `[rows]`."""
+    return sequence_logps(values * mask) / mask.sum(dim=1).clamp(min=1)
+
+
+def _split(scores: Scores, rows: int) -> tuple[Scores, Scores]:
+    parts: list[dict[str, Any]] = [{}, {}]
+    for name, value in vars(scores).items():
+        halves = (None, None) if value is None else (value[:rows], value[rows:])
+        for part, half in zip(parts, halves, strict=True):
+            part[name] = half
+    return Scores(**parts[0]), Scores(**parts[1])
+
+
+def _token_statistics(scores: Scores, logits: bool) -> dict[str, Statistic]:
+    """Of tokens: of the chosen completions how many are the likeliest, of all the entropy and the mean logit."""
+    found: dict[str, Statistic] = {}
+    if scores.correct is not None:
+        chosen, mask = scores.correct[0::2], scores.mask[0::2]
+        found["mean_token_accuracy"] = Statistic((chosen & mask).sum(), mask.sum())
+    if scores.entropy is not None:
+        found["entropy"] = Statistic(scores.entropy.detach().sum(), scores.mask.sum())
+    if logits and scores.mean_logp is not None and scores.normalizer is not None:
+        mean_logits = (scores.mean_logp + scores.normalizer).detach()
+        for start, name in enumerate(("chosen", "rejected")):
+            found[f"logits/{name}"] = Statistic(mean_logits[start::2].sum(), scores.mask[start::2].sum())
+    return found

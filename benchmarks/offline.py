@@ -1,0 +1,193 @@
+"""What each offline paradigm makes of the quickstart's fine-tuned policy and its pairs, over several seeds.
+
+    python benchmarks/offline.py --seeds 0 1 2
+
+Pretrains, fine-tunes, samples pairs and trains the GRPO policy that is to be the teacher, all as the quickstart does,
+or takes what lies below the root (`benchmarks/accuracy.py` leaves it there with the same `--root`). Each paradigm then
+sees the same pairs once, from the same policy; the control is fine-tuning on the chosen completions for twice as long,
+which is about as many tokens. Also trains a reward model, and picks the best of eight samples by it. Prints two tables
+in Markdown; exits with 1 where a bar is missed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from accuracy import spread, table
+from quickstart import SAMPLES, STAGES, Chain, Measured
+
+GAIN = 0.08  # exact match over the fine-tuned policy's
+PAIR_ACCURACY = 0.95
+FREE = ("--model", "CPOModule", "--model.beta")
+UNPAIRED = ("--data", "UnpairedDataModule", "--data.batch_size", "64", "--trainer.gradient_clip_val", "null")
+# Options for `align fit --config configs/quickstart/dpo.yaml`; learning rates were chosen on seed 0's validation split.
+METHODS: dict[str, tuple[str, ...]] = {
+    "DPO": (),
+    "DPO + RPO's NLL": ("--model.nll_coef", "0.2"),
+    "IPO": ("--model.loss", "ipo", "--model.beta", "0.1", "--model.optimizer.init_args.lr", "3e-4"),
+    "SimPO": (*FREE, "2.0", "--model.loss", "simpo", "--model.optimizer.init_args.lr", "1e-4"),
+    "CPO": (*FREE, "0.1", "--model.optimizer.init_args.lr", "3e-4"),
+    "ORPO": ("--model", "ORPOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "5e-4"),
+    "KTO": ("--model", "KTOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "3e-4", *UNPAIRED),
+}
+# Of the chosen completions alone, by `align fit --config configs/quickstart/sft.yaml`.
+OF_CHOSEN: dict[str, tuple[str, ...]] = {
+    "distillation from GRPO": ("--model", "DistillationModule", "--model.teacher", "{teacher}"),
+    "control: SFT on the chosen side": (),
+}
+HELD = {**METHODS, "distillation from GRPO": ()}
+
+
+class Offline:
+    """All paradigms of one seed.
+
+    Args:
+        root: Where the seed's chain lies, and where a folder for each paradigm goes.
+        seed: Its seed.
+        overrides: More arguments for every command.
+    """
+
+    def __init__(self, root: Path, seed: int, overrides: Sequence[str] = ()) -> None:
+        self.chain, self.root, self.seed = Chain(root, seed, overrides), root, seed
+
+    def prepare(self) -> None:
+        """Runs the stages of the chain that have not run, and writes the chosen side of the pairs."""
+        for stage in STAGES:
+            if not (self.root / stage / "export").exists():
+                self.chain.fit(stage)
+        with self.pairs.open() as lines:
+            rows = [json.loads(line) for line in lines]
+        chosen = [row | {"completion": _best(row)} for row in rows if len(set(row["rewards"])) > 1]
+        kept = ("prompt", "completion")
+        self.chosen.write_text("".join(json.dumps({key: row[key] for key in kept}) + "\n" for row in chosen))
+
+    @property
+    def pairs(self) -> Path:
+        """Samples of the fine-tuned policy with their rewards, of which the data modules make pairs."""
+        return self.root / "sample_pairs" / "predictions.jsonl"
+
+    @property
+    def chosen(self) -> Path:
+        """The chosen completions alone."""
+        return self.root / "sample_pairs" / "chosen.jsonl"
+
+    def measure(self, name: str, split: str = "test", options: Sequence[str] | None = None) -> Measured:
+        """Trains by one method and tests on a split's held-out problems."""
+        folder, preference = self.root / _slug(name), name in METHODS
+        given = METHODS.get(name) or OF_CHOSEN.get(name, ()) if options is None else options
+        given = tuple(option.format(teacher=self.root / "grpo" / "export") for option in given)
+        config, rows = ("dpo", self.pairs) if preference else ("sft", self.chosen)
+        more = ["--trainer.default_root_dir", str(folder), "--model.policy", str(self.root / "sft" / "export")]
+        more += ["--data.train", str(rows), "--seed_everything", str(self.seed), "--data.seed", str(self.seed)]
+        started = monotonic()
+        self.chain.align("fit", config, *given, *more)
+        return self.test(name, folder, monotonic() - started, split)
+
+    def test(self, name: str, folder: Path, seconds: float = 0.0, split: str = "test") -> Measured:
+        """Tests what a folder exports."""
+        more = ["--trainer.default_root_dir", str(folder / "test"), "--model.policy", str(folder / "export")]
+        more += ["--seed_everything", str(self.seed), "--data.test.init_args.split", split]
+        metrics = self.chain.align("test", "sft", *more)
+        return Measured(name, metrics["test/exact_match"], metrics[f"test/pass@{SAMPLES}"], seconds)
+
+    def reward_model(self) -> dict[str, float]:
+        """Trains a reward model on the same pairs; on samples of held-out problems, what it is worth."""
+        samples, folder = self.root / "held_out", self.root / "reward"
+        policy = str(self.root / "sft" / "export")
+        split = ["--data.predict.init_args.split", "test", "--data.predict.init_args.size", "1000"]
+        options = ["--trainer.default_root_dir", str(samples), "--model.policy", policy]
+        self.chain.align("predict", "sample_pairs", *split, *options, "--seed_everything", str(self.seed))
+        model = ["--model", "RewardModule", "--model.policy.path", policy, "--model.policy.head", "scalar"]
+        model += ["--model.optimizer.init_args.lr", "5e-4", "--trainer.max_epochs", "2"]
+        rows = ["--trainer.default_root_dir", str(folder), "--data.seed", str(self.seed)]
+        rows += ["--data.train", str(self.pairs), "--data.validation", str(samples / "predictions.jsonl")]
+        rows += ["--seed_everything", str(self.seed), "--data.test", "null"]
+        started = monotonic()
+        metrics = self.chain.align("fit", "dpo", *model, *rows)
+        found = {"pair accuracy": metrics["val/rewards/accuracies"], "seconds": monotonic() - started}
+        return found | best_of(folder / "export", samples / "predictions.jsonl")
+
+
+def best_of(reward: Path, samples: Path) -> dict[str, float]:
+    """Share of problems whose best of the samples is right: by a reward model, by the verifier, and of any sample."""
+    from alignment_modules.rewards.model import SequenceClassifier
+
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    prompts = [row["prompt"] for row in rows for _ in row["completions"]]
+    scores = SequenceClassifier(str(reward), batch_size=500)(
+        completions=[text for row in rows for text in row["completions"]], prompts=prompts
+    )
+    each = iter(scores)
+    picked = [max(row["rewards"], key=lambda _: next(each)) for row in rows]
+    return {
+        f"best of {SAMPLES} by the reward model": sum(picked) / len(rows),
+        f"best of {SAMPLES} by the verifier": sum(max(row["rewards"]) for row in rows) / len(rows),
+        "one sample": sum(sum(row["rewards"]) / len(row["rewards"]) for row in rows) / len(rows),
+    }
+
+
+def run_seed(root: Path, seed: int) -> tuple[dict[str, Measured], dict[str, float]]:
+    """Everything of one seed, or what an earlier run of it found."""
+    finished = root / f"seed{seed}" / "offline.json"
+    if finished.exists():
+        held = json.loads(finished.read_text())
+        return {name: Measured(**values) for name, values in held["methods"].items()}, held["reward model"]
+    offline = Offline(root / f"seed{seed}", seed)
+    offline.prepare()
+    methods = {"SFT": offline.test("SFT", offline.root / "sft")}
+    methods |= {name: offline.measure(name) for name in (*METHODS, *OF_CHOSEN)}
+    reward = offline.reward_model()
+    held = {"methods": {name: asdict(measured) for name, measured in methods.items()}, "reward model": reward}
+    finished.write_text(json.dumps(held, indent=2))
+    return methods, reward
+
+
+def rewards_table(found: Sequence[dict[str, float]]) -> str:
+    """What the reward models are worth, as a table in Markdown."""
+    rows = [f"| {name} | {spread([seed[name] for seed in found])} |" for name in found[0] if name != "seconds"]
+    return "\n".join(["| reward model | mean and 95 % interval |", "|---|---|", *rows])
+
+
+def main() -> None:
+    """Runs all seeds, prints the tables and the bars."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    sys.argv[1:] = []  # Lightning would take them for the arguments of its own commands
+
+    found = {seed: run_seed(arguments.root, seed) for seed in arguments.seeds}
+    methods = {seed: rows for seed, (rows, _) in found.items()}
+    rewards = [reward for _, reward in found.values()]
+    print(f"\nExact match on held-out problems; mean and 95 % interval over seeds\n\n{table(methods)}\n")
+    print(f"{rewards_table(rewards)}\n")
+    bars = {
+        f"{name} at least {GAIN:.0%} over SFT": [_gain(rows, name) >= GAIN for rows in methods.values()]
+        for name in HELD
+    }
+    bars["pair accuracy of the reward model"] = [row["pair accuracy"] >= PAIR_ACCURACY for row in rewards]
+    for bar, held in bars.items():
+        print(f"{'held' if all(held) else 'MISSED'}: {bar} ({sum(held)} of {len(held)} seeds)")
+    sys.exit(not all(all(held) for held in bars.values()))
+
+
+def _best(row: dict[str, list[float]]) -> object:
+    return row["completions"][row["rewards"].index(max(row["rewards"]))]
+
+
+def _gain(rows: dict[str, Measured], name: str) -> float:
+    return rows[name].exact_match - rows["SFT"].exact_match
+
+
+def _slug(name: str) -> str:
+    return "".join(character if character.isalnum() else "_" for character in name.lower())
+
+
+if __name__ == "__main__":
+    main()

@@ -242,7 +242,7 @@ def test_labels_of_pairs(tokenizer):
 @pytest.mark.parametrize("label", [1.5, -1, "good"])
 def test_labels_of_pairs_are_probabilities(tokenizer, label):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "label": label}]
-    with pytest.raises(ValueError, match="row 0 of .* train: column label must be the probability that the chosen"):
+    with pytest.raises(ValueError, match=r"row 0 of .* train: column label must be the probability that the chosen"):
         PreferenceDataModule(train=rows, tokenizer=tokenizer).setup("fit")
 
 

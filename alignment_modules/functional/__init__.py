@@ -7,6 +7,13 @@ from alignment_modules.functional.advantages import (
     value_loss,
     whiten,
 )
+from alignment_modules.functional.divergence import (
+    Divergence,
+    JsdBeta,
+    LinearHead,
+    distribution_divergence,
+    linear_divergence,
+)
 from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
@@ -57,6 +64,9 @@ __all__ = [
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
     "ClipMasks",
+    "Divergence",
+    "JsdBeta",
+    "LinearHead",
     "LinearTokenScores",
     "Preference",
     "ReferenceFreeLoss",
@@ -64,11 +74,13 @@ __all__ = [
     "UnpairedLoss",
     "aggregate",
     "check_reference_free",
+    "distribution_divergence",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
     "kl_penalty",
     "length_desensitized_logps",
+    "linear_divergence",
     "linear_token_log_probs",
     "linear_token_scores",
     "log_odds",

@@ -56,8 +56,8 @@ def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = 
         model: A language model whose attention reads plans.
         segments: At least one token.
         hidden: Whether the hidden states are wanted.
-        trim: Whether the last feed-forward block may be left out where nothing is read; its router's logits are then
-            those of these tokens alone, and no use.
+        trim: Whether the last feed-forward block may be left out where nothing is read; no router's logits are given
+            then, which would be those of some tokens.
     """
     plan = plan_attention(segments, model.config.get_text_config().hidden_size)
     source = plan.position[segments.source]
@@ -72,7 +72,7 @@ def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = 
     with feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext():
         output = model.base_model(**inputs) if hidden else model(**inputs, logits_to_keep=source)
     states = output.last_hidden_state[0].index_select(0, source) if hidden else output.logits[0]
-    return States(states, tuple(layer[plan.position] for layer in _router_logits(output)))
+    return States(states, () if trim else tuple(layer[plan.position] for layer in _router_logits(output)))
 
 
 def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> States:

@@ -11,6 +11,8 @@ from alignment_modules import DPOModule, LoraConfig, PolicyConfig, PretrainModul
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import add_lora
 from alignment_modules.policies.modes import disable_dropout
+from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.reading import read
 from alignment_modules.policies.router import Router, find_router
 from tests.paradigms import MIXTRAL, supervised
 
@@ -115,6 +117,19 @@ def test_gradient_checkpointing_counts_once(mixtral, update, assert_same, size):
     again.gradient_checkpointing_enable({"use_reentrant": False})
     assert again.train().is_gradient_checkpointing
     assert_same(update(make(again, micro_batch_size=size), [batch]), gradient(mixtral.eval(), batch))
+
+
+def test_only_who_wants_the_router_computes_all_of_the_last_layer(mixtral):
+    """What balances sees every computed token in each layer; scoring alone still spares the last layer some."""
+    assert prepare(mixtral).trims_last_layer
+    batch = supervised(ROWS)
+    segments = SFTModule(policy=mixtral).segments(batch)
+    seen = []
+    mixtral.model.layers[-1].mlp.gate.register_forward_hook(lambda _, __, out: seen.append(len(out[0])))
+    routed = read(mixtral, segments, routers=True).router_logits
+    assert [len(layer) for layer in routed] == [segments.tokens] * 2
+    assert read(mixtral, segments).router_logits == ()
+    assert seen[1] == len(segments.target_ids) < segments.tokens <= seen[0]
 
 
 def test_adapters(mixtral, update, assert_same):

@@ -158,6 +158,22 @@ def never_called(completions: list[str]) -> list[float]:
 
 # Models
 
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.3,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.25,
+}
+"""A mixture of experts that asks for its load to be balanced."""
+
 
 class Plain(nn.Module):
     """A causal policy without transformers: ids to logits."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 
 from alignment_modules.callbacks.tensorboard import tag_of
 from alignment_modules.cli.commands import COMMANDS, run_command
-from tests.paradigms import ROWS
+from alignment_modules.policies import PolicyConfig, build_policy
+from tests.paradigms import MIXTRAL, ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,7 +71,15 @@ def workplace(model_folder, tmp_path_factory):
     for name, block in (titled(README, "python") | titled(README, "yaml")).items():
         (folder / name).write_text(block)
     (folder / "my-model").symlink_to(model_folder)
+    write_experts(folder / "my-model-of-experts", model_folder)
     return folder
+
+
+def write_experts(folder, dense):
+    """A mixture of experts that asks to be balanced, with the tokenizer of a dense model."""
+    shutil.copytree(dense, folder)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    build_policy(PolicyConfig(config=MIXTRAL | {"vocab_size": vocabulary})).save_pretrained(folder)
 
 
 @pytest.fixture

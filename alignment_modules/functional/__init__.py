@@ -42,6 +42,7 @@ from alignment_modules.functional.reference_free import (
     reference_free_loss,
 )
 from alignment_modules.functional.reward import reward_pair_loss
+from alignment_modules.functional.router import expert_counts, load_balancing_loss, router_shares
 from alignment_modules.functional.surrogate import (
     IMPORTANCE_LEVELS,
     LOSS_REDUCTIONS,
@@ -75,6 +76,7 @@ __all__ = [
     "aggregate",
     "check_reference_free",
     "distribution_divergence",
+    "expert_counts",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
@@ -83,6 +85,7 @@ __all__ = [
     "linear_divergence",
     "linear_token_log_probs",
     "linear_token_scores",
+    "load_balancing_loss",
     "log_odds",
     "masked_mean",
     "mismatched",
@@ -92,6 +95,7 @@ __all__ = [
     "preference_loss",
     "reference_free_loss",
     "reward_pair_loss",
+    "router_shares",
     "sequence_logps",
     "token_collision",
     "token_entropy",

@@ -3,19 +3,29 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from torch import Tensor
+
 from alignment_modules.functional import aggregate
 from alignment_modules.functional.ranges import NonNegative, Range, check_options
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
-from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.balancing import SHARES, ExpertBalance
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.updates import UpdateModule
 
 
-class SFTModule(AlignmentModule):
+class SFTModule(UpdateModule):
     r"""Supervised fine-tuning on batches of `input_ids`, `labels` (-100 where not supervised) and `attention_mask`.
 
     The loss of a step is `-sum(log p(token)) / number of supervised tokens`, over all micro-batches and ranks.
+
+    Where a mixture of experts asks for it in its configuration (`output_router_logits` and `router_aux_loss_coef`), its
+    load-balancing loss is added, averaged over the tokens of the step. The shares of tokens that the experts get are
+    counted first, without gradients, over all micro-batches and ranks. Such a module takes its optimizer steps itself,
+    one a batch (`micro_batch_size` and `max_grad_norm` here, in place of the Trainer's accumulation and clipping).
+    Validation counts the shares of each batch.
 
     Args:
         loss: "nll", or "dft" (dynamic fine-tuning, arXiv:2508.05629): each token's negative log-likelihood is weighted
@@ -23,7 +33,8 @@ class SFTModule(AlignmentModule):
         label_smoothing: Share of the target distribution spread evenly over the vocabulary, in [0, 1).
         z_loss: Coefficient of `logsumexp(logits)^2`, which keeps the softmax normaliser near 1 (PaLM,
             arXiv:2204.02311).
-        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+        **common: Keywords of `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation) and, for a
+            mixture of experts that is balanced, of `UpdateModule` (micro_batch_size, max_grad_norm).
 
     Raises:
         ValueError: If an option has a value that is not allowed.
@@ -31,6 +42,7 @@ class SFTModule(AlignmentModule):
 
     paradigm = "sft"
     batch_keys = ("input_ids", "labels")
+    balances_experts = True
     bar = ("loss", "mean_token_accuracy")
 
     def __init__(
@@ -44,12 +56,25 @@ class SFTModule(AlignmentModule):
         check_options(SFTModule.__init__, locals())
         super().__init__(**common)
         self.loss, self.label_smoothing, self.z_loss = loss, label_smoothing, z_loss
+        self.balance = ExpertBalance.of(self.policy)
+        self.automatic_optimization = self.balance is None
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """What is read of a batch; on the host when it comes from the loader, and carried over with it."""
         return Segments.from_labels(
             batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
         )
+
+    def before_updates(self, pieces: list[Any]) -> list[Any]:
+        """For experts that are balanced: gives each piece the step's shares."""
+        return pieces if self.balance is None else self.balance.give_shares(self, pieces)
+
+    def units(self, piece: Any) -> dict[str, Tensor] | None:
+        """For experts that are balanced: the supervised tokens and the computed ones."""
+        if self.balance is None:
+            return None
+        segments = piece.get("segments") or self.segments(piece)
+        return self.balance.units({"loss": segments.mask().sum()}, segments)
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """Negative log-likelihood summed over the supervised tokens."""
@@ -60,7 +85,8 @@ class SFTModule(AlignmentModule):
             "normalizer": self.z_loss > 0,
             "mean_logp": self.label_smoothing > 0,
         }
-        scores = score(self.policy, segments, ask=[name for name, wanted in asked.items() if wanted])
+        reading = None if self.balance is None else read(self.policy, segments, routers=True)
+        scores = score(reading or self.policy, segments, ask=[name for name, wanted in asked.items() if wanted])
         nll = -scores.token_logps
         loss = nll * nll.detach().neg().exp() if self.loss == "dft" else nll
         if scores.mean_logp is not None:
@@ -72,12 +98,17 @@ class SFTModule(AlignmentModule):
         if scores.correct is not None and scores.entropy is not None:
             statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)
             statistics["entropy"] = Statistic(scores.entropy.detach().sum(), weight)
-        return Objective.of(total, weight, statistics)
+        found = Objective.of(total, weight, statistics)
+        if self.balance is None or reading is None:
+            return found
+        return self.balance.add(found, reading, batch.get(SHARES))
 
     def describe(self) -> dict[str, str]:
         """Adds the loss and its normaliser."""
         terms = f"{self.loss}, label smoothing {self.label_smoothing}, z-loss {self.z_loss}"
+        balance = {} if self.balance is None else {"router loss": self.balance.describe()}
         return super().describe() | {
             "loss": terms,
             "normaliser": "supervised tokens of the optimizer step, over all micro-batches and ranks",
+            **balance,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,11 +39,12 @@ def check_text_only(config: Mapping[str, Any], source: str) -> None:
         )
 
 
-def left_out_losses(model: nn.Module) -> dict[str, Any]:
+def left_out_losses(model: nn.Module, added: Collection[str] = ()) -> dict[str, Any]:
     """Keys and values of a model's configuration that ask for an auxiliary loss of its own.
 
     Args:
         model: Any module; one without a configuration asks for nothing.
+        added: Coefficients whose losses are added.
 
     Returns:
         Such as `{"output_router_logits": True, "router_aux_loss_coef": 0.01}`; empty: nothing is left out.
@@ -55,15 +56,15 @@ def left_out_losses(model: nn.Module) -> dict[str, Any]:
     _flatten(config.to_dict(), values)
     found = {key: values[key] for key in (*_ALWAYS, *_MORE_HEADS) if values.get(key)}
     if values.get("output_router_logits"):
-        coefficients = {key: values[key] for key in _WITH_ROUTER_LOGITS if key in values}
-        if any(coefficients.values()) or not coefficients:
+        coefficients = {key: values[key] for key in _WITH_ROUTER_LOGITS if key in values and key not in added}
+        if any(coefficients.values()) or not (coefficients or added):
             found |= {"output_router_logits": True, **coefficients}
     return found
 
 
-def warn_of_left_out_losses(model: nn.Module) -> None:
+def warn_of_left_out_losses(model: nn.Module, added: Collection[str] = ()) -> None:
     """Says once, when a policy is built, that its configuration asks for a loss that is not added."""
-    found = left_out_losses(model)
+    found = left_out_losses(model, added)
     if found:
         listed = ", ".join(f"{key}={value!r}" for key, value in found.items())
         logger.warning(

@@ -6,7 +6,7 @@ import inspect
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,28 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = False) -> Tensor:
-    """Hidden states `[reads, d]` of the tokens that are read, or their logits `[reads, vocabulary]`.
+class States(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        read: Hidden states `[reads, d]` of the tokens that are read, or their logits `[reads, vocabulary]`.
+        router_logits: `[tokens, experts]` of each layer with experts, in any order of the tokens, where the model's
+            configuration has it give them; else empty.
+    """
+
+    read: Tensor
+    router_logits: tuple[Tensor, ...]
+
+
+def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = False) -> States:
+    """Reads segments in one row without padding.
 
     Args:
         model: A language model whose attention reads plans.
         segments: At least one token.
         hidden: Whether the hidden states are wanted.
-        trim: Whether the last feed-forward block may be left out where nothing is read.
+        trim: Whether the last feed-forward block may be left out where nothing is read; no router's logits are given
+            then, which would be those of some tokens.
     """
     plan = plan_attention(segments, model.config.get_text_config().hidden_size)
     source = plan.position[segments.source]
@@ -56,13 +70,13 @@ def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = 
         "segment_plan": plan,
     }
     with feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext():
-        if hidden:
-            return model.base_model(**inputs).last_hidden_state[0].index_select(0, source)
-        return model(**inputs, logits_to_keep=source).logits[0]
+        output = model.base_model(**inputs) if hidden else model(**inputs, logits_to_keep=source)
+    states = output.last_hidden_state[0].index_select(0, source) if hidden else output.logits[0]
+    return States(states, () if trim else tuple(layer[plan.position] for layer in _router_logits(output)))
 
 
-def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Tensor:
-    """The same from right-padded rows, for any policy."""
+def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> States:
+    """The same from right-padded rows, for any policy; a shared prompt is routed once in each row."""
     input_ids, attention_mask, row, column = segments.padded()
     model = language_model(policy)
     inputs: dict[str, Any] = {}
@@ -75,8 +89,10 @@ def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Ten
     limit = length_limit(model)
     if limit is not None and segments.longest > limit:
         return _states_row_by_row(model, input_ids, attention_mask, row, column, hidden=hidden)
+    real = attention_mask.flatten() != 0
     if model is not None and hidden:
-        return model.base_model(input_ids=input_ids, **inputs).last_hidden_state[row, column]
+        output = model.base_model(input_ids=input_ids, **inputs)
+        return States(output.last_hidden_state[row, column], tuple(x[real] for x in _router_logits(output)))
     output = policy(input_ids, **inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or len(logits) != len(input_ids) or logits.shape[1] < input_ids.shape[1]:
@@ -86,21 +102,31 @@ def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Ten
             "expected logits [batch, time, vocabulary], or an object that has them as .logits"
         )
     virtual = logits.shape[1] - input_ids.shape[1]  # prompt tuning puts tokens of its own in front
-    return logits[row, column + virtual]
+    routed = () if virtual else tuple(layer[real] for layer in _router_logits(output))
+    return States(logits[row, column + virtual], routed)
 
 
 def _states_row_by_row(
     model: Any, input_ids: Tensor, attention_mask: Tensor, row: Tensor, column: Tensor, *, hidden: bool
-) -> Tensor:
+) -> States:
     """The same from rows without neighbours or padding, for models whose numbers depend on the longest row."""
-    found, order = [], []
+    found, order, routed = [], [], []
     for number, length in enumerate(attention_mask.sum(1).tolist()):
         own = (row == number).nonzero().squeeze(1)
         inputs = {"input_ids": input_ids[number : number + 1, :length], "use_cache": False}
-        states = model.base_model(**inputs).last_hidden_state if hidden else model(**inputs).logits
+        output = model.base_model(**inputs) if hidden else model(**inputs)
+        states = output.last_hidden_state if hidden else output.logits
         found.append(states[0].index_select(0, column[own]))
         order.append(own)
-    return torch.cat(found)[torch.cat(order).argsort()]
+        routed.append(_router_logits(output))
+    layers = tuple(torch.cat(parts) for parts in zip(*routed, strict=True))
+    return States(torch.cat(found)[torch.cat(order).argsort()], layers)
+
+
+def _router_logits(output: Any) -> list[Tensor]:
+    """Of each layer with experts `[tokens, experts]`, the rows behind each other; none where the output has none."""
+    layers = getattr(output, "router_logits", None)
+    return [layer.flatten(0, -2) for layer in layers or () if isinstance(layer, Tensor)]
 
 
 def language_model(policy: nn.Module) -> Any:

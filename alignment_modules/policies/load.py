@@ -31,6 +31,7 @@ from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
 from alignment_modules.policies.weights import building_device, read_model, shapes_only
 
@@ -60,6 +61,7 @@ def build_policy(
     trainable: bool = True,
     head: Head | None = None,
     merge: bool = True,
+    balanced: bool = False,
 ) -> nn.Module:
     """Gives the module that a policy specification describes, ready to be read (see `policies.probing`).
 
@@ -71,6 +73,8 @@ def build_policy(
             any will do.
         merge: Whether the adapter of a folder that holds one is merged into its base; otherwise it is attached, frozen,
             and can be switched off.
+        balanced: Whether the load-balancing loss of a mixture of experts is added where `find_router` finds one;
+            otherwise a warning says that it is left out.
 
     Returns:
         The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
@@ -83,9 +87,9 @@ def build_policy(
     with building_device():
         model = _build(policy, trainable, head, merge)
     check_head(model, head)
-    if trainable:
-        warn_of_left_out_losses(model)
     prepare(model)
+    if trainable:
+        warn_of_left_out_losses(model, [COEFFICIENT] if balanced and find_router(model) is not None else [])
     return model
 
 

@@ -148,8 +148,8 @@ def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> tuple[
     every = torch.arange(len(ids), device=ids.device)
     segments = Segments(ids, positions.to(ids.device), lengths, parents, every, ids, every, (1, len(ids)))
     try:
-        packed = packed_states(model, segments, hidden=hidden)
-        padded = padded_states(policy, segments, hidden=hidden)
+        packed = packed_states(model, segments, hidden=hidden).read
+        padded = padded_states(policy, segments, hidden=hidden).read
     except _REFUSALS as error:
         return _first_line(error), False
     config = model.config.get_text_config()
@@ -163,7 +163,7 @@ def _refuse_by_numbers(policy: nn.Module, model: Any, *, hidden: bool) -> tuple[
     some = every[1::3]
     fewer = replace(segments, source=some, target_ids=ids[some], slot=some)
     try:
-        return None, _close(packed_states(model, fewer, hidden=hidden, trim=True), padded[some])
+        return None, _close(packed_states(model, fewer, hidden=hidden, trim=True).read, padded[some])
     except _REFUSALS:
         return None, False
 

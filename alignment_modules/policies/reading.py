@@ -27,11 +27,14 @@ class Reading:
             themselves, `[reads, vocabulary]` or `[reads, outputs]`. Rows of `segments.source`.
         head: The policy's linear head; None where it cannot be told from the rest.
         segments: What was read.
+        router_logits: Where they are asked for: of each layer with experts `[tokens, experts]`, differentiable, the
+            router's logits of all tokens that were computed, in any order; else empty.
     """
 
     states: Tensor
     head: Head | None
     segments: Segments
+    router_logits: tuple[Tensor, ...] = ()
 
     @property
     def targets(self) -> Tensor:
@@ -68,7 +71,7 @@ class Reading:
         return flat.view(rows, time, *values.shape[1:])
 
 
-def read(policy: nn.Module, segments: Segments) -> Reading:
+def read(policy: nn.Module, segments: Segments, *, routers: bool = False) -> Reading:
     """One forward pass; differentiable in all parameters of the policy.
 
     The states are those of the padded computation up to rounding. Train or eval mode is the caller's business, as is
@@ -80,6 +83,8 @@ def read(policy: nn.Module, segments: Segments) -> Reading:
             module that maps `input_ids` `[batch, time]` to outputs `[batch, time, vocabulary or outputs]` (a tensor,
             or an object with `.logits`).
         segments: What to read, on the policy's device.
+        routers: Whether the router logits of a mixture of experts are wanted, too (`find_router` says whether a policy
+            gives them). The last layer is then computed for every token.
 
     Returns:
         The reading.
@@ -87,8 +92,8 @@ def read(policy: nn.Module, segments: Segments) -> Reading:
     Raises:
         ValueError: If a row is too long for the policy, or its output has not the expected shape.
     """
-    ability = prepare(policy)
-    if segments.tokens == 0:
+    ability, tokens = prepare(policy), segments.tokens
+    if tokens == 0:
         segments = _one_token(segments)
     model = language_model(policy)
     check_length(policy, segments.longest, "a row")
@@ -99,10 +104,12 @@ def read(policy: nn.Module, segments: Segments) -> Reading:
             f"state ({ability.reason})"
         )
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
-        states = packed_states(model, segments, hidden=head is not None, trim=ability.trims_last_layer)
+        trim = ability.trims_last_layer and not routers
+        states, routed = packed_states(model, segments, hidden=head is not None, trim=trim)
     else:
-        states = padded_states(policy, segments, hidden=head is not None)
-    return Reading(states, head, segments)
+        states, routed = padded_states(policy, segments, hidden=head is not None)
+    # A stand-in's token is no token.
+    return Reading(states, head, segments, tuple(x[:0] if tokens == 0 else x for x in routed) if routers else ())
 
 
 def _one_token(segments: Segments) -> Segments:

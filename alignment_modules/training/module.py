@@ -2,8 +2,7 @@
 
 A paradigm says what its objective is (`objective(batch) -> Objective`: a sum, its weight, statistics). This base makes
 the gradient of one optimizer step equal to the gradient of `sum(total) / sum(weight)` over all micro-batches and ranks:
-the totals are backpropagated as they are, and the gradients divided once, just before clipping, by the weight added up
-over the window. How a step is split therefore does not change it.
+the totals are backpropagated as they are, and the gradients divided once, before clipping, by the window's weight.
 """
 
 from collections.abc import Mapping
@@ -81,6 +80,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     """What the policy gives for a token: the distribution of the next one, or a number."""
     generates: ClassVar[bool] = True
     """Whether the policy writes: then `test`, `predict` and `generate` are there."""
+    balances_experts: ClassVar[bool] = False
+    """Whether the load-balancing loss of a mixture of experts is added where its configuration asks for it."""
     max_grad_norm: float | None = None
 
     def __init__(
@@ -97,7 +98,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         check_options(AlignmentModule.__init__, locals())
         super().__init__()
         keep_hyperparameters(self)
-        self.policy = build_policy(policy, head=self.head)
+        self.policy = build_policy(policy, head=self.head, balanced=self.balances_experts)
         self._saves_frozen = is_fresh(policy)
         self.make_optimizer = optimizer
         self.override_lr = override_lr

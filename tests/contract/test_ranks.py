@@ -24,7 +24,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [*ROWS, "aot", "aot_unpaired", "batch", "unjudged"])
+@pytest.mark.parametrize("name", [*ROWS, "aot", "aot_unpaired", "experts", "batch", "unjudged"])
 def test_same_update_as_one_process(results, name):
     one = torch.load(results / f"{name}_1.pt", weights_only=True)
     two = torch.load(results / f"{name}_2.pt", weights_only=True)
@@ -33,7 +33,7 @@ def test_same_update_as_one_process(results, name):
         torch.testing.assert_close(two["change"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
     assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], abs=1e-5)
     assert two["metrics"]["train/num_tokens"] == one["metrics"]["train/num_tokens"]
-    for key in ("train/rewards/calibration_error", "train/rewards/min", "train/rewards/max"):
+    for key in ("train/router_loss", "train/rewards/calibration_error", "train/rewards/min", "train/rewards/max"):
         assert two["metrics"].get(key) == pytest.approx(one["metrics"].get(key), abs=1e-5)
 
 

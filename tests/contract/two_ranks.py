@@ -14,8 +14,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from alignment_modules import AlignmentModule, PolicyConfig
-from tests.paradigms import ROWS, build, other_than
+from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from tests.paradigms import MIXTRAL, ROWS, build, other_than
 
 LLAMA = {
     "model_type": "llama",
@@ -73,6 +73,15 @@ def sampled(rows):
     return {key: batch[key] for key in ("prompts", "prompt_attention_mask")} | {"index": rows}
 
 
+def experts() -> AlignmentModule:
+    """SFT whose router loss takes shares over both ranks, which have two and three pieces."""
+    torch.manual_seed(0)
+    options = {"micro_batch_size": 2, "max_grad_norm": None}
+    return SFTModule(
+        policy=PolicyConfig(config=MIXTRAL), optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0), **options
+    )
+
+
 def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], AlignmentModule], Callable]]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     other = other_than(policy)
@@ -87,6 +96,7 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     for loss in ("aot", "aot_unpaired"):
         options = {"loss": loss, "micro_batch_size": 2, "max_grad_norm": None}
         yield loss, lambda options=options: make("dpo", **options), ROWS["dpo"].batch
+    yield "experts", experts, ROWS["sft"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment_modules import PolicyConfig, SFTModule
+from alignment_modules import DPOModule, PolicyConfig, SFTModule
 from alignment_modules.policies.architecture import left_out_losses, own_stop_ids
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.scoring import score
@@ -36,8 +36,11 @@ def test_a_router_loss_that_is_left_out_is_said_at_build(caplog):
     assert "MixtralForCausalLM" in said
     assert "output_router_logits=True, router_aux_loss_coef=0.25" in said
     caplog.clear()
-    SFTModule(policy=model)
+    DPOModule(policy=model)
     assert len(caplog.records) == 1
+    caplog.clear()
+    SFTModule(policy=model)  # adds it
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,19 @@ def test_which_losses_a_configuration_asks_for(change, named):
     model.config = MixtralConfig(**{key: value for key, value in (MIXTRAL | change).items() if key != "model_type"})
     assert left_out_losses(model) == named
     assert left_out_losses(nn.Linear(1, 1)) == {}
+
+
+def test_a_loss_that_is_added_is_not_left_out():
+    from transformers import MixtralConfig
+
+    model = nn.Linear(1, 1)
+    model.config = MixtralConfig(output_router_logits=True, router_aux_loss_coef=0.25)
+    assert left_out_losses(model, ["router_aux_loss_coef"]) == {}
+    model.config.router_z_loss_coef = 0.1
+    assert left_out_losses(model, ["router_aux_loss_coef"]) == {
+        "output_router_logits": True,
+        "router_z_loss_coef": 0.1,
+    }
 
 
 def test_multimodal_models_are_refused_before_weights_are_read(tmp_path, tiny_llama):

@@ -11,7 +11,13 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser
 
 from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of
-from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UnpairedLoss
+from alignment_modules.functional import (
+    LOSS_REDUCTIONS,
+    PREFERENCE_LOSSES,
+    REFERENCE_FREE_LOSSES,
+    Divergence,
+    UnpairedLoss,
+)
 from alignment_modules.functional.ranges import MAX_INT, describe
 from alignment_modules.paradigms import PARADIGMS
 
@@ -159,6 +165,7 @@ def _listing(kind: str) -> str:
             "DPOModule": PREFERENCE_LOSSES,
             "CPOModule": REFERENCE_FREE_LOSSES,
             "KTOModule": get_args(UnpairedLoss),
+            "DistillationModule": get_args(Divergence),
             "GRPOModule": LOSS_REDUCTIONS,
         }
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())

@@ -16,7 +16,6 @@ def divergence(
     reading: Reading,
     teacher_reading: Reading,
     *,
-    rows: Tensor | None = None,
     kind: Divergence = "reverse",
     jsd_beta: JsdBeta = 0.5,
     temperature: Positive = 1.0,
@@ -29,25 +28,27 @@ def divergence(
 
     Args:
         reading: The policy's.
-        teacher_reading: The teacher's, of the same segments; or, with `rows`, of segments of these rows.
-        rows: `[teacher's rows]` int64: which of the policy's rows the teacher read; None: all, in their order.
+        teacher_reading: The teacher's, of the same segments; or of segments of some of the same targets (as of a batch
+            whose other labels are -100).
         kind: "forward", "reverse" or "jsd"; see `distribution_divergence`.
         jsd_beta: Share of the teacher in the mixture of "jsd", from 0.05 to 0.95.
         temperature: Divides the logits of both models, > 0.
         vocabulary: Compares the first so many tokens alone, for heads that are padded to two sizes. None: all.
 
     Returns:
-        `[rows, time]` in nats, in the padded shape of the policy's segments; 0 where the teacher read no target.
+        `[rows, time]` in nats, in the padded shape of the segments; 0 where the teacher read no target.
 
     Raises:
-        ValueError: If the vocabularies have different sizes, or an option has a value that is not allowed.
+        ValueError: If the padded shapes or the vocabularies have different sizes, or an option has a value that is not
+            allowed.
     """
     check_options(divergence, locals())
     states, teacher_states = reading.targets, teacher_reading.targets
-    slot = reading.segments.slot
+    shape, slot = reading.segments.shape, teacher_reading.segments.slot
     if teacher_reading.segments is not reading.segments:
-        slot = _slots(reading, teacher_reading, rows)
-        where = slot.new_full((reading.segments.shape[0] * reading.segments.shape[1],), -1)
+        if teacher_reading.segments.shape != shape:
+            raise ValueError(f"the teacher read rows of {teacher_reading.segments.shape}, the policy of {shape}")
+        where = slot.new_full((shape[0] * shape[1],), -1)
         where[reading.segments.slot] = torch.arange(len(states), device=slot.device)
         states = states.index_select(0, where[slot])
     sizes = [_size(one, vocabulary) for one in (reading, teacher_reading)]
@@ -71,17 +72,7 @@ def divergence(
             jsd_beta=jsd_beta,
             temperature=temperature,
         )
-    shape = reading.segments.shape
     return values.new_zeros(shape[0] * shape[1]).index_copy(0, slot, values).view(shape)
-
-
-def _slots(reading: Reading, teacher_reading: Reading, rows: Tensor | None) -> Tensor:
-    """Where the teacher's targets stand in the policy's padded shape, `[targets]`."""
-    slot, time = teacher_reading.segments.slot, teacher_reading.segments.shape[1]
-    if rows is None:
-        return slot
-    width = max(time, 1)
-    return rows.to(slot)[slot // width] * reading.segments.shape[1] + slot % width
 
 
 def _size(reading: Reading, vocabulary: int | None) -> int:

@@ -30,8 +30,8 @@ UNPAIRED = ("--data", "UnpairedDataModule", "--data.batch_size", "64", "--traine
 METHODS: dict[str, tuple[str, ...]] = {
     "DPO": (),
     "DPO + RPO's NLL": ("--model.nll_coef", "0.2"),
-    "IPO": ("--model.loss", "ipo", "--model.beta", "0.1", "--model.optimizer.init_args.lr", "3e-4"),
-    "SimPO": (*FREE, "2.0", "--model.loss", "simpo", "--model.optimizer.init_args.lr", "1e-4"),
+    "IPO": ("--model.loss", "ipo", "--model.beta", "0.5", "--model.optimizer.init_args.lr", "3e-4"),
+    "SimPO": (*FREE, "2.0", "--model.loss", "simpo", "--model.optimizer.init_args.lr", "1e-5"),
     "CPO": (*FREE, "0.1", "--model.optimizer.init_args.lr", "3e-4"),
     "ORPO": ("--model", "ORPOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "5e-4"),
     "KTO": ("--model", "KTOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "3e-4", *UNPAIRED),

@@ -68,9 +68,13 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
 
 def _overview() -> str:
     modules = {c.paradigm: c for c in PARADIGMS}
-    paradigms = "\n".join(_entry(name, f"{c.__name__}: {_summary(c)}") for name, c in modules.items())
-    recipes = Path("configs/recipes")
-    shown = ", ".join(sorted(map(str, recipes.glob("*.yaml")))) or "configs/recipes/*.yaml of this project's repository"
+    paradigms = "\n".join(
+        _entry(name, _cut(f"{c.__name__}: {_summary(c)}", _WIDTH - _INDENT)) for name, c in modules.items()
+    )
+    recipes = ", ".join(sorted(path.stem for path in Path("configs/recipes").glob("*.yaml")))
+    shown = (
+        f"configs/recipes/NAME.yaml: {recipes}" if recipes else "configs/recipes/*.yaml of this project's repository"
+    )
     commands = "\n".join(_entry(name, text) for name, text in _COMMANDS.items())
     return f"""usage: align COMMAND --config FILE [--config FILE ...] [--OPTION VALUE ...]
 

@@ -30,8 +30,8 @@ UNPAIRED = ("--data", "UnpairedDataModule", "--data.batch_size", "64", "--traine
 METHODS: dict[str, tuple[str, ...]] = {
     "DPO": (),
     "DPO + RPO's NLL": ("--model.nll_coef", "0.2"),
-    "IPO": ("--model.loss", "ipo", "--model.beta", "0.1", "--model.optimizer.init_args.lr", "3e-4"),
-    "SimPO": (*FREE, "2.0", "--model.loss", "simpo", "--model.optimizer.init_args.lr", "1e-4"),
+    "IPO": ("--model.loss", "ipo", "--model.beta", "0.5", "--model.optimizer.init_args.lr", "3e-4"),
+    "SimPO": (*FREE, "2.0", "--model.loss", "simpo", "--model.optimizer.init_args.lr", "1e-5"),
     "CPO": (*FREE, "0.1", "--model.optimizer.init_args.lr", "3e-4"),
     "ORPO": ("--model", "ORPOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "5e-4"),
     "KTO": ("--model", "KTOModule", "--model.beta", "1.0", "--model.optimizer.init_args.lr", "3e-4", *UNPAIRED),
@@ -41,6 +41,8 @@ OF_CHOSEN: dict[str, tuple[str, ...]] = {
     "distillation from GRPO": ("--model", "DistillationModule", "--model.teacher", "{teacher}"),
     "control: SFT on the chosen side": (),
 }
+REWARD_MODEL = "reward model"
+REWARD = ("--model.evaluation", "null", "--model.optimizer.init_args.lr", "1e-3", "--trainer.max_epochs", "10")
 HELD = {**METHODS, "distillation from GRPO": ()}
 
 
@@ -96,20 +98,19 @@ class Offline:
         metrics = self.chain.align("test", "sft", *more)
         return Measured(name, metrics["test/exact_match"], metrics[f"test/pass@{SAMPLES}"], seconds)
 
-    def reward_model(self) -> dict[str, float]:
-        """Trains a reward model on the same pairs; on samples of held-out problems, what it is worth."""
-        samples, folder = self.root / "held_out", self.root / "reward"
+    def reward_model(self, split: str = "test", options: Sequence[str] = REWARD) -> dict[str, float]:
+        """Trains a reward model on the same pairs; on samples of a split's held-out problems, what it is worth."""
+        samples, folder = self.root / f"samples_{split}", self.root / "reward"
         policy = str(self.root / "sft" / "export")
-        split = ["--data.predict.init_args.split", "test", "--data.predict.init_args.size", "1000"]
-        options = ["--trainer.default_root_dir", str(samples), "--model.policy", policy]
-        self.chain.align("predict", "sample_pairs", *split, *options, "--seed_everything", str(self.seed))
+        more = ["--data.predict.init_args.split", split, "--data.predict.init_args.size", "1000"]
+        more += ["--trainer.default_root_dir", str(samples), "--model.policy", policy]
+        self.chain.align("predict", "sample_pairs", *more, "--seed_everything", str(self.seed))
         model = ["--model", "RewardModule", "--model.policy.path", policy, "--model.policy.head", "scalar"]
-        model += ["--model.optimizer.init_args.lr", "5e-4", "--trainer.max_epochs", "2"]
         rows = ["--trainer.default_root_dir", str(folder), "--data.seed", str(self.seed)]
         rows += ["--data.train", str(self.pairs), "--data.validation", str(samples / "predictions.jsonl")]
         rows += ["--seed_everything", str(self.seed), "--data.test", "null"]
         started = monotonic()
-        metrics = self.chain.align("fit", "dpo", *model, *rows)
+        metrics = self.chain.align("fit", "dpo", *model, *rows, *options)
         found = {"pair accuracy": metrics["val/rewards/accuracies"], "seconds": monotonic() - started}
         return found | best_of(folder / "export", samples / "predictions.jsonl")
 
@@ -133,19 +134,21 @@ def best_of(reward: Path, samples: Path) -> dict[str, float]:
 
 
 def run_seed(root: Path, seed: int) -> tuple[dict[str, Measured], dict[str, float]]:
-    """Everything of one seed, or what an earlier run of it found."""
-    finished = root / f"seed{seed}" / "offline.json"
-    if finished.exists():
-        held = json.loads(finished.read_text())
-        return {name: Measured(**values) for name, values in held["methods"].items()}, held["reward model"]
-    offline = Offline(root / f"seed{seed}", seed)
+    """Everything of one seed but what an earlier run of it found."""
+    offline, file = Offline(root / f"seed{seed}", seed), root / f"seed{seed}" / "offline.json"
     offline.prepare()
-    methods = {"SFT": offline.test("SFT", offline.root / "sft")}
-    methods |= {name: offline.measure(name) for name in (*METHODS, *OF_CHOSEN)}
-    reward = offline.reward_model()
-    held = {"methods": {name: asdict(measured) for name, measured in methods.items()}, "reward model": reward}
-    finished.write_text(json.dumps(held, indent=2))
-    return methods, reward
+    found: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
+    for name in ("SFT", *METHODS, *OF_CHOSEN, REWARD_MODEL):
+        if name not in found:
+            if name == REWARD_MODEL:
+                found[name] = offline.reward_model()
+            else:
+                found[name] = asdict(
+                    offline.test(name, offline.root / "sft") if name == "SFT" else offline.measure(name)
+                )
+            file.write_text(json.dumps(found, indent=2))
+    reward = found.pop(REWARD_MODEL)
+    return {name: Measured(**values) for name, values in found.items()}, reward
 
 
 def rewards_table(found: Sequence[dict[str, float]]) -> str:

@@ -16,7 +16,7 @@ from datamodules.rows import formats
 from datamodules.rows.formats import Example
 from datamodules.rows.messages import shown, truth
 from datamodules.rows.rows import Rows
-from datamodules.tables import PromptTable, row_checksum
+from datamodules.tables import CarryingCollate, CarryingTable, PromptTable, row_checksum
 from datamodules.text.encoding import Encoder, LossOn
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
@@ -185,8 +185,13 @@ class SplitReader:
         """The report in words."""
         return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
 
-    def token_rows(self, loss_on: LossOn) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split)."""
+    def token_rows(self, loss_on: LossOn, taken: list[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split).
+
+        Args:
+            loss_on: Which tokens are targets.
+            taken: Gets the number of every row that is given.
+        """
         see = self._refuse_label if self.kind in formats.DEMONSTRATIONS and not self.labelled else None
         for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on), see):
             if self.overflow != "split":
@@ -194,6 +199,8 @@ class SplitReader:
                     continue
                 ids, mask = cut_row(ids, mask, self.max_length, self.encoder.first)
             if mask.any():
+                if taken is not None:
+                    taken.append(index)
                 yield ids, mask
             else:
                 self.count("dropped_without_target")
@@ -207,6 +214,27 @@ class SplitReader:
         if packing:
             self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)
+
+    def carried(self, batches: Batches, names: Sequence[str], taken: Sequence[int]) -> Batches:
+        """Adds columns of the source to a table, as they are: a batch has a list of each.
+
+        Args:
+            batches: The table, and what makes its batches.
+            names: Names of the columns.
+            taken: Row number in the source of each of the table's rows.
+
+        Raises:
+            ValueError: A row has no such column, or null in it.
+        """
+        table, collate = batches
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        for index in taken:
+            row = self.rows[index]
+            for name, values in columns.items():
+                if row.get(name) is None:
+                    raise ValueError(f"{self.place(index)} has no {name!r}, which carry={list(names)} asks for")
+                values.append(row[name])
+        return CarryingTable(table, columns), CarryingCollate(collate, tuple(names))
 
     def prompt_table(self) -> Batches:
         """A table of the rows' prompts, as ids and as they are, with all other columns."""

@@ -10,6 +10,8 @@ from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.text.encoding import LossOn
 
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+
 
 class SFTDataModule(AlignmentDataModule):
     """Demonstrations in which the completion's tokens are targets.
@@ -24,6 +26,8 @@ class SFTDataModule(AlignmentDataModule):
         loss_on: Targets: the "completion" (in conversations every assistant turn), the "last_turn" alone, or "all"
             tokens.
         packing: Put several rows into one of at most `max_length` tokens.
+        carry: Columns that batches of training and validation hold as lists, one value a row, such as the `teacher`
+            that `DistillationModule` asks for; not with `packing`.
         **common: Keywords of `AlignmentDataModule`. "truncate" shortens the prompt from the left down to half of
             `max_length`, then the completion from the right.
     """
@@ -35,13 +39,21 @@ class SFTDataModule(AlignmentDataModule):
         *,
         loss_on: Literal["completion", "last_turn", "all"] = "completion",
         packing: bool = False,
+        carry: list[str] | None = None,
         **common: Any,
     ) -> None:
         check_options(SFTDataModule.__init__, locals())
         super().__init__(**common)
         self.loss_on: LossOn = loss_on
         self.packing = packing
+        self.carry = carry or []
+        if self.carry and packing:
+            raise ValueError(f"carry={self.carry} with packing=True: a packed row holds several rows' values")
+        if clash := sorted({*self.carry} & {*BATCH_KEYS}):
+            raise ValueError(f"carry={self.carry}: batches use {clash} themselves; give the column another name")
 
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
-        return reader.token_table(reader.token_rows(self.loss_on), self.packing)
+        taken: list[int] = []
+        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing)
+        return reader.carried(batches, self.carry, taken) if self.carry else batches

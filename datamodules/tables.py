@@ -1,4 +1,4 @@
-"""Prompts as rows: token ids beside the source's own columns."""
+"""Rows with columns of their source: prompts beside all of them, other rows beside those that are asked for."""
 
 from __future__ import annotations
 
@@ -66,3 +66,39 @@ class PromptTable(Table):
         values = self.rows[source]
         own = {name: values.get(name) for name in self.columns}
         return {"prompts": self.prompts[index], "index": source, **own, **self.canonical(values)}
+
+
+class CarryingTable(Table):
+    """A table whose rows have further columns.
+
+    Args:
+        table: The table.
+        columns: One value a row of each column, by name.
+    """
+
+    def __init__(self, table: Table, columns: dict[str, list[Any]]) -> None:
+        self.table, self.columns = table, columns
+        self.fingerprint = f"{row_checksum(columns, int(table.fingerprint, 16)):08x}"
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The table's row and the columns' values."""
+        return self.table.row(index) | {name: values[index] for name, values in self.columns.items()}
+
+
+class CarryingCollate:
+    """Batches of `CarryingTable` rows: what another makes of them, and each column as a list.
+
+    Args:
+        collate: Makes a batch of the rows without the columns.
+        names: Names of the columns.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], names: tuple[str, ...]) -> None:
+        self.collate, self.names = collate, names
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch."""
+        return self.collate(rows) | {name: [row[name] for row in rows] for name in self.names}

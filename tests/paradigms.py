@@ -50,6 +50,7 @@ class Paradigm:
             `first_policy`, on a batch without the keys `first_without`.
         outputs: Numbers that the policy gives a token; None: one for each token of the vocabulary.
         source: Which of `SOURCES` its recipe reads.
+        needs: Keywords without which it cannot be built, as a configuration names them (`tests/workplace.py`).
         recipe: Options that make its recipe short, and those that it needs to log all of its metrics.
         resume: The runs that are killed.
     """
@@ -67,6 +68,7 @@ class Paradigm:
     first_options: Mapping[str, Any] = field(default_factory=dict)
     first_policy: Callable[[nn.Module], nn.Module] = lambda policy: policy
     outputs: int | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     resume: Resume = Resume(("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"))
 
@@ -362,6 +364,19 @@ ROWS: dict[str, Paradigm] = {
         first_options={"reference": None},
         source="labelled",
         resume=Resume(("--trainer.max_epochs", "3", "--model.micro_batch_size", "2"), start=8, kill=9),
+    ),
+    "distillation": Paradigm(
+        batch=supervised,
+        nothing=_NO_TARGET,
+        options=lambda other: {"teacher": other},
+        variants={
+            "forward": {"divergence": "forward", "temperature": 0.7},
+            "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+        },
+        first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
+        first_policy=flat,
+        needs={"teacher": "other"},
+        source="demonstrations",
     ),
     "grpo": Paradigm(
         batch=rollouts,

@@ -45,3 +45,14 @@ def test_an_unknown_variant_is_refused():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "--variant cached: sft has default" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
+def test_the_memory_of_a_divergence_is_measured_both_ways(kind):
+    sizes = ["--tokens", "64", "--hidden", "8", "--vocabulary", "3000", "--threads", "1"]
+    command = [sys.executable, str(BENCHMARKS / "divergence_memory.py"), *sizes, "--kind", kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| chunked |" in done.stdout
+    assert "| plain |" in done.stdout
+    assert float(done.stdout.split()[-1]) < 1e-4

@@ -255,6 +255,7 @@ def test_the_table_of_metrics_is_what_a_run_logs(align, paradigm, tmp_path):
     fit = [f"--data.train={source}", f"--data.validation={source}", "--trainer.max_steps=2"]
     fit += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=1"]
     stops = json.dumps(list(string.ascii_letters + string.digits))  # an untrained policy hardly stops by itself
+    common += [f"--model.{key}=my-model" for key in ROWS[paradigm].needs]
     common += ROWS[paradigm].recipe.get("metrics", ())
     if ROWS[paradigm].kind == "acting":
         common += [f"--model.stop_strings={stops}"]

@@ -124,6 +124,7 @@ def workplace(write_model, tmp_path_factory):
     for name, row in ROWS.items():
         recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         options = {"policy": "policy", "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}
+        options |= row.needs
         if row.kind == "acting":
             options |= {"rewards": "my_rewards.digits", "num_generations": 3, "max_completion_length": 4}
         data = {"train": FILES[row.source], "batch_size": 2 if row.source == "documents" else 4, "max_length": 16}

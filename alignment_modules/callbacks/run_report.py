@@ -40,6 +40,7 @@ _NEXT = {  # what one usually does with the exported policy
     "orpo": _ACT,
     "cpo": _ACT,
     "kto": _ACT,
+    "distillation": _ACT,
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }
 

@@ -67,6 +67,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "callbacks": ("callbacks", lambda: [*CALLBACKS, *(c for c in subclasses([Callback]) if c not in CALLBACKS)]),
     "policy": ("policy", lambda: [PolicyConfig]),
     "reference": ("policy", lambda: [PolicyConfig]),
+    "teacher": ("policy", lambda: [PolicyConfig]),
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),

@@ -11,7 +11,13 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser
 
 from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of
-from alignment_modules.functional import LOSS_REDUCTIONS, PREFERENCE_LOSSES, REFERENCE_FREE_LOSSES, UnpairedLoss
+from alignment_modules.functional import (
+    LOSS_REDUCTIONS,
+    PREFERENCE_LOSSES,
+    REFERENCE_FREE_LOSSES,
+    Divergence,
+    UnpairedLoss,
+)
 from alignment_modules.functional.ranges import MAX_INT, describe
 from alignment_modules.paradigms import PARADIGMS
 
@@ -62,9 +68,13 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
 
 def _overview() -> str:
     modules = {c.paradigm: c for c in PARADIGMS}
-    paradigms = "\n".join(_entry(name, f"{c.__name__}: {_summary(c)}") for name, c in modules.items())
-    recipes = Path("configs/recipes")
-    shown = ", ".join(sorted(map(str, recipes.glob("*.yaml")))) or "configs/recipes/*.yaml of this project's repository"
+    paradigms = "\n".join(
+        _entry(name, _cut(f"{c.__name__}: {_summary(c)}", _WIDTH - _INDENT)) for name, c in modules.items()
+    )
+    recipes = ", ".join(sorted(path.stem for path in Path("configs/recipes").glob("*.yaml")))
+    shown = (
+        f"configs/recipes/NAME.yaml: {recipes}" if recipes else "configs/recipes/*.yaml of this project's repository"
+    )
     commands = "\n".join(_entry(name, text) for name, text in _COMMANDS.items())
     return f"""usage: align COMMAND --config FILE [--config FILE ...] [--OPTION VALUE ...]
 
@@ -159,6 +169,7 @@ def _listing(kind: str) -> str:
             "DPOModule": PREFERENCE_LOSSES,
             "CPOModule": REFERENCE_FREE_LOSSES,
             "KTOModule": get_args(UnpairedLoss),
+            "DistillationModule": get_args(Divergence),
             "GRPOModule": LOSS_REDUCTIONS,
         }
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())

@@ -84,6 +84,14 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterat
         path, given = str(read.get("class_path") or ""), read.get("init_args") or {}
     else:
         path, given = "", read
+    if not path and _several(given, known, hint):
+        for key, entry in given.items():
+            inner = entry.read() if isinstance(entry, Text) else entry
+            if isinstance(inner, dict):
+                yield from _in_options(f"{option}.{key}", known[0], inner)
+            elif not isinstance(inner, str):
+                yield f"--{option}.{key}{_shown(inner)}: must be {_wanted(option, hint)}"
+        return
     if not path and name == "data":
         where, value = _deepest(option, given)
         names = allowed(c.__name__ for c in known)
@@ -95,6 +103,11 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterat
         cls = yield from _find(option, path, known)
     if cls is not None:
         yield from _in_options(option, cls, given)
+
+
+def _several(given: dict[str, Any], known: list[type], hint: Any) -> bool:
+    """Whether values of a class by names of the user's are given, not the class's options."""
+    return dict in _kinds(hint) and len(known) == 1 and bool(given) and not {*given} & {*option_names(known[0])}
 
 
 def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:

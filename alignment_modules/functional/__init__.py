@@ -7,6 +7,13 @@ from alignment_modules.functional.advantages import (
     value_loss,
     whiten,
 )
+from alignment_modules.functional.divergence import (
+    Divergence,
+    JsdBeta,
+    LinearHead,
+    distribution_divergence,
+    linear_divergence,
+)
 from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
@@ -58,6 +65,9 @@ __all__ = [
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
     "ClipMasks",
+    "Divergence",
+    "JsdBeta",
+    "LinearHead",
     "LinearTokenScores",
     "Preference",
     "ReferenceFreeLoss",
@@ -65,12 +75,14 @@ __all__ = [
     "UnpairedLoss",
     "aggregate",
     "check_reference_free",
+    "distribution_divergence",
     "expert_counts",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
     "kl_penalty",
     "length_desensitized_logps",
+    "linear_divergence",
     "linear_token_log_probs",
     "linear_token_scores",
     "load_balancing_loss",

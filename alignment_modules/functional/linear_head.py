@@ -6,12 +6,23 @@ backward pass overwrites it, block by block, with the gradient that the two matr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from alignment_modules.functional.head_chunks import (
+    accumulate_product,
+    blocks,
+    cap_slope,
+    capped,
+    chunk_rows,
+    in_autocast,
+    project,
+    reduction_dtype,
+    spans,
+)
 
 
 class LinearTokenScores(NamedTuple):
@@ -60,21 +71,12 @@ def apply_linear_head(
         targets: `[n]` int64.
         settings: What to compute, and how.
     """
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden, weight, bias = in_autocast(hidden, weight, bias)
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         outputs = _LinearHead.apply(hidden, weight, bias, targets, settings._replace(needs_grad=needs_grad))
     return LinearTokenScores(*outputs)
-
-
-def upcast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of reductions: float64 stays, all else becomes float32."""
-    return tensor.to(_reduction_dtype(tensor.dtype))
 
 
 class _LinearHead(torch.autograd.Function):
@@ -83,7 +85,7 @@ class _LinearHead(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: HeadSettings
     ) -> tuple[Tensor | None, ...]:
         rows = hidden.shape[0]
-        token_logps = torch.empty(rows, dtype=_reduction_dtype(hidden.dtype), device=hidden.device)
+        token_logps = torch.empty(rows, dtype=reduction_dtype(hidden.dtype), device=hidden.device)
         normalizer = torch.empty_like(token_logps)
         entropy = torch.empty_like(token_logps) if settings.with_entropy else None
         correct = torch.empty_like(token_logps, dtype=torch.bool) if settings.with_correct else None
@@ -91,10 +93,10 @@ class _LinearHead(torch.autograd.Function):
         collision = torch.empty_like(token_logps) if settings.with_collision else None
         chunk = _chunk_rows(hidden, weight, settings)
         buffer = hidden.new_empty(min(chunk, rows), weight.shape[0])
-        for span in _spans(rows, chunk):
-            product = _project(hidden[span], weight, bias, settings.alpha, buffer)
-            for block, part in _blocks(product, span):
-                logits = _logits(product[block], settings.cap)
+        for span in spans(rows, chunk):
+            product = project(hidden[span], weight, bias, settings.alpha, buffer)
+            for block, part in blocks(product, span):
+                logits = capped(product[block], settings.cap)
                 index = targets[part, None]
                 log_p = torch.log_softmax(logits, dim=-1)
                 token_logps[part] = log_p.gather(1, index)[:, 0]
@@ -140,17 +142,17 @@ class _LinearHead(torch.autograd.Function):
         uniform = None if grad_mean is None else grad_mean / weight.shape[0]
         upstream = _Upstream(target, softmax, uniform, grad_entropy)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        spans = list(_spans(hidden.shape[0], ctx.chunk))
-        dtype = hidden.dtype if len(spans) == 1 else normalizer.dtype
+        rows_of_chunks = list(spans(hidden.shape[0], ctx.chunk))
+        dtype = hidden.dtype if len(rows_of_chunks) == 1 else normalizer.dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_weight else None
         grad_bias = normalizer.new_zeros(weight.shape[0]) if needs_bias else None
         buffer = hidden.new_empty(min(ctx.chunk, hidden.shape[0]), weight.shape[0]) if product is None else product
         temporaries = hidden.dtype != normalizer.dtype or cap is not None or grad_entropy is not None
         with torch.autocast(hidden.device.type, enabled=False):
-            for span in spans:
-                gradient = product if product is not None else _project(hidden[span], weight, bias, alpha, buffer)
-                for block, part in _blocks(gradient, span, temporaries=temporaries):
+            for span in rows_of_chunks:
+                gradient = product if product is not None else project(hidden[span], weight, bias, alpha, buffer)
+                for block, part in blocks(gradient, span, temporaries=temporaries):
                     _overwrite_with_gradient(
                         gradient[block],
                         cap,
@@ -162,7 +164,7 @@ class _LinearHead(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[span].addmm_(gradient, weight, beta=0, alpha=alpha)
                 if grad_weight is not None:
-                    _accumulate_product(grad_weight, gradient.t(), hidden[span], alpha, first=span.start == 0)
+                    accumulate_product(grad_weight, gradient.t(), hidden[span], alpha, first=span.start == 0)
                 if grad_bias is not None:
                     grad_bias.add_(gradient.sum(dim=0, dtype=grad_bias.dtype), alpha=alpha)
         return (
@@ -188,20 +190,6 @@ class _Upstream(NamedTuple):
         return _Upstream(self.target[part, None], self.softmax[part, None], uniform, entropy)
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, buffer: Tensor) -> Tensor:
-    """Write `alpha * (hidden @ weight.T + bias)` into the first rows of `buffer`."""
-    out = buffer[: hidden.shape[0]]
-    if bias is None:
-        return out.addmm_(hidden, weight.t(), beta=0, alpha=alpha)
-    return torch.addmm(bias, hidden, weight.t(), beta=alpha, alpha=alpha, out=out)
-
-
-def _logits(product: Tensor, cap: float | None) -> Tensor:
-    """Logits in the reduction's dtype; a view of `product` where nothing has to be converted or capped."""
-    product = upcast(product)
-    return product if cap is None else torch.tanh(product).mul_(cap)
-
-
 def _overwrite_with_gradient(
     product: Tensor,
     cap: float | None,
@@ -211,9 +199,8 @@ def _overwrite_with_gradient(
     upstream: _Upstream,
 ) -> None:
     """Overwrite `product` with the gradient with respect to it; all but `product` are columns `[rows, 1]`."""
-    logits = _logits(product, cap)
-    # d(cap * tanh(x)) / dx = cap * (1 - tanh(x)^2), written with the logits themselves.
-    slope = None if cap is None else (logits * logits).mul_(-1.0 / cap).add_(cap)
+    logits = capped(product, cap)
+    slope = cap_slope(logits, cap)
     log_p = logits.sub_(normalizer)
     if upstream.entropy is None or entropy is None:
         gradient = log_p.exp_().mul_(upstream.softmax)
@@ -229,39 +216,6 @@ def _overwrite_with_gradient(
         product.copy_(gradient)
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor, alpha: float, *, first: bool) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if first else 1, alpha=alpha)
-    else:  # chunks of a bfloat16 head are summed in float32
-        total.add_(left @ right, alpha=alpha)
-
-
 def _chunk_rows(hidden: Tensor, weight: Tensor, settings: HeadSettings) -> int:
     row_bytes = weight.shape[0] * hidden.element_size()
-    limit = settings.max_chunk_bytes
-    if not settings.needs_grad and hidden.device.type == "cpu":
-        limit = min(limit, 32 * 2**20)  # nothing has to be kept, and a CPU gains nothing from larger products
-    return max(1, limit // row_bytes)
-
-
-def _blocks(matrix: Tensor, span: slice, *, temporaries: bool = True) -> Iterator[tuple[slice, slice]]:
-    """Rows to reduce at a time, counted in `matrix` and in all rows: all of them where that needs no temporaries.
-
-    Smaller blocks would stay in a CPU's cache, but each costs its threads a barrier, which on busy cores takes longer
-    than the memory traffic that it saves.
-    """
-    size = matrix.shape[0]
-    if temporaries:
-        limit = (8 if matrix.device.type == "cpu" else 64) * 2**20
-        size = limit // (matrix.shape[1] * torch.finfo(_reduction_dtype(matrix.dtype)).bits // 8)
-    for block in _spans(matrix.shape[0], max(size, 1)):
-        yield block, slice(span.start + block.start, span.start + block.stop)
-
-
-def _spans(rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
-
-
-def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return chunk_rows(row_bytes, settings.max_chunk_bytes, hidden.device.type, kept=settings.needs_grad)

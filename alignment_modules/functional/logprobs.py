@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignment_modules.functional.checks import check_positive
-from alignment_modules.functional.linear_head import HeadSettings, LinearTokenScores, apply_linear_head, upcast
+from alignment_modules.functional.head_chunks import check_head, factor_and_cap, upcast
+from alignment_modules.functional.linear_head import HeadSettings, LinearTokenScores, apply_linear_head
 
 IGNORED_TARGET = -100
 
@@ -200,24 +201,11 @@ def linear_token_scores(
     >>> scores.correct
     tensor([ True, False])
     """
-    _check_head(hidden, weight, targets, bias)
-    check_positive("temperature", temperature)
+    check_head(hidden, weight, bias)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must be [{hidden.shape[0]}], got shape {tuple(targets.shape)}")
+    alpha, cap = factor_and_cap(logit_scale, softcap, temperature)
     check_positive("max_chunk_bytes", max_chunk_bytes)
-    if softcap is None:
-        alpha, cap = logit_scale / temperature, None
-    else:
-        alpha, cap = logit_scale / check_positive("softcap", softcap), softcap / temperature
     asked = (with_entropy, with_correct, with_normalizer, with_mean_logp, with_collision)
     settings = HeadSettings(alpha, cap, max_chunk_bytes, *asked)
     return apply_linear_head(hidden, weight, bias, targets, settings)
-
-
-def _check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden must be [n, d], got shape {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight must be [vocabulary, {hidden.shape[1]}], got shape {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [{hidden.shape[0]}], got shape {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")

@@ -9,7 +9,7 @@ no gradient, so it may be counted first over as many tokens as one likes; the lo
 import torch
 from torch import Tensor
 
-from alignment_modules.functional.linear_head import upcast
+from alignment_modules.functional.head_chunks import upcast
 
 
 def expert_counts(router_logits: Tensor, top_k: int) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from alignment_modules.paradigms.cpo import CPOModule
+from alignment_modules.paradigms.distillation import DistillationModule
 from alignment_modules.paradigms.dpo import DPOModule
 from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
@@ -16,6 +17,7 @@ __all__ = [
     "PARADIGMS",
     "CPOModule",
     "DPOModule",
+    "DistillationModule",
     "GRPOModule",
     "KTOModule",
     "ORPOModule",
@@ -34,6 +36,7 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     ORPOModule,
     CPOModule,
     KTOModule,
+    DistillationModule,
     GRPOModule,
 )
 _MODULES = {module.paradigm: module for module in PARADIGMS}

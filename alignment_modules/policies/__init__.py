@@ -1,5 +1,6 @@
 """What is trained: loading, adapting, freezing, reading, scoring and exporting a causal language model."""
 
+from alignment_modules.policies.divergence import divergence
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.frozen import Frozen, frozen_companion
@@ -24,6 +25,7 @@ __all__ = [
     "build_policy",
     "check_vocabulary",
     "disable_dropout",
+    "divergence",
     "export_policy",
     "fingerprint",
     "frozen_companion",

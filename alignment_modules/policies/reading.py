@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional.linear_head import upcast
+from alignment_modules.functional.head_chunks import upcast
 from alignment_modules.policies.context import check_length
 from alignment_modules.policies.forward import Head, classifies, find_head, language_model, packed_states, padded_states
 from alignment_modules.policies.probing import prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,58 @@ def vocabulary_size(policy: nn.Module) -> int | None:
     except (AttributeError, NotImplementedError, TypeError):
         rows = getattr(getattr(policy, "config", None), "vocab_size", None)
         return rows if isinstance(rows, int) else None
+
+
+def compared_ids(
+    policy: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_path: str | None, *, name: str = "teacher"
+) -> int | None:
+    """How many ids a policy and a teacher share, from the first on; they must mean the same tokens.
+
+    Args:
+        policy: The model that learns.
+        teacher: The model that it is compared with.
+        tokenizer: The policy's tokenizer; None where it is not known.
+        teacher_path: The teacher's folder or hub id, whose tokenizer is compared where it holds one; None: not known.
+        name: What the teacher is called in a message.
+
+    Returns:
+        The number of ids that both heads have, where they are padded to different sizes and the tokenizer fits in
+        both; None where they have the same size, or do not tell it.
+
+    Raises:
+        ValueError: The sizes differ and the tokenizer is not known or does not fit in both, or the teacher's tokenizer
+            gives a token another id.
+    """
+    ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+    if ids is not None and teacher_path is not None:
+        _check_same_ids(ids, teacher_path, name)
+    sizes = [vocabulary_size(model) for model in (policy, teacher)]
+    if None in sizes or sizes[0] == sizes[1]:
+        return None
+    ours, theirs = sizes
+    shared, needed = min(sizes), None if ids is None else max(ids.values(), default=-1) + 1  # type: ignore[type-var]
+    if needed is not None and needed <= shared:  # type: ignore[operator]
+        return shared
+    known = (
+        "no tokenizer is known that would tell which are padding" if needed is None else f"the tokenizer has {needed}"
+    )
+    raise ValueError(
+        f"{name} has {theirs} ids and the policy {ours}, and {known}: a divergence compares the probabilities of the "
+        f"same tokens. Use a teacher with the policy's tokenizer"
+        + (", and give the module `tokenizer`" if needed is None else "")
+    )
+
+
+def _check_same_ids(ids: Mapping[str, int], path: str, name: str) -> None:
+    """Compares with the tokenizer of a teacher's folder; a folder without one is not compared."""
+    try:
+        theirs = load_tokenizer(path).get_vocab()
+    except ValueError:
+        return
+    for token, number in sorted(ids.items(), key=lambda entry: entry[1]):
+        if theirs.get(token) != number:
+            other = f"gives it {theirs[token]}" if token in theirs else "does not have it"
+            raise ValueError(
+                f"{name}={path!r} has another tokenizer than the policy: the policy's gives {token!r} the id {number}, "
+                f"the teacher's {other}. A divergence compares the probabilities of the same tokens."
+            )

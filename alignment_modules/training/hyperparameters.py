@@ -67,7 +67,12 @@ def keep_hyperparameters(module: PlainHyperparameters) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """A configuration as the mapping of those of its fields that differ from their defaults; other values unchanged."""
+    """A configuration as the mapping of those of its fields that differ from their defaults; other values unchanged.
+
+    So are the configurations in a mapping.
+    """
+    if isinstance(value, dict):
+        return {key: as_plain(entry) for key, entry in value.items()}
     if not isinstance(value, _CONFIGURATIONS):
         return value
     default = type(value)()

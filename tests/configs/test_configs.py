@@ -34,7 +34,9 @@ def recipe(model_folder, data):
 
     def arguments(name, *overlays):
         configs = [f"--config={path}" for path in (RECIPES[name], *(OVERLAYS[overlay] for overlay in overlays))]
-        return [*configs, f"--model.policy.path={model_folder}", f"--data.train={data[name]}", *SHORT.get(name, ())]
+        needs = [f"--model.{key}={model_folder}" for key in ROWS[name].needs]
+        paths = [f"--model.policy.path={model_folder}", *needs, f"--data.train={data[name]}"]
+        return [*configs, *paths, *SHORT.get(name, ())]
 
     return arguments
 

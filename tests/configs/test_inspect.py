@@ -75,7 +75,8 @@ def inspected(command, bare, data):
 
     def run(name, *more, rows=None):
         source = [f"--data.train={rows or data[name]}"]
-        return command("inspect", f"--config={RECIPES[name]}", f"--model.policy.path={bare}", *source, *CPU, *more)
+        models = [f"--model.policy.path={bare}", *(f"--model.{key}={bare}" for key in ROWS[name].needs)]
+        return command("inspect", f"--config={RECIPES[name]}", *models, *source, *CPU, *more)
 
     return run
 

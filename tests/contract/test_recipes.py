@@ -37,6 +37,7 @@ def recipe(align, workplace, tmp_path):
         logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(root), "name": "", "version": "csv"}}
         given = ["--config", REPOSITORY / "configs" / "recipes" / f"{name}.yaml", "--model.policy.path", "policy"]
         given += ["--data.train", FILES[source], "--data.batch_size", "3", "--trainer.log_every_n_steps", "3"]
+        given += [f"--model.{key}={value}" for key, value in ROWS[name].needs.items()]
         given += OPTIONS.get(source, [])
         given += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.logger", json.dumps(logger)]
         given += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", root / "root", *more]

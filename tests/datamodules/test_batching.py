@@ -299,3 +299,49 @@ def test_prompts_as_they_are(make_tokenizer, row, prompt, workers):
 def test_a_plain_prompt_as_chat(make_tokenizer):
     data = PromptDataModule(train=[{"prompt": "ab"}], tokenizer=make_tokenizer("boundaries"), as_chat=True)
     assert next(iter(data.train_dataloader()))["prompt"] == [[USER]]
+
+
+class TestCarry:
+    ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1), "teacher": f"t{i % 3}", "n": [i]} for i in range(20)]
+
+    def test_columns_stay_with_their_rows(self, tokenizer):
+        data = SFTDataModule(train=self.ROWS, tokenizer=tokenizer, batch_size=8, carry=["teacher", "n"])
+        plain = SFTDataModule(train=self.ROWS, tokenizer=tokenizer, batch_size=8)
+        seen = []
+        for batch, bare in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
+            assert all(torch.equal(batch[key], bare[key]) for key in bare)
+            for ids, mask, teacher, (n,) in zip(
+                batch["input_ids"], batch["attention_mask"], batch["teacher"], batch["n"], strict=True
+            ):
+                text = tokenizer.decode(ids[mask.bool()].tolist(), skip_special_tokens=True)
+                assert text.replace(" ", "") == f"{n}+1={n + 1}"
+                assert teacher == f"t{n % 3}"
+                seen.append(n)
+        assert sorted(seen) == list(range(20))
+
+    def test_other_values_are_another_data_set(self, tokenizer):
+        marks = [
+            SFTDataModule(train=rows, tokenizer=tokenizer, carry=["teacher"]).train_dataloader().dataset.fingerprint
+            for rows in (self.ROWS, self.ROWS, [*self.ROWS[:-1], self.ROWS[-1] | {"teacher": "t0"}])
+        ]
+        assert marks[0] == marks[1] != marks[2]
+
+    def test_a_row_that_is_left_out_takes_its_value_along(self, tokenizer):
+        rows = [self.ROWS[0], {"prompt": "1" * 50, "completion": "2", "teacher": "long"}, self.ROWS[1]]
+        data = SFTDataModule(
+            train=rows, tokenizer=tokenizer, carry=["teacher"], max_length=16, overflow="drop", shuffle=False
+        )
+        assert next(iter(data.train_dataloader()))["teacher"] == ["t0", "t1"]
+
+    def test_a_row_without_the_column(self, tokenizer):
+        rows = [*self.ROWS[:2], {"prompt": "1+1=", "completion": "2"}]
+        with pytest.raises(ValueError, match=r"row 2 .*has no 'teacher', which carry="):
+            SFTDataModule(train=rows, tokenizer=tokenizer, carry=["teacher"]).train_dataloader()
+
+    @pytest.mark.parametrize(("options", "message"), [
+        ({"carry": ["teacher"], "packing": True}, "carry=.* with packing=True"),
+        ({"carry": ["labels"]}, r"batches use \['labels'\] themselves"),
+    ])  # fmt: skip
+    def test_refused(self, tokenizer, options, message):
+        with pytest.raises(ValueError, match=message):
+            SFTDataModule(train=self.ROWS, tokenizer=tokenizer, **options)

@@ -1,0 +1,193 @@
+"""Distillation (arXiv:1503.02531, arXiv:2306.13649): a student learns a teacher's whole next-token distribution."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignment_modules.functional import Divergence
+from alignment_modules.functional.divergence import JsdBeta
+from alignment_modules.functional.logprobs import IGNORED_TARGET
+from alignment_modules.functional.ranges import Positive, check_options
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.divergence import divergence
+from alignment_modules.policies.frozen import Frozen, frozen_companion
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.reading import Reading, read
+from alignment_modules.policies.scoring import Ask, score
+from alignment_modules.policies.segments import Segments
+from alignment_modules.policies.tokenizers import compared_ids
+from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.objective import Objective
+
+Teacher = str | PolicyConfig | nn.Module
+ROW = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
+class DistillationModule(AlignmentModule):
+    r"""Training towards a teacher on batches of `input_ids`, `labels` (-100 where not supervised), `attention_mask`.
+
+    The loss of a step is the divergence between the student's and the teacher's distributions of the next token, over
+    the whole vocabulary, averaged over the supervised tokens of the step: which tokens are supervised, and what comes
+    before them, is all that is taken of the data. Both models read the same tokens, each with its own head. Logits are
+    made chunk by chunk and never held for all positions.
+
+    With several teachers a batch's `teacher`, a list of names `[batch]`, says whom each row is to be learnt from.
+
+    Args:
+        teacher: Who is learnt from: a folder or hub id (loaded in the policy's dtype), a `PolicyConfig` or a module,
+            which is frozen in place; or several by name. It must have the policy's vocabulary; where the tokenizer is
+            known, heads may be padded to different sizes.
+        divergence: "reverse", `KL(student || teacher)`, seeks a mode of the teacher (arXiv:2306.08543); "forward",
+            `KL(teacher || student)`, covers all of them (arXiv:1503.02531); "jsd" is between (arXiv:2306.13649).
+        jsd_beta: Share of the teacher in the mixture of "jsd".
+        temperature: Divides the logits of both. The loss is not multiplied by its square.
+        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+
+    Raises:
+        ValueError: If an option has a value that is not allowed, or a teacher cannot be built.
+    """
+
+    paradigm = "distillation"
+    batch_keys = ("input_ids", "labels")
+    compares_log_probs = True
+    bar = ("loss", "mean_token_accuracy")
+
+    def __init__(
+        self,
+        *,
+        teacher: Teacher | dict[str, Teacher],
+        divergence: Divergence = "reverse",
+        jsd_beta: JsdBeta = 0.5,
+        temperature: Positive = 1.0,
+        **common: Any,
+    ) -> None:
+        check_options(DistillationModule.__init__, locals())
+        super().__init__(**common)
+        self.options: Any = {"kind": divergence, "jsd_beta": jsd_beta, "temperature": temperature}
+        several = _by_name(teacher)
+        self.teacher: Frozen | nn.ModuleDict
+        if several is None:
+            self.teacher = frozen_companion(teacher, self.policy, name="teacher")  # type: ignore[arg-type]
+        else:
+            found = {k: frozen_companion(v, self.policy, name=f"teacher.{k}") for k, v in several.items()}
+            self.teacher = nn.ModuleDict(found)
+        self._paths = {name: _path(given) for name, given in ({"": teacher} if several is None else several).items()}
+        self._compared: dict[str, int | None] = {}
+
+    def setup(self, stage: str) -> None:
+        """Also checks that the teachers' tokens are the policy's.
+
+        Raises:
+            ValueError: If a teacher's tokenizer gives another id to a token, or its head has another size and no
+                tokenizer tells which of its tokens count.
+        """
+        super().setup(stage)
+        for name, companion in self._teachers():
+            what, model = f"teacher.{name}".rstrip("."), companion.module or self.policy
+            self._compared[name] = compared_ids(self.policy, model, self.tokenizer, self._paths[name], name=what)
+
+    def segments(self, batch: Mapping[str, Any]) -> Segments:
+        """What both models read of a batch; on the host when it comes from the loader, and carried over with it."""
+        return Segments.from_labels(*(batch.get(key) for key in ROW))  # type: ignore[arg-type]
+
+    def objective(self, batch: dict[str, Any]) -> Objective:
+        """Divergence summed over the supervised tokens."""
+        segments = batch.get("segments") or self.segments(batch)
+        lessons: dict[str, Reading] = {}
+        for name, companion in self._teachers():  # before the policy, whose graph would be held meanwhile
+            with companion.reading() as model:
+                lessons[name] = read(model, self._lesson(name, batch) if name else segments)
+        reading = read(self.policy, segments)
+        parts = {
+            name: divergence(reading, lesson, vocabulary=self._compared.get(name), **self.options)
+            for name, lesson in lessons.items()
+        }
+        weight = segments.mask().sum()
+        total = torch.stack([part.sum() for part in parts.values()]).sum()
+        statistics = {"loss": Statistic(total, weight)} | {
+            f"divergence/{name}": Statistic(part.detach().sum(), lessons[name].segments.mask().sum())
+            for name, part in parts.items()
+            if name
+        }
+        if not self.training or self.logging_due:
+            asked: tuple[Ask, ...] = ("entropy", "accuracy")
+            with torch.no_grad():
+                scores = score(reading, ask=asked)
+            statistics["nll_loss"] = Statistic(-scores.token_logps.sum(), weight)
+            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)  # type: ignore[union-attr]
+            statistics["entropy"] = Statistic(scores.entropy.sum(), weight)  # type: ignore[union-attr]
+        return Objective.of(total, weight, statistics)
+
+    def describe(self) -> dict[str, str]:
+        """Adds the divergence and its normaliser."""
+        kind, beta, temperature = self.options.values()
+        what = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)"}.get(kind, f"JSD, beta {beta}")
+        return super().describe() | {
+            "loss": f"{what}, temperature {temperature}",
+            "normaliser": "supervised tokens of the optimizer step, over all micro-batches and ranks",
+        }
+
+    def check_batch(self, batch: Any) -> None:
+        """Also checks that each row of several teachers' batches names one.
+
+        Raises:
+            ValueError: If a row names none, or one that is not there.
+        """
+        super().check_batch(batch)
+        if not isinstance(self.teacher, nn.ModuleDict):
+            return
+        known = ", ".join(map(repr, self.teacher))
+        if "teacher" not in batch:
+            raise ValueError(
+                f"a batch for {type(self).__name__} with the teachers {known} must hold `teacher`, a name for each "
+                "row: give the rows a column `teacher`, and the data module carry=['teacher']"
+            )
+        if len(batch["teacher"]) != len(batch["input_ids"]):
+            raise ValueError(f"`teacher` has {len(batch['teacher'])} names for {len(batch['input_ids'])} rows")
+        for row, name in enumerate(batch["teacher"]):
+            if name not in self.teacher:
+                raise ValueError(f"row {row} of a batch has teacher={name!r}; allowed: {known}")
+
+    def _teachers(self) -> Iterator[tuple[str, Frozen]]:
+        """The teachers by name; one alone has none."""
+        if isinstance(self.teacher, nn.ModuleDict):
+            yield from self.teacher.items()  # type: ignore[misc]
+        else:
+            yield "", self.teacher
+
+    def _lesson(self, name: str, batch: Mapping[str, Any]) -> Segments:
+        """What one of several teachers reads: the rows that name it. Rows without targets are not computed."""
+        labels = batch["labels"]
+        named = torch.tensor([whose == name for whose in batch["teacher"]], device=labels.device)
+        return self.segments({**batch, "labels": labels.where(named[:, None], IGNORED_TARGET)})
+
+
+def _path(teacher: Any) -> str | None:
+    """Where a teacher's tokenizer may lie."""
+    if isinstance(teacher, Mapping):
+        return teacher.get("path")
+    found = teacher.path if isinstance(teacher, PolicyConfig) else teacher
+    return os.fspath(found) if isinstance(found, (str, os.PathLike)) else None
+
+
+def _by_name(teacher: Any) -> dict[str, Teacher] | None:
+    """Several teachers by name; None where it is one, which a checkpoint's hyperparameters may hold as a mapping."""
+    if teacher is None:
+        raise ValueError("teacher=None: give a folder, a PolicyConfig or a module, or several by name")
+    if not isinstance(teacher, Mapping):
+        return None
+    options = {field.name for field in fields(PolicyConfig)}
+    if not teacher or set(teacher) <= options:
+        if teacher:
+            return None
+        raise ValueError("teacher={} names no teacher; give one, or several by name")
+    for name in teacher:
+        if not isinstance(name, str) or not name or "." in name or name in options:
+            raise ValueError(
+                f"teacher={name!r}: a teacher's name is not empty, has no dot and is no option of PolicyConfig"
+            )
+    return dict(teacher)

@@ -1,0 +1,202 @@
+"""Distillation: its loss row by row, one teacher and several, what is compared and what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from alignment_modules import DistillationModule, PolicyConfig
+from alignment_modules.functional import distribution_divergence
+from tests.paradigms import adapted, other_than, supervised
+
+
+@pytest.fixture
+def make(tiny_llama):
+    def factory(policy=None, **options):
+        options.setdefault("optimizer", lambda groups: torch.optim.SGD(groups, lr=0.1))
+        options.setdefault("teacher", other_than(tiny_llama))
+        return DistillationModule(policy=copy.deepcopy(policy or tiny_llama), **options)
+
+    return factory
+
+
+def by_hand(policy, teachers, batch, **options):
+    """Divergences of all supervised tokens, row by row in float64; `teachers` holds one a row."""
+    found = []
+    for row, teacher in enumerate(teachers):
+        real = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+        ours, theirs = (model(ids[None]).logits[0, :-1].double() for model in (policy, teacher))
+        asked = labels[1:] != -100
+        found.append(distribution_divergence(ours[asked], theirs[asked].detach(), **options))
+    return found
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"divergence": "forward"}, {"divergence": "jsd", "jsd_beta": 0.2, "temperature": 2.0},
+])  # fmt: skip
+def test_loss_and_gradient_are_the_mean_divergence(make, train, tiny_llama, options):
+    teacher, batch, model = other_than(tiny_llama), supervised(range(5), 2, "left"), copy.deepcopy(tiny_llama)
+    plain = {"kind": options.get("divergence", "reverse")} | {k: v for k, v in options.items() if k != "divergence"}
+    values = torch.cat(by_hand(model, [teacher] * 5, batch, **plain))
+    values.mean().backward()
+    module = make(teacher=copy.deepcopy(teacher), **options)
+    metrics = train(module, [batch]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(float(values.mean()), abs=1e-6)
+    for (name, before), after in zip(model.named_parameters(), module.policy.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=0, atol=1e-6, msg=name)
+    for before, after in zip(teacher.parameters(), module.teacher.module.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_student_that_is_its_teacher_stays(make, train, tiny_llama):
+    module = make(teacher=copy.deepcopy(tiny_llama))
+    metrics = train(module, [supervised(range(4))]).callback_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(0, abs=1e-7)
+    for before, after in zip(tiny_llama.parameters(), module.policy.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+
+
+def test_logged_beside_the_loss(make, train, tiny_llama):
+    batch, model = supervised(range(4)), tiny_llama
+    logps, hits, entropies = [], [], []
+    for row in range(4):
+        real = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
+        full = model(ids[None]).logits[0, :-1].double().log_softmax(-1)[labels[1:] != -100]
+        targets = labels[1:][labels[1:] != -100]
+        logps.append(full.gather(1, targets[:, None])[:, 0])
+        hits.append((full.argmax(-1) == targets).double())
+        entropies.append(-(full.exp() * full).sum(-1))
+    metrics = train(make(), [batch]).callback_metrics
+    assert float(metrics["train/nll_loss"]) == pytest.approx(-float(torch.cat(logps).mean()), abs=1e-5)
+    assert float(metrics["train/mean_token_accuracy"]) == pytest.approx(float(torch.cat(hits).mean()), abs=1e-6)
+    assert float(metrics["train/entropy"]) == pytest.approx(float(torch.cat(entropies).mean()), abs=1e-5)
+
+
+class TestSeveral:
+    @pytest.fixture
+    def teachers(self, tiny_llama):
+        flatter = copy.deepcopy(tiny_llama)
+        with torch.no_grad():
+            flatter.lm_head.weight.mul_(0.5)
+        return {"math": other_than(tiny_llama), "code": flatter}
+
+    def test_each_row_learns_from_the_one_it_names(self, make, train, tiny_llama, teachers):
+        batch = supervised(range(5)) | {"teacher": ["math", "code", "code", "math", "code"]}
+        model = copy.deepcopy(tiny_llama)
+        rows = by_hand(model, [teachers[name] for name in batch["teacher"]], batch)
+        torch.cat(rows).mean().backward()
+        module = make(teacher=copy.deepcopy(teachers))
+        metrics = train(module, [batch]).callback_metrics
+        assert float(metrics["train/loss"]) == pytest.approx(float(torch.cat(rows).mean()), abs=1e-6)
+        for name in teachers:
+            own = torch.cat([row for row, whose in zip(rows, batch["teacher"], strict=True) if whose == name])
+            assert float(metrics[f"train/divergence/{name}"]) == pytest.approx(float(own.mean()), abs=1e-6)
+        for before, after in zip(model.parameters(), module.policy.parameters(), strict=True):
+            torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=0, atol=1e-6)
+
+    def test_one_that_no_row_names(self, make, train, tiny_llama, teachers):
+        batch = supervised(range(3))
+        one = train(make(teacher=copy.deepcopy(teachers["code"])), [batch])
+        two = train(make(teacher=copy.deepcopy(teachers)), [batch | {"teacher": ["code"] * 3}])
+        assert float(two.callback_metrics["train/loss"]) == float(one.callback_metrics["train/loss"])
+        for left, right in zip(
+            one.lightning_module.policy.parameters(), two.lightning_module.policy.parameters(), strict=True
+        ):
+            torch.testing.assert_close(left, right, rtol=0, atol=1e-8)
+
+    def test_split_into_micro_batches(self, make, update, teachers):
+        names = ["math", "code", "code", "math", "code", "math", "math", "code"]
+
+        def part(rows):
+            return supervised(rows) | {"teacher": [names[row] for row in rows]}
+
+        def module(**options):
+            return make(teacher=copy.deepcopy(teachers), **options)
+
+        whole = update(module, [part(range(8))])
+        split = update(module, [part([0]), part([1, 2, 3, 4, 5]), part([6, 7])])
+        for name, change in whole.items():
+            torch.testing.assert_close(split[name], change, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(("teacher", "message"), [
+        (None, "must hold `teacher`, a name for each row.*carry"),
+        (["math", "art"], "row 1 of a batch has teacher='art'; allowed: 'math', 'code'"),
+        (["math"], "`teacher` has 1 names for 2 rows"),
+    ])  # fmt: skip
+    def test_rows_must_name_one(self, make, train, teachers, teacher, message):
+        batch = supervised(range(2)) | ({} if teacher is None else {"teacher": teacher})
+        with pytest.raises(ValueError, match=message):
+            train(make(teacher=teachers), [batch])
+
+    @pytest.mark.parametrize(("teacher", "message"), [
+        ({}, "names no teacher"), (None, "teacher=None: give a folder"), ({"a.b": "x"}, "teacher='a.b'"),
+    ])  # fmt: skip
+    def test_names_must_be_names(self, make, teacher, message):
+        with pytest.raises(ValueError, match=message):
+            make(teacher=teacher)
+
+
+@pytest.mark.parametrize("options", [{"jsd_beta": 0.0}, {"jsd_beta": 1.0}, {"divergence": "js"}, {"temperature": 0.0}])
+def test_options_out_of_range(make, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}="):
+        make(**options)
+
+
+def test_a_policy_with_adapters(make, train, tiny_llama):
+    module = make(adapted(tiny_llama))
+    before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
+    train(module, [supervised(range(4))])
+    moved = {name for name, p in module.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+
+
+class TestVocabularies:
+    def test_another_tokenizer_is_refused(self, make, train, write_model, tmp_path):
+        write_model(tmp_path / "ours", list("0123456789+="))
+        write_model(tmp_path / "theirs", list("9876543210+="))
+        module = DistillationModule(
+            policy=str(tmp_path / "ours"), teacher=str(tmp_path / "theirs"), tokenizer=str(tmp_path / "ours")
+        )
+        with pytest.raises(ValueError, match="has another tokenizer than the policy: the policy's gives '0' the id"):
+            train(module, [supervised(range(2))])
+
+    def test_heads_of_two_sizes(self, write_model, tmp_path, train):
+        characters = list("0123456789+=abcdefghijklmnopqrstuvwxyz")
+        write_model(tmp_path / "ours", characters)
+        write_model(tmp_path / "padded", vocabulary=64)
+        model = {"policy": str(tmp_path / "ours"), "teacher": PolicyConfig(path=str(tmp_path / "padded"))}
+        with pytest.raises(ValueError, match="teacher has 64 ids and the policy 41, and no tokenizer is known"):
+            train(DistillationModule(**model), [supervised(range(2))])
+        module = DistillationModule(**model, tokenizer=str(tmp_path / "ours"))
+        train(module, [supervised(range(2))])
+        assert module._compared == {"": 41}
+
+    def test_a_head_too_small_for_the_tokenizer(self, write_model, tmp_path, train):
+        write_model(tmp_path / "ours", list("0123456789+=abcdefghijklmnopqrstuvwxyz"))
+        write_model(tmp_path / "small", vocabulary=10)
+        module = DistillationModule(
+            policy=str(tmp_path / "ours"), teacher=str(tmp_path / "small"), tokenizer=str(tmp_path / "ours")
+        )
+        with pytest.raises(ValueError, match=r"has 41 ids .*embeddings for 10"):
+            train(module, [supervised(range(2))])
+
+
+def test_a_checkpoint_of_several_teachers_by_path(write_model, tmp_path, train):
+    """Teachers are named in the checkpoint, not held; another teacher is noticed."""
+    for number, name in enumerate(("policy", "a", "b")):
+        write_model(tmp_path / name, vocabulary=40, seed=number)
+    given = {"a": str(tmp_path / "a"), "b": PolicyConfig(path=str(tmp_path / "b"))}
+    batch = supervised(range(4)) | {"teacher": ["a", "b", "b", "a"]}
+    trainer = train(DistillationModule(policy=str(tmp_path / "policy"), teacher=given), [batch])
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert all(key.startswith("policy.") for key in saved["state_dict"])
+    again = DistillationModule.load_from_checkpoint(tmp_path / "one.ckpt", map_location="cpu")
+    assert sorted(again.teacher) == ["a", "b"]
+    one = again.objective(batch).total
+    two = trainer.lightning_module.objective(batch).total
+    assert float(one) == pytest.approx(float(two), abs=1e-6)

@@ -104,6 +104,11 @@ def trains_rows(module: Any) -> bool:
     return isinstance(module, TrainableTokensWrapper)
 
 
+def is_of_rows(buffer: str) -> bool:
+    """Whether a buffer of that name is what `peft` keeps of rows before their training, which no base model has."""
+    return ".trainable_tokens_original." in buffer
+
+
 def are_untrained(modules: Iterable[Any]) -> bool:
     """Whether the trained rows of modules are those of their frozen weights."""
     for module in modules:

@@ -10,6 +10,7 @@ from alignment_modules import LoraConfig, PolicyConfig, SFTModule
 from alignment_modules.cli import main
 from alignment_modules.policies.added_tokens import token_ids
 from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.load import build_policy, check_vocabulary
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, merged_state
 from alignment_modules.policies.probing import prepare
@@ -222,3 +223,20 @@ def test_a_run_teaches_a_base_model_to_chat(folder, chat_rows, tmp_path, monkeyp
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "export" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_reference_takes_over_trained_rows(folder):
+    policy, ids = tuned(folder)
+    base, state = merged_state(policy)
+    reference = AutoModelForCausalLM.from_config(base.config)
+    reference.load_state_dict(state)
+    frozen = Frozen(reference, of=policy, saved=True)
+    start = {name: value.clone() for name, value in frozen.module.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1.0)
+    frozen.refresh(1.0)
+    for name, value in frozen.module.named_parameters():
+        moved = (value - start[name]).abs().amax(dim=-1).gt(0.5).nonzero().flatten().tolist()
+        assert moved == (ids if "embed_tokens" in name or "lm_head" in name else [])

@@ -21,7 +21,7 @@ from datamodules.rows.rows import RenamedRows, Rows
 from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
 from datamodules.rows.splits import check_share, first_rows, take_share
 from datamodules.text.chat import Chat
-from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template
+from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
 from datamodules.workers import start_worker
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class AlignmentDataModule(LightningDataModule):
         drop_last: Leave out a last training batch that is not full.
         num_workers: Worker processes of each loader.
         chat_template: Replaces the tokenizer's chat template: "plain", a file, or the template itself.
+        added_tokens: Tokens that the tokenizer is to know beside its own, such as a chat template's; the policy needs
+            rows for them (`PolicyConfig.added_tokens`).
         as_chat: Turn plain prompts and completions into chat messages.
         columns: New names for columns of the sources, such as {"question": "prompt"}.
         validation_prompts: Of that many validation rows that have a prompt and other columns, such as an `answer`, the
@@ -84,6 +86,7 @@ class AlignmentDataModule(LightningDataModule):
         drop_last: bool = False,
         num_workers: Annotated[int, Range(0, 1024)] = 0,
         chat_template: str | None = None,
+        added_tokens: list[str] | None = None,
         as_chat: bool = False,
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
@@ -101,6 +104,7 @@ class AlignmentDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.shuffle, self.seed, self.drop_last, self.num_workers = shuffle, seed, drop_last, num_workers
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
+        self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
@@ -132,6 +136,7 @@ class AlignmentDataModule(LightningDataModule):
                     "tokenizer=None, and no source has a `tokenizer` attribute; give a tokenizer, its folder or hub id"
                 )
             tokenizer: Any = load_tokenizer(given) if isinstance(given, str) else given
+            tokenizer = with_tokens(tokenizer, self.added_tokens) if self.added_tokens else tokenizer
             if self.chat_template is not None:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = read_chat_template(self.chat_template, tokenizer)

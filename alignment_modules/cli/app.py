@@ -42,6 +42,7 @@ from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
+from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
 from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
 from alignment_modules.policies.export import stages_of
@@ -127,7 +128,7 @@ class AlignCLI(LightningCLI):
             self._claim_folder(config)
         if trainer.get("logger") in (None, True):
             policy = (config.model.get("init_args") or Namespace()).get("policy")
-            stages = len(stages_of(_policy_path(policy)))
+            stages = len(stages_of(policy_path(policy)))
             trainer.logger = Namespace(
                 class_path="alignment_modules.callbacks.tensorboard.TensorBoard",
                 init_args=Namespace(save_dir=trainer.default_root_dir, stages=stages),
@@ -138,8 +139,8 @@ class AlignCLI(LightningCLI):
             raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
         if data and _is_ours(config.data):
             check_sources(data, ("train", "validation") if split == "train" else (split,))
-        if "tokenizer" in data and data["tokenizer"] is None:
-            data["tokenizer"] = _policy_path(config.model.init_args.policy)
+        for name, value in follow_policy(data, (config.model.get("init_args") or {}).get("policy")).items():
+            data[name] = value
 
     def _claim_folder(self, config: Namespace) -> None:
         """Makes the run's folder its own; only the first process does."""
@@ -194,11 +195,6 @@ def _is_ours(data: Namespace) -> bool:
     hooks = ("val_dataloader", "test_dataloader", "predict_dataloader")
     found, base = getattr(importlib.import_module(module), name), datamodules.AlignmentDataModule
     return issubclass(found, base) and all(getattr(found, hook) is getattr(base, hook) for hook in hooks)
-
-
-def _policy_path(policy: Any) -> str | None:
-    """Where the policy's weights, and so its tokenizer, come from; None for a fresh model."""
-    return policy if isinstance(policy, str) else policy.get("path") if isinstance(policy, Namespace) else None
 
 
 def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = AlignCLI) -> AlignCLI:

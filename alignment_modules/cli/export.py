@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from alignment_modules.cli.classes import import_path
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.options import OptionParser
+from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import last_checkpoint
 from alignment_modules.policies.export import MARKER, note_stages, stages_of
 from alignment_modules.policies.load import load_tokenizer
@@ -44,7 +45,7 @@ def export_command(arguments: list[str]) -> int:
     _attach_data(module, config)
     target = module.export(given.out, lora=given.lora)
     write_model_card(target, _facts(given, config, text, module, state, best))
-    note_stages(target, [*stages_of(_policy_path(config)), module.paradigm])
+    note_stages(target, [*stages_of(policy_path(_policy(config))), module.paradigm])
     print(f"exported {checkpoint} to {given.out}")
     if given.push:
         print(f"pushed to {push(target, given.push)}")
@@ -134,14 +135,13 @@ def _load_module(checkpoint: Path, config: dict[str, Any]) -> AlignmentModule:
 
 def _attach_data(module: AlignmentModule, config: dict[str, Any]) -> None:
     """Gives the module the tokenizer and the stop tokens that its data module gave it in training."""
-    data, path = config.get("data"), _policy_path(config)
+    data, path = config.get("data"), policy_path(_policy(config))
     if not isinstance(data, dict):
         if module.tokenizer is None and path is not None:
             module.tokenizer = load_tokenizer(path)
         return
     options = data.get("init_args") or {}
-    if "tokenizer" in options and options["tokenizer"] is None:
-        data = data | {"init_args": options | {"tokenizer": path}}
+    data = data | {"init_args": options | follow_policy(options, _policy(config))}
     parser = AlignArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     try:
@@ -153,9 +153,8 @@ def _attach_data(module: AlignmentModule, config: dict[str, Any]) -> None:
         module.tokenizer = getattr(datamodule, "tokenizer", None)
 
 
-def _policy_path(config: dict[str, Any]) -> str | None:
-    policy = (config["model"].get("init_args") or {}).get("policy")
-    return policy if isinstance(policy, str) else policy.get("path") if isinstance(policy, dict) else None
+def _policy(config: dict[str, Any]) -> Any:
+    return (config["model"].get("init_args") or {}).get("policy")
 
 
 def _facts(
@@ -170,7 +169,7 @@ def _facts(
     sources = [(split, data.get(split)) for split in ("train", "validation")]
     steps = f"after {state.get('global_step')} optimizer steps"
     return CardFacts(
-        base=_policy_path(config),
+        base=policy_path(_policy(config)),
         trained_by=type(module).__name__,
         paradigm=module.paradigm,
         license=given.license,

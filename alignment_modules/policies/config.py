@@ -42,6 +42,9 @@ class PolicyConfig:
             (arXiv:2009.01325), drawn from the global torch seed. Under `lora` it is trained whole.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run model code that comes with `path`. Only for code that you have read.
+        added_tokens: Tokens that the policy is to know beside those of `path`, such as a chat template's. Each new one
+            starts as the mean of the rows that are there; under `lora` the rows of all that are named are trained
+            beside the adapters. The data's tokenizer must know them, too (`added_tokens` of a data module).
     """
 
     path: str | None = None
@@ -54,6 +57,7 @@ class PolicyConfig:
     head: Head = "lm"
     revision: str | None = None
     trust_remote_code: bool = False
+    added_tokens: list[str] | None = None
 
 
 def from_mapping(values: Mapping[str, Any]) -> PolicyConfig:
@@ -114,6 +118,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             raise ImportError(
                 f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
             )
+    _check_added_tokens(policy)
     if policy.lora is not None and not trainable:
         raise ValueError(
             "reference.lora: a fresh adapter changes nothing and a reference is never trained; leave 'lora' out."
@@ -129,6 +134,22 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
             "hub id."
         )
+
+
+def _check_added_tokens(policy: PolicyConfig) -> None:
+    tokens = policy.added_tokens
+    if tokens is None:
+        return
+    if policy.config is not None:
+        raise ValueError(
+            f"policy.added_tokens={tokens!r} needs 'path': a fresh model has no tokenizer; give it a vocab_size that "
+            "holds them, and the data `added_tokens`."
+        )
+    for token in tokens:
+        if not token.strip() or tokens.count(token) > 1:
+            raise ValueError(
+                f"policy.added_tokens={tokens!r}: {token!r} is {'blank' if not token.strip() else 'named twice'}."
+            )
 
 
 def resolve_folder(path: str, name: str = "path") -> str:

@@ -131,10 +131,9 @@ def check_export(
         raise ValueError(f"lora='adapter': the policy {type(policy).__name__} has no adapters; use lora='merge'.")
     if not _base_path(policy):
         raise ValueError(
-            "lora='adapter': the base model under these adapters is not on disk (it was built from a config, or had "
-            "an adapter merged into it on "
-            "loading), so nobody could load them. Use lora='merge', or export the base first and train from that "
-            "folder."
+            "lora='adapter': the base model under these adapters is not on disk (it was built from a config, had an "
+            "adapter merged into it on loading, or got tokens by policy.added_tokens), so nobody could load them. Use "
+            "lora='merge', or export the base first and train from that folder."
         )
     if Path(_base_path(policy)).resolve() == target:
         raise ValueError(

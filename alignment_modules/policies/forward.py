@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alignment_modules.policies.added_tokens import TrainedRows, trains_rows
 from alignment_modules.policies.attention import plan_attention
 from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.last_layer import feed_forward_on
@@ -22,7 +23,7 @@ from alignment_modules.policies.segments import Segments
 class Head:
     """A linear head: `logits = softcap(scale * (hidden @ weight.T + bias))`."""
 
-    linear: nn.Linear
+    linear: nn.Linear | TrainedRows
     scale: float = 1.0
     softcap: float | None = None
 
@@ -155,8 +156,12 @@ def find_head(model: Any) -> Head | None:
             linear = linear.original_module if linear.disable_adapters else own
         return Head(linear) if type(linear) is nn.Linear and model.base_model is not model else None
     linear = model.get_output_embeddings()
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or model.base_model is model:
+    rows = trains_rows(linear)
+    inside = (linear, linear.original_module) if rows else (linear,)
+    if type(inside[-1]) is not nn.Linear or model.base_model is model:
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
         return None
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(TrainedRows(linear) if rows else linear, scale, getattr(config, "final_logit_softcapping", None))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
+from alignment_modules.policies.added_tokens import is_of_rows
 from alignment_modules.policies.config import DTYPES, Head, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
@@ -101,8 +102,10 @@ class Frozen(nn.Module):
             theirs = self._weights_of_policy()
             for name, parameter in module.named_parameters():
                 parameter.lerp_(theirs[name].to(parameter), alpha)
-            for buffer, new in zip(module.buffers(), self.of.buffers(), strict=True):
-                buffer.copy_(new)
+            own = [name for name, _ in module.named_buffers() if not is_of_rows(name)]
+            others = [buffer for name, buffer in self.of.named_buffers() if not is_of_rows(name)]
+            for name, new in zip(own, others, strict=True):
+                module.get_buffer(name).copy_(new)
         self._forget_what_changed()
 
     def check_refreshable(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
 from alignment_modules.policies.config import (
     DTYPES,
@@ -138,6 +139,12 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
     model = _load(policy, merge) if policy.path is not None else _fresh(policy)
+    if policy.added_tokens:
+        tokenizer = load_tokenizer(
+            str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
+        )
+        if add_tokens(model, tokenizer, policy.added_tokens):
+            _forget_folder(model)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:
@@ -178,9 +185,13 @@ def _load(policy: PolicyConfig, merge: bool) -> nn.Module:
         return attach_adapter_folder(model, path, policy.revision)
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
-    # These weights exist nowhere on disk: a later adapter must not claim the unmerged base as its own.
-    model.name_or_path = model.config.name_or_path = ""  # type: ignore[union-attr,assignment]
+    _forget_folder(model)
     return model
+
+
+def _forget_folder(model: Any) -> None:
+    """These weights exist nowhere on disk: a later adapter must not claim the folder's as its base."""
+    model.name_or_path = model.config.name_or_path = ""
 
 
 def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> nn.Module:

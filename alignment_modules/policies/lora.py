@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
+from alignment_modules.policies.added_tokens import are_untrained, ends, tied, token_ids, trains_rows
 from alignment_modules.policies.forward import classifies
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,17 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freezes a transformers model and wraps it with fresh adapters, initialised from the global torch seed.
 
     Args:
-        model: A transformers causal language model, or a sequence classifier, whose head is trained whole.
+        model: A transformers causal language model, or a sequence classifier, whose head is trained whole. The rows of
+            tokens that were added to it are trained, too.
         config: What to adapt.
 
     Returns:
-        A `peft.PeftModel` whose trainable parameters are the adapters (and `modules_to_save`) alone.
+        A `peft.PeftModel` whose trainable parameters are the adapters (with `modules_to_save` and the rows of added
+        tokens) alone.
 
     Raises:
-        ValueError: An option is out of range, names a module that does not exist, or would adapt a tied embedding.
+        ValueError: An option is out of range, names a module that does not exist, or would adapt a tied embedding or
+            one whose rows are trained.
     """
     _check_options(config)
     names = [name for name, _ in model.named_modules() if name]
@@ -75,6 +79,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         for ending in endings if isinstance(endings, list) else []:
             _check_ending(field, ending, names)
     _check_tied(model, config, names)
+    rows = _trained_rows(model, config)
 
     import peft
 
@@ -88,6 +93,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         modules_to_save=config.modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        trainable_token_indices=rows,
     )
     try:
         with warnings.catch_warnings():
@@ -155,6 +161,29 @@ def _check_tied(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
             )
 
 
+def _trained_rows(model: nn.Module, config: LoraConfig) -> dict[str, list[int]] | None:
+    """Ids whose rows are trained, by the name of the module; None: no token was added."""
+    ids = sorted(token_ids(model).values())
+    if not ids:
+        return None
+    found = ends(model)
+    for name, module in found:
+        for field in ("target_modules", "modules_to_save"):
+            endings = getattr(config, field)
+            for ending in endings if isinstance(endings, list) else []:
+                if name == ending or name.endswith(f".{ending}"):
+                    raise ValueError(
+                        f"lora.{field} names {ending!r}, whose rows of policy.added_tokens are trained beside the "
+                        "adapters; leave one of the two out."
+                    )
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(
+                f"policy.added_tokens={list(token_ids(model))} under lora: {name!r} has a bias, whose entries would "
+                "not be trained. Train such a model whole."
+            )
+    return dict.fromkeys([name for name, _ in (found[:1] if tied(model) else found)], ids)
+
+
 def adapter_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Lists (name, module) of the outermost modules that `peft` put in place of others, in registration order."""
     if "peft" not in sys.modules:  # nobody can have made an adapter
@@ -209,12 +238,17 @@ def adapter_is_identity(policy: nn.Module) -> bool:
     from peft.utils.other import ModulesToSaveWrapper
 
     own: set[int] = set()
-    for _, layer in adapter_layers(policy):
+    layers: list[tuple[str, Any]] = adapter_layers(policy)
+    for _, layer in layers:
         if isinstance(layer, ModulesToSaveWrapper):
             saved = [layer.modules_to_save[name] for name in layer.active_adapters]
             if any(not _equal(layer.original_module, module) for module in saved):
                 return False
             own.update(id(p) for module in saved for p in module.parameters())
+        elif trains_rows(layer):
+            if not are_untrained([layer]):
+                return False
+            own.update(id(p) for p in layer.token_adapter.trainable_tokens_delta.parameters())
         elif isinstance(layer, LoraLayer):
             ups = [layer.lora_B[n] for n in layer.active_adapters if n in layer.lora_B]
             values: list[Tensor] = [p for up in ups for p in up.parameters()]
@@ -247,7 +281,7 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     Raises:
         ValueError: A merged weight is not finite, or the base is quantized.
     """
-    base: nn.Module = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
+    base: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
     if getattr(base, "is_quantized", False):
         raise ValueError(
             "lora='merge': the base is quantized and merging would round the adapter away. Export with "
@@ -260,6 +294,9 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     for name, layer in layers:
         for key, value in _merged_layer(name, layer).state_dict().items():
             state[f"{name}.{key}"] = value
+    keys = [f"{name}.weight" for name, module in ends(base) if trains_rows(module)]
+    if len(keys) == 2 and base.config.tie_word_embeddings:
+        state[keys[1]] = state[keys[0]]  # merged apart, they are one matrix all the same
     return base, state
 
 

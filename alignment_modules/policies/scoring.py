@@ -86,7 +86,7 @@ def score(
     else:
         reading = read(policy, segments)
     states, head, targets = reading.targets, reading.head, reading.segments.target_ids
-    if (states.shape[-1] if head is None else head.linear.weight.shape[0]) == 1:
+    if (states.shape[-1] if head is None else head.linear.out_features) == 1:
         raise ValueError("the policy gives one number for a token, a scalar head's, and no distribution to score with")
     if head is None:
         wanted = "normalizer" in ask or "mean_logp" in ask

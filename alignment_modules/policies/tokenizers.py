@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from alignment_modules.policies.added_tokens import token_ids
 from alignment_modules.policies.config import adapter_config, listing, resolve_folder
 
 TOKENIZER_PREFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "tekken", "merges")
@@ -83,9 +84,12 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy")
         name: What the model is called in the message.
 
     Raises:
-        ValueError: The largest id does not fit; the message names both sizes.
+        ValueError: The largest id does not fit; the message names both sizes. Or a token that was added to the policy
+            has another id.
     """
     rows = vocabulary_size(policy)
+    if hasattr(tokenizer, "get_vocab"):
+        _check_added(policy, tokenizer.get_vocab(), name)
     vocabulary = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else None
     if rows is None or (vocabulary is None and not hasattr(tokenizer, "__len__")):
         return
@@ -96,6 +100,16 @@ def check_vocabulary(policy: nn.Module, tokenizer: Any, *, name: str = "policy")
             f"embeddings for {rows}. "
             "Use the tokenizer that belongs to the model, or give a fresh model vocab_size >= the tokenizer's size."
         )
+
+
+def _check_added(policy: nn.Module, ids: Mapping[str, int], name: str) -> None:
+    for token, number in token_ids(policy).items():
+        if ids.get(token) != number:
+            other = f"gives it the id {ids[token]}" if token in ids else "does not know it"
+            raise ValueError(
+                f"{name}.added_tokens: {token!r} has the id {number} in the {name}, but the data's tokenizer {other}. "
+                "Give the data module the policy's tokenizer and the same added_tokens."
+            )
 
 
 def vocabulary_size(policy: nn.Module) -> int | None:

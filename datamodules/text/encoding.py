@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,27 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError ...
         raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """A tokenizer that knows tokens, each as one id that no text around it changes and that decoding may leave out.
+
+    Args:
+        tokenizer: A `transformers` tokenizer; it is left as it is.
+        tokens: What it is to know. Those that it knows keep their ids.
+
+    Returns:
+        The tokenizer itself where it knows them all, else a copy.
+    """
+    known = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in known]
+    if not unknown:
+        return tokenizer
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in unknown], special_tokens=True)
+    return tokenizer
 
 
 def read_chat_template(chat_template: str, tokenizer: Any) -> str:

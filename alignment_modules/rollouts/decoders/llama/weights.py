@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.added_tokens import trains_rows
+
 _FAMILY = {
     "transformers.models.llama.modeling_llama": "LlamaForCausalLM",
     "transformers.models.mistral.modeling_mistral": "MistralForCausalLM",
@@ -50,11 +52,11 @@ class LlamaWeights:
     """A whole model.
 
     Attributes:
-        embedding: `[vocabulary, hidden]`, the model's own tensor.
+        embedding: `[vocabulary, hidden]`, the model's own tensor, unless rows of it are trained beside it.
         layers: Decoder layers.
         norm: `[hidden]` weight of the last norm.
         epsilon: Of the last norm.
-        head: `[vocabulary, hidden]`, the model's own tensor.
+        head: The same of the head.
         head_bias: `[vocabulary]`, or None.
         heads: Query heads.
         kv_heads: Key/value heads.
@@ -102,7 +104,7 @@ def no_fast_decoding(policy: nn.Module) -> str | None:
 
 
 def read_weights(policy: nn.Module) -> LlamaWeights:
-    """Copies the live weights into their decoding layout (the embedding and the head are not copied).
+    """Copies the live weights into their decoding layout (embedding and head only where rows of theirs are trained).
 
     LoRA adapters that are on are merged into the copies.
 
@@ -114,12 +116,12 @@ def read_weights(policy: nn.Module) -> LlamaWeights:
     attention = body.layers[0].self_attn
     sizes = (config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
     return LlamaWeights(
-        embedding=body.embed_tokens.weight,
+        embedding=_weight(body.embed_tokens),
         layers=[_read_layer(layer, *sizes) for layer in body.layers[: config.num_hidden_layers]],
         norm=body.norm.weight,
         epsilon=body.norm.variance_epsilon,
         head=_weight(model.lm_head),
-        head_bias=model.lm_head.bias,
+        head_bias=None if trains_rows(model.lm_head) else model.lm_head.bias,
         heads=sizes[0],
         kv_heads=sizes[1],
         head_dim=sizes[2],
@@ -183,6 +185,8 @@ def _known(module: nn.Module, modeling: str) -> bool:
         return True
     if kind.__module__ == _LORA_LINEAR and kind.__name__ == "Linear":
         return _mergeable(module)
+    if trains_rows(module) or kind.__name__ == "TrainableTokensLayer":
+        return True
     return kind.__module__.startswith("peft.tuners") and kind.__name__ == "BufferDict"
 
 
@@ -205,7 +209,7 @@ def _mergeable(layer: Any) -> bool:
 
 def _weight(linear: Any) -> Tensor:
     """A linear layer's weight with its active LoRA adapters merged."""
-    if type(linear) is nn.Linear:
+    if type(linear) in (nn.Linear, nn.Embedding) or trains_rows(linear):
         return linear.weight
     weight: Tensor = linear.base_layer.weight
     if linear.disable_adapters or linear.merged:
@@ -237,7 +241,7 @@ def _unsupported_settings(model: Any) -> str | None:
             return f"attention_dropout is {attention.attention_dropout} in train mode"
         if any(linear.bias is not None for linear in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
             return "its output or feed-forward projections have biases"
-    if type(model.lm_head) is not nn.Linear:
+    if type(model.lm_head) is not nn.Linear and not trains_rows(model.lm_head):
         return f"its head is a {type(model.lm_head).__name__}"
     return None
 

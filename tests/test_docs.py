@@ -1,0 +1,125 @@
+"""The pages of the paradigms say what is true: their options are the constructor's, their metrics those logged."""
+
+import ast
+import copy
+import inspect
+import re
+
+import pytest
+import torch
+
+import alignment_modules
+import datamodules
+from alignment_modules import AlignmentModule, get_module_class
+from alignment_modules.paradigms import PARADIGMS
+from alignment_modules.policies import PolicyConfig, build_policy
+from tests.contract.two_ranks import NoTokenizer
+from tests.paradigms import MIXTRAL, ROWS, build, headed, other_than
+from tests.test_readme import ROOT, names, table
+
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "paradigms").glob("*.md"))}
+SECTIONS = ["Loss", "Options", "Metrics", "What is exact", "When to use it", "Learning rates that work"]
+EVERY = pytest.mark.parametrize("name", PAGES)
+
+
+def section(page, heading):
+    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def cells(page, heading):
+    """Rows of the first table below a heading, as lists of cells."""
+    block = next(part for part in section(page, heading).strip().split("\n\n") if part.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+
+
+def own_options(cls):
+    """Keywords of a class and their defaults, less those that every paradigm has."""
+    every = inspect.signature(AlignmentModule.__init__).parameters
+    found = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and issubclass(base, AlignmentModule):
+            for option in inspect.signature(base.__init__).parameters.values():
+                if option.kind is option.KEYWORD_ONLY and option.name not in every:
+                    found.setdefault(option.name, option.default)
+    return found
+
+
+def test_every_paradigm_has_a_page_that_the_readme_links_to():
+    assert set(PAGES) == {module.paradigm for module in PARADIGMS}
+    for cell, *_ in table("Modules"):
+        [name] = names(cell)
+        assert cell == f"[`{name}`](docs/paradigms/{name}.md)"
+
+
+@EVERY
+def test_sections(name):
+    page = PAGES[name]
+    assert re.findall("^# (.*)", page, flags=re.MULTILINE) == [get_module_class(name).__name__]
+    assert re.findall("^## (.*)", page, flags=re.MULTILINE) == SECTIONS
+    introduction = page.split("\n## ")[0].splitlines()[1:]
+    assert len("\n".join(introduction).strip().split("\n\n")) == 1
+    assert all(section(page, heading).strip() for heading in SECTIONS)
+
+
+@EVERY
+def test_options(name):
+    told = {names(option)[0]: default for option, default, _ in cells(PAGES[name], "Options")}
+    options = own_options(get_module_class(name))
+    assert set(told) == set(options)
+    for option, default in options.items():
+        if default is inspect.Parameter.empty:
+            assert told[option] == "required", option
+        else:
+            assert repr(ast.literal_eval(names(told[option])[0])) == repr(default), option
+
+
+def one_step(name, policy, train, *, without=(), more=None, **options):
+    """What one optimizer step of a paradigm logs."""
+    module = build(name, policy, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **options)
+    batch = ROWS[name].batch(range(8)) | (more or {})
+    return set(train(module, [{key: value for key, value in batch.items() if key not in without}]).callback_metrics)
+
+
+def given(completions):
+    """A reward that goes by the name of those that a batch brings."""
+    return [float(len(text)) for text in completions]
+
+
+def further(name, policy, train):
+    """Names that none of the contract's variants logs."""
+    if name in ("pretrain", "sft"):
+        torch.manual_seed(0)
+        return one_step(name, build_policy(PolicyConfig(config=MIXTRAL)), train)
+    if name == "dpo":
+        return one_step(name, policy, train, log_logits=True)
+    if name == "distillation":
+        more = {"teacher": ["NAME"] * 8}
+        return one_step(name, policy, train, teacher={"NAME": other_than(policy)}, more=more)
+    if name == "grpo":
+        rollout = ("responses", "response_mask", "rewards", "old_logprobs")
+        return one_step(name, policy, train, without=rollout, rewards=given, tokenizer=NoTokenizer())
+    return set()
+
+
+@EVERY
+def test_metrics(tiny_llama, train, name):
+    every = {metric for cell, stages, *_ in table("Metrics") if stages == "all" for metric in names(cell)} - {"loss"}
+    fresh = lambda: headed(name, copy.deepcopy(tiny_llama))  # noqa: E731
+    logged = further(name, fresh(), train)
+    for options in ({}, *ROWS[name].variants.values()):
+        logged |= one_step(name, fresh(), train, **options)
+    logged = {metric.removeprefix("train/").replace("rewards/given/", "rewards/NAME/") for metric in logged}
+    told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
+    assert len(told) == len(set(told))
+    assert set(told) == logged - every
+
+
+@EVERY
+def test_what_it_refers_to_exists(name):
+    page = PAGES[name]
+    for target in re.findall(r"\]\(([^)#]+)", page):
+        assert target.startswith("https://") or (ROOT / "docs" / "paradigms" / target).exists(), target
+    for path in re.findall(r"\b(?:tests|configs|examples|benchmarks)/[\w./]*\w", page):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"`(\w+Module)`", page):
+        assert hasattr(alignment_modules, module) or hasattr(datamodules, module), module

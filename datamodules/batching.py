@@ -72,14 +72,21 @@ def cut_left(ids: np.ndarray, keep: int, first: np.ndarray) -> np.ndarray:
 
 
 def cut_row(ids: np.ndarray, mask: np.ndarray, max_length: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a row to `max_length`: what precedes the first target from the left, the rest from the right."""
+    """Cut a row to `max_length`: what precedes the first target from the left, the rest from the right.
+
+    Args:
+        ids: Token ids `[time]`.
+        mask: Targets, bool or weights `[time]`.
+        max_length: Most tokens.
+        first: Special tokens that stay in front.
+    """
     if len(ids) <= max_length:
         return ids, mask
-    start = int(np.argmax(mask)) if mask.any() else len(ids)
+    start = int(np.argmax(mask != 0)) if mask.any() else len(ids)
     keep, after = room(start, len(ids) - start, max_length)
     return (
         np.concatenate((cut_left(ids[:start], keep, first), ids[start : start + after])),
-        np.concatenate((np.zeros(keep, dtype=bool), mask[start : start + after])),
+        np.concatenate((np.zeros(keep, dtype=mask.dtype), mask[start : start + after])),
     )
 
 
@@ -140,7 +147,7 @@ class Table(Dataset[Any]):
 
 def mark(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Ids and mask in one array: a token that is no target is stored as its complement, a negative number."""
-    return np.where(mask, ids, ~ids)
+    return np.where(mask != 0, ids, ~ids)
 
 
 class TokenTable(Table):
@@ -149,43 +156,55 @@ class TokenTable(Table):
     Args:
         tokens: Each document's ids and targets, as `mark` joins them.
         packing: Documents of each row; None for one document a row.
+        weights: Each document's weights, 0 where no target; None: all targets weigh 1.
     """
 
-    def __init__(self, tokens: Ragged, packing: list[list[int]] | None = None) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: Ragged, packing: list[list[int]] | None = None, weights: Ragged | None = None) -> None:
+        self.tokens, self.weights = tokens, weights
         self.bins = None if packing is None else Ragged((np.asarray(row) for row in packing), np.int64)
-        checksum = tokens.checksum()
+        checksum = tokens.checksum() if weights is None else weights.checksum(tokens.checksum())
         self.fingerprint = f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
 
     def __len__(self) -> int:
         return len(self.tokens) if self.bins is None else len(self.bins)
 
     def row(self, index: int) -> dict[str, Any]:
-        """`input_ids`, `labels` and, for packed rows, `position_ids` that restart at each document: arrays `[time]`."""
-        documents = [self.tokens[i] for i in ([index] if self.bins is None else self.bins[index].tolist())]
+        """One row as arrays `[time]`.
+
+        Returns:
+            `input_ids`, `labels`; for packed rows `position_ids` that restart at each document; and `loss_weights`
+            (float32) where the table has weights.
+        """
+        numbers = [index] if self.bins is None else self.bins[index].tolist()
+        documents = [self.tokens[i] for i in numbers]
         tokens = np.concatenate(documents)
         row = {"input_ids": np.where(tokens < 0, ~tokens, tokens), "labels": np.where(tokens < 0, IGNORE, tokens)}
         if self.bins is not None:
             row["position_ids"] = np.concatenate([np.arange(len(document)) for document in documents])
+        if self.weights is not None:
+            row["loss_weights"] = np.concatenate([self.weights[i] for i in numbers])
         return row
 
 
-def pad(arrays: Sequence[np.ndarray], value: int, *, side: str = "right") -> tuple[Tensor, Tensor]:
+def pad(
+    arrays: Sequence[np.ndarray], value: int, *, side: str = "right", dtype: Any = np.int64
+) -> tuple[Tensor, Tensor]:
     """Stack arrays of different lengths.
 
     Args:
-        arrays: Integer arrays `[time_i]`.
+        arrays: Arrays `[time_i]` of numbers.
         value: What fills the rest.
         side: Where it is filled: "right" or "left".
+        dtype: NumPy's type of the values.
 
     Returns:
-        values: int64 `[batch, time]`.
+        values: `[batch, time]`, int64 where no other type is asked for.
         mask: int64 `[batch, time]`, 1 on real tokens; made from lengths, so a pad id may also be a real token.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r}; allowed: 'left', 'right'")
     longest = max((len(row) for row in arrays), default=0)
-    values = np.full((len(arrays), longest), value, dtype=np.int64)
+    values = np.full((len(arrays), longest), value, dtype=dtype)
     mask = np.zeros((len(arrays), longest), dtype=np.int64)
     for number, row in enumerate(arrays):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
@@ -195,7 +214,9 @@ def pad(arrays: Sequence[np.ndarray], value: int, *, side: str = "right") -> tup
 
 
 class TokenCollate:
-    """Batches of `TokenTable` rows: `input_ids`, `labels`, `attention_mask` (and `position_ids`), each `[batch, time]`.
+    """Batches of `TokenTable` rows: `input_ids`, `labels`, `attention_mask`, each `[batch, time]`.
+
+    Where the rows have them, also `position_ids` and `loss_weights` (float32, 0 where no target).
 
     Args:
         pad_id: Fills `input_ids`.
@@ -212,6 +233,9 @@ class TokenCollate:
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         if "position_ids" in rows[0]:
             batch["position_ids"], _ = pad([row["position_ids"] for row in rows], 0, side=self.side)
+        if "loss_weights" in rows[0]:
+            weights = [row["loss_weights"] for row in rows]
+            batch["loss_weights"], _ = pad(weights, 0, side=self.side, dtype=np.float32)
         return batch
 
 

@@ -19,7 +19,8 @@ class PretrainDataModule(AlignmentDataModule):
     Rows: `text`; also `prompt` and `completion`, `messages`, ShareGPT and Alpaca rows, taken whole. Each document ends
     with the tokenizer's end-of-sequence token. Batches: `input_ids`, `labels`, `attention_mask` `[batch, time]` and,
     with packing, `position_ids` that restart at 0 at each document, so that no document attends to another. The first
-    token of a document is no target. Test and predict rows with a prompt give batches of prompts.
+    token of a document is no target. A column `weight` is as in `SFTDataModule`. Test and predict rows with a prompt
+    give batches of prompts.
 
     Args:
         packing: Put several documents into a row of at most `max_length` tokens (no document is cut for it).

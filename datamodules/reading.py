@@ -14,7 +14,7 @@ from tqdm import tqdm
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
-from datamodules.rows.messages import shown, truth
+from datamodules.rows.messages import LARGEST_WEIGHT, shown, truth
 from datamodules.rows.rows import Rows
 from datamodules.tables import CarryingCollate, CarryingTable, PromptTable, row_checksum
 from datamodules.text.encoding import Encoder, LossOn
@@ -188,12 +188,23 @@ class SplitReader:
     def token_rows(self, loss_on: LossOn, taken: list[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split).
 
+        The mask of a row with weights, of its own (column `weight`) or of its replies, holds these: float32, 0 where no
+        target.
+
         Args:
             loss_on: Which tokens are targets.
             taken: Gets the number of every row that is given.
         """
-        see = self._refuse_label if self.kind in formats.DEMONSTRATIONS and not self.labelled else None
+        refuses, weights = self.kind in formats.DEMONSTRATIONS and not self.labelled, array("d")
+
+        def see(row: Mapping[str, Any]) -> None:
+            if refuses:
+                self._refuse_label(row)
+            weights.append(formats.row_weight(row))
+
         for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on), see):
+            if weights[index] != 1:
+                mask = self._weighed(index, mask, weights[index])
             if self.overflow != "split":
                 if self.too_long(index, len(ids)):
                     continue
@@ -205,12 +216,30 @@ class SplitReader:
             else:
                 self.count("dropped_without_target")
 
+    def _weighed(self, index: int, mask: np.ndarray, weight: float) -> np.ndarray:
+        """The weights of row `index`, whose targets have the mask or weights given, times that of the row."""
+        found = mask.astype(np.float64) * weight
+        if found.max(initial=0.0) > LARGEST_WEIGHT:
+            raise ValueError(f"{self.place(index)}: the row's weight times that of a message is no finite number")
+        return found.astype(np.float32)
+
     def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
-        """A table of ids and masks, packed to `max_length` if asked."""
-        tokens = Ragged(mark(ids, mask) for ids, mask in pairs)
+        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool."""
+        weighed: dict[int, np.ndarray] = {}
+
+        def marked() -> Iterator[np.ndarray]:
+            for number, (ids, mask) in enumerate(pairs):
+                if mask.dtype != np.bool_:
+                    weighed[number] = mask
+                yield mark(ids, mask)
+
+        tokens, weights = Ragged(marked()), None
         self.check_not_empty(len(tokens))
         self.report.update(tokens=len(tokens.values), targets=int((tokens.values >= 0).sum()))
-        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None)
+        if weighed:
+            weights = Ragged((weighed.get(i, tokens[i] >= 0) for i in range(len(tokens))), np.float32)
+            self.report["weighted"] = len(weighed)
+        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None, weights)
         if packing:
             self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)

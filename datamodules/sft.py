@@ -18,9 +18,14 @@ class SFTDataModule(AlignmentDataModule):
 
     Rows: `prompt` and `completion` (plain or messages), `messages`, ShareGPT `conversations`, Alpaca `instruction` and
     `output`, or `text`. Batches: `input_ids`, `labels` (-100 where no target), `attention_mask` `[batch, time]`, and
-    `position_ids` that restart at each row with packing. The stop token is always a target. Test and predict rows give
-    batches of prompts (`prompts`, `prompt_attention_mask`, `index`, `prompt` as text or messages, the other columns,
-    and the row's own answer as `completion`).
+    `position_ids` that restart at each row with packing. The stop token is always a target.
+
+    An assistant's message may have a `weight`, a row a column `weight`: finite numbers of at least 0, 1 where there is
+    none. A target weighs what its message does times what its row does, and 0 is not learnt. Where a weight is not 1
+    batches also hold `loss_weights` `[batch, time]`, float32, 0 where no target; the module divides by their sum.
+
+    Test and predict rows give batches of prompts (`prompts`, `prompt_attention_mask`, `index`, `prompt` as text or
+    messages, the other columns, and the row's own answer as `completion`).
 
     Args:
         loss_on: Targets: the "completion" (in conversations every assistant turn), the "last_turn" alone, or "all"

@@ -7,7 +7,7 @@ the other side.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -44,6 +44,7 @@ class Paradigm:
         kind: Who steps: "automatic" (Lightning), "update" (the module, on batches), "acting" (the module, on rollouts).
         options: Keywords of the module, given a model to refer to: what its promises hold under.
         variants: Further keywords by name, under which its gradient is as independent.
+        batches: Further makers of batches by name, of which the same holds under its own options.
         orders: Orders of the rows that change nothing.
         sizes: Rows of the micro-batches that one batch is cut into.
         first: Numbers that the first optimizer step logs, exactly, with `first_options`, of a policy changed by
@@ -61,6 +62,7 @@ class Paradigm:
     kind: str = "automatic"
     options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
     orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
     sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
     first: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +103,14 @@ def supervised(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batc
     ids = [tokens(row, 0, LENGTHS[row]) for row in rows]
     labels = [torch.cat([torch.full((2,), -100), row[2:]]) for row in ids]
     return masked("", ids, extra, side) | {"labels": padded(labels, extra, side, value=-100)}
+
+
+def weighted(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
+    """The same with a weight on each token: 0 on some supervised ones, and none that could be used where none is."""
+    weights = [torch.rand(LENGTHS[row], generator=torch.Generator().manual_seed(row)).mul(3) for row in rows]
+    for row, own in zip(rows, weights, strict=True):
+        own[:2], own[3 + row % 2 :: 4] = torch.nan, 0.0
+    return supervised(rows, extra, side) | {"loss_weights": padded(weights, extra, side, value=-1)}
 
 
 def pairs(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:
@@ -252,6 +262,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
     "documents": [{"text": f"{a}+{b}={a + b}"} for a, b in SUMS],
     "demonstrations": [
         {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": f"{a + b}"}]}
+        | ({"weight": 0.5 * a} if b == 1 else {})
         for a, b in SUMS
     ],
     "pairs": [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a, b in SUMS],
@@ -261,6 +272,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
 _SUPERVISED = {
     "dft": {"loss": "dft"},
@@ -284,6 +296,7 @@ ROWS: dict[str, Paradigm] = {
         batch=supervised,
         nothing=_NO_TARGET,
         variants=_SUPERVISED,
+        batches={"weighted": weighted},
         first={"train/loss": pytest.approx(math.log(40), rel=1e-6)},  # a sum of rounded terms
         first_policy=flat,
         source="demonstrations",
@@ -373,6 +386,7 @@ ROWS: dict[str, Paradigm] = {
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
         },
+        batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
         first_policy=flat,
         needs={"teacher": "other"},
@@ -422,10 +436,15 @@ OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 
 
 def cells() -> list[Any]:
-    """Every row under its own options, and under each of its variants: parameters `name`, `variant`."""
-    found = [(name, {}, name) for name in ROWS]
-    found += [(name, options, f"{name} {key}") for name, row in ROWS.items() for key, options in row.variants.items()]
-    return [pytest.param(name, options, id=label.replace(" ", "_")) for name, options, label in found]
+    """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`."""
+    found = [(name, row, {}, name) for name, row in ROWS.items()]
+    found += [(name, row, more, f"{name} {key}") for name, row in ROWS.items() for key, more in row.variants.items()]
+    found += [
+        (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}")
+        for name, row in ROWS.items()
+        for key, batch in row.batches.items()
+    ]
+    return [pytest.param(name, row, options, id=label.replace(" ", "_")) for name, row, options, label in found]
 
 
 def expensive(names: Sequence[str] = tuple(ROWS)) -> list[Any]:

@@ -20,11 +20,11 @@ from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.tokenizers import compared_ids
+from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
 
 Teacher = str | PolicyConfig | nn.Module
-ROW = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 class DistillationModule(AlignmentModule):
@@ -34,6 +34,9 @@ class DistillationModule(AlignmentModule):
     the whole vocabulary, averaged over the supervised tokens of the step: which tokens are supervised, and what comes
     before them, is all that is taken of the data. Both models read the same tokens, each with its own head. Logits are
     made chunk by chunk and never held for all positions.
+
+    Where batches bring `loss_weights` `[batch, time]`, the mean is weighted, as `SFTModule` says; so are `loss` and
+    `divergence/NAME` as logged, and the other metrics are not.
 
     With several teachers a batch's `teacher`, a list of names `[batch]`, says whom each row is to be learnt from.
 
@@ -92,24 +95,24 @@ class DistillationModule(AlignmentModule):
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """What both models read of a batch; on the host when it comes from the loader, and carried over with it."""
-        return Segments.from_labels(*(batch.get(key) for key in ROW))  # type: ignore[arg-type]
+        return label_segments(batch)
 
     def objective(self, batch: dict[str, Any]) -> Objective:
-        """Divergence summed over the supervised tokens."""
-        segments = batch.get("segments") or self.segments(batch)
+        """Divergence summed over the supervised tokens, by their weights."""
+        segments, weights = batch.get("segments") or self.segments(batch), batch.get(LOSS_WEIGHTS)
         lessons: dict[str, Reading] = {}
         for name, companion in self._teachers():  # before the policy, whose graph would be held meanwhile
             with companion.reading() as model:
                 lessons[name] = read(model, self._lesson(name, batch) if name else segments)
         reading = read(self.policy, segments)
+        mask = segments.mask()
         parts = {
-            name: divergence(reading, lesson, vocabulary=self._compared.get(name), **self.options)
+            name: weigh(divergence(reading, lesson, vocabulary=self._compared.get(name), **self.options), mask, weights)
             for name, lesson in lessons.items()
         }
-        weight = segments.mask().sum()
-        total = torch.stack([part.sum() for part in parts.values()]).sum()
+        total, weight = torch.stack([part.sum() for part in parts.values()]).sum(), total_weight(mask, weights)
         statistics = {"loss": Statistic(total, weight)} | {
-            f"divergence/{name}": Statistic(part.detach().sum(), lessons[name].segments.mask().sum())
+            f"divergence/{name}": Statistic(part.detach().sum(), total_weight(lessons[name].segments.mask(), weights))
             for name, part in parts.items()
             if name
         }
@@ -117,9 +120,10 @@ class DistillationModule(AlignmentModule):
             asked: tuple[Ask, ...] = ("entropy", "accuracy")
             with torch.no_grad():
                 scores = score(reading, ask=asked)
-            statistics["nll_loss"] = Statistic(-scores.token_logps.sum(), weight)
-            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)  # type: ignore[union-attr]
-            statistics["entropy"] = Statistic(scores.entropy.sum(), weight)  # type: ignore[union-attr]
+            tokens = mask.sum()
+            statistics["nll_loss"] = Statistic(-scores.token_logps.sum(), tokens)
+            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), tokens)  # type: ignore[union-attr]
+            statistics["entropy"] = Statistic(scores.entropy.sum(), tokens)  # type: ignore[union-attr]
         return Objective.of(total, weight, statistics)
 
     def describe(self) -> dict[str, str]:
@@ -128,7 +132,8 @@ class DistillationModule(AlignmentModule):
         what = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)"}.get(kind, f"JSD, beta {beta}")
         return super().describe() | {
             "loss": f"{what}, temperature {temperature}",
-            "normaliser": "supervised tokens of the optimizer step, over all micro-batches and ranks",
+            "normaliser": "supervised tokens of the optimizer step (their loss_weights, where batches have some), over "
+            "all micro-batches and ranks",
         }
 
     def check_batch(self, batch: Any) -> None:

@@ -12,6 +12,7 @@ from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.balancing import SHARES, ExpertBalance
+from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.updates import UpdateModule
 
@@ -20,6 +21,11 @@ class SFTModule(UpdateModule):
     r"""Supervised fine-tuning on batches of `input_ids`, `labels` (-100 where not supervised) and `attention_mask`.
 
     The loss of a step is `-sum(log p(token)) / number of supervised tokens`, over all micro-batches and ranks.
+
+    Batches may bring `loss_weights` `[batch, time]`, a finite number of at least 0 for each supervised token. The loss
+    is then `sum(w * loss of the token) / sum(w)` over the step: the weights enter the normaliser, so only their ratios
+    count, and not their scale. A token of weight 0 is not supervised. `loss` is logged as it is minimised, with the
+    weights; `mean_token_accuracy` and `entropy` are means over the supervised tokens, each alike.
 
     Where a mixture of experts asks for it in its configuration (`output_router_logits` and `router_aux_loss_coef`), its
     load-balancing loss is added, averaged over the tokens of the step. The shares of tokens that the experts get are
@@ -61,23 +67,21 @@ class SFTModule(UpdateModule):
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """What is read of a batch; on the host when it comes from the loader, and carried over with it."""
-        return Segments.from_labels(
-            batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
-        )
+        return label_segments(batch)
 
     def before_updates(self, pieces: list[Any]) -> list[Any]:
         """For experts that are balanced: gives each piece the step's shares."""
         return pieces if self.balance is None else self.balance.give_shares(self, pieces)
 
     def units(self, piece: Any) -> dict[str, Tensor] | None:
-        """For experts that are balanced: the supervised tokens and the computed ones."""
+        """For experts that are balanced: the weights of the supervised tokens, and the computed tokens."""
         if self.balance is None:
             return None
         segments = piece.get("segments") or self.segments(piece)
-        return self.balance.units({"loss": segments.mask().sum()}, segments)
+        return self.balance.units({"loss": total_weight(segments.mask(), piece.get(LOSS_WEIGHTS))}, segments)
 
     def objective(self, batch: dict[str, Any]) -> Objective:
-        """Negative log-likelihood summed over the supervised tokens."""
+        """Negative log-likelihood summed over the supervised tokens, by their weights."""
         segments = batch.get("segments") or self.segments(batch)
         asked: dict[Ask, bool] = {
             "entropy": not self.training or self.logging_due,
@@ -93,11 +97,13 @@ class SFTModule(UpdateModule):
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * scores.mean_logp
         if scores.normalizer is not None:
             loss = loss + self.z_loss * scores.normalizer.square()
-        total, weight = aggregate(loss, scores.mask, reduction="token_mean")
+        weights = batch.get(LOSS_WEIGHTS)
+        total, tokens = aggregate(weigh(loss, scores.mask, weights), scores.mask, reduction="token_mean")
+        weight = tokens if weights is None else total_weight(scores.mask, weights)
         statistics = {"loss": Statistic(total, weight)}
         if scores.correct is not None and scores.entropy is not None:
-            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), weight)
-            statistics["entropy"] = Statistic(scores.entropy.detach().sum(), weight)
+            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), tokens)
+            statistics["entropy"] = Statistic(scores.entropy.detach().sum(), tokens)
         found = Objective.of(total, weight, statistics)
         if self.balance is None or reading is None:
             return found
@@ -109,6 +115,7 @@ class SFTModule(UpdateModule):
         balance = {} if self.balance is None else {"router loss": self.balance.describe()}
         return super().describe() | {
             "loss": terms,
-            "normaliser": "supervised tokens of the optimizer step, over all micro-batches and ranks",
+            "normaliser": "supervised tokens of the optimizer step (their loss_weights, where batches have some), over "
+            "all micro-batches and ranks",
             **balance,
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, cast
 
-from datamodules.rows.messages import Message, Text, conversation, plain_list, scalar, short, truth
+from datamodules.rows.messages import Message, Text, conversation, plain_list, read_weight, scalar, short, truth
 from datamodules.rows.questions import NOT_READ, QUESTIONS, read_prompt, read_text, read_tools, with_system
 
 logger = logging.getLogger(__name__)
@@ -256,8 +256,26 @@ def _from_sharegpt(row: Mapping[str, Any], as_chat: bool) -> Example:
 
 
 def _refuse_marks(column: str, reply: Text) -> None:
-    if isinstance(reply, list) and any(not message.get("learn", True) for message in reply):
-        raise ValueError(f"column {column} has a message that is marked as not to be learnt, but all of it is judged")
+    for message in reply if isinstance(reply, list) else ():
+        if (learn := message.get("learn", True)) is not True:
+            mark = f"has the weight {learn:g}" if learn else "is marked as not to be learnt"
+            raise ValueError(f"column {column} has a message that {mark}, but all of it is judged alike")
+
+
+def row_weight(row: Mapping[str, Any]) -> float:
+    """By how much a row is to be learnt: its column `weight`, 1 where it has none or null.
+
+    Raises:
+        ValueError: It is no finite number of at least 0.
+    """
+    value = row.get("weight")
+    weight = 1.0 if value is None else read_weight(value)
+    if weight is None:
+        raise ValueError(
+            f"column weight must be a finite number of at least 0, found {short(value)}; rename the column if it is "
+            "another"
+        )
+    return weight
 
 
 def _pair(row: Mapping[str, Any], prompt: Text, sides: tuple[Text, Text], used: frozenset[str]) -> Example:

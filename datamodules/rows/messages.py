@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Message = dict[str, Any]
 Text = str | list[Message]
 
@@ -18,8 +20,9 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
-# Keys that say whether a reply is to be learnt.
+# Keys that say whether a reply is to be learnt, and (`weight`) by how much.
 MARKS = ("learn", "weight", "train", "loss", "mask")
+LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 # Keys that hold what is no text, or that ask for a loss that is not there.
 _REFUSED = ("image", "images", "audio", "audios", "video", "videos", "train_detail", "loss_mask")
 _WORDS = {
@@ -137,8 +140,8 @@ def conversation(column: str, value: Any) -> list[Message]:
     """A conversation in canonical form.
 
     Each message has a `role` (user, assistant, system, tool), its `content` as text, for calls `tool_calls` whose
-    arguments are `Arguments`, `learn` with False where a reply is marked as not to be learnt, and all other keys that
-    hold something.
+    arguments are `Arguments`, `learn` with False where a reply is marked as not to be learnt and with its weight where
+    that is neither 0 nor 1, and all other keys that hold something.
 
     Args:
         column: Name of the column, for messages.
@@ -217,8 +220,8 @@ def _message(where: str, message: Any) -> Message:
     found: Message = {"role": role, "content": _content(where, content, clean, bool(calls)), **clean}
     if calls:
         found["tool_calls"] = calls
-    if not learn:
-        found["learn"] = False
+    if learn != 1:
+        found["learn"] = learn or False
     return found
 
 
@@ -259,21 +262,40 @@ def text_of(where: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _mark(where: str, role: str, clean: dict[str, Any]) -> bool:
-    """Takes the marks of what is (not) to be learnt off a message; whether it is to be learnt."""
-    learn = True
+def read_weight(value: Any) -> float | None:
+    """By how much something is to be learnt: a finite number of at least 0 that float32 holds; None: it is none.
+
+    >>> read_weight(0.5), read_weight(True), read_weight(-1), read_weight("1")
+    (0.5, 1.0, None, None)
+    """
+    number = scalar(value)
+    if not isinstance(number, (bool, int, float)) or not 0 <= number <= LARGEST_WEIGHT:
+        return None
+    return float(number)
+
+
+def _mark(where: str, role: str, clean: dict[str, Any]) -> float:
+    """Takes the marks of what is (not) to be learnt off a message; by how much it is to be learnt."""
+    learn = 1.0
     for name in MARKS:
         if name not in clean:
             continue
         value = clean.pop(name)
-        found = truth(value)
-        if found is None or isinstance(scalar(value), str) or (name == "mask" and isinstance(scalar(value), bool)):
-            allowed = "0 (not learnt) or 1 (learnt)" if name == "mask" else "0, 1, true or false"
+        found = read_weight(value) if name == "weight" else _learnt(name, value)
+        if found is None:
+            known = {"mask": "0 (not learnt) or 1 (learnt)", "weight": "a finite number of at least 0"}
+            allowed = known.get(name, "0, 1, true or false")
             raise ValueError(f"{where} has {name}={short(value)}; it must be {allowed}")
         if found and role != "assistant":
             raise ValueError(f"{where} has {name}={short(value)}, but only an assistant's messages are learnt")
-        learn = learn and found
-    return learn or role != "assistant"
+        learn *= found
+    return learn if role == "assistant" else 1.0
+
+
+def _learnt(name: str, value: Any) -> bool | None:
+    """What a mark without a weight says; None: nothing that is allowed."""
+    kinds = (str, bool) if name == "mask" else (str,)
+    return None if isinstance(scalar(value), kinds) else truth(value)
 
 
 def _calls(where: str, clean: dict[str, Any]) -> list[dict[str, Any]]:

@@ -95,16 +95,18 @@ class Chat:
 
         Returns:
             ids: int32 `[time]`.
-            mask: bool `[time]`, true on every supervised token, stop tokens included.
+            mask: bool `[time]`, true on every supervised token, stop tokens included; where a reply has a weight,
+                float32, with the reply's weight on these and 0 elsewhere.
 
         Raises:
             ValueError: No assistant turn to learn from, or the tokens of one cannot be told with certainty.
         """
         turns = self._turns(messages, first, last_only)
         ids, spans = self._encode_spans(*self._spans(messages, turns, tools))
-        mask = np.zeros(len(ids), dtype=bool)
-        for span in spans:
-            mask[span.start : span.end] = True
+        weights = [messages[turn].get("learn", True) for turn in turns]
+        mask = np.zeros(len(ids), dtype=bool if all(weight is True for weight in weights) else np.float32)
+        for span, weight in zip(spans, weights, strict=True):
+            mask[span.start : span.end] = weight
         if not mask.any():
             raise ValueError("the chat template leaves no token of the reply to learn from")
         end = int(np.flatnonzero(mask)[-1]) + 1  # what follows the last target only costs time

@@ -163,7 +163,8 @@ class Encoder:
     def supervised(self, examples: Sequence[Example], loss_on: LossOn) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and loss mask (int32 and bool `[time]`) of texts, prompt/completion pairs and conversations.
 
-        The first token of a row is never a target, since nothing comes before it.
+        Where a reply has a weight of its own, the mask is float32 and holds the targets' weights, 0 elsewhere. The
+        first token of a row is never a target, since nothing comes before it.
         """
         texts = iter(self.documents([e.text for e in examples if e.text is not None]))
         plain = [e for e in examples if isinstance(e.prompt, str) and e.messages is None and e.text is None]
@@ -186,8 +187,10 @@ class Encoder:
     def _conversation(self, example: Example, loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
         last = loss_on == "last_turn"
         marked = [*(example.messages or []), *(m for m in example.completion or [] if isinstance(m, dict))]
-        if loss_on == "all" and any(not message.get("learn", True) for message in marked):
-            raise ValueError("a message is marked as not to be learnt, but here every token is learnt")
+        if loss_on == "all" and any(message.get("learn", True) is not True for message in marked):
+            raise ValueError(
+                "a message is marked as not to be learnt, or has a weight, but here every token is learnt alike"
+            )
         if example.messages is not None:
             ids, mask = self.chat.encode(example.messages, last_only=last, tools=example.tools)
         else:

@@ -97,6 +97,15 @@ def test_a_data_module_in_python(byte_level):
     assert found.plan is None
 
 
+def test_weights_stand_beside_the_row(byte_level):
+    rows = [{"prompt": "1", "completion": "23"}, {"prompt": "1", "completion": "2", "weight": 0.25}]
+    module = SFTDataModule(train=rows, tokenizer=byte_level, shuffle=False)
+    found = inspect_datamodule(module, byte_level, 2)
+    weights = [row.columns["weights of targets"] for row in found.rows]
+    assert weights == ["1 (3 tokens)", "0.25 (2 tokens)"]
+    assert found.reports["train"]["weighted"] == 1
+
+
 def test_lengths_of_pairs_are_those_of_the_longer_side(byte_level):
     rows = [{"prompt": "12", "chosen": "3", "rejected": "345"}]
     assert inspect_datamodule(PreferenceDataModule(train=rows, tokenizer=byte_level), byte_level).sizes.lengths == (6,)

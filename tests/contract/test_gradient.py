@@ -5,38 +5,34 @@ import torch
 
 from tests.paradigms import ROWS, adapted, cells, headed, plain
 
-CELLS = pytest.mark.parametrize(("name", "options"), cells())
+CELLS = pytest.mark.parametrize(("name", "row", "options"), cells())
 EVERY = pytest.mark.parametrize("name", ROWS)
 ALL = tuple(range(8))
 
 
 @CELLS
-def test_split(make, update, cut_update, assert_same, name, options):
-    row = ROWS[name]
+def test_split(make, update, cut_update, assert_same, name, row, options):
     whole = update(make(name, **options), [row.batch(ALL)])
     for sizes in row.sizes:
         assert_same(whole, cut_update(name, row.batch, sizes, **options))
 
 
 @CELLS
-def test_padding(make, update, assert_same, name, options):
-    row = ROWS[name]
+def test_padding(make, update, assert_same, name, row, options):
     whole = update(make(name, **options), [row.batch(ALL)])
     for extra, side in ((8, "right"), (0, "left"), (3, "left")):
         assert_same(whole, update(make(name, **options), [row.batch(ALL, extra, side)]))
 
 
 @CELLS
-def test_order(make, update, assert_same, name, options):
-    row = ROWS[name]
+def test_order(make, update, assert_same, name, row, options):
     whole = update(make(name, **options), [row.batch(ALL)])
     for order in row.orders:
         assert_same(whole, update(make(name, **options), [row.batch(order)]))
 
 
 @CELLS
-def test_a_row_that_holds_nothing_adds_nothing(make, update, assert_same, name, options):
-    row = ROWS[name]
+def test_a_row_that_holds_nothing_adds_nothing(make, update, assert_same, name, row, options):
     without = update(make(name, **options), [row.batch(ALL[:7])])
     for change in row.nothing.values():
         batch = row.batch(ALL)

@@ -10,6 +10,8 @@ import torch
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
+FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
+FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [*ROWS, "aot", "aot_unpaired", "experts", "batch", "unjudged"])
+@pytest.mark.parametrize("name", [*ROWS, *FURTHER])
 def test_same_update_as_one_process(results, name):
     one = torch.load(results / f"{name}_1.pt", weights_only=True)
     two = torch.load(results / f"{name}_2.pt", weights_only=True)

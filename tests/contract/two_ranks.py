@@ -93,10 +93,13 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
 
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
+        for label, batch in row.batches.items():
+            yield f"{name} {label}", lambda name=name: make(name), batch
     for loss in ("aot", "aot_unpaired"):
         options = {"loss": loss, "micro_batch_size": 2, "max_grad_norm": None}
         yield loss, lambda options=options: make("dpo", **options), ROWS["dpo"].batch
-    yield "experts", experts, ROWS["sft"].batch
+    for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
+        yield label, experts, batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch

@@ -122,7 +122,7 @@ def test_implicit_prompt(chosen, rejected, prompt):
             "marked",
         ),
         ({"messages": [{"role": "cat", "content": "a"}]}, formats.MESSAGES, "message 0 is from 'cat'; known"),
-        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, formats.MESSAGES, "message 1 has weight=0.5; it must be 0, 1"),
+        ({"messages": [USER, {**REPLY, "weight": -1}]}, formats.MESSAGES, "weight=-1; it must be a finite number of"),
         ({"messages": [{**USER, "train": True}, REPLY]}, formats.MESSAGES, "only an assistant's messages are learnt"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, formats.MESSAGES, "of the type 'image'"),
         ({"messages": "[{'role': 'user', 'content': 'a'}]"}, formats.MESSAGES, "messages is not valid JSON"),

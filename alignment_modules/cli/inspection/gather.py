@@ -145,12 +145,21 @@ def _columns(batch: Mapping[str, Any], number: int) -> dict[str, str]:
     found = dict[str, str]()
     if "label" in batch:
         found["label"] = "desirable" if bool(batch["label"][number]) else "undesirable"
+    if "loss_weights" in batch:
+        found["weights of targets"] = _weights(batch["loss_weights"][number][batch["labels"][number] != -100])
     if "margin" in batch:
         found["margin"] = f"{float(batch['margin'][number]):g}"
     for name, values in batch.items():
         if isinstance(values, list) and name not in ("index", "prompt"):
             found[printable(name)] = printable(str(values[number]))
     return found
+
+
+def _weights(weights: Tensor) -> str:
+    """Weights of a row's targets, those of equal neighbours as one, with their number."""
+    found, counts = weights.unique_consecutive(return_counts=True)
+    runs = zip(found.tolist(), counts.tolist(), strict=True)
+    return printable(", ".join(f"{weight:g} ({count} tokens)" for weight, count in runs))
 
 
 class _Tally:

@@ -23,6 +23,7 @@ _WHY = {
     "longest": "tokens, before anything was cut",
     "targets": "tokens that the loss is computed on",
     "packed_rows": "rows after packing",
+    "weighted": "with weights of their own in the loss",
 }
 
 

@@ -59,6 +59,8 @@ _NAMES = {
     "lora_alpha": "model.policy.lora.alpha",
     "lora_dropout": "model.policy.lora.dropout",
     "lora_target_modules": "model.policy.lora.target_modules",
+    "neftune_noise_alpha": "model.neftune_alpha",
+    "neftune_alpha": "model.neftune_alpha",
     "beta": "model.beta",
     "loss_type": "model.loss",
     "reward_funcs": "model.rewards",

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from alignment_modules.functional import aggregate
-from alignment_modules.functional.ranges import NonNegative, Range, check_options
+from alignment_modules.functional.ranges import NonNegative, Positive, Range, check_options
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.noise import find_embedding
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
@@ -39,11 +40,17 @@ class SFTModule(UpdateModule):
         label_smoothing: Share of the target distribution spread evenly over the vocabulary, in [0, 1).
         z_loss: Coefficient of `logsumexp(logits)^2`, which keeps the softmax normaliser near 1 (PaLM,
             arXiv:2204.02311).
+        neftune_alpha: In training, adds noise to the input embeddings: `alpha / sqrt(L d)` times a uniform number from
+            -1 to 1 for each entry, L the tokens of the row (with packing, of the document) and d the width (NEFTune,
+            arXiv:2310.05914, section 2; it uses 5, 10 and 15). Validation, test, predict and export see none. It is
+            drawn as dropout is: anew for each micro-batch, and again alike by a run that resumes with `ExactResume`.
+            None: no noise.
         **common: Keywords of `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation) and, for a
             mixture of experts that is balanced, of `UpdateModule` (micro_batch_size, max_grad_norm).
 
     Raises:
-        ValueError: If an option has a value that is not allowed.
+        ValueError: If an option has a value that is not allowed, or noise is asked for and the policy's input
+            embeddings cannot be found.
     """
 
     paradigm = "sft"
@@ -57,11 +64,15 @@ class SFTModule(UpdateModule):
         loss: Literal["nll", "dft"] = "nll",
         label_smoothing: Annotated[float, Range(0, 1, "[)")] = 0.0,
         z_loss: NonNegative = 0.0,
+        neftune_alpha: Positive | None = None,
         **common: Any,
     ) -> None:
         check_options(SFTModule.__init__, locals())
         super().__init__(**common)
         self.loss, self.label_smoothing, self.z_loss = loss, label_smoothing, z_loss
+        self.neftune_alpha = neftune_alpha
+        if neftune_alpha is not None:
+            find_embedding(self.policy)
         self.balance = ExpertBalance.of(self.policy)
         self.automatic_optimization = self.balance is None
 
@@ -71,7 +82,9 @@ class SFTModule(UpdateModule):
 
     def before_updates(self, pieces: list[Any]) -> list[Any]:
         """For experts that are balanced: gives each piece the step's shares."""
-        return pieces if self.balance is None else self.balance.give_shares(self, pieces)
+        if self.balance is None:
+            return pieces
+        return self.balance.give_shares(self, pieces, neftune_alpha=self.neftune_alpha)
 
     def units(self, piece: Any) -> dict[str, Tensor] | None:
         """For experts that are balanced: the weights of the supervised tokens, and the computed tokens."""
@@ -89,7 +102,9 @@ class SFTModule(UpdateModule):
             "normalizer": self.z_loss > 0,
             "mean_logp": self.label_smoothing > 0,
         }
-        reading = None if self.balance is None else read(self.policy, segments, routers=True)
+        noise, reading = self.neftune_alpha if self.training else None, None
+        if self.balance is not None or noise is not None:
+            reading = read(self.policy, segments, routers=self.balance is not None, neftune_alpha=noise)
         scores = score(reading or self.policy, segments, ask=[name for name, wanted in asked.items() if wanted])
         nll = -scores.token_logps
         loss = nll * nll.detach().neg().exp() if self.loss == "dft" else nll
@@ -113,6 +128,8 @@ class SFTModule(UpdateModule):
         """Adds the loss and its normaliser."""
         terms = f"{self.loss}, label smoothing {self.label_smoothing}, z-loss {self.z_loss}"
         balance = {} if self.balance is None else {"router loss": self.balance.describe()}
+        if self.neftune_alpha is not None:
+            terms += f", noise on the embeddings with alpha {self.neftune_alpha}"
         return super().describe() | {
             "loss": terms,
             "normaliser": "supervised tokens of the optimizer step (their loss_weights, where batches have some), over "

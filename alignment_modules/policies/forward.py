@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ from alignment_modules.policies.attention import plan_attention
 from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.last_layer import feed_forward_on
 from alignment_modules.policies.segments import Segments
+
+# What is done to the input embeddings of a forward pass inside a block, given which token of the segments stands where
+# in the pass, `[rows, time]` int64.
+Noise = Callable[[Tensor], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class States(NamedTuple):
     router_logits: tuple[Tensor, ...]
 
 
-def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = False) -> States:
+def packed_states(
+    model: Any, segments: Segments, *, hidden: bool, trim: bool = False, noise: Noise | None = None
+) -> States:
     """Reads segments in one row without padding.
 
     Args:
@@ -59,6 +66,7 @@ def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = 
         hidden: Whether the hidden states are wanted.
         trim: Whether the last feed-forward block may be left out where nothing is read; no router's logits are given
             then, which would be those of some tokens.
+        noise: Added to the input embeddings.
     """
     plan = plan_attention(segments, model.config.get_text_config().hidden_size)
     source = plan.position[segments.source]
@@ -70,15 +78,23 @@ def packed_states(model: Any, segments: Segments, *, hidden: bool, trim: bool = 
         "use_cache": False,
         "segment_plan": plan,
     }
-    with feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext():
+    trimmed = feed_forward_on(model, plan.predicting, len(plan.gather)) if trim else nullcontext()
+    with trimmed, _noisy(noise, plan.gather[None]):
         output = model.base_model(**inputs) if hidden else model(**inputs, logits_to_keep=source)
     states = output.last_hidden_state[0].index_select(0, source) if hidden else output.logits[0]
     return States(states, () if trim else tuple(layer[plan.position] for layer in _router_logits(output)))
 
 
-def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> States:
+def _noisy(noise: Noise | None, places: Tensor | None) -> AbstractContextManager[None]:
+    return nullcontext() if noise is None or places is None else noise(places)
+
+
+def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool, noise: Noise | None = None) -> States:
     """The same from right-padded rows, for any policy; a shared prompt is routed once in each row."""
     input_ids, attention_mask, row, column = segments.padded()
+    places = None
+    if noise is not None:  # the tokens' own numbers, laid out as their ids are
+        places = replace(segments, token_ids=torch.arange(segments.tokens, device=input_ids.device)).padded()[0]
     model = language_model(policy)
     inputs: dict[str, Any] = {}
     # A causal policy sees nothing of padding on the right. Without a mask transformers takes its fastest kernels, and
@@ -89,12 +105,15 @@ def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Sta
         inputs["attention_mask"] = attention_mask
     limit = length_limit(model)
     if limit is not None and segments.longest > limit:
-        return _states_row_by_row(model, input_ids, attention_mask, row, column, hidden=hidden)
+        rows = (model, input_ids, attention_mask, row, column)
+        return _states_row_by_row(*rows, hidden=hidden, noise=noise, places=places)
     real = attention_mask.flatten() != 0
     if model is not None and hidden:
-        output = model.base_model(input_ids=input_ids, **inputs)
+        with _noisy(noise, places):
+            output = model.base_model(input_ids=input_ids, **inputs)
         return States(output.last_hidden_state[row, column], tuple(x[real] for x in _router_logits(output)))
-    output = policy(input_ids, **inputs)
+    with _noisy(noise, places):
+        output = policy(input_ids, **inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None or logits.dim() != 3 or len(logits) != len(input_ids) or logits.shape[1] < input_ids.shape[1]:
         found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
@@ -108,14 +127,23 @@ def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool) -> Sta
 
 
 def _states_row_by_row(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, row: Tensor, column: Tensor, *, hidden: bool
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    row: Tensor,
+    column: Tensor,
+    *,
+    hidden: bool,
+    noise: Noise | None,
+    places: Tensor | None,
 ) -> States:
     """The same from rows without neighbours or padding, for models whose numbers depend on the longest row."""
     found, order, routed = [], [], []
     for number, length in enumerate(attention_mask.sum(1).tolist()):
         own = (row == number).nonzero().squeeze(1)
         inputs = {"input_ids": input_ids[number : number + 1, :length], "use_cache": False}
-        output = model.base_model(**inputs) if hidden else model(**inputs)
+        with _noisy(noise, None if places is None else places[number : number + 1, :length]):
+            output = model.base_model(**inputs) if hidden else model(**inputs)
         states = output.last_hidden_state if hidden else output.logits
         found.append(states[0].index_select(0, column[own]))
         order.append(own)

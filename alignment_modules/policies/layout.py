@@ -42,6 +42,7 @@ class Layout(NamedTuple):
     slot: Tensor
     shape: tuple[int, int]
     last_rows: Tensor | None
+    given_lengths: tuple[int, ...]
 
 
 def of_prompts(
@@ -176,6 +177,7 @@ def assemble(
     home = torch.where(only, parents, torch.arange(count))
     parents = torch.where(only, -1, parents)
     lengths = torch.zeros(count, dtype=torch.int64).scatter_add_(0, home, lengths)
+    given = torch.zeros(count, dtype=torch.int64).scatter_add_(0, home, torch.bincount(segment, minlength=count))
 
     renumber = keep.cumsum(0) - 1
     kept = lengths > 0
@@ -196,4 +198,5 @@ def assemble(
         slot=targets.slot,
         shape=shape,
         last_rows=None if reads == "targets" else last.rows,
+        given_lengths=tuple(given[kept].tolist()),
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alignment_modules.functional.head_chunks import upcast
 from alignment_modules.policies.context import check_length
 from alignment_modules.policies.forward import Head, classifies, find_head, language_model, packed_states, padded_states
+from alignment_modules.policies.noise import EmbeddingNoise
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.segments import Segments
 
@@ -71,7 +72,9 @@ class Reading:
         return flat.view(rows, time, *values.shape[1:])
 
 
-def read(policy: nn.Module, segments: Segments, *, routers: bool = False) -> Reading:
+def read(
+    policy: nn.Module, segments: Segments, *, routers: bool = False, neftune_alpha: float | None = None
+) -> Reading:
     """One forward pass; differentiable in all parameters of the policy.
 
     The states are those of the padded computation up to rounding. Train or eval mode is the caller's business, as is
@@ -85,12 +88,14 @@ def read(policy: nn.Module, segments: Segments, *, routers: bool = False) -> Rea
         segments: What to read, on the policy's device.
         routers: Whether the router logits of a mixture of experts are wanted, too (`find_router` says whether a policy
             gives them). The last layer is then computed for every token.
+        neftune_alpha: Adds noise of this size to the input embeddings (`EmbeddingNoise`); None: none.
 
     Returns:
         The reading.
 
     Raises:
-        ValueError: If a row is too long for the policy, or its output has not the expected shape.
+        ValueError: If a row is too long for the policy, its output has not the expected shape, or noise is asked for
+            and cannot be added.
     """
     ability, tokens = prepare(policy), segments.tokens
     if tokens == 0:
@@ -103,11 +108,12 @@ def read(policy: nn.Module, segments: Segments, *, routers: bool = False) -> Rea
             f"policy {type(model).__name__} cannot be read: its head `score` must be a linear map of the last hidden "
             f"state ({ability.reason})"
         )
+    noise = None if neftune_alpha is None else EmbeddingNoise(policy, segments, neftune_alpha).at
     if ability.packed and (ability.window is None or segments.longest <= ability.window):
         trim = ability.trims_last_layer and not routers
-        states, routed = packed_states(model, segments, hidden=head is not None, trim=trim)
+        states, routed = packed_states(model, segments, hidden=head is not None, trim=trim, noise=noise)
     else:
-        states, routed = padded_states(policy, segments, hidden=head is not None)
+        states, routed = padded_states(policy, segments, hidden=head is not None, noise=noise)
     # A stand-in's token is no token.
     return Reading(states, head, segments, tuple(x[:0] if tokens == 0 else x for x in routed) if routers else ())
 
@@ -115,4 +121,4 @@ def read(policy: nn.Module, segments: Segments, *, routers: bool = False) -> Rea
 def _one_token(segments: Segments) -> Segments:
     """A stand-in for a batch without reads: the policy still runs, and its parameters stay in the graph."""
     zero = segments.token_ids.new_zeros(1)
-    return replace(segments, token_ids=zero, position_ids=zero, lengths=(1,), parents=(-1,))
+    return replace(segments, token_ids=zero, position_ids=zero, lengths=(1,), parents=(-1,), given_lengths=(1,))

@@ -43,6 +43,7 @@ class Segments:
         slot: `[targets]` int64, index into the flattened `[rows, time]` output; no slot occurs twice.
         shape: `(rows, time)` of the output.
         last_rows: `[reads - targets]` int64, ascending: the rows that have a last token; None: it is not asked for.
+        given_lengths: Tokens that each segment was given with, also those that no read depends on.
         host: The same on the host, for those that were carried elsewhere.
     """
 
@@ -55,6 +56,7 @@ class Segments:
     slot: Tensor
     shape: tuple[int, int]
     last_rows: Tensor | None = None
+    given_lengths: tuple[int, ...] = ()
     host: Segments | None = field(default=None, repr=False)
 
     @classmethod

@@ -39,20 +39,24 @@ class ExpertBalance:
         router = find_router(policy)
         return None if router is None else cls(router)
 
-    def give_shares(self, module: UpdateModule, pieces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def give_shares(
+        self, module: UpdateModule, pieces: Sequence[Mapping[str, Any]], *, neftune_alpha: float | None = None
+    ) -> list[dict[str, Any]]:
         """Gives each piece the shares of tokens that the experts get over the whole step, for `before_updates`.
 
-        The pass that counts draws the dropout that the passes with gradients are going to draw.
+        The pass that counts draws the dropout and the noise that the passes with gradients are going to draw.
 
         Args:
             module: Whose step, with its `policy` and `segments`.
             pieces: The micro-batches of this rank.
+            neftune_alpha: Of the noise that the objective asks for.
         """
         if len(pieces) == 1 and module.trainer.world_size == 1:  # the only forward pass counts for itself
             return [dict(piece) for piece in pieces]
         with torch.no_grad(), _same_draws(module.device):
             segments = [piece.get("segments") or module.segments(piece) for piece in pieces]
-            counts = _total(self._counts(read(module.policy, own, routers=True)) for own in segments)
+            options: Any = {"routers": True, "neftune_alpha": neftune_alpha}
+            counts = _total(self._counts(read(module.policy, own, **options)) for own in segments)
         shares = router_shares(module.reduce(counts, "sum"), self.router.top_k)
         return [{**piece, SHARES: shares} for piece in pieces]
 

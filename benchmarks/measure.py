@@ -14,20 +14,49 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-METHODS = ("sft", "dpo", "grpo")
+import workload
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {  # of each library and method, the default first
+    "trl": {
+        "sft": ("default", "no_checkpointing", "padding_free", "packing"),
+        "dpo": ("default", "no_checkpointing", "precomputed"),
+    },
+    "ours": {"dpo": ("default", "checkpointing", "cached")},
+}
+PLAIN = {"trl": ("default", "no_checkpointing"), "ours": ("default", "checkpointing")}  # of the methods not named above
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+LORA_HELP = "train adapters on all linear maps but the head; default: all weights"
 MARK = "RESULT "  # begins the line of standard output that holds the result
 
 
-def arguments(description: str, variants: dict[str, Sequence[str]]) -> argparse.ArgumentParser:
-    """The options of a measured process; `variants` lists each method's variants, the default first."""
+def variants(library: str, method: str) -> tuple[str, ...]:
+    """How a method is measured with a library, the default first."""
+    return VARIANTS[library].get(method, PLAIN[library])
+
+
+def check_variant(library: str, options: argparse.Namespace) -> None:
+    """Ends the process where the method has no such variant."""
+    known = variants(library, options.method)
+    if options.variant not in known:
+        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(known)}")
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """The options that say which workload."""
+    parser.add_argument("--size", choices=workload.SIZES, default="7m", help="parameters of the model")
+    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
+
+
+def arguments(description: str, library: str) -> argparse.ArgumentParser:
+    """The options of a measured process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
-    names = "; ".join(f"{method}: {', '.join(names)}" for method, names in variants.items())
+    parser.add_argument("method", choices=workload.METHODS)
+    names = "; ".join(f"{method}: {', '.join(variants(library, method))}" for method in workload.METHODS)
     parser.add_argument("--variant", default="default", help=names)
+    add_workload(parser)
+    parser.add_argument("--lora", action="store_true", help=LORA_HELP)
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the measured ones")
-    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--clock",
@@ -179,6 +208,8 @@ def report(
         "library": library,
         "method": options.method,
         "variant": options.variant,
+        "size": options.size,
+        "lora": options.lora,
         "beta": options.beta,
         "seconds_per_step": sum(measured) / len(measured),
         "seconds_median": statistics.median(measured),
@@ -197,7 +228,9 @@ def report(
 
 def rows_folder(options: argparse.Namespace) -> Path:
     """The workload's folder; written by another process if it is not there, so that this one's memory stays its own."""
-    if not (Path(options.folder) / "workload.json").exists():
+    folder = Path(options.folder) / options.size
+    if not workload.is_ready(folder):
         script = Path(__file__).with_name("workload.py")
-        subprocess.run([sys.executable, script, options.folder], check=True, stdout=subprocess.DEVNULL)
-    return Path(options.folder)
+        command = [sys.executable, script, options.folder, "--size", options.size]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder

@@ -196,14 +196,12 @@ def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **cha
 
 def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> None:
     """Trains in a plain loop: forward, backward, clip, step."""
-    from alignment_modules.training.schedules import parameter_groups
-
     if isinstance(data, L.LightningDataModule):
         data.prepare_data()
         data.setup("fit")
         data = data.train_dataloader()
     module.train()
-    optimizer = module.make_optimizer(parameter_groups(module))
+    optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     watch.clock.start()
     steps = options.warmup + options.steps

@@ -112,15 +112,14 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 def speed_table(results: dict[Entry, list[dict[str, Any]]], options: argparse.Namespace) -> str:
     """Seconds, tokens per second and memory of every entry, with its share of the arithmetic floor's speed."""
-    rate = floor.matrix_speed(options.threads)
+    rates = [run["matrix_speed"] / 1e9 for runs in results.values() for run in runs]
     lines = [
-        f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads",
-        "| case | library | variant | s/step | tokens/s | peak MB | of floor speed | others' CPU |",
+        f"float32 matrix products: {spread(rates, 0)} GFLOP/s on {options.threads} threads",
+        "| case | library | variant | s/step | tokens/s | peak MB | % of floor speed | others' CPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for entry, runs in results.items():
-        seconds = statistics.median(run["seconds_per_step"] for run in runs)
-        share = "" if entry.variant == "packing" else f"{floor_seconds(entry, runs, rate, options) / seconds:.0%}"
+        share = "" if entry.variant == "packing" else spread((100 * x for x in floor_shares(entry, runs, options)), 0)
         columns = [
             entry.case,
             entry.library,
@@ -135,22 +134,24 @@ def speed_table(results: dict[Entry, list[dict[str, Any]]], options: argparse.Na
     return "\n".join(lines)
 
 
-def floor_seconds(entry: Entry, runs: Sequence[dict[str, Any]], rate: float, options: argparse.Namespace) -> float:
-    """Seconds of a step at the arithmetic floor."""
+def floor_shares(entry: Entry, runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[float]:
+    """Of each run, the time that the floor would take over the time that it took, with matrices as fast as in it."""
     batch = workload.SIZES[options.size].batch[entry.method]
     rows = workload.load_rows(measure.rows_folder(options), entry.method, options.warmup + options.steps)
-    samples = batch * workload.GROUP
-    lengths = [count / samples for run in runs for count in run["completion_tokens"][options.warmup :]]
-    operations = floor.step_operations(
-        entry.method,
-        rows[options.warmup * batch :],
-        options.size,
-        lora=options.lora,
-        beta=entry.beta,
-        cached=entry.variant in ("cached", "precomputed"),
-        sampled=statistics.mean(lengths) if lengths else 0.0,
-    )
-    return operations / rate
+    shares = []
+    for run in runs:
+        lengths = [count / (batch * workload.GROUP) for count in run["completion_tokens"][options.warmup :]]
+        operations = floor.step_operations(
+            entry.method,
+            rows[options.warmup * batch :],
+            options.size,
+            lora=options.lora,
+            beta=entry.beta,
+            cached=entry.variant in ("cached", "precomputed"),
+            sampled=statistics.mean(lengths) if lengths else 0.0,
+        )
+        shares.append(operations / run["matrix_speed"] / run["seconds_per_step"])
+    return shares
 
 
 def ratio_table(results: dict[Entry, list[dict[str, Any]]]) -> str:

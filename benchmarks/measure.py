@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import floor
 import workload
 
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {  # of each library and method, the default first
@@ -95,9 +96,11 @@ class StepClock:
         self.warmup = warmup
         self.neighbours = Neighbours()
         self.others = 0.0  # share of the machine that other processes took in the measured steps
+        self.matrix_speeds: list[float] = []  # operations per second, before the first step and after the last
 
     def start(self) -> None:
         """The clock starts just before the first step."""
+        self.matrix_speeds.append(floor.matrix_speed(self.timer))
         self.tick()
 
     def tick(self) -> None:
@@ -203,7 +206,8 @@ def report(
     seconds = clock.seconds
     if not len(seconds) == len(tokens) == len(losses) == options.warmup + options.steps:
         raise RuntimeError(f"{len(seconds)} steps timed, {len(tokens)} token counts, {len(losses)} losses")
-    measured = seconds[options.warmup :]
+    measured, peak = seconds[options.warmup :], peak_rss()
+    speeds = [*clock.matrix_speeds, floor.matrix_speed(clock.timer)]
     result = {
         "library": library,
         "method": options.method,
@@ -214,8 +218,9 @@ def report(
         "seconds_per_step": sum(measured) / len(measured),
         "seconds_median": statistics.median(measured),
         "tokens_per_second": sum(tokens[options.warmup :]) / sum(measured),
-        "peak_mb": peak_rss(),
+        "peak_mb": peak,
         "baseline_mb": baseline_mb,
+        "matrix_speed": statistics.geometric_mean(speeds),
         "other_processes": round(clock.others, 3),
         "seconds": [round(value, 4) for value in seconds],
         "tokens": list(tokens),

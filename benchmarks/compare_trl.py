@@ -6,6 +6,16 @@
 Every measurement is a process of its own (`run_trl.py`, `run_ours.py`). In each round every variant runs once, TRL's
 and ours in turn; printed are medians over the rounds with their ranges, ratios within each round, and losses side by
 side. GRPO samples, and its samples differ between libraries, so its numbers are compared on given completions.
+
+Where definitions differ: TRL's ORPO has a likelihood over the tokens of prompt and chosen completion, so ours is given
+`nll_on_prompt=True, nll_unit="tokens"`. KTO's mismatched pairs are the same in both, since every prompt of the workload
+occurs once and a step is one batch; where prompts repeat, TRL pairs some with a completion of their own, and under
+accumulation it estimates the divergence for each micro-batch. What both libraries would draw for themselves, a reward
+model's head and LoRA's first factors, is drawn for both in the same way.
+
+Memory is compared at the same checkpointing setting: our default, which does not checkpoint, with TRL's
+`no_checkpointing`, and our `checkpointing` with TRL's default, which does. Our default beside TRL's default is shown,
+too: both as they come.
 """
 
 from __future__ import annotations
@@ -49,23 +59,18 @@ class Entry:
         script = HERE / ("run_trl.py" if self.library == "trl" else "run_ours.py")
         words = [python, script, self.method, "--variant", self.variant, "--beta", self.beta]
         words += ["--folder", options.folder, "--threads", options.threads, "--clock", options.clock]
+        words += ["--size", options.size] + (["--lora"] if options.lora else [])
         words += ["--bare"] if self.library == "bare" else []
         return [*map(str, words), *extra]
 
 
 def plan(options: argparse.Namespace) -> list[Entry]:
     """What one round measures, TRL's variants and ours in turn."""
-    trl = {
-        "sft": ("default", "no_checkpointing", "padding_free", "packing"),
-        "dpo": ("default", "no_checkpointing", "precomputed"),
-        "grpo": ("default", "no_checkpointing"),
-    }
-    ours = {"sft": ("default",), "dpo": ("default", "cached"), "grpo": ("default",)}
     entries = []
     for method in options.methods:
         for beta in options.betas if method == "grpo" else [0.0]:
-            theirs = [Entry("trl", method, name, beta) for name in trl[method]]
-            own = [Entry("ours", method, name, beta) for name in ours[method]]
+            theirs = [Entry("trl", method, name, beta) for name in measure.variants("trl", method)]
+            own = [Entry("ours", method, name, beta) for name in measure.variants("ours", method)]
             own += [Entry("bare", method, "default", beta)] if options.bare else []
             for i in range(max(len(theirs), len(own))):
                 entries += theirs[i : i + 1] + own[i : i + 1]
@@ -107,15 +112,14 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 def speed_table(results: dict[Entry, list[dict[str, Any]]], options: argparse.Namespace) -> str:
     """Seconds, tokens per second and memory of every entry, with its share of the arithmetic floor's speed."""
-    rate = floor.matrix_speed(options.threads)
+    rates = [run["matrix_speed"] / 1e9 for runs in results.values() for run in runs]
     lines = [
-        f"float32 matrix products: {rate / 1e9:.0f} GFLOP/s on {options.threads} threads",
-        "| case | library | variant | s/step | tokens/s | peak MB | of floor speed | others' CPU |",
+        f"float32 matrix products: {spread(rates, 0)} GFLOP/s on {options.threads} threads",
+        "| case | library | variant | s/step | tokens/s | peak MB | % of floor speed | others' CPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for entry, runs in results.items():
-        seconds = statistics.median(run["seconds_per_step"] for run in runs)
-        share = "" if entry.variant == "packing" else f"{floor_seconds(entry, runs, rate, options) / seconds:.0%}"
+        share = "" if entry.variant == "packing" else spread((100 * x for x in floor_shares(entry, runs, options)), 0)
         columns = [
             entry.case,
             entry.library,
@@ -130,17 +134,24 @@ def speed_table(results: dict[Entry, list[dict[str, Any]]], options: argparse.Na
     return "\n".join(lines)
 
 
-def floor_seconds(entry: Entry, runs: Sequence[dict[str, Any]], rate: float, options: argparse.Namespace) -> float:
-    """Seconds of a step at the arithmetic floor."""
-    steps = options.warmup + options.steps
-    rows = workload.load_rows(Path(options.folder), entry.method, steps)[
-        options.warmup * workload.BATCH[entry.method] :
-    ]
-    samples = workload.BATCH["grpo"] * workload.GROUP
-    lengths = [count / samples for run in runs for count in run["completion_tokens"][options.warmup :]]
-    cached = entry.variant in ("cached", "precomputed")
-    sampled = statistics.mean(lengths) if lengths else 0.0
-    return floor.step_operations(entry.method, rows, beta=entry.beta, cached=cached, sampled=sampled) / rate
+def floor_shares(entry: Entry, runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[float]:
+    """Of each run, the time that the floor would take over the time that it took, with matrices as fast as in it."""
+    batch = workload.SIZES[options.size].batch[entry.method]
+    rows = workload.load_rows(measure.rows_folder(options), entry.method, options.warmup + options.steps)
+    shares = []
+    for run in runs:
+        lengths = [count / (batch * workload.GROUP) for count in run["completion_tokens"][options.warmup :]]
+        operations = floor.step_operations(
+            entry.method,
+            rows[options.warmup * batch :],
+            options.size,
+            lora=options.lora,
+            beta=entry.beta,
+            cached=entry.variant in ("cached", "precomputed"),
+            sampled=statistics.mean(lengths) if lengths else 0.0,
+        )
+        shares.append(operations / run["matrix_speed"] / run["seconds_per_step"])
+    return shares
 
 
 def ratio_table(results: dict[Entry, list[dict[str, Any]]]) -> str:
@@ -150,14 +161,20 @@ def ratio_table(results: dict[Entry, list[dict[str, Any]]]) -> str:
         for other, other_runs in results.items():
             if own.library == "trl" or other.library != "trl" or own.case != other.case:
                 continue
-            if (own.variant == "cached") != (other.variant == "precomputed"):
-                continue  # a cached reference is compared with a precomputed one, and only with that
+            if not comparable(own.variant, other.variant):
+                continue
             pairs = list(zip(own_runs, other_runs, strict=True))
             name = own.variant if own.library == "ours" else "default, without the Trainer"
             speed = spread(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
             memory = spread(a["peak_mb"] / b["peak_mb"] for a, b in pairs)
             lines.append(f"| {own.case} | {name} | {other.variant} | {speed} | {memory} |")
     return "\n".join(lines)
+
+
+def comparable(own: str, other: str) -> bool:
+    """Whether a variant of ours is set beside one of TRL's: like with like, and our default with all that TRL has."""
+    like = {"cached": "precomputed", "checkpointing": "default"}
+    return like[own] == other if own in like else other != "precomputed"
 
 
 def compare_losses(title: str, theirs: dict[str, Any], own: dict[str, Any]) -> bool:
@@ -205,7 +222,9 @@ def print_profiles(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=measure.METHODS, default=list(measure.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=workload.METHODS, default=list(workload.METHODS))
+    measure.add_workload(parser)
+    parser.add_argument("--lora", action="store_true", help=measure.LORA_HELP)
     parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04], help="GRPO's KL coefficients")
     parser.add_argument("--rounds", type=int, default=3, help="0: only compare numbers")
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps of each process")
@@ -214,7 +233,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--clock", choices=measure.CLOCKS, default="wall", help="cpu with --threads 1: a busy machine")
     parser.add_argument("--trl-python", default=sys.executable, help="interpreter of the environment with TRL")
-    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
     parser.add_argument("--bare", action="store_true", help="also measure ours without the Trainer")
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="also profile; print ROWS operators")
     parser.add_argument("--quiet", type=float, default=0.05, help="largest share of the CPU others may take in a run")
@@ -248,9 +266,8 @@ def main() -> None:
         rows = [run for runs in results.values() for run in runs]
         Path(options.json).write_text(json.dumps({"folder": str(workload_ready), "results": rows}, indent=1))
     if results:
-        print(
-            f"\n{options.rounds} rounds of {options.steps} steps after {options.warmup}: median [smallest, largest]\n"
-        )
+        title = f"{options.size}, {'LoRA' if options.lora else 'all weights'}, {options.rounds} rounds"
+        print(f"\n{title} of {options.steps} steps after {options.warmup}: median [smallest, largest]\n")
         print(speed_table(results, options), ratio_table(results), sep="\n\n")
     if options.profile:
         print_profiles(options)

@@ -14,20 +14,50 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-METHODS = ("sft", "dpo", "grpo")
+import floor
+import workload
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {  # of each library and method, the default first
+    "trl": {
+        "sft": ("default", "no_checkpointing", "padding_free", "packing"),
+        "dpo": ("default", "no_checkpointing", "precomputed"),
+    },
+    "ours": {"dpo": ("default", "checkpointing", "cached")},
+}
+PLAIN = {"trl": ("default", "no_checkpointing"), "ours": ("default", "checkpointing")}  # of the methods not named above
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+LORA_HELP = "train adapters on all linear maps but the head; default: all weights"
 MARK = "RESULT "  # begins the line of standard output that holds the result
 
 
-def arguments(description: str, variants: dict[str, Sequence[str]]) -> argparse.ArgumentParser:
-    """The options of a measured process; `variants` lists each method's variants, the default first."""
+def variants(library: str, method: str) -> tuple[str, ...]:
+    """How a method is measured with a library, the default first."""
+    return VARIANTS[library].get(method, PLAIN[library])
+
+
+def check_variant(library: str, options: argparse.Namespace) -> None:
+    """Ends the process where the method has no such variant."""
+    known = variants(library, options.method)
+    if options.variant not in known:
+        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(known)}")
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """The options that say which workload."""
+    parser.add_argument("--size", choices=workload.SIZES, default="7m", help="parameters of the model")
+    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
+
+
+def arguments(description: str, library: str) -> argparse.ArgumentParser:
+    """The options of a measured process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
-    names = "; ".join(f"{method}: {', '.join(names)}" for method, names in variants.items())
+    parser.add_argument("method", choices=workload.METHODS)
+    names = "; ".join(f"{method}: {', '.join(variants(library, method))}" for method in workload.METHODS)
     parser.add_argument("--variant", default="default", help=names)
+    add_workload(parser)
+    parser.add_argument("--lora", action="store_true", help=LORA_HELP)
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the measured ones")
-    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--clock",
@@ -66,9 +96,11 @@ class StepClock:
         self.warmup = warmup
         self.neighbours = Neighbours()
         self.others = 0.0  # share of the machine that other processes took in the measured steps
+        self.matrix_speeds: list[float] = []  # operations per second, before the first step and after the last
 
     def start(self) -> None:
         """The clock starts just before the first step."""
+        self.matrix_speeds.append(floor.matrix_speed(self.timer))
         self.tick()
 
     def tick(self) -> None:
@@ -174,17 +206,21 @@ def report(
     seconds = clock.seconds
     if not len(seconds) == len(tokens) == len(losses) == options.warmup + options.steps:
         raise RuntimeError(f"{len(seconds)} steps timed, {len(tokens)} token counts, {len(losses)} losses")
-    measured = seconds[options.warmup :]
+    measured, peak = seconds[options.warmup :], peak_rss()
+    speeds = [*clock.matrix_speeds, floor.matrix_speed(clock.timer)]
     result = {
         "library": library,
         "method": options.method,
         "variant": options.variant,
+        "size": options.size,
+        "lora": options.lora,
         "beta": options.beta,
         "seconds_per_step": sum(measured) / len(measured),
         "seconds_median": statistics.median(measured),
         "tokens_per_second": sum(tokens[options.warmup :]) / sum(measured),
-        "peak_mb": peak_rss(),
+        "peak_mb": peak,
         "baseline_mb": baseline_mb,
+        "matrix_speed": statistics.geometric_mean(speeds),
         "other_processes": round(clock.others, 3),
         "seconds": [round(value, 4) for value in seconds],
         "tokens": list(tokens),
@@ -197,7 +233,9 @@ def report(
 
 def rows_folder(options: argparse.Namespace) -> Path:
     """The workload's folder; written by another process if it is not there, so that this one's memory stays its own."""
-    if not (Path(options.folder) / "workload.json").exists():
+    folder = Path(options.folder) / options.size
+    if not workload.is_ready(folder):
         script = Path(__file__).with_name("workload.py")
-        subprocess.run([sys.executable, script, options.folder], check=True, stdout=subprocess.DEVNULL)
-    return Path(options.folder)
+        command = [sys.executable, script, options.folder, "--size", options.size]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder

@@ -55,7 +55,7 @@ def write_tiny_model(folder: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = LlamaConfig(**(workload.MODEL | sizes | {"num_key_value_heads": 1}))
     LlamaForCausalLM(config).save_pretrained(folder / "model")
-    workload.write_tokenizer(folder / "model")
+    workload.write_tokenizer(folder / "model", words=workload.MODEL["vocab_size"] - len(workload.SPECIAL_TOKENS))
 
 
 def tiny_batch(method: str) -> dict[str, Any]:
@@ -68,9 +68,11 @@ def tiny_batch(method: str) -> dict[str, Any]:
     if method == "sft":
         tokens = ids(2)
         return {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    if method == "dpo":
-        rows = {f"{name}_input_ids": ids(2) for name in ("prompt", "chosen", "rejected")}
-        return rows | {key.replace("input_ids", "attention_mask"): torch.ones_like(row) for key, row in rows.items()}
+    if method in ("dpo", "reward", "orpo", "kto"):
+        sides = ("prompt", "completion") if method == "kto" else ("prompt", "chosen", "rejected")
+        rows = {f"{name}_input_ids": ids(2) for name in sides}
+        rows |= {key.replace("input_ids", "attention_mask"): torch.ones_like(row) for key, row in rows.items()}
+        return rows | ({"label": torch.tensor([True, False])} if method == "kto" else {})
     batch = {"prompts": ids(1), "responses": ids(workload.GROUP), "rewards": torch.arange(float(workload.GROUP))}
     masks = {"prompt_attention_mask": "prompts", "response_mask": "responses"}
     return batch | {mask: torch.ones_like(batch[key]) for mask, key in masks.items()}
@@ -116,13 +118,13 @@ def profile(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=list(measure.METHODS))
+    parser.add_argument("methods", nargs="*", default=list(workload.METHODS))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=12, help="functions to list under cProfile; 0: no profile")
     options = parser.parse_args()
-    options.variant, options.beta, options.check = "default", 0.0, False
+    options.variant, options.beta, options.check, options.lora = "default", 0.0, False, False
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

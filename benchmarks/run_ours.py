@@ -1,4 +1,4 @@
-"""One measured training run with this library: `run_ours.py sft|dpo|grpo --variant V`. Prints one line of JSON.
+"""One measured training run with this library: `run_ours.py METHOD --variant V`. Prints one line of JSON.
 
 Goes through `lightning.Trainer`, the modules and the datamodules, as a user's script would; logger, progress bar and
 logging interval are as a user finds them. `--bare` runs the same objective in a plain loop without the Trainer: the
@@ -6,6 +6,7 @@ difference is what the Trainer costs.
 
 Variants, beside `default`:
 
+- `checkpointing`: gradient checkpointing on, as it is in TRL's defaults;
 - `cached` (DPO): the reference's log-probabilities are in the cache before the first measured step, as after a first
   epoch; what filling it costs is in `setup_seconds`.
 """
@@ -29,8 +30,6 @@ import workload
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn.utils.rnn import pad_sequence
 
-VARIANTS = {"sft": ("default",), "dpo": ("default", "cached"), "grpo": ("default",)}
-
 
 def make_optimizer(method: str) -> Any:
     """AdamW as the workload says."""
@@ -40,15 +39,27 @@ def make_optimizer(method: str) -> Any:
 def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = False) -> Any:
     """The module of a method, with hooks that keep every step's unrounded loss."""
     import alignment_modules
+    from alignment_modules.policies import LoraConfig, PolicyConfig
 
-    base = alignment_modules.get_module_class(options.method)
-    common = {"policy": str(folder / "model"), "optimizer": make_optimizer(options.method)}
-    common["tokenizer"] = str(folder / "model")
-    if options.method == "dpo":
-        common |= {"beta": workload.DPO_BETA, "cache_reference": options.variant == "cached"}
-    if options.method == "grpo":
+    base, method = alignment_modules.get_module_class(options.method), options.method
+    policy = PolicyConfig(
+        path=str(folder / "model"),
+        lora=LoraConfig(**workload.LORA) if options.lora else None,
+        gradient_checkpointing=options.variant == "checkpointing",
+        head=base.head,
+    )
+    common = {"policy": policy, "optimizer": make_optimizer(method), "tokenizer": str(folder / "model")}
+    if method in ("dpo", "kto", "orpo"):
+        common["beta"] = workload.BETA
+    if method in ("grpo", "kto", "orpo"):  # these clip by themselves
+        common["max_grad_norm"] = workload.MAX_GRAD_NORM
+    if method == "dpo":
+        common["cache_reference"] = options.variant == "cached"
+    if method == "orpo":  # TRL's likelihood is the mean over the tokens of prompt and chosen completion
+        common |= {"nll_on_prompt": True, "nll_unit": "tokens"}
+    if method == "grpo":
         common |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
-        common |= {"rewards": workload.even_words, "seed": workload.SEED, "max_grad_norm": workload.MAX_GRAD_NORM}
+        common |= {"rewards": workload.even_words, "seed": workload.SEED}
         # TRL's KL term is the k3 estimator times the ratio
         common |= {"beta": options.beta, "kl_estimator": "k3+score"}
 
@@ -57,11 +68,14 @@ def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = Fals
 
         def __init__(self) -> None:
             super().__init__(**common)
+            workload.draw_fresh(self.policy)
             self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
             self.published: list[dict[str, float]] = []
 
         def extra_metrics(self, batch: Any, objective: Any) -> dict[str, Any]:
-            self.steps.append((objective.total.detach(), objective.weight))
+            terms = objective.terms.values()
+            loss = sum(term.scaled.detach() / term.weight for term in terms)
+            self.steps.append((loss, next(iter(terms)).weight))
             return super().extra_metrics(batch, objective)
 
         def publish(self, values: Any, stage: Any, step: int | None = None) -> None:
@@ -83,11 +97,11 @@ def build_data(options: argparse.Namespace, folder: Path) -> Any:
     """The datamodule of a method, reading the workload's file in its order."""
     import datamodules
 
-    classes = {"sft": "SFTDataModule", "dpo": "PreferenceDataModule", "grpo": "PromptDataModule"}
-    return getattr(datamodules, classes[options.method])(
-        train=str(folder / f"{options.method}.jsonl"),
+    classes = {"sft": "SFTDataModule", "kto": "UnpairedDataModule", "grpo": "PromptDataModule"}
+    return getattr(datamodules, classes.get(options.method, "PreferenceDataModule"))(
+        train=str(workload.rows_file(folder, options.method)),
         tokenizer=str(folder / "model"),
-        batch_size=workload.BATCH[options.method],
+        batch_size=workload.SIZES[options.size].batch[options.method],
         max_length=workload.MAX_LENGTH,
         shuffle=False,
     )
@@ -98,18 +112,18 @@ def fixed_batches(options: argparse.Namespace, folder: Path) -> Iterator[dict[st
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    steps, size = options.warmup + options.steps, workload.BATCH["grpo"]
+    steps, size = options.warmup + options.steps, workload.SIZES[options.size].batch["grpo"]
     rows = workload.load_rows(folder, "grpo", steps)
     for step in range(steps):
         prompts = [row["prompt"] for row in rows[step * size : (step + 1) * size]]
         encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        completions = [torch.tensor(ids) for ids in workload.fixed_completions(step)]
+        completions = [torch.tensor(ids) for ids in workload.fixed_completions(step, options.size)]
         yield {
             "prompts": encoded["input_ids"],
             "prompt_attention_mask": encoded["attention_mask"],
             "responses": pad_sequence(completions, batch_first=True, padding_value=workload.PAD),
             "response_mask": pad_sequence([torch.ones_like(ids) for ids in completions], batch_first=True),
-            "rewards": torch.tensor(workload.fixed_rewards(step)),
+            "rewards": torch.tensor(workload.fixed_rewards(step, options.size)),
         }
 
 
@@ -120,7 +134,8 @@ def batch_tokens(batch: dict[str, Any]) -> int:
     if "chosen_input_ids" in batch:
         counts = {name: int(batch[f"{name}_attention_mask"].sum()) for name in ("prompt", "chosen", "rejected")}
         return 2 * counts["prompt"] + counts["chosen"] + counts["rejected"]
-    return int(batch["attention_mask"].sum())
+    names = ("prompt_attention_mask", "completion_attention_mask") if "label" in batch else ("attention_mask",)
+    return sum(int(batch[name].sum()) for name in names)
 
 
 class Watch(L.Callback):
@@ -170,8 +185,7 @@ def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **cha
         "log_every_n_steps": 1 if options.check else 10,  # 10 is TRL's default; Lightning's is 50
         "enable_checkpointing": False,
         "callbacks": [watch],
-        # GRPO clips by itself
-        "gradient_clip_val": None if options.method == "grpo" else workload.MAX_GRAD_NORM,
+        "gradient_clip_val": workload.MAX_GRAD_NORM if module.automatic_optimization else None,
     }
     trainer = L.Trainer(**(keywords | changes))
     if isinstance(data, L.LightningDataModule):
@@ -182,14 +196,12 @@ def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **cha
 
 def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> None:
     """Trains in a plain loop: forward, backward, clip, step."""
-    from alignment_modules.training.schedules import parameter_groups
-
     if isinstance(data, L.LightningDataModule):
         data.prepare_data()
         data.setup("fit")
         data = data.train_dataloader()
     module.train()
-    optimizer = module.make_optimizer(parameter_groups(module))
+    optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     watch.clock.start()
     steps = options.warmup + options.steps
@@ -197,7 +209,7 @@ def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> N
         watch.tokens.append(batch_tokens(batch))
         objective = module.objective(module.annotate(module.roll_out(batch)) if options.method == "grpo" else batch)
         module.extra_metrics(batch, objective)
-        (objective.total / objective.weight).backward()
+        sum(term.scaled / term.weight for term in objective.terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -208,11 +220,10 @@ def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> N
 
 def main() -> None:
     """Run, measure, print."""
-    parser = measure.arguments(__doc__ or "", VARIANTS)
+    parser = measure.arguments(__doc__ or "", "ours")
     parser.add_argument("--bare", action="store_true", help="a plain loop in place of the Trainer")
     options = parser.parse_args()
-    if options.variant not in VARIANTS[options.method]:
-        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(VARIANTS[options.method])}")
+    measure.check_variant("ours", options)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     torch.set_num_threads(options.threads)
     L.seed_everything(workload.SEED)
@@ -244,7 +255,7 @@ def main() -> None:
         library="bare" if options.bare else "ours",
         clock=clock,
         tokens=tokens,
-        losses=[(total / weight).item() for total, weight in module.steps],
+        losses=[loss.item() for loss, _ in module.steps],
         baseline_mb=baseline,
         profile=profile.stop(),
         grad_norms=[values["grad_norm"] for values in module.published if "grad_norm" in values],

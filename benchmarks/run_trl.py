@@ -1,4 +1,6 @@
-"""One measured TRL training run: `run_trl.py sft|dpo|grpo --variant V`. Prints one line of JSON.
+"""One measured TRL training run: `run_trl.py METHOD --variant V`. Prints one line of JSON.
+
+ORPO's trainer is an experimental one of TRL, the others are stable.
 
 Variants, beside `default` (TRL's own settings: gradient checkpointing on):
 
@@ -14,31 +16,28 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import measure
 import torch
 import workload
 
-VARIANTS = {
-    "sft": ("default", "no_checkpointing", "padding_free", "packing"),
-    "dpo": ("default", "no_checkpointing", "precomputed"),
-    "grpo": ("default", "no_checkpointing"),
-}
-PACKED_ROWS = 2  # packed rows of 1024 tokens per step: about as many tokens as 8 rows unpacked
+PACKED_ROWS = {"7m": 2, "135m": 1}  # of 1024 tokens per step: about as many tokens as 8 and 4 rows unpacked
 
 
 def config_values(options: Any) -> dict[str, Any]:
     """Keywords of the trainer's config that are the same for all methods."""
-    from workload import ADAM, BATCH, LEARNING_RATE, MAX_GRAD_NORM, SEED
+    from workload import ADAM, LEARNING_RATE, MAX_GRAD_NORM, SEED, SIZES
 
     values = {
         "output_dir": f"{options.folder}/trl",
         "max_steps": options.warmup + options.steps,
-        "per_device_train_batch_size": BATCH[options.method],
+        "per_device_train_batch_size": SIZES[options.size].batch[options.method],
         "learning_rate": LEARNING_RATE[options.method],
         "lr_scheduler_type": "constant",
         "adam_beta1": ADAM["betas"][0],
@@ -94,6 +93,8 @@ def measured(base: type) -> type:
                 self.tokens.append(completions + int(inputs["prompt_mask"].sum()))
             elif "attention_mask" in inputs:
                 self.tokens.append(int(inputs["attention_mask"].sum()))
+            elif "chosen_attention_mask" in inputs:
+                self.tokens.append(sum(int(inputs[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected")))
             else:
                 self.tokens.append(inputs["input_ids"].numel())
             loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -115,37 +116,64 @@ def build(options: Any, folder: Any) -> Any:
     data = Dataset.from_list(rows)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     common = {"model": str(folder / "model"), "train_dataset": data, "processing_class": tokenizer}
-    if options.method == "sft":
-        values["train_sampling_strategy"] = "sequential"
-        if options.variant == "padding_free":
-            values |= {"padding_free": True, "max_length": None}
-        if options.variant == "packing":
-            values |= {"packing": True, "max_length": 1024, "per_device_train_batch_size": PACKED_ROWS}
-        return measured(trl.SFTTrainer)(args=trl.SFTConfig(**values), **common)
-    if options.method == "dpo":
-        values |= {"train_sampling_strategy": "sequential", "beta": workload.DPO_BETA}
-        values["precompute_ref_log_probs"] = options.variant == "precomputed"
-        return measured(trl.DPOTrainer)(args=trl.DPOConfig(**values), **common)
-    values["per_device_train_batch_size"] *= workload.GROUP
-    values |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
-    values |= {"beta": options.beta, "shuffle_dataset": False}
-    if options.check:
-        common["rollout_func"] = fixed_rollout
-    return measured(trl.GRPOTrainer)(args=trl.GRPOConfig(**values), reward_funcs=workload.even_words, **common)
+    if options.lora:
+        common["peft_config"] = adapters(options.method)
+    if options.method == "grpo":
+        values["per_device_train_batch_size"] *= workload.GROUP
+        values |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
+        values |= {"beta": options.beta, "shuffle_dataset": False}
+        if options.check:
+            common["rollout_func"] = partial(fixed_rollout, size=options.size)
+        return measured(trl.GRPOTrainer)(args=trl.GRPOConfig(**values), reward_funcs=workload.even_words, **common)
+    values["train_sampling_strategy"] = "sequential"
+    if options.variant == "padding_free":
+        values |= {"padding_free": True, "max_length": None}
+    if options.variant == "packing":
+        values |= {"packing": True, "max_length": 1024, "per_device_train_batch_size": PACKED_ROWS[options.size]}
+    if options.variant == "precomputed":
+        values["precompute_ref_log_probs"] = True
+    if options.method in ("dpo", "kto", "orpo"):
+        values["beta"] = workload.BETA
+    trainer, config = trainer_classes(options.method)
+    return measured(trainer)(args=config(**values), **common)
 
 
-def fixed_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+def trainer_classes(method: str) -> tuple[type, type]:
+    """TRL's trainer of a method, and the trainer's configuration."""
+    import trl
+
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        return ORPOTrainer, ORPOConfig
+    names = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward"}
+    return getattr(trl, f"{names[method]}Trainer"), getattr(trl, f"{names[method]}Config")
+
+
+def adapters(method: str) -> Any:
+    """The workload's LoRA as peft takes it; a reward model's head is trained whole beside it."""
+    from peft import LoraConfig
+
+    scalar = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    return LoraConfig(
+        r=workload.LORA["r"],
+        lora_alpha=workload.LORA["alpha"],
+        target_modules="all-linear",
+        **(scalar if method == "reward" else {"task_type": "CAUSAL_LM"}),
+    )
+
+
+def fixed_rollout(prompts: list[str], trainer: Any, size: str) -> dict[str, Any]:
     """The workload's completions of this step, in place of sampled ones."""
     ids = trainer.processing_class(text=prompts)["input_ids"]
-    completions = workload.fixed_completions(trainer.state.global_step)
+    completions = workload.fixed_completions(trainer.state.global_step, size)
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
 
 def main() -> None:
     """Run, measure, print."""
-    options = measure.arguments(__doc__ or "", VARIANTS).parse_args()
-    if options.variant not in VARIANTS[options.method]:
-        raise SystemExit(f"--variant {options.variant}: {options.method} has {', '.join(VARIANTS[options.method])}")
+    options = measure.arguments(__doc__ or "", "trl").parse_args()
+    measure.check_variant("trl", options)
     torch.set_num_threads(options.threads)
     folder = measure.rows_folder(options)
     import trl  # noqa: F401  (the baseline of memory is that of the imports)
@@ -154,6 +182,7 @@ def main() -> None:
     clock, profile = measure.StepClock(options.warmup, measure.CLOCKS[options.clock]), measure.Profile(options.profile)
     began = time.perf_counter()
     trainer = build(options, folder)
+    workload.draw_fresh(trainer.model)
     setup = time.perf_counter() - began
     trainer.prepare_measurement(options, clock, profile)
     trainer.train()

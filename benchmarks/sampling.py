@@ -8,7 +8,6 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -22,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--folder", default="runs/benchmark", help="where the workload is, or is written")
+    measure.add_workload(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = measure.rows_folder(options)
@@ -33,8 +32,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     parameters = SamplingParameters(workload.MAX_COMPLETION, stop_token_ids=(workload.EOS,))
-    size, samples = workload.BATCH["grpo"], workload.GROUP
-    rows = workload.load_rows(Path(folder), "grpo", options.rounds + 1)
+    size, samples = workload.SIZES[options.size].batch["grpo"], workload.GROUP
+    rows = workload.load_rows(folder, "grpo", options.rounds + 1)
 
     def ours(ids: torch.Tensor, mask: torch.Tensor, step: int) -> int:
         drawn = sample(policy, ids, mask, parameters=parameters, num_samples=samples, step=step)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from alignment_modules.training.schedules import bind_total_steps, parameter_groups
@@ -105,18 +105,19 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
 
 
 def fuse(optimizer: Optimizer) -> None:
-    """Has torch's own optimizers read and write each parameter on the CPU once a step, where nothing else is asked for.
+    """Has torch's Adam and AdamW read and write each parameter on the CPU once a step, where nothing else is asked for.
 
     Otherwise torch takes about ten passes over memory there; on an accelerator its own choice stays. Rounding differs.
 
     Args:
-        optimizer: One whose groups have the options `fused` and `foreach`, and leave both at None; others stay as they
-            are.
+        optimizer: One whose groups leave `fused` and `foreach` at None; others stay as they are.
     """
+    if not isinstance(optimizer, Adam):
+        return
     for group in optimizer.param_groups:
-        plain = not any(group.get(name) for name in ("capturable", "differentiable"))
-        free = "fused" in group and group["fused"] is None and group.get("foreach") is None
-        if plain and free and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):
+        free = group["fused"] is None and group["foreach"] is None
+        free = free and not (group["capturable"] or group["differentiable"])
+        if free and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):
             group["fused"] = True
 
 

@@ -18,7 +18,7 @@ def parameters(dtype=torch.float32):
     return made
 
 
-@pytest.mark.parametrize("make", [Adam, AdamW, functools.partial(SGD, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("make", [Adam, AdamW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fused_update_is_the_plain_one(make, dtype):
     plain, fused = parameters(dtype), parameters(dtype)
@@ -39,10 +39,10 @@ def test_what_was_chosen_stays(chosen):
     assert optimizer.param_groups[0]["fused"] is chosen.get("fused")
 
 
-def test_optimizers_without_the_option_and_other_devices_are_left_alone():
-    optimizer = torch.optim.Rprop(parameters())
+def test_other_optimizers_and_devices_are_left_alone():
+    optimizer = SGD(parameters(), lr=0.1)  # of embeddings with sparse gradients, which a fused update refuses
     fuse(optimizer)
-    assert "fused" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["fused"] is None
     away = AdamW([torch.nn.Parameter(torch.zeros(2, device="meta"))])
     fuse(away)
     assert away.param_groups[0]["fused"] is None

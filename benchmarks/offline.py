@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -44,11 +45,11 @@ OF_CHOSEN: dict[str, tuple[str, ...]] = {
     "control: SFT on the chosen side": (),
 }
 REWARD_MODEL = "reward model"
-# Judging a sum is learnt all at once, after some 1,200 steps; until then the pairs of few problems are learnt by heart.
+# Judging a sum is learnt all at once, after some 1,200 steps; by then the pairs of few problems are learnt by heart.
 REWARD_PROBLEMS = 20_000
 REWARD = (
     *("--model.evaluation", "null", "--model.optimizer.init_args.lr", "1e-3"),
-    *("--data.batch_size", "64", "--trainer.max_epochs", "16"),
+    *("--data.batch_size", "64", "--trainer.max_epochs", "10"),
 )
 HELD = {**METHODS, "distillation from GRPO": ()}
 
@@ -116,8 +117,14 @@ class Offline:
     def reward_model(
         self, split: str = "test", options: Sequence[str] = REWARD, problems: int = REWARD_PROBLEMS
     ) -> dict[str, float]:
-        """Trains a reward model on pairs of training problems; on samples of a split's problems, what it is worth."""
-        pairs, held_out, folder = self.samples("train", problems), self.samples(split, HELD_OUT), self.root / "reward"
+        """Trains a reward model on pairs of training problems; on samples of a split's problems, what it is worth.
+
+        The pairs are all of a right and a wrong completion; of each held-out problem one is judged.
+        """
+        samples, held_out, folder = self.samples("train", problems), self.samples(split, HELD_OUT), self.root / "reward"
+        pairs = samples.with_name("pairs.jsonl")
+        with samples.open() as lines:
+            pairs.write_text("".join(json.dumps(pair) + "\n" for line in lines for pair in _pairs(json.loads(line))))
         policy = str(self.root / "sft" / "export")
         model = ["--model", "RewardModule", "--model.policy.path", policy, "--model.policy.head", "scalar"]
         rows = ["--trainer.default_root_dir", str(folder), "--data.seed", str(self.seed)]
@@ -192,6 +199,13 @@ def main() -> None:
     for bar, held in bars.items():
         print(f"{'held' if all(held) else 'MISSED'}: {bar} ({sum(held)} of {len(held)} seeds)")
     sys.exit(not all(all(held) for held in bars.values()))
+
+
+def _pairs(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every completion that is right, each once, against every other that is wrong."""
+    best, judged = max(row["rewards"]), dict(zip(row["completions"], row["rewards"], strict=True))
+    right, wrong = ([text for text, reward in judged.items() if (reward == best) == good] for good in (True, False))
+    return [{"prompt": row["prompt"], "chosen": one, "rejected": other} for one in right for other in wrong]
 
 
 def _best(row: dict[str, list[float]]) -> object:

@@ -67,6 +67,9 @@ def test_a_method_is_trained_and_measured(offline, name):
 def test_a_reward_model_is_trained_and_picks(offline, monkeypatch):
     monkeypatch.setattr(offline, "samples", lambda split, size: offline.pairs)
     found = offline.reward_model()
+    rows = [json.loads(line) for line in (offline.pairs.parent / "pairs.jsonl").read_text().splitlines()]
+    assert rows[0] == {"prompt": "743+685=", "chosen": "3390", "rejected": "3391"}
+    assert len(rows) == 3  # a problem without a wrong completion has none
     assert 0 <= found["held-out pair accuracy"] <= 1
     assert found["best of 8 by the verifier"] == 1.0
     assert found["one sample"] == pytest.approx(0.625)

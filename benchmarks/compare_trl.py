@@ -104,6 +104,13 @@ def timed(entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
     return min(results, key=lambda result: result["other_processes"])
 
 
+def save(results: dict[Entry, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Writes what was measured so far, so that a call that is cut short leaves it."""
+    if options.json:
+        rows = [run for runs in results.values() for run in runs]
+        Path(options.json).write_text(json.dumps({"folder": options.folder, "results": rows}, indent=1))
+
+
 def spread(values: Iterable[float], digits: int = 2) -> str:
     """Median and range."""
     values = sorted(values)
@@ -237,14 +244,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS", help="also profile; print ROWS operators")
     parser.add_argument("--quiet", type=float, default=0.05, help="largest share of the CPU others may take in a run")
     parser.add_argument("--retries", type=int, default=2, help="repetitions of a run that was not quiet")
-    parser.add_argument("--json", help="write all results to this file")
+    parser.add_argument("--json", help="write all results to this file, after each process")
     return parser.parse_args()
 
 
 def main() -> None:
     """Check, measure in turn, print."""
     options = parse()
-    workload_ready = measure.rows_folder(options)
+    measure.rows_folder(options)
     good = check(options) if options.check_steps else True
     entries = plan(options)
     results: dict[Entry, list[dict[str, Any]]] = {entry: [] for entry in entries} if options.rounds else {}
@@ -252,6 +259,7 @@ def main() -> None:
         for entry in entries:
             result = timed(entry, options)
             results[entry].append(result)
+            save(results, options)
             print(
                 f"round {number + 1}: {entry.case}, {entry.library} {entry.variant}: "
                 f"{result['seconds_per_step']:.2f} s/step, {result['tokens_per_second']:.0f} tokens/s",
@@ -262,9 +270,6 @@ def main() -> None:
         if entry.library == "ours" and entry.variant == "default" and entry.method != "grpo":
             for other in [e for e in results if e.library == "trl" and e.case == entry.case and e.variant != "packing"]:
                 good &= compare_losses(f"timed {entry.case}, TRL {other.variant}", results[other][0], runs[0])
-    if options.json:
-        rows = [run for runs in results.values() for run in runs]
-        Path(options.json).write_text(json.dumps({"folder": str(workload_ready), "results": rows}, indent=1))
     if results:
         title = f"{options.size}, {'LoRA' if options.lora else 'all weights'}, {options.rounds} rounds"
         print(f"\n{title} of {options.steps} steps after {options.warmup}: median [smallest, largest]\n")

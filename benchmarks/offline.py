@@ -45,10 +45,12 @@ OF_CHOSEN: dict[str, tuple[str, ...]] = {
     "control: SFT on the chosen side": (),
 }
 REWARD_MODEL = "reward model"
-# Judging a sum is learnt all at once, after some 1,200 steps; by then the pairs of few problems are learnt by heart.
+# Pairs of few problems are learnt by heart before the model can judge a sum, and so they are with a short warm-up.
 REWARD_PROBLEMS = 20_000
 REWARD = (
     *("--model.evaluation", "null", "--model.optimizer.init_args.lr", "1e-3"),
+    *("--model.lr_scheduler", "WarmupStableDecaySchedule", "--model.lr_scheduler.init_args.warmup_steps", "100"),
+    *("--model.lr_scheduler.init_args.decay_share", "0.3"),
     *("--data.batch_size", "64", "--trainer.max_epochs", "10"),
 )
 HELD = {**METHODS, "distillation from GRPO": ()}

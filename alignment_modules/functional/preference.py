@@ -82,6 +82,11 @@ class Preference:
         self._check_use("f_divergence", self.f_divergence, "reverse_kl", OF_DIFFERENCES, "takes no difference")
         self._check_use("dpop_coef", self.dpop_coef, 0, OF_DIFFERENCES, "takes no difference")
         self._check_use("ipo_logps", self.ipo_logps, "mean", {"ipo"}, "is another")
+        self._check_use("discopop_tau", self.discopop_tau, 0.05, {"discopop"}, "is another")
+        if self.alpha != 0.5 and self.f_divergence != "alpha":
+            raise ValueError(
+                f"alpha={self.alpha} is the coefficient of f_divergence='alpha', got f_divergence={self.f_divergence!r}"
+            )
         if "exo_pair" in self.losses and not self.label_smoothing:
             raise ValueError("label_smoothing must be > 0 for loss='exo_pair' (its paper uses 1e-3), got 0")
         if self.dpop_coef and self.f_divergence != "reverse_kl":
@@ -105,9 +110,15 @@ class Preference:
         return not SORTED.isdisjoint(self.losses)
 
     @property
+    def of_means(self) -> tuple[str, ...]:
+        """The losses that take means over tokens; the others take sums."""
+        means = [name for name in self.losses if LOSSES[name].of_means]
+        return tuple(name for name in means if name != "ipo" or self.ipo_logps == "mean")
+
+    @property
     def normalised(self) -> bool:
         """Whether a loss compares means over tokens; else all compare sums."""
-        return "sigmoid_norm" in self.losses or ("ipo" in self.losses and self.ipo_logps == "mean")
+        return not OF_DIFFERENCES.isdisjoint(self.of_means)
 
     def _check_weights(self) -> None:
         given = self.weights
@@ -207,7 +218,7 @@ class Preference:
             rejected_lengths=rejected.lengths,
             partners=partners,
         )
-        first, *others = (LOSSES[name](pairs, self) for name in self.losses)
+        first, *others = (LOSSES[name].formula(pairs, self) for name in self.losses)
         if self.weights is None:
             return sum(others, start=first)
         weighted = (weight * values for weight, values in zip(self.weights, (first, *others), strict=True))

@@ -113,8 +113,7 @@ def _apo_zero(pairs: Pairs, options: Options) -> Tensor:
 
 
 def _apo_down(pairs: Pairs, options: Options) -> Tensor:
-    margin = options.beta * (pairs.chosen - pairs.rejected)
-    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-margin)
+    return torch.sigmoid(options.beta * pairs.chosen) + torch.sigmoid(-options.beta * pairs.difference)
 
 
 def _aot(pairs: Pairs, options: Options) -> Tensor:
@@ -150,28 +149,41 @@ def _sft(pairs: Pairs, options: Options) -> Tensor:
     return -per_token(pairs.policy_chosen, pairs.chosen_lengths)
 
 
-LOSSES: dict[str, Callable[[Pairs, Options], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "robust": _robust,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "exo_pair": _exo_pair,
-    "nca_pair": _nca_pair,
-    "bco_pair": _bco_pair,
-    "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
-    "apo_down": _apo_down,
-    "aot": _aot,
-    "aot_unpaired": _aot_unpaired,
-    "discopop": _discopop,
-    "sigmoid_norm": _sigmoid_norm,
-    "sft": _sft,
+class PairLoss(NamedTuple):
+    """A loss of the family.
+
+    Attributes:
+        formula: Gives `[batch]`.
+        smoothed: Whether it has a term for labels that are wrong.
+        of_difference: Whether it is written in the difference of the two sides' scores.
+        of_means: Whether it takes means over tokens; "ipo" sums, where these are asked for.
+        sorts: Whether it sorts the pairs that it is given.
+    """
+
+    formula: Callable[[Pairs, Options], Tensor]
+    smoothed: bool = False
+    of_difference: bool = False
+    of_means: bool = False
+    sorts: bool = False
+
+
+LOSSES = {
+    "sigmoid": PairLoss(_sigmoid, smoothed=True, of_difference=True),
+    "robust": PairLoss(_robust, smoothed=True, of_difference=True),
+    "ipo": PairLoss(_ipo, of_difference=True, of_means=True),
+    "hinge": PairLoss(_hinge, of_difference=True),
+    "exo_pair": PairLoss(_exo_pair, smoothed=True, of_difference=True),
+    "nca_pair": PairLoss(_nca_pair),
+    "bco_pair": PairLoss(_bco_pair),
+    "sppo_hard": PairLoss(_sppo_hard),
+    "apo_zero": PairLoss(_apo_zero),
+    "apo_down": PairLoss(_apo_down, of_difference=True),
+    "aot": PairLoss(_aot, smoothed=True, sorts=True),
+    "aot_unpaired": PairLoss(_aot_unpaired, smoothed=True, sorts=True),
+    "discopop": PairLoss(_discopop, of_difference=True),
+    "sigmoid_norm": PairLoss(_sigmoid_norm, smoothed=True, of_difference=True, of_means=True),
+    "sft": PairLoss(_sft, of_means=True),
 }
-SMOOTHED = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
-"""Those with a term for labels that are wrong."""
-
-OF_DIFFERENCES = frozenset({"sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "exo_pair", "discopop"})
-"""Those written in the difference of the two sides' scores."""
-
-SORTED = frozenset({"aot", "aot_unpaired"})
-"""Those that sort the pairs they are given."""
+SMOOTHED = frozenset(name for name, loss in LOSSES.items() if loss.smoothed)
+OF_DIFFERENCES = frozenset(name for name, loss in LOSSES.items() if loss.of_difference)
+SORTED = frozenset(name for name, loss in LOSSES.items() if loss.sorts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,35 @@ from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_same_shape
 from alignment_modules.functional.kl import exp_bounded
+from alignment_modules.functional.preference import Preference
+from alignment_modules.functional.preference_losses import LOSSES
 from alignment_modules.functional.ranges import Finite, NonNegative, Positive, Range, check_options
 
 ReferenceFreeLoss = Literal["sigmoid", "hinge", "ipo", "simpo"]
 REFERENCE_FREE_LOSSES = get_args(ReferenceFreeLoss)
 """Names that `reference_free_loss` takes."""
+
+
+class ReferenceFree(NamedTuple):
+    """A loss of this family.
+
+    Attributes:
+        preference: Which of `PREFERENCE_LOSSES` it is, with a reference that finds all completions equally likely.
+        of_means: Whether it is meant for means over tokens; else for sums.
+        has_margin: Whether it has a target margin.
+    """
+
+    preference: str
+    of_means: bool = False
+    has_margin: bool = False
+
+
+FORMS: dict[str, ReferenceFree] = {
+    "sigmoid": ReferenceFree("sigmoid"),
+    "hinge": ReferenceFree("hinge"),
+    "ipo": ReferenceFree("ipo", of_means=True),
+    "simpo": ReferenceFree("sigmoid", of_means=True, has_margin=True),
+}
 
 _MAX_EXPONENT = 40.0  # AlphaPO's power is bounded as that of the alpha-divergence is
 
@@ -74,13 +98,17 @@ def check_reference_free(*, loss: str, label_smoothing: float, gamma: float) -> 
         ValueError: If the loss is unknown, or has no term that an option belongs to.
     """
     check_choice("loss", loss, REFERENCE_FREE_LOSSES)
-    if label_smoothing and loss not in ("sigmoid", "simpo"):
+    smoothed = [name for name, form in FORMS.items() if LOSSES[form.preference].smoothed]
+    if label_smoothing and loss not in smoothed:
         raise ValueError(
             f"label_smoothing must be 0 for loss={loss!r}, which has no such term, got {label_smoothing}; it is used "
-            "by sigmoid, simpo"
+            f"by {', '.join(smoothed)}"
         )
-    if gamma and loss != "simpo":
-        raise ValueError(f"gamma must be 0 for loss={loss!r}, which has no target margin, got {gamma}; simpo has one")
+    if gamma and not FORMS[loss].has_margin:
+        having = ", ".join(name for name, form in FORMS.items() if form.has_margin)
+        raise ValueError(
+            f"gamma must be 0 for loss={loss!r}, which has no target margin, got {gamma}; {having} has one"
+        )
 
 
 def reference_free_loss(
@@ -126,13 +154,10 @@ def reference_free_loss(
     check_options(reference_free_loss, locals())
     check_reference_free(loss=loss, label_smoothing=label_smoothing, gamma=gamma)
     check_same_shape(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    difference = _alpha_reward(chosen_logps, alpha) - _alpha_reward(rejected_logps, alpha)
-    if loss == "hinge":
-        return F.relu(1 - beta * difference)
-    if loss == "ipo":
-        return (difference - 1 / (2 * beta)).square()
-    logits = beta * difference - gamma
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    preference = Preference(FORMS[loss].preference, beta, label_smoothing)
+    same = torch.zeros_like(chosen_logps)
+    chosen, rejected = _alpha_reward(chosen_logps, alpha), _alpha_reward(rejected_logps, alpha)
+    return preference(chosen, rejected, same, same, margins=torch.full_like(same, gamma) if gamma else None)
 
 
 def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:

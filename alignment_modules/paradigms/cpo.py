@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from alignment_modules.functional import ReferenceFreeLoss, check_reference_free, reference_free_loss
 from alignment_modules.functional.ranges import Finite, NonNegative, Positive, Range, check_options
+from alignment_modules.functional.reference_free import FORMS
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
@@ -65,7 +66,7 @@ class CPOModule(AlignmentModule):
             "label_smoothing": label_smoothing,
         }
         self.nll_coef = (0.0 if simpo or alpha else 1.0) if nll_coef is None else nll_coef
-        self.takes_means = loss in ("simpo", "ipo") or alpha != 0
+        self.takes_means = FORMS[loss].of_means or alpha != 0
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """Each prompt with its two completions."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from alignment_modules.functional import Divergence
 from alignment_modules.functional.divergence import JsdBeta
-from alignment_modules.functional.logprobs import IGNORED_TARGET
 from alignment_modules.functional.ranges import Positive, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.divergence import divergence
@@ -69,6 +68,8 @@ class DistillationModule(AlignmentModule):
         **common: Any,
     ) -> None:
         check_options(DistillationModule.__init__, locals())
+        if jsd_beta != 0.5 and divergence != "jsd":
+            raise ValueError(f"jsd_beta={jsd_beta} is of divergence='jsd', got divergence={divergence!r}")
         super().__init__(**common)
         self.options: Any = {"kind": divergence, "jsd_beta": jsd_beta, "temperature": temperature}
         several = _by_name(teacher)
@@ -103,7 +104,7 @@ class DistillationModule(AlignmentModule):
         lessons: dict[str, Reading] = {}
         for name, companion in self._teachers():  # before the policy, whose graph would be held meanwhile
             with companion.reading() as model:
-                lessons[name] = read(model, self._lesson(name, batch) if name else segments)
+                lessons[name] = read(model, self._lesson(name, batch, segments) if name else segments)
         reading = read(self.policy, segments)
         mask = segments.mask()
         parts = {
@@ -164,11 +165,9 @@ class DistillationModule(AlignmentModule):
         else:
             yield "", self.teacher
 
-    def _lesson(self, name: str, batch: Mapping[str, Any]) -> Segments:
-        """What one of several teachers reads: the rows that name it. Rows without targets are not computed."""
-        labels = batch["labels"]
-        named = torch.tensor([whose == name for whose in batch["teacher"]], device=labels.device)
-        return self.segments({**batch, "labels": labels.where(named[:, None], IGNORED_TARGET)})
+    def _lesson(self, name: str, batch: Mapping[str, Any], segments: Segments) -> Segments:
+        """What one of several teachers reads: the rows that name it."""
+        return segments.of_rows(torch.tensor([whose == name for whose in batch["teacher"]]))
 
 
 def _path(teacher: Any) -> str | None:

@@ -13,7 +13,15 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.pairs import PAIR_KEYS, ScoredPairs, pair_keys, pair_segments, row_means, score_pairs
+from alignment_modules.training.pairs import (
+    COLUMNS,
+    PAIR_KEYS,
+    ScoredPairs,
+    pair_keys,
+    pair_segments,
+    row_means,
+    score_pairs,
+)
 from alignment_modules.training.pieces import cut_as
 from alignment_modules.training.reference_sync import ReferenceSync, SyncReference
 from alignment_modules.training.updates import UpdateModule
@@ -112,7 +120,7 @@ class DPOModule(UpdateModule):
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """Each prompt with its two completions."""
-        return pair_segments(batch)
+        return pair_segments(batch, takes=COLUMNS)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Moves a reference that follows the policy, before the step that is the first to see it moved."""
@@ -242,8 +250,7 @@ def _check_together(
     Raises:
         ValueError: Naming them.
     """
-    means = preference.normalised or "sft" in preference.losses
-    if ld_alpha != 1 and means:
+    if ld_alpha != 1 and preference.of_means:
         raise ValueError(
             f"ld_alpha={ld_alpha} weighs the tokens of sums, and loss={preference.loss!r} compares means over tokens: "
             "leave it at 1, or use another loss (or ipo_logps='sum')"

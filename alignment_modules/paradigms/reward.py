@@ -13,7 +13,7 @@ from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.pairs import PAIR_KEYS, pair_statistics
+from alignment_modules.training.pairs import PAIR_KEYS, pair_segments, pair_statistics
 
 _BINS = 10  # of the calibration error, equally wide over probabilities from 0.5 to 1
 
@@ -50,7 +50,7 @@ class RewardModule(AlignmentModule):
 
     def segments(self, batch: Mapping[str, Any]) -> Segments:
         """Each completion's last token, behind the prompt that it shares."""
-        return Segments.from_pairs(*(batch[key] for key in self.batch_keys), reads="last")
+        return pair_segments(batch, takes=["margin"], reads="last")
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The loss summed over the pairs whose completions both have a token."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import has_adapter, merged_state
+from alignment_modules.policies.lora import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
 from alignment_modules.policies.weights import without_bar
 
@@ -126,6 +126,8 @@ def check_export(
     if lora == "merge":
         if adapters and not has_adapter(policy):
             raise ValueError("lora='merge': adapters of this kind cannot be merged; use lora='adapter'.")
+        if adapters:
+            check_mergeable(policy)
         return
     if not adapters or not hasattr(policy, "get_base_model"):
         raise ValueError(f"lora='adapter': the policy {type(policy).__name__} has no adapters; use lora='merge'.")
@@ -133,7 +135,7 @@ def check_export(
         raise ValueError(
             "lora='adapter': the base model under these adapters is not on disk (it was built from a config, had an "
             "adapter merged into it on loading, or got tokens by policy.added_tokens), so nobody could load them. Use "
-            "lora='merge', or export the base first and train from that folder."
+            "lora='merge', or export the base first (`export_policy`) and train from that folder."
         )
     if Path(_base_path(policy)).resolve() == target:
         raise ValueError(

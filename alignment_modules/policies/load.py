@@ -144,6 +144,12 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
         )
         if add_tokens(model, tokenizer, policy.added_tokens):
+            if policy.quantization is not None:
+                raise ValueError(
+                    f"policy.added_tokens={policy.added_tokens!r} with policy.quantization={policy.quantization!r}: "
+                    "what is trained could not be exported, since the base with these tokens is on no disk. Write that "
+                    "base first (`export_policy`), without quantization, and train from its folder."
+                )
             _forget_folder(model)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)

@@ -101,7 +101,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
             for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
                 warnings.filterwarnings("ignore", message=message)
             return peft.get_peft_model(model, adapter)  # type: ignore[arg-type,unused-ignore]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
             f"lora.target_modules={config.target_modules!r} adapts nothing in {type(model).__name__}; its linear "
@@ -186,17 +186,22 @@ def _trained_rows(model: nn.Module, config: LoraConfig) -> dict[str, list[int]] 
 
 def adapter_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Lists (name, module) of the outermost modules that `peft` put in place of others, in registration order."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in _every_layer(module):
+        if not found or not name.startswith(f"{found[-1][0]}."):
+            found.append((name, child))
+    return found
+
+
+def _every_layer(module: nn.Module) -> list[tuple[str, Any]]:
+    """The same with those inside of others: of a module's several parameters each has a layer around the former."""
     if "peft" not in sys.modules:  # nobody can have made an adapter
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_modules():
-        inside = found and name.startswith(f"{found[-1][0]}.")
-        if not inside and isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            found.append((name, child))
-    return found
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [(name, child) for name, child in module.named_modules() if isinstance(child, kinds)]
 
 
 def has_adapter(module: nn.Module) -> bool:
@@ -214,7 +219,7 @@ def adapter_off(policy: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The policy, which now computes what its base computes.
     """
-    layers: list[Any] = [layer for _, layer in adapter_layers(policy)]
+    layers = [layer for _, layer in _every_layer(policy)]
     disabled = [layer.disable_adapters for layer in layers]
     trainable = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:
@@ -238,8 +243,9 @@ def adapter_is_identity(policy: nn.Module) -> bool:
     from peft.utils.other import ModulesToSaveWrapper
 
     own: set[int] = set()
-    layers: list[tuple[str, Any]] = adapter_layers(policy)
-    for _, layer in layers:
+    for _, layer in _every_layer(policy):
+        if type(layer).__name__ == "TrainableTokensLayer":  # of a wrapper, which is another of the layers
+            continue
         if isinstance(layer, ModulesToSaveWrapper):
             saved = [layer.modules_to_save[name] for name in layer.active_adapters]
             if any(not _equal(layer.original_module, module) for module in saved):
@@ -267,6 +273,23 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     return left.keys() == right.keys() and all(left[key].is_meta or torch.equal(left[key], right[key]) for key in left)
 
 
+def check_mergeable(policy: nn.Module) -> None:
+    """Refuses adapters whose base would round them away.
+
+    Args:
+        policy: A model with adapters.
+
+    Raises:
+        ValueError: The base is quantized.
+    """
+    base: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            "lora='merge': the base is quantized and merging would round the adapter away. Export with "
+            "lora='adapter'; loading that folder without quantization merges it into the full-precision base."
+        )
+
+
 def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """The weights of the policy's base with the active adapters merged in, computed beside the live model.
 
@@ -281,13 +304,8 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     Raises:
         ValueError: A merged weight is not finite, or the base is quantized.
     """
+    check_mergeable(policy)
     base: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "lora='merge': the base is quantized and merging would round the adapter away. Export with "
-            "lora='adapter'; loading that "
-            "folder without quantization merges it into the full-precision base."
-        )
     layers = adapter_layers(base)
     prefixes = tuple(f"{name}." for name, _ in layers)
     state = {key: value for key, value in base.state_dict().items() if not key.startswith(prefixes)}

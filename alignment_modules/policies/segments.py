@@ -259,6 +259,36 @@ class Segments:
         moved = zip(given, there.split([len(value) for value in given.values()]), strict=True)
         return replace(self, **dict(moved), host=self.host or (self if self.token_ids.device.type == "cpu" else None))
 
+    def of_rows(self, rows: Tensor) -> Segments:
+        """The targets of some rows of the output; tokens on which none of these depends are left out.
+
+        Args:
+            rows: `[rows]` bool.
+
+        Returns:
+            Segments of the same shape, on the same device. Rows' last tokens are not read.
+
+        Raises:
+            ValueError: If there is not one value for each row.
+        """
+        if rows.shape != self.shape[:1]:
+            raise ValueError(f"rows must be [{self.shape[0]}], one for each row of the output, got {tuple(rows.shape)}")
+        whole = self.to("cpu")
+        segment = torch.arange(len(whole.lengths)).repeat_interleave(torch.tensor(whole.lengths, dtype=torch.int64))
+        mine = rows.cpu()[whole.slot // max(self.shape[1], 1)]
+        source = whole.source[: len(mine)][mine]
+        nothing = source[:0]
+        layout = assemble(
+            token_ids=whole.token_ids,
+            segment=segment,
+            parents=torch.tensor(whole.parents, dtype=torch.int64),
+            targets=Targets(source, segment[source], whole.target_ids[mine], whole.slot[mine]),
+            last=Last(nothing, nothing, nothing),
+            reads="targets",
+            shape=self.shape,
+        )
+        return Segments(*layout).to(self.token_ids.device)
+
     @property
     def tokens(self) -> int:
         """Number of tokens the policy computes."""

@@ -144,7 +144,7 @@ def compared_ids(
     """
     ids = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
     if ids is not None and teacher_path is not None:
-        _check_same_ids(ids, teacher_path, name)
+        _check_same_ids(ids, teacher_path, token_ids(teacher), name)
     sizes = [vocabulary_size(model) for model in (policy, teacher)]
     if None in sizes or sizes[0] == sizes[1]:
         return None
@@ -162,10 +162,10 @@ def compared_ids(
     )
 
 
-def _check_same_ids(ids: Mapping[str, int], path: str, name: str) -> None:
-    """Compares with the tokenizer of a teacher's folder; a folder without one is not compared."""
+def _check_same_ids(ids: Mapping[str, int], path: str, added: Mapping[str, int], name: str) -> None:
+    """Compares with the tokenizer of a teacher's folder and what was added to it; none there is not compared."""
     try:
-        theirs = load_tokenizer(path).get_vocab()
+        theirs = load_tokenizer(path).get_vocab() | added
     except ValueError:
         return
     for token, number in sorted(ids.items(), key=lambda entry: entry[1]):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alignment_modules.functional import sequence_logps
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.frozen import row_keys
+from alignment_modules.policies.layout import Reads
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.objective import Objective
@@ -21,16 +22,37 @@ PAIR_KEYS = tuple(
 """What every batch of preference pairs holds, `[pairs, time]` each."""
 
 
-def pair_segments(batch: Mapping[str, Any], *, score_prompts: bool = False) -> Segments:
+COLUMNS = {
+    "label": "the probability that the chosen completion is the better one; DPOModule takes it",
+    "margin": "by how much the chosen completion is the better one; DPOModule and RewardModule take it",
+}
+"""What a batch of preference pairs may hold besides, `[pairs]` each, of which every paradigm says what it takes."""
+
+
+def pair_segments(
+    batch: Mapping[str, Any], *, takes: Collection[str] = (), score_prompts: bool = False, reads: Reads = "targets"
+) -> Segments:
     """Each prompt with its two completions, which share it.
 
     Args:
         batch: With `PAIR_KEYS`, and maybe `chosen_loss_mask` and `rejected_loss_mask` `[pairs, time]`: which tokens of
             a completion the policy wrote. The others are context alone.
+        takes: Which of `COLUMNS` have a meaning for the paradigm.
         score_prompts: As in `Segments.from_pairs`.
+        reads: Likewise.
+
+    Raises:
+        ValueError: If the batch holds another of these columns, which would change nothing.
     """
+    for name, meaning in COLUMNS.items():
+        if name in batch and name not in takes:
+            raise ValueError(
+                f"a batch of preference pairs holds `{name}`, {meaning}; this paradigm has no use for it. Rename the "
+                f"column where it is another (data.columns={{'{name}': 'my_{name}'}}), or leave it out"
+            )
     loss_masks = (batch.get(f"{side}_loss_mask") for side in ("chosen", "rejected"))
-    return Segments.from_pairs(*(batch[key] for key in PAIR_KEYS), *loss_masks, score_prompts=score_prompts)
+    keys = (batch[key] for key in PAIR_KEYS)
+    return Segments.from_pairs(*keys, *loss_masks, score_prompts=score_prompts, reads=reads)
 
 
 def pair_keys(batch: Mapping[str, Any]) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from alignment_modules.functional.ranges import Count, Share, check_options
@@ -35,8 +35,17 @@ class SyncReference:
 
     @classmethod
     def of(cls, given: SyncReference | Mapping[str, Any] | None) -> SyncReference | None:
-        """The value of an option that may be a dictionary."""
-        return cls(**given) if isinstance(given, Mapping) else given
+        """The value of an option that may be a dictionary.
+
+        Raises:
+            ValueError: If a key is no option, or as for the class.
+        """
+        if not isinstance(given, Mapping):
+            return given
+        known = [option.name for option in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"sync_reference has no option {unknown[0]!r}; allowed are {known}")
+        return cls(**given)
 
 
 class ReferenceSync:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
-from tests.paradigms import MIXTRAL, ROWS, build, other_than
+from tests.paradigms import MIXTRAL, ROWS, adapted, build, other_than
 
 LLAMA = {
     "model_type": "llama",
@@ -73,6 +73,11 @@ def sampled(rows):
     return {key: batch[key] for key in ("prompts", "prompt_attention_mask")} | {"index": rows}
 
 
+def taught(rows):
+    """Rows of two teachers, of whom the first rank sees one."""
+    return ROWS["distillation"].batch(rows) | {"teacher": ["b" if row > 3 else "a" for row in rows]}
+
+
 def experts() -> AlignmentModule:
     """SFT whose router loss takes shares over both ranks, which have two and three pieces."""
     torch.manual_seed(0)
@@ -89,7 +94,7 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     def make(name: str, **options: Any) -> AlignmentModule:
         pieces = {} if ROWS[name].kind == "automatic" else {"micro_batch_size": 4}
         options = pieces | {"optimizer": lambda groups: torch.optim.SGD(groups, lr=1.0)} | options
-        return build(name, copy.deepcopy(policy), other=copy.deepcopy(other), **options)
+        return build(name, options.pop("policy", None) or copy.deepcopy(policy), other=copy.deepcopy(other), **options)
 
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
@@ -100,6 +105,11 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
         yield loss, lambda options=options: make("dpo", **options), ROWS["dpo"].batch
     for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
         yield label, experts, batch
+    tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
+    yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
+    yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught
+    for name in ("dpo", "kto"):
+        yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch

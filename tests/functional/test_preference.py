@@ -178,11 +178,15 @@ def test_f_divergences(f_divergence):
         "alpha": lambda t: (t ** (0.3 - 1) - 1) / (0.3 - 1),
     }[f_divergence]
     logps = log_probs()
-    result = preference_loss(*logps, beta=BETA, f_divergence=f_divergence, alpha=0.3)
+    coefficient = {"alpha": 0.3} if f_divergence == "alpha" else {}
+    result = preference_loss(*logps, beta=BETA, f_divergence=f_divergence, **coefficient)
+    down = preference_loss(*logps, loss="apo_down", beta=BETA, f_divergence=f_divergence, **coefficient)
     for row, (a, b, c, d) in enumerate(zip(*(x.tolist() for x in logps), strict=True)):
         margin = derivative(math.exp(a - c)) - derivative(math.exp(b - d))
         expected = torch.nn.functional.softplus(torch.tensor(-BETA * margin, dtype=torch.float64)).item()
         assert result[row].item() == pytest.approx(expected, rel=1e-9)
+        won, other = torch.tensor([a - c, -margin], dtype=torch.float64).mul(BETA).sigmoid().tolist()
+        assert down[row].item() == pytest.approx(won + other, rel=1e-9)
 
 
 def test_alpha_divergence_joins_its_limits():

@@ -110,7 +110,7 @@ def test_ipo_of_sums_is_ipo_without_lengths():
     assert not torch.allclose(found, preference_loss(*logps, loss="ipo", beta=BETA, **LENGTHS))
 
 
-@pytest.mark.parametrize("loss", DIFFERENCES)
+@pytest.mark.parametrize("loss", [*DIFFERENCES, "apo_zero", "aot", "aot_unpaired"])
 def test_identical_sides_leave_their_completion_alone(loss):
     shared, _, reference, _ = log_probs()
     shared.requires_grad_()
@@ -158,6 +158,8 @@ def test_gradient_vanishes_at_the_bradley_terry_optimum(loss):
         ({"loss": ["hinge", "sft"], "label_smoothing": 0.1}, r"label_smoothing must be 0 for loss=\['hinge', 'sft'\]"),
         ({"loss": "sft", "dpop_coef": 1.0}, "dpop_coef must be 0 for loss='sft'"),
         ({"dpop_coef": 1.0, "f_divergence": "js"}, "leave f_divergence at 'reverse_kl', got 'js'"),
+        ({"alpha": 0.3}, "alpha=0.3 is the coefficient of f_divergence='alpha', got f_divergence='reverse_kl'"),
+        ({"discopop_tau": 0.5}, "discopop_tau must be 0.05 for loss='sigmoid'"),
         ({"ipo_logps": "sum"}, "ipo_logps must be 'mean' for loss='sigmoid'"),
         ({"loss": ["aot", "sft"]}, "aot, aot_unpaired sort the pairs of a step and stand alone"),
     ],

@@ -7,6 +7,8 @@ import torch
 
 from alignment_modules import DistillationModule, PolicyConfig
 from alignment_modules.functional import distribution_divergence
+from alignment_modules.policies.segments import Segments
+from datamodules import SFTDataModule
 from tests.paradigms import adapted, other_than, supervised
 
 
@@ -200,3 +202,34 @@ def test_a_checkpoint_of_several_teachers_by_path(write_model, tmp_path, train):
     one = again.objective(batch).total
     two = trainer.lightning_module.objective(batch).total
     assert float(one) == pytest.approx(float(two), abs=1e-6)
+
+
+def test_several_teachers_share_the_prompts_of_given_segments(make, tiny_llama):
+    """Segments that a batch brings are read as they are, by each teacher for its own rows."""
+    generator = torch.Generator().manual_seed(0)
+    prompts, completions = (torch.randint(1, 40, (n, 5), generator=generator) for n in (2, 4))
+    masks = torch.ones(2, 5, dtype=torch.bool), torch.ones(4, 5, dtype=torch.bool)
+    segments = Segments.from_prompts(prompts, masks[0], completions, masks[1])
+    batch = {"input_ids": completions, "labels": completions, "segments": segments}
+    teacher = other_than(tiny_llama)
+    expected = make(teacher=copy.deepcopy(teacher)).objective(batch)
+    several = make(teacher={"a": copy.deepcopy(teacher), "b": copy.deepcopy(teacher)})
+    found = several.objective(batch | {"teacher": ["a", "b", "b", "b"]})
+    torch.testing.assert_close(found.total, expected.total)
+    assert found.weight == expected.weight
+
+
+def test_a_teacher_with_the_same_added_tokens(write_model, tmp_path, train):
+    folder, tokens = write_model(tmp_path / "base", "abc"), ["<t>"]
+    policy = PolicyConfig(path=folder, added_tokens=tokens)
+    tokenizer = SFTDataModule(tokenizer=folder, added_tokens=tokens).tokenizer
+    batch = {name: torch.tensor([[3, 6, 4]]) for name in ("input_ids", "labels")}
+    module = DistillationModule(policy=policy, teacher=policy, tokenizer=tokenizer)
+    assert train(module, [batch]).callback_metrics["train/loss"] == 0
+    with pytest.raises(ValueError, match=r"has 7 ids .* but the teacher LlamaForCausalLM"):
+        train(DistillationModule(policy=policy, teacher=folder, tokenizer=tokenizer), [batch])
+
+
+def test_an_option_without_effect(make):
+    with pytest.raises(ValueError, match=r"jsd_beta=0\.3 is of divergence='jsd', got divergence='forward'"):
+        make(divergence="forward", jsd_beta=0.3)

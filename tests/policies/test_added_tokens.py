@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment_modules import LoraConfig, PolicyConfig, SFTModule
 from alignment_modules.cli import main
 from alignment_modules.policies.added_tokens import token_ids
-from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.export import check_export, export_policy
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.load import build_policy, check_vocabulary
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, merged_state
@@ -168,6 +168,19 @@ def test_rows_on_disk_can_be_exported_alone(folder, tmp_path):
         export_policy(tuned(folder)[0], tmp_path / "alone", lora="adapter")
 
 
+def test_a_quantized_base_must_have_the_rows(folder, tmp_path):
+    options = {"added_tokens": CHAT, "quantization": "8bit", "lora": LORA}
+    with pytest.raises(ValueError, match=r"added_tokens=.* with policy\.quantization"):
+        build_policy(PolicyConfig(path=folder, **options))
+    tokenizer = SFTDataModule(tokenizer=folder, added_tokens=CHAT).tokenizer
+    export_policy(build_policy(PolicyConfig(path=folder, added_tokens=CHAT)), tmp_path / "whole", tokenizer)
+    policy = build_policy(PolicyConfig(path=str(tmp_path / "whole"), **options))
+    assert any("trainable_tokens_delta" in name for name, p in policy.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="lora='merge': the base is quantized"):
+        check_export(policy, tmp_path / "new")
+    check_export(policy, tmp_path / "new", lora="adapter")
+
+
 def test_rollouts_are_drawn_by_the_fast_decoder(folder):
     policy, _ = tuned(folder)
     assert select_decoder(policy.eval(), 16).__name__ == "FastDecoder"
@@ -188,6 +201,10 @@ def test_the_data_must_know_the_tokens(folder):
         ({"added_tokens": [" "]}, "blank"),
         ({"added_tokens": ["<t>"], "lora": LoraConfig(modules_to_save=["embed_tokens"])}, "modules_to_save names"),
         ({"added_tokens": ["<t>"], "lora": LoraConfig(target_modules=["lm_head", "q_proj"])}, "target_modules names"),
+        (
+            {"added_tokens": ["<t>"], "lora": LoraConfig(target_modules=".*embed_tokens")},
+            "lora.target_modules='.*embed",
+        ),
     ],
 )
 def test_what_contradicts_is_refused(write_model, tmp_path, options, message):

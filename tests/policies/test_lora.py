@@ -8,6 +8,7 @@ from torch import nn
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
+from tests.paradigms import MIXTRAL
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 
@@ -85,6 +86,27 @@ def test_adapter_off_leaves_an_adapter_off_that_was_off(tiny_llama_config):
         with adapter_off(model):
             pass
         assert torch.equal(logits(model), off)
+
+
+@pytest.mark.parametrize("inside", [".experts.base_layer.", ".experts.lora_"])
+def test_adapters_inside_of_others_are_part_of_the_switch(inside):
+    """Of a mixture's experts each matrix has an adapter around that of the former."""
+    torch.manual_seed(0)
+    base = build_policy(PolicyConfig(config=MIXTRAL), trainable=False)
+    torch.manual_seed(0)
+    model = build_policy(PolicyConfig(config=MIXTRAL, lora=LoraConfig(r=2)))
+    assert adapter_is_identity(model)
+    moved = [p for name, p in model.named_parameters() if p.requires_grad and inside in name]
+    with torch.no_grad():
+        for parameter in moved:
+            parameter += 1.0
+    assert moved
+    assert not adapter_is_identity(model)
+    assert not torch.allclose(logits(model), logits(base))
+    flags = [p.requires_grad for p in model.parameters()]
+    with adapter_off(model):
+        assert torch.equal(logits(model), logits(base))
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_modules_to_save_are_part_of_the_switch(tiny_llama_config):

@@ -47,6 +47,13 @@ def offline(tmp_path_factory):
         yield made
 
 
+def reward_options():
+    """How the benchmark trains reward models."""
+    import offline as benchmark
+
+    return benchmark.REWARD
+
+
 def test_the_chosen_side_is_the_best_of_each_problem_that_has_two(offline):
     rows = [json.loads(line) for line in offline.chosen.read_text().splitlines()]
     assert rows == [
@@ -66,7 +73,8 @@ def test_a_method_is_trained_and_measured(offline, name):
 
 def test_a_reward_model_is_trained_and_picks(offline, monkeypatch):
     monkeypatch.setattr(offline, "samples", lambda split, size: offline.pairs)
-    found = offline.reward_model()
+    few = ("--model.lr_scheduler.init_args.warmup_steps", "1")
+    found = offline.reward_model(options=(*reward_options(), *few))
     rows = [json.loads(line) for line in (offline.pairs.parent / "pairs.jsonl").read_text().splitlines()]
     assert rows[0] == {"prompt": "743+685=", "chosen": "3390", "rejected": "3391"}
     assert len(rows) == 3  # a problem without a wrong completion has none

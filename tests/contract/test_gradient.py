@@ -71,7 +71,7 @@ def test_recomputed_activations_change_nothing(make, update, assert_same, name):
 
 @EVERY
 def test_adapters(make, update, cut_update, assert_same, tiny_llama, name):
-    """LoRA: the adapters alone learn, the reference is the policy without them, and no split changes that."""
+    """LoRA: the adapters alone learn, the reference is the policy as it was, and no split changes that."""
     row = ROWS[name]
     policy = adapted(headed(name, tiny_llama))
     options = {"policy": policy} | ({"reference": None} if "reference" in row.options(policy) else {})

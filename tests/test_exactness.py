@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from alignment_modules.functional import preference_loss
 from alignment_modules.policies.scoring import score
-from tests.paradigms import LENGTHS, ROWS, build, other_than, tokens
+from tests.batches import LENGTHS, tokens
+from tests.paradigms import ROWS, build, other_than
 
 ALL = tuple(range(8))
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from alignment_modules import CPOModule
+from tests.batches import pairs
 from tests.modules.test_orpo import row_logps
-from tests.paradigms import pairs
 
 
 @pytest.fixture

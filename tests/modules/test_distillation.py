@@ -9,7 +9,8 @@ from alignment_modules import DistillationModule, PolicyConfig
 from alignment_modules.functional import distribution_divergence
 from alignment_modules.policies.segments import Segments
 from datamodules import SFTDataModule
-from tests.paradigms import adapted, other_than, supervised
+from tests.batches import supervised
+from tests.paradigms import adapted, other_than
 
 
 @pytest.fixture

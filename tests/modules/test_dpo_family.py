@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from alignment_modules import DPOModule, LoraConfig, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.training.reference_sync import SyncReference
-from tests.paradigms import Plain, other_than, pairs
+from tests.batches import pairs
+from tests.paradigms import Plain, other_than
 
 STILL = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0)}
 
@@ -295,6 +296,10 @@ def test_the_reference_of_an_adapter_is_the_merged_mixture(tiny_llama_config, tr
         ({"ld_alpha": 1.5}, "ld_alpha=1.5"),
         ({"wpo": True, "loss": "aot"}, "wpo=True weighs single pairs, and loss='aot' sorts them"),
         ({"cache_reference": True, "sync_reference": SyncReference()}, "cache_reference=True would keep what"),
+        (
+            {"sync_reference": {"every": 3}},
+            r"sync_reference has no option 'every'; allowed are \['alpha', 'every_n_steps'",
+        ),
         ({"sync_reference": {"alpha": 0.0}}, "sync_reference.alpha=0.0 never moves"),
         ({"sync_reference": {"every_n_steps": 0}}, "every_n_steps=0"),
         ({"sync_reference": SyncReference(), "reference": Plain()}, "refresh: Plain and the policy LlamaForCausalLM"),

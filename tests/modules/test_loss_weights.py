@@ -8,7 +8,8 @@ import torch
 from alignment_modules import DistillationModule, PolicyConfig, SFTModule
 from alignment_modules.functional import distribution_divergence
 from datamodules import SFTDataModule
-from tests.paradigms import MIXTRAL, other_than, supervised, weighted
+from tests.batches import supervised, weighted
+from tests.paradigms import MIXTRAL, other_than
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
 from datamodules import SFTDataModule
-from tests.paradigms import MIXTRAL, Plain, adapted, supervised, weighted
+from tests.batches import supervised, weighted
+from tests.paradigms import MIXTRAL, Plain, adapted
 
 ALPHA = 5.0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignment_modules import ORPOModule
-from tests.paradigms import pairs
+from tests.batches import pairs
 
 
 @pytest.fixture

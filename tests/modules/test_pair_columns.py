@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.paradigms import build, headed, pairs
+from tests.batches import pairs
+from tests.paradigms import build, headed
 
 
 @pytest.mark.parametrize(

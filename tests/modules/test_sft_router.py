@@ -14,7 +14,8 @@ from alignment_modules.policies.modes import disable_dropout
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.router import Router, find_router
-from tests.paradigms import MIXTRAL, supervised
+from tests.batches import supervised
+from tests.paradigms import MIXTRAL
 
 COEFFICIENT = MIXTRAL["router_aux_loss_coef"]
 QWEN = {key: value for key, value in MIXTRAL.items() if key != "num_local_experts"} | {

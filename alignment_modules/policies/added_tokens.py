@@ -12,7 +12,7 @@ keeps them beside the frozen weight and writes them into it on merging.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,14 +109,13 @@ def is_of_rows(buffer: str) -> bool:
     return ".trainable_tokens_original." in buffer
 
 
-def are_untrained(modules: Iterable[Any]) -> bool:
-    """Whether the trained rows of modules are those of their frozen weights."""
-    for module in modules:
-        adapter = module.token_adapter
-        if adapter.merged:
+def is_untrained(module: Any) -> bool:
+    """Whether the trained rows of a module are those of its frozen weight."""
+    adapter = module.token_adapter
+    if adapter.merged:
+        return False
+    for name in adapter.active_adapters:
+        rows, frozen = adapter.trainable_tokens_delta[name], adapter.base_layer.weight
+        if not rows.is_meta and not torch.equal(rows, frozen[adapter.token_indices[name]]):
             return False
-        for name in adapter.active_adapters:
-            rows, frozen = adapter.trainable_tokens_delta[name], adapter.base_layer.weight
-            if not rows.is_meta and not torch.equal(rows, frozen[adapter.token_indices[name]]):
-                return False
     return True

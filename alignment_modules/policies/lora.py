@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
-from alignment_modules.policies.added_tokens import are_untrained, ends, tied, token_ids, trains_rows
+from alignment_modules.policies.added_tokens import ends, is_untrained, tied, token_ids, trains_rows
 from alignment_modules.policies.forward import classifies
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def adapter_is_identity(policy: nn.Module) -> bool:
                 return False
             own.update(id(p) for module in saved for p in module.parameters())
         elif trains_rows(layer):
-            if not are_untrained([layer]):
+            if not is_untrained(layer):
                 return False
             own.update(id(p) for p in layer.token_adapter.trainable_tokens_delta.parameters())
         elif isinstance(layer, LoraLayer):

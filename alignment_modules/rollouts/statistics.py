@@ -64,8 +64,10 @@ def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
     largest = torch.where(applies, rewards, -torch.inf).amax(dim=1)
     smallest = torch.where(applies, rewards, torch.inf).amin(dim=1)
     groups = (count > 0).sum()
-    return {
-        "reward": Statistic(mean.sum(), groups),
+    reward = {"reward": Statistic(mean.sum(), groups)}
+    if rewards.shape[1] == 1:  # one completion of a prompt is compared with none
+        return reward
+    return reward | {
         "reward_std": Statistic((squares / (count - 1).clamp(min=1)).sqrt().sum(), groups),
         "frac_reward_zero_std": Statistic(((largest - smallest < 1e-6) & (count > 0)).sum(), groups),
     }

@@ -1,7 +1,7 @@
 """What paradigms that learn from their own samples share: the keywords of their actor, and how it is looked at."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from alignment_modules.functional.ranges import Count, Finite, Natural, Positive
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
+from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Reads, Segments
 from alignment_modules.rewards import RewardError, RewardSet
@@ -201,8 +202,11 @@ class ActingModule(UpdateModule):
             targets: [N, T] bool, on the host: which tokens are scored.
             ask: As in `score`.
         """
-        segments = self.segments_of(rollout, targets)
-        scores = score(model, segments, temperature=self.actor.sampling.temperature, ask=ask)
+        return self.score_reading(read(model, self.segments_of(rollout, targets)), ask=ask)
+
+    def score_reading(self, reading: Reading, *, ask: Collection[Ask] = ()) -> Scores:
+        """Scores [N, T] of a piece of a rollout that was read, at the temperature that it was sampled with."""
+        scores = score(reading, temperature=self.actor.sampling.temperature, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)
@@ -219,17 +223,25 @@ class ActingModule(UpdateModule):
         Raises:
             NonFiniteLogits: If one is not finite; it names the step.
         """
-        results = torch.zeros(rollout.ids.shape, device=self.device)
-        size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
-            for start in range(0, len(rollout), size):
-                tell("scoring", start * rollout.group, len(results))
-                piece = rollout.select(slice(start, start + size))
-                rows = slice(start * rollout.group, (start + size) * rollout.group)
-                results[rows] = self.score_piece(model, piece, piece.own).token_logps
+            [results] = self.over_pieces(rollout, lambda piece: [self.score_piece(model, piece, piece.own).token_logps])
         if not bool(results.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
         return results
+
+    def over_pieces(self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
+        """What is computed of a rollout in micro-batches, whole groups each: tensors of [N, ...] on this device.
+
+        Args:
+            rollout: Of the whole batch.
+            compute: From a piece of n completions to tensors [n, ...], float32 where they are not integers.
+        """
+        size = max((self.micro_batch_size or len(rollout.ids)) // rollout.group, 1)
+        found = []
+        for start in range(0, max(len(rollout), 1), size):  # at least one piece, which has the shapes
+            tell("scoring", start * rollout.group, len(rollout.ids))
+            found.append(compute(rollout.select(slice(start, start + size))))
+        return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Also refuses to step on log-probabilities that are not finite.

@@ -84,15 +84,16 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
         fuse(optimizer)
-        if module.make_lr_scheduler is None:
+        make = module.scheduler_for(name)
+        if make is None:
             made.append(optimizer)
             continue
         check_rate(optimizer)
-        scheduler = module.make_lr_scheduler(optimizer)
+        scheduler = make(optimizer)
         found: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if not isinstance(scheduler, ReduceLROnPlateau):
             strict = not module.trainer.fast_dev_run  # type: ignore[attr-defined]
-            bind_total_steps(scheduler, module.total_optimizer_steps, strict=strict)
+            bind_total_steps(scheduler, module.steps_of(name), strict=strict)
         elif counts_steps:
             raise ValueError(
                 f"lr_scheduler={type(scheduler).__name__} waits for a metric, but {type(module).__name__} steps its "

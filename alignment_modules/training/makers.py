@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
 
 
-def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
+def check_makers(optimizer: Any, lr_scheduler: Any, *, whose: str = "") -> None:
     """Refuses an optimizer or schedule that was made already: only the module knows its parameter groups.
 
     Args:
         optimizer: Anything that can be called with parameter groups.
         lr_scheduler: Anything that can be called with an optimizer; None: no schedule.
+        whose: What stands before the options' names, such as "critic_".
 
     Raises:
         ValueError: If one is an object made already, or cannot be called.
     """
-    _check("optimizer", optimizer, (Optimizer,), "parameters", "torch.optim.AdamW(parameters, lr=1e-5)")
+    _check(f"{whose}optimizer", optimizer, (Optimizer,), "parameters", "torch.optim.AdamW(parameters, lr=1e-5)")
     if lr_scheduler is not None:
         known = (LRScheduler, ReduceLROnPlateau)
-        _check("lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
+        _check(f"{whose}lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
 
 
 def check_entries(module: nn.Module, entries: Mapping[str, nn.Module], *, several: bool) -> None:

@@ -1,11 +1,13 @@
 """Pure tensor functions: log-probabilities, losses, advantages, divergences, reductions."""
 
-from alignment_modules.functional.advantages import (
+from alignment_modules.functional.advantages import generalized_advantages, value_loss, whiten
+from alignment_modules.functional.baselines import (
     ADVANTAGE_SCALES,
-    generalized_advantages,
+    AGGREGATIONS,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
     group_advantages,
-    value_loss,
-    whiten,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -51,10 +53,13 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 
 __all__ = [
     "ADVANTAGE_SCALES",
+    "AGGREGATIONS",
+    "BASELINES",
     "BATCH_COUPLED_LOSSES",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
@@ -64,6 +69,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
+    "AdvantageEstimator",
     "ClipMasks",
     "Divergence",
     "JsdBeta",
@@ -75,6 +81,7 @@ __all__ = [
     "UnpairedLoss",
     "aggregate",
     "check_reference_free",
+    "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
     "generalized_advantages",
@@ -91,9 +98,11 @@ __all__ = [
     "mismatched",
     "mismatched_completions",
     "odds_ratio_loss",
+    "optimal_token_advantages",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
+    "returns_to_go",
     "reward_pair_loss",
     "router_shares",
     "sequence_logps",

@@ -1,7 +1,6 @@
 """Pure tensor functions: log-probabilities, losses, advantages, divergences, reductions."""
 
-from alignment_modules.functional.advantages import generalized_advantages, value_loss, whiten
-from alignment_modules.functional.baselines import (
+from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
     AGGREGATIONS,
     BASELINES,
@@ -55,6 +54,7 @@ from alignment_modules.functional.surrogate import (
 )
 from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
+from alignment_modules.functional.value import generalized_advantages, value_loss, whiten
 
 __all__ = [
     "ADVANTAGE_SCALES",

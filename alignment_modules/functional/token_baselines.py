@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignment_modules.functional.baselines import nearly_equal
+from alignment_modules.functional.advantages import nearly_equal
 from alignment_modules.functional.checks import check_same_shape
 
 SMALLEST_WEIGHT = 1e-30

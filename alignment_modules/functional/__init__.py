@@ -3,6 +3,7 @@
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
     group_advantages,
+    informative_groups,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -78,6 +79,7 @@ __all__ = [
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
     "length_desensitized_logps",
     "linear_divergence",

@@ -100,6 +100,22 @@ def group_advantages(
     return centred.to(dtype)
 
 
+@torch.no_grad()
+def informative_groups(rewards: Tensor) -> Tensor:
+    """Which groups can teach something: two of their rewards differ by 1e-6 or more.
+
+    Args:
+        rewards: `[prompts, G]`. NaN: not applicable.
+
+    Returns:
+        `[prompts]` bool.
+
+    >>> informative_groups(torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, torch.nan]]))
+    tensor([ True, False, False])
+    """
+    return ~_equal(rewards.double(), dim=1).squeeze(1)
+
+
 def _equal(rewards: Tensor, dim: int) -> Tensor:
     """Whether the rewards that apply are equal up to rounding; true where none applies."""
     if rewards.shape[dim] == 0:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from alignment_modules.functional.advantages import informative_groups
+from alignment_modules.functional.kl import MAX_LOG_RATIO
 from alignment_modules.functional.statistics import Statistic
-
-_LARGEST_LOG_RATIO = 20.0  # beyond it a ratio says no more than that it is huge, and would drown every mean
 
 
 def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:
@@ -89,8 +88,8 @@ def sampling_statistics(sampled_logps: Tensor, token_logps: Tensor, mask: Tensor
     log_ratio = token_logps - sampled_logps
     known = mask & ~log_ratio.isnan()
     log_ratio = torch.where(known, log_ratio, 0.0)
-    ratio, count = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp(), known.sum()
-    k3 = ratio - 1 - log_ratio.clamp(max=_LARGEST_LOG_RATIO)
+    bounded, count = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), known.sum()
+    ratio, k3 = bounded.exp(), torch.expm1(bounded) - bounded  # expm1: what is left of rounding must not hide k3
     return {
         "sampling/sampling_logp_difference/mean": Statistic(log_ratio.abs().sum(), count),
         "sampling/sampling_logp_difference/max": Statistic(_extreme(log_ratio.abs(), known, "max"), kind="max"),

@@ -7,6 +7,7 @@ from alignment_modules.functional.advantages import (
     AdvantageEstimator,
     decoupled_rewards,
     group_advantages,
+    informative_groups,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -54,7 +55,14 @@ from alignment_modules.functional.surrogate import (
 )
 from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
-from alignment_modules.functional.value import generalized_advantages, value_loss, whiten
+from alignment_modules.functional.value import (
+    explained_variance,
+    generalized_advantages,
+    length_adaptive_lambda,
+    turn_starts,
+    value_loss,
+    whiten,
+)
 
 __all__ = [
     "ADVANTAGE_SCALES",
@@ -84,10 +92,13 @@ __all__ = [
     "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
+    "explained_variance",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
+    "length_adaptive_lambda",
     "length_desensitized_logps",
     "linear_divergence",
     "linear_token_log_probs",
@@ -109,6 +120,7 @@ __all__ = [
     "token_collision",
     "token_entropy",
     "token_log_probs",
+    "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

@@ -249,6 +249,22 @@ def decoupled_rewards(
     return total.masked_fill(rewards.isnan().all(dim=2), torch.nan)
 
 
+@torch.no_grad()
+def informative_groups(rewards: Tensor) -> Tensor:
+    """Which groups can teach something: two of their rewards differ by 1e-6 or more.
+
+    Args:
+        rewards: `[prompts, G]`. NaN: not applicable.
+
+    Returns:
+        `[prompts]` bool.
+
+    >>> informative_groups(torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, torch.nan]]))
+    tensor([ True, False, False])
+    """
+    return ~nearly_equal(rewards.double(), dim=1).squeeze(1)
+
+
 def nearly_equal(values: Tensor, dim: int) -> Tensor:
     """Whether the numbers of a dimension, which is kept, are equal up to rounding; NaN is none of them.
 

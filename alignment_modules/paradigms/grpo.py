@@ -34,6 +34,7 @@ class GRPOModule(PolicyGradientModule):
     """
 
     paradigm = "grpo"
+    bar = ("reward", "completions/mean_length", "groups_with_signal")
 
     def __init__(self, *, scale_rewards: str = "group", **policy_gradient: Any) -> None:
         check_options(GRPOModule.__init__, locals())

@@ -58,8 +58,6 @@ class PolicyGradientModule(ActingModule):
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
 
-    bar = ("reward", "completions/mean_length")
-
     def __init__(
         self,
         *,

@@ -2,7 +2,12 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
+    AGGREGATIONS,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
     group_advantages,
+    informative_groups,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -48,6 +53,7 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 from alignment_modules.functional.value import (
     explained_variance,
@@ -61,6 +67,8 @@ from alignment_modules.functional.value import (
 
 __all__ = [
     "ADVANTAGE_SCALES",
+    "AGGREGATIONS",
+    "BASELINES",
     "BATCH_COUPLED_LOSSES",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
@@ -70,6 +78,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
+    "AdvantageEstimator",
     "ClipMasks",
     "Divergence",
     "JsdBeta",
@@ -81,12 +90,14 @@ __all__ = [
     "UnpairedLoss",
     "aggregate",
     "check_reference_free",
+    "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
     "explained_variance",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
     "length_adaptive_lambda",
     "length_desensitized_logps",
@@ -99,9 +110,11 @@ __all__ = [
     "mismatched",
     "mismatched_completions",
     "odds_ratio_loss",
+    "optimal_token_advantages",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
+    "returns_to_go",
     "reward_pair_loss",
     "router_shares",
     "sequence_logps",

@@ -15,7 +15,7 @@ class Statistic(NamedTuple):
     """One number to log.
 
     Attributes:
-        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"). Of the units'
+        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"). Of the
             sample deviation ("std") or variance ("var") [2]: their sum and that of their squares. Of the mean size of
             sums that may cancel within a bin and not across ("gap") [bins]: each bin's sum. Of one mean less another
             ("difference") [2]: the sum of either's units. Of the sum of means ("sum") [terms]: the sum of each one's

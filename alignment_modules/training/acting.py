@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class ActingModule(UpdateModule):
         check_options(ActingModule.__init__, locals())
         super().__init__(**common)
         self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
+        self.rewards.limit_to(max_completion_length)
         self.actor = Actor(
             self.engine,
             self.rewards,
@@ -139,6 +140,11 @@ class ActingModule(UpdateModule):
             f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.actor.seed}",
         }
 
+    @property
+    def rollout_step(self) -> int:
+        """What the seeds of a rollout are made of: the optimizer steps taken so far."""
+        return self.global_step
+
     def roll_out(self, batch: Mapping[str, Any]) -> Rollout:
         """Acts, and counts what was done.
 
@@ -146,7 +152,7 @@ class ActingModule(UpdateModule):
             RewardError: If no completion of any rank has a reward.
         """
         self._finite = True
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step)
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
@@ -226,7 +232,7 @@ class ActingModule(UpdateModule):
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
             [results] = self.over_pieces(rollout, lambda piece: [self.score_piece(model, piece, piece.own).token_logps])
         if not bool(results.isfinite().all()):
-            raise self._not_finite("policy" if companion is None else "reference")
+            raise self.not_finite("policy" if companion is None else "reference")
         return results
 
     def over_pieces(self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
@@ -250,19 +256,10 @@ class ActingModule(UpdateModule):
             NonFiniteLogits: If a piece of the step had some; it names the step.
         """
         if not self._early_finite.item():
-            raise self._not_finite("policy")
+            raise self.not_finite("policy")
         super().on_before_optimizer_step(optimizer)
 
-    def publish(
-        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
-    ) -> None:
-        """Also shows the share of groups whose rewards differ: the others teach nothing."""
-        super().publish(values, stage, step)
-        if stage == "train" and "frac_reward_zero_std" in values:
-            signal = 1.0 - values["frac_reward_zero_std"]
-            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
-
-    def _not_finite(self, who: str) -> NonFiniteLogits:
+    def not_finite(self, who: str) -> NonFiniteLogits:
         """The error about a model's logits, with the step that is being prepared."""
         return NonFiniteLogits(
             f"optimizer step {self.global_step + 1}: {who} gave logits that are not finite; its weights or inputs may "

@@ -1,7 +1,7 @@
 """A policy with a critic: who the critic is, what it thinks of a rollout, how it learns, and where it is kept."""
 
-from collections.abc import Mapping
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +13,17 @@ from alignment_modules.functional import aggregate, value_loss
 from alignment_modules.functional.ranges import Natural, NonNegative, Positive, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.architecture import describe_size
-from alignment_modules.policies.critic import build_critic, last_values, read_values, shared_head
+from alignment_modules.policies.critic import as_classifier, build_critic, last_values, read_values, shared_head
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, check_vocabulary, is_fresh
 from alignment_modules.policies.modes import disable_dropout, reading_mode
 from alignment_modules.policies.reading import Reading, read
+from alignment_modules.policies.segments import Reads
 from alignment_modules.policies.value_head import ValueHead
-from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.makers import check_makers
 from alignment_modules.training.objective import Objective, Term
-from alignment_modules.training.policy_gradient import PolicyGradientModule
+from alignment_modules.training.policy_gradient import PolicyGradientModule, token_mean
 
 SHARED_COEF = 0.1  # of the value loss on a shared trunk, as in TRL's PPO
 
@@ -83,7 +83,6 @@ class ActorCriticModule(PolicyGradientModule):
         self.critic_pretrain_steps, self.value_clip = critic_pretrain_steps, value_clip
         self.value_coef = SHARED_COEF if value_coef is None else value_coef
         self.pretrained = 0
-        self._read_with_policy: list[Tensor] | None = None
 
     # Who steps
 
@@ -169,7 +168,7 @@ class ActorCriticModule(PolicyGradientModule):
 
     def value_objective(self, rollout: Rollout) -> Objective:
         """The critic's loss on a piece of a rollout, summed over the trained tokens."""
-        values = read_values(read(self.critic, self.segments_of(rollout, rollout.trained)))
+        values = self.values(read(self.critic, self.segments_of(rollout, rollout.trained)))
         term, statistics = self.value_term(rollout, values)
         return Objective.of(term.total, term.weight, statistics | {"critic/loss": Statistic(term.total, term.weight)})
 
@@ -200,15 +199,43 @@ class ActorCriticModule(PolicyGradientModule):
         Raises:
             NonFiniteLogits: If one is not finite; it names the step.
         """
-        found, self._read_with_policy = self._read_with_policy, None
-        if found is None:
-            model = self.policy if self.shared else self.critic
-            reads: Reads = "targets+last" if last else "targets"
-            with reading_mode(model):
-                found = self.over_pieces(rollout, lambda piece: self._values(self._read(model, piece, reads), last))
+        model = self.policy if self.shared else self.critic
+        reads: Reads = "targets+last" if last else "targets"
+
+        def values_of(piece: Rollout) -> list[Tensor]:
+            reading = read(model, self.segments_of(piece, piece.own, reads))
+            values = self.values(reading)
+            return [values, self.last_values(reading) if last else values.new_zeros(len(values))]
+
+        with reading_mode(model):
+            found = self.over_pieces(rollout, values_of)
         if not bool(torch.stack([part.isfinite().all() for part in found]).all()):
-            raise self._not_finite("critic")
+            raise self.not_finite("critic")
         return found[0], found[1]
+
+    def values(self, reading: Reading) -> Tensor:
+        """The critic's values [N, T] of the targets of a reading of it, or of the trunk that it shares."""
+        return self.critic(reading) if self.shared else read_values(reading)
+
+    def last_values(self, reading: Reading) -> Tensor:
+        """Likewise [N] of the rows' last states."""
+        return self.critic.last(reading) if isinstance(self.critic, ValueHead) else last_values(reading)
+
+    def describe(self) -> dict[str, str]:
+        """Adds who the critic is, and how it learns."""
+        clip = "none" if self.value_clip is None else f"{self.value_clip:g}"
+        loss = f"half the larger squared error, value_clip {clip}"
+        if self.shared:
+            return super().describe() | {
+                "critic": f"a head on the policy's trunk; {loss}, value_coef {self.value_coef:g}"
+            }
+        optimizer = (
+            "its own optimizer" if self.make_critic_optimizer else "the policy's optimizer at ten times its rate"
+        )
+        return super().describe() | {
+            "critic": f"{describe_size(self.critic)}; {loss}; {optimizer}",
+            "pretraining": f"{self.critic_pretrain_steps} steps of the critic alone, on Monte-Carlo returns",
+        }
 
     # What is kept
 
@@ -227,3 +254,10 @@ class ActorCriticModule(PolicyGradientModule):
         critic = as_classifier(self.policy, self.critic) if isinstance(self.critic, ValueHead) else self.critic
         export_policy(critic, written / "critic", self.tokenizer, stop_token_ids=self.codec.data_stops)
         return written
+
+    def _ten_times(self, groups: Any) -> torch.optim.Optimizer:
+        optimizer = self.make_optimizer(groups)
+        for group in optimizer.param_groups:
+            if group.get("lr") is not None:  # None: it sets its own
+                group["lr"] = 10 * group["lr"]
+        return optimizer

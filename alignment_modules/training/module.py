@@ -97,7 +97,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         super().__init__()
         keep_hyperparameters(self)
         self.policy = build_policy(policy, head=self.head, balanced=self.balances_experts)
-        self._saves_frozen = is_fresh(policy)
+        self._kept_frozen = ("policy",) if is_fresh(policy) else ()
         self.make_optimizer = optimizer
         self.override_lr = override_lr
         self.make_lr_scheduler = lr_scheduler

@@ -8,6 +8,7 @@ from alignment_modules.paradigms.dpo import DPOModule
 from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
 from alignment_modules.paradigms.orpo import ORPOModule
+from alignment_modules.paradigms.ppo import PPOModule
 from alignment_modules.paradigms.pretrain import PretrainModule
 from alignment_modules.paradigms.reward import RewardModule
 from alignment_modules.paradigms.sft import SFTModule
@@ -21,6 +22,7 @@ __all__ = [
     "GRPOModule",
     "KTOModule",
     "ORPOModule",
+    "PPOModule",
     "PretrainModule",
     "RewardModule",
     "SFTModule",
@@ -38,6 +40,7 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     KTOModule,
     DistillationModule,
     GRPOModule,
+    PPOModule,
 )
 _MODULES = {module.paradigm: module for module in PARADIGMS}
 

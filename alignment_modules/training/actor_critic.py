@@ -18,6 +18,7 @@ from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, check_vocabulary, is_fresh
 from alignment_modules.policies.modes import disable_dropout, reading_mode
 from alignment_modules.policies.reading import Reading, read
+from alignment_modules.policies.scoring import Scores
 from alignment_modules.policies.segments import Reads
 from alignment_modules.policies.value_head import ValueHead
 from alignment_modules.rollouts.rollout import Rollout
@@ -76,7 +77,7 @@ class ActorCriticModule(PolicyGradientModule):
             check_makers(critic_optimizer or torch.optim.AdamW, critic_lr_scheduler, whose="critic_")
         super().__init__(**gradient)
         self.shared = shared
-        self.critic = shared_head(self.policy) if shared else build_critic(critic, self.policy)  # type: ignore[arg-type]
+        self.critic = shared_head(self.policy) if shared else build_critic(critic, self.policy)
         if is_fresh(critic) or (critic is None and self._kept_frozen):
             self._kept_frozen = (*self._kept_frozen, "critic")
         self.make_critic_optimizer, self.make_critic_lr_scheduler = critic_optimizer, critic_lr_scheduler
@@ -166,6 +167,49 @@ class ActorCriticModule(PolicyGradientModule):
         pieces = part.micro_batches(self.micro_batch_size)
         self.update(pieces, part.empty(), objective=self.value_objective, of="critic")
 
+    def more_units(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The weights of `more_terms` in a piece, from masks alone."""
+        return {}
+
+    def more_terms(self, rollout: Rollout, scores: Scores) -> dict[str, Term]:
+        """Terms of the policy's objective beside the surrogate, with units of their own.
+
+        Args:
+            rollout: A piece.
+            scores: Of its trained tokens.
+        """
+        return {}
+
+    def units(self, rollout: Rollout) -> dict[str, Tensor] | None:
+        """The weight of each of the policy's terms in a piece; None where there is the surrogate alone."""
+        more = self.more_units(rollout) | ({"value": rollout.trained.sum()} if self.shared else {})
+        if not more:
+            return None
+        longest, reduction = self.actor.sampling.max_completion_length, self.surrogate.reduction
+        nothing = torch.zeros(rollout.trained.shape)
+        return {"policy": aggregate(nothing, rollout.trained, reduction=reduction, max_length=longest)[1]} | more
+
+    def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
+        """The surrogate of a piece of a rollout, what is beside it, and the value loss on a shared trunk."""
+        reading = read(self.policy, self.segments_of(rollout, self.targets(rollout)))
+        scores = self.score_reading(reading, ask=self.asked())
+        found = self.policy_objective(rollout, scores)
+        more, statistics = self.more_terms(rollout, scores), found.statistics
+        statistics |= {f"loss/{name}": Statistic(term.total, term.weight) for name, term in more.items()}
+        if self.shared:
+            more["value"], seen = self.value_term(rollout, self.values(reading))
+            statistics |= seen
+        if not more:
+            return found
+        terms = {"policy": Term(found.total, found.weight)} | more
+        totals = torch.stack([term.scaled.detach().double() for term in terms.values()])
+        weights = torch.stack([term.weight.detach().double() for term in terms.values()])
+        return Objective(terms, statistics | {"loss": Statistic(totals, weights, "sum")})
+
+    def targets(self, rollout: Rollout) -> Tensor:
+        """[N, T] bool, on the host: all trained tokens, of which hardly any has no advantage."""
+        return rollout.trained
+
     def value_objective(self, rollout: Rollout) -> Objective:
         """The critic's loss on a piece of a rollout, summed over the trained tokens."""
         values = self.values(read(self.critic, self.segments_of(rollout, rollout.trained)))
@@ -226,12 +270,9 @@ class ActorCriticModule(PolicyGradientModule):
         clip = "none" if self.value_clip is None else f"{self.value_clip:g}"
         loss = f"half the larger squared error, value_clip {clip}"
         if self.shared:
-            return super().describe() | {
-                "critic": f"a head on the policy's trunk; {loss}, value_coef {self.value_coef:g}"
-            }
-        optimizer = (
-            "its own optimizer" if self.make_critic_optimizer else "the policy's optimizer at ten times its rate"
-        )
+            head = f"a head on the policy's trunk; {loss}, value_coef {self.value_coef:g}"
+            return super().describe() | {"critic": head}
+        optimizer = "its own optimizer" if self.make_critic_optimizer else "the policy's optimizer, ten times its rate"
         return super().describe() | {
             "critic": f"{describe_size(self.critic)}; {loss}; {optimizer}",
             "pretraining": f"{self.critic_pretrain_steps} steps of the critic alone, on Monte-Carlo returns",

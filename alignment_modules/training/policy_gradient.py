@@ -46,8 +46,6 @@ class PolicyGradientModule(ActingModule):
         num_iterations: Passes over each rollout.
         minibatches: Optimizer steps in a pass.
         loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
-        mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
-            still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
@@ -57,6 +55,9 @@ class PolicyGradientModule(ActingModule):
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
+
+    mask_truncated: bool = False
+    """Whether completions that hit the length limit are left out of the loss."""
 
     def __init__(
         self,
@@ -71,7 +72,6 @@ class PolicyGradientModule(ActingModule):
         num_iterations: Count = 1,
         minibatches: Count = 1,
         loss: str = "dapo",
-        mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
         reference: str | PolicyConfig | nn.Module | None = None,
         **acting: Any,
@@ -86,7 +86,6 @@ class PolicyGradientModule(ActingModule):
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
-        self.mask_truncated = mask_truncated
         self.reference = frozen_companion(reference, self.policy) if beta else None
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:

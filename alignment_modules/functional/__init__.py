@@ -2,10 +2,7 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
-    generalized_advantages,
     group_advantages,
-    value_loss,
-    whiten,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -52,6 +49,7 @@ from alignment_modules.functional.surrogate import (
     policy_gradient_loss,
 )
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
+from alignment_modules.functional.value import generalized_advantages, value_loss, whiten
 
 __all__ = [
     "ADVANTAGE_SCALES",

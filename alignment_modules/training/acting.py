@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional.ranges import Count, Finite, Natural, NonNegative, Positive, Range, Seed, Share, check_options
+from alignment_modules.functional.ranges import (
+    Count,
+    Finite,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_options,
+)
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode

@@ -222,7 +222,7 @@ def test_what_ends_without_a_stop_is_penalised(make, train):
     module = make(missing_eos_penalty=0.25)
     metrics = train(module, [batch]).callback_metrics
     plain = train(make(), [batch]).callback_metrics
-    assert module.rollout.rewards.nan_to_num(9.0).tolist() == [0.75, 0.0, 9.0, -0.25] + [0.75, -0.25, 9.0, -0.25]
+    assert module.rollout.rewards.nan_to_num(9.0).tolist() == [0.75, 0.0, 9.0, -0.25, 0.75, -0.25, 9.0, -0.25]
     assert float(metrics["train/reward"]) == pytest.approx(float(plain["train/reward"]) - 0.25 * 5 / 6)
     assert metrics["train/rewards/given/mean"] == plain["train/rewards/given/mean"]
     assert "less 0.25 without a stop" in module.describe()["rewards"]

@@ -223,12 +223,13 @@ class ActingModule(UpdateModule):
         return scores
 
     @torch.no_grad()
-    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None) -> Tensor:
+    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None, *, trained_only: bool = False) -> Tensor:
         """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
+            trained_only: Whether what is left out of the loss is not scored either.
 
         Raises:
             NonFiniteLogits: If one is not finite; it names the step.
@@ -240,7 +241,7 @@ class ActingModule(UpdateModule):
                 tell("scoring", start * rollout.group, len(results))
                 piece = rollout.select(slice(start, start + size))
                 rows = slice(start * rollout.group, (start + size) * rollout.group)
-                results[rows] = self.score_piece(model, piece, piece.own).token_logps
+                results[rows] = self.score_piece(model, piece, piece.trained if trained_only else piece.own).token_logps
         if not bool(results.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
         return results

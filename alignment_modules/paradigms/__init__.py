@@ -39,8 +39,8 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     CPOModule,
     KTOModule,
     DistillationModule,
-    GRPOModule,
     OnlineDPOModule,
+    GRPOModule,
 )
 _MODULES = {module.paradigm: module for module in PARADIGMS}
 

@@ -5,7 +5,7 @@ from time import monotonic
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignment_modules.functional import Preference, sequence_logps
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options

@@ -85,10 +85,7 @@ class Rollout:
             prompts: [P] bool, or int64 indices, on the host; or a slice.
             completions: Which of each group; or of each selected prompt its own, [selected, K] int64, on the host.
         """
-        if isinstance(completions, slice):
-            group = len(range(self.group)[completions])
-        else:
-            group = completions.shape[1]
+        group = len(range(self.group)[completions]) if isinstance(completions, slice) else completions.shape[1]
         cut: dict[str, Any] = {"group": group}
         for name, values, per in self._tensors():
             if per == "prompt":

@@ -92,7 +92,9 @@ def test_loss_and_gradient_are_those_of_a_loop_over_pairs(make, train, tiny_llam
         assert metrics["train/rewards/margins"] == pytest.approx(float(margins.mean()), abs=1e-5)
         assert metrics["train/rewards/accuracies"] == float((margins > 0).float().mean())
     for (name, before), after in zip(model.named_parameters(), module.policy.parameters(), strict=True):
-        torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=0, atol=2e-6, msg=name)
+        change = 0.1 * before.grad
+        close = 2e-6 + 1e-5 * float(change.abs().max())  # a float32 forward pass beside one in float64
+        torch.testing.assert_close(after, before - change, rtol=0, atol=close, msg=name)
 
 
 def test_what_is_logged_of_the_rewards(make, train, tiny_llama):
@@ -181,8 +183,8 @@ def test_passes_and_minibatches_go_on_with_the_same_pairs(make, train, tiny_llam
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"micro_batch_size": 1}, "micro_batch_size=1 must be at least 2"),
-    ({"num_generations": 1}, "num_generations=1 must be an integer of at least 2"),
-    ({"loss": "kto_pair"}, "loss='kto_pair' must be one of"),
+    ({"num_generations": 1}, "num_generations=1 must be an integer of 2 or more"),
+    ({"loss": "kto_pair"}, "loss='kto_pair' must be 'sigmoid' or"),
     ({"ipo_logps": "sum"}, "ipo_logps must be 'mean' for loss='sigmoid'"),
     ({"beta": 0.0}, "beta=0.0 must be"),
 ])  # fmt: skip

@@ -2,7 +2,12 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
+    AGGREGATIONS,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
     group_advantages,
+    informative_groups,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -48,11 +53,21 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
-from alignment_modules.functional.value import generalized_advantages, value_loss, whiten
+from alignment_modules.functional.value import (
+    explained_variance,
+    generalized_advantages,
+    length_adaptive_lambda,
+    turn_starts,
+    value_loss,
+    whiten,
+)
 
 __all__ = [
     "ADVANTAGE_SCALES",
+    "AGGREGATIONS",
+    "BASELINES",
     "BATCH_COUPLED_LOSSES",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
@@ -62,6 +77,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
+    "AdvantageEstimator",
     "ClipMasks",
     "Divergence",
     "JsdBeta",
@@ -73,12 +89,16 @@ __all__ = [
     "UnpairedLoss",
     "aggregate",
     "check_reference_free",
+    "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
+    "explained_variance",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
+    "length_adaptive_lambda",
     "length_desensitized_logps",
     "linear_divergence",
     "linear_token_log_probs",
@@ -89,15 +109,18 @@ __all__ = [
     "mismatched",
     "mismatched_completions",
     "odds_ratio_loss",
+    "optimal_token_advantages",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
+    "returns_to_go",
     "reward_pair_loss",
     "router_shares",
     "sequence_logps",
     "token_collision",
     "token_entropy",
     "token_log_probs",
+    "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from alignment_modules.functional.advantages import EQUAL_REWARDS
 from alignment_modules.functional.checks import check_same_shape
 from alignment_modules.functional.ranges import Positive, Range, Share, check_options
+from alignment_modules.functional.statistics import Statistic
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def generalized_advantages(
     gamma: Share = 1.0,
     lam: Share | Tensor = 0.95,
     bootstrap: Tensor | None = None,
+    unit: Literal["token", "turn"] = "token",
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, eq. 16) over the positions in the mask.
 
@@ -36,6 +38,9 @@ def generalized_advantages(
         lam: Trade of bias (0) for variance (1), in [0, 1]; or `[batch]`, one for each row, such as one that grows with
             its length (VAPO, arXiv:2504.05118).
         bootstrap: `[batch]`, value after the last position; None: 0, right for sequences that ended by themselves.
+        unit: What one step in time is: a "token", or a "turn", a run of positions in the mask with others between it
+            and the next. A turn has the sum of its rewards and the value before its first token, and all of its tokens
+            have its advantage and return.
 
     Returns:
         `(advantages, returns)`, each `[batch, time]` and 0 outside the mask, without gradient. `returns` is
@@ -60,10 +65,84 @@ def generalized_advantages(
     elif lam not in Range(0, 1):
         raise ValueError(f"lam={lam} must be a finite number from 0 to 1, or [batch] of them")
     mask = mask.bool()
-    advantages = torch.zeros_like(values)
-    next_value = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap.to(values.dtype)
-    check_same_shape(first_column_of_values=values[:, 0] if values.shape[1] else next_value, bootstrap=next_value)
-    following = torch.zeros_like(next_value)
+    end = values.new_zeros(values.shape[0]) if bootstrap is None else bootstrap.to(values.dtype)
+    check_same_shape(first_column_of_values=values[:, 0] if values.shape[1] else end, bootstrap=end)
+    if unit == "token":
+        return _over_time(rewards, values, mask, gamma, lam, end)
+    starts = turn_starts(mask)
+    turn = (starts.cumsum(dim=1) - 1).clamp(min=0)
+    empty = values.new_zeros(len(values), (values.shape[1] + 1) // 2)  # no row has more turns
+    turn_rewards, turn_values = (
+        empty.scatter_add(1, turn, torch.where(place, given, 0.0))
+        for place, given in ((mask, rewards), (starts, values))
+    )
+    there = torch.arange(empty.shape[1], device=values.device) < starts.sum(dim=1, keepdim=True)
+    found = _over_time(turn_rewards, turn_values, there, gamma, lam, end)
+    advantages, returns = (torch.where(mask, each.gather(1, turn), 0.0) for each in found)
+    return advantages, returns
+
+
+def turn_starts(mask: Tensor) -> Tensor:
+    """The first token of each turn, `[batch, time]` bool: a turn is a run of positions in the mask.
+
+    Args:
+        mask: `[batch, time]`, bool or 0/1.
+
+    >>> turn_starts(torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]])).int()
+    tensor([[1, 0, 0, 1],
+            [0, 1, 0, 0]], dtype=torch.int32)
+    """
+    starts = mask.bool().clone()
+    starts[:, 1:] &= ~mask.bool()[:, :-1]
+    return starts
+
+
+def length_adaptive_lambda(lengths: Tensor, alpha: Positive) -> Tensor:
+    """`clip(1 - 1 / max(alpha * length, 1), 0, 1)`, the lambda of the policy's advantages in VAPO (arXiv:2504.05118).
+
+    With the paper's `alpha` of 0.05 it is 0, one-step TD, up to a length of 20.
+
+    Args:
+        lengths: `[batch]`, steps in time of each sequence.
+        alpha: How fast lambda grows with the length.
+
+    Returns:
+        `[batch]` float32.
+
+    Raises:
+        ValueError: If `alpha` is not positive.
+
+    >>> length_adaptive_lambda(torch.tensor([10, 20, 40, 200, 1000]), 0.05)
+    tensor([0.0000, 0.0000, 0.5000, 0.9000, 0.9800])
+    """
+    check_options(length_adaptive_lambda, locals())
+    return (1.0 - 1.0 / (alpha * lengths.float()).clamp(min=1.0)).clamp(0.0, 1.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Statistic:
+    """How much of the variance of the returns the values explain, `1 - Var(R - V) / Var(R)`, as additive sums.
+
+    1: all of it; 0: no more than a constant would; below 0: less.
+
+    Args:
+        values: `[batch, time]`, the critic's.
+        returns: `[batch, time]`, what they stand for.
+        mask: `[batch, time]`, bool or 0/1: what counts.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    check_same_shape(values=values, returns=returns, mask=mask)
+    mask = mask.bool()
+    targets, errors = (torch.where(mask, x.detach().double(), 0.0) for x in (returns, returns - values))
+    sums = [errors.sum(), errors.square().sum(), targets.sum(), targets.square().sum()]
+    return Statistic(torch.stack(sums), mask.sum(), "explained")
+
+
+def _over_time(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    advantages, next_value, following = torch.zeros_like(values), end, torch.zeros_like(end)
     for time in range(values.shape[1] - 1, -1, -1):
         here = mask[:, time]
         delta = rewards[:, time] + gamma * next_value - values[:, time]

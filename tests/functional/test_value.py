@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment_modules.functional import generalized_advantages, value_loss, whiten
+from alignment_modules.functional import (
+    explained_variance,
+    generalized_advantages,
+    length_adaptive_lambda,
+    value_loss,
+    whiten,
+)
+from alignment_modules.training.meters import Meters
 
 
 def gae_by_loops(rewards, values, gamma, lam, last):
@@ -146,3 +153,81 @@ def test_generalized_advantages_refuse():
         generalized_advantages(x, x[:1], x)
     with pytest.raises(ValueError, match="bootstrap"):
         generalized_advantages(x, x, x, bootstrap=torch.zeros(3))
+
+
+def by_turns(rewards, values, mask, gamma, lam, last):
+    """Turns as lists of places, each one step in time, by plain loops over one row."""
+    turns, before = [], False
+    for place, own in enumerate(mask):
+        if own and not before:
+            turns.append([])
+        if own:
+            turns[-1].append(place)
+        before = own
+    summed = [sum(rewards[place] for place in turn) for turn in turns]
+    found = gae_by_loops(summed, [values[turn[0]] for turn in turns], gamma, lam, last)
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    for turn, advantage in zip(turns, found, strict=True):
+        for place in turn:
+            advantages[place], returns[place] = advantage, advantage + values[turn[0]]
+    return advantages, returns
+
+
+@pytest.mark.parametrize("bootstrapped", [False, True])
+def test_turns_by_loops(bootstrapped):
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = (torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(6, 9, generator=generator) < 0.6
+    mask[4], mask[5] = False, True
+    last = torch.randn(6, generator=generator, dtype=torch.float64) if bootstrapped else None
+    lam = torch.linspace(0, 1, 6, dtype=torch.float64)
+    outside = rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.nan)
+    found = generalized_advantages(*outside, mask, gamma=0.9, lam=lam, bootstrap=last, unit="turn")
+    for row in range(6):
+        end = last[row].item() if bootstrapped else 0.0
+        given = rewards[row].tolist(), values[row].tolist(), mask[row].tolist()
+        for result, expected in zip(found, by_turns(*given, 0.9, float(lam[row]), end), strict=True):
+            assert result[row].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_decoupled_and_length_adaptive():
+    """Forty tokens, one reward at the end: returns of lambda 1, advantages of the lambda that the length gives."""
+    rewards, values = torch.zeros(1, 40), torch.linspace(0.1, 0.9, 40)[None]
+    rewards[0, -1] = 1.0
+    mask = torch.ones(1, 40)
+    lam = length_adaptive_lambda(mask.sum(dim=1), 0.05)
+    assert lam.tolist() == [0.5]
+    advantages = generalized_advantages(rewards, values, mask, lam=lam)[0][0]
+    assert advantages[[0, 39]].tolist() == pytest.approx([0.0410256, 0.1], abs=1e-6)
+    for fixed, expected in ((0.95, 0.3682862), (1.0, 0.9)):
+        assert float(generalized_advantages(rewards, values, mask, lam=fixed)[0][0, 0]) == pytest.approx(expected)
+    returns = generalized_advantages(rewards, values, mask, lam=1.0)[1]
+    torch.testing.assert_close(returns, torch.ones(1, 40))
+
+
+def test_explained_variance_from_sums():
+    """Pieces and ranks add up to the variance of the whole; constants of either side change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    values, returns = (torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(7, 5, generator=generator) < 0.6
+    v, r = values[mask], returns[mask]
+    expected = 1.0 - float((r - v).var() / r.var())
+    meters = Meters()
+    for rows in (slice(0, 2), slice(2, 2), slice(2, 7)):
+        noisy = values[rows].masked_fill(~mask[rows], torch.nan)
+        meters.update({"ev": explained_variance(noisy + 3.0, returns[rows], mask[rows])})
+    assert meters.compute(lambda sums, how: sums)["ev"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_returns_have_no_variance_to_explain():
+    meters = Meters()
+    meters.update({"ev": explained_variance(torch.rand(3, 4), torch.full((3, 4), 0.3), torch.ones(3, 4))})
+    assert meters.compute(lambda sums, how: sums) == {}
+
+
+def test_options_of_time():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="unit='row'"):
+        generalized_advantages(x, x, x, unit="row")
+    with pytest.raises(ValueError, match=r"alpha=0\.0 must be a finite number > 0"):
+        length_adaptive_lambda(torch.ones(2), 0.0)

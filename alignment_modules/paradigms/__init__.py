@@ -7,6 +7,7 @@ from alignment_modules.paradigms.distillation import DistillationModule
 from alignment_modules.paradigms.dpo import DPOModule
 from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
+from alignment_modules.paradigms.online_dpo import OnlineDPOModule
 from alignment_modules.paradigms.orpo import ORPOModule
 from alignment_modules.paradigms.ppo import PPOModule
 from alignment_modules.paradigms.pretrain import PretrainModule
@@ -22,6 +23,7 @@ __all__ = [
     "GRPOModule",
     "KTOModule",
     "ORPOModule",
+    "OnlineDPOModule",
     "PPOModule",
     "PretrainModule",
     "RewardModule",
@@ -39,6 +41,7 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     CPOModule,
     KTOModule,
     DistillationModule,
+    OnlineDPOModule,
     GRPOModule,
     PPOModule,
 )

@@ -420,7 +420,7 @@ ROWS["ppo"] = replace(
         "shared with nll": {"critic": "shared", "critic_optimizer": None, "positive_nll_coef": 0.3, "loss": "grpo"},
         "length adaptive": {"length_adaptive_alpha": 0.4, "gamma": 0.9, "critic_lam": 0.9},
         "turns": {"gae_unit": "turn", "kl_estimator": "k3", "kl_placement": "loss", "lam": 0.5},
-        "scaled": {"scale_scores": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
+        "scaled": {"scale_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
         "bootstrap": {"truncation": "bootstrap", "missing_eos_penalty": 0.5, "tokenizer": Stops()},
         "masked": {"truncation": "mask", "tokenizer": Stops()},
     },

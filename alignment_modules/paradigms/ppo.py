@@ -44,9 +44,8 @@ class PPOModule(ActorCriticModule):
             tokens of all ranks; after the returns were made of them.
         truncation: Completions that hit the length limit: "none", they end there; "bootstrap", the critic's value of
             their last state stands for what would have followed; "mask", neither policy nor critic learns from them.
-        missing_eos_penalty: What such a completion's score loses; None: nothing.
-        reward_clip: Scores are held within plus and minus this; None: they are not.
-        scale_scores: Whether scores are divided by the deviation of all scores so far, before they are clipped.
+        reward_clip: Rewards are held within plus and minus this; None: they are not.
+        scale_rewards: Whether rewards are divided by the deviation of all rewards so far, before they are clipped.
         positive_nll_coef: Weight of the negative log-likelihood of completions with a reward above 0, averaged over
             their tokens in the step (VAPO takes 0.1).
         beta: Strength of the KL penalty against the reference; 0: no reference is held.
@@ -74,9 +73,8 @@ class PPOModule(ActorCriticModule):
         gae_unit: Literal["token", "turn"] = "token",
         whiten_advantages: bool = True,
         truncation: Literal["none", "bootstrap", "mask"] = "none",
-        missing_eos_penalty: Positive | None = None,
         reward_clip: Positive | None = None,
-        scale_scores: bool = False,
+        scale_rewards: bool = False,
         positive_nll_coef: NonNegative = 0.0,
         beta: NonNegative = 0.05,
         kl_estimator: str = "k1",
@@ -86,11 +84,9 @@ class PPOModule(ActorCriticModule):
     ) -> None:
         check_options(PPOModule.__init__, locals())
         if length_adaptive_alpha is not None and lam != LAM:
-            raise ValueError(
-                f"lam={lam} would not be read: length_adaptive_alpha={length_adaptive_alpha} takes its place"
-            )
-        if truncation == "mask" and missing_eos_penalty is not None:
-            raise ValueError(f"missing_eos_penalty={missing_eos_penalty} would not be read with truncation='mask'")
+            raise ValueError(f"lam={lam} would not be read with length_adaptive_alpha={length_adaptive_alpha}")
+        if truncation == "mask" and (penalty := actor_critic.get("missing_eos_penalty")):
+            raise ValueError(f"missing_eos_penalty={penalty} would not be read with truncation='mask'")
         super().__init__(
             beta=beta,
             kl_estimator=kl_estimator,
@@ -101,20 +97,19 @@ class PPOModule(ActorCriticModule):
         self.gamma, self.lam, self.critic_lam, self.gae_unit = gamma, lam, critic_lam, gae_unit
         self.length_adaptive_alpha, self.whiten_advantages = length_adaptive_alpha, whiten_advantages
         self.truncation, self.mask_truncated = truncation, truncation == "mask"
-        self.missing_eos_penalty, self.reward_clip = missing_eos_penalty, reward_clip
-        self.positive_nll_coef = positive_nll_coef
-        self.score_scale = RunningScale() if scale_scores else None
+        self.reward_clip, self.positive_nll_coef = reward_clip, positive_nll_coef
+        self.reward_scale = RunningScale() if scale_rewards else None
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Adds the critic's values, what it is to learn, and the advantages of the tokens."""
         masks = (rollout.own, rollout.trained, rollout.truncated)
         own, trained, truncated = (mask.to(self.device, non_blocking=True) for mask in masks)
         bootstraps = self.truncation == "bootstrap"
-        if bootstraps or self.missing_eos_penalty is not None:
-            self.require_stops("truncation='bootstrap'" if bootstraps else "missing_eos_penalty")
+        if bootstraps:
+            self.require_stops("truncation='bootstrap'")
         values, last = self.value_rollout(rollout, last=bootstraps)
         written = rollout.rewards.to(self.device).masked_fill(~own.any(dim=1), torch.nan)  # nothing carries the others
-        scores = self.scores(written, truncated)
+        scores = self.scores(written)
         rewards = token_rewards(scores.nan_to_num(), own, penalty)
         end = torch.where(truncated, last, 0.0)
         time: dict[str, Any] = {"gamma": self.gamma, "bootstrap": end, "unit": self.gae_unit}
@@ -128,22 +123,15 @@ class PPOModule(ActorCriticModule):
         advantages = advantages.masked_fill(~trained, 0.0)
         return replace(rollout, values=values, returns=returns, advantages=advantages)
 
-    def scores(self, rewards: Tensor, truncated: Tensor) -> Tensor:
-        """What a completion's last token is rewarded with, [N] float32; NaN where it was not judged.
-
-        Args:
-            rewards: [N], NaN where none applies.
-            truncated: [N] bool.
-        """
-        if self.score_scale is not None:
+    def scores(self, rewards: Tensor) -> Tensor:
+        """What a completion's last token is rewarded with, [N] of rewards [N]; NaN where it was not judged."""
+        if self.reward_scale is not None:
             exact = rewards.double()
             sums = torch.stack([(~exact.isnan()).sum(), exact.nansum(), exact.square().nansum()])
             count, total, squares = self.reduce(sums, "sum").tolist()
-            self.score_scale.update(count=count, total=total, squares=squares)
-            rewards = rewards / self.score_scale.deviation
-        if self.reward_clip is not None:
-            rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
-        return rewards if self.missing_eos_penalty is None else rewards - self.missing_eos_penalty * truncated
+            self.reward_scale.update(count=count, total=total, squares=squares)
+            rewards = rewards / self.reward_scale.deviation
+        return rewards if self.reward_clip is None else rewards.clamp(-self.reward_clip, self.reward_clip)
 
     def lam_of(self, own: Tensor) -> float | Tensor:
         """Lambda of the advantages; [N] where it depends on the length. `own` is [N, T] bool."""
@@ -178,6 +166,16 @@ class PPOModule(ActorCriticModule):
         statistics = update_statistics(rollout, scores, found.statistics) if self.logging_due else {}
         return Objective(found.terms, found.statistics | statistics)
 
+    def extra_state(self) -> dict[str, Any]:
+        """Adds the deviation of the rewards so far."""
+        return super().extra_state() | ({} if self.reward_scale is None else {"scale": self.reward_scale.state_dict()})
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes it up; a run that begins to scale in its middle begins to count there."""
+        super().load_extra_state(state)
+        if self.reward_scale is not None and "scale" in state:
+            self.reward_scale.load_state_dict(state["scale"])
+
     def describe(self) -> dict[str, str]:
         """Adds how rewards become advantages and returns."""
         lam = f"lambda {self.lam:g}"
@@ -185,13 +183,12 @@ class PPOModule(ActorCriticModule):
             lam = f"lambda 1 - 1 / max({self.length_adaptive_alpha:g} * length, 1)"
         white = ", whitened (ddof 1) over the rollout's tokens on all ranks" if self.whiten_advantages else ""
         clip = "no clip" if self.reward_clip is None else f"held within {self.reward_clip:g}"
-        scaled = "divided by their running deviation, " if self.score_scale is not None else ""
-        eos = f", {self.missing_eos_penalty:g} less without a stop" if self.missing_eos_penalty is not None else ""
+        scaled = "divided by their running deviation, " if self.reward_scale is not None else ""
         nll = f"; nll of rewarded completions, weight {self.positive_nll_coef:g}" if self.positive_nll_coef else ""
         held = super().describe()
         return held | {
             "loss": held["loss"] + nll,
-            "scores": f"{scaled}{clip}{eos}, on the last own token",
+            "scores": f"{scaled}{clip}, on the last own token",
             "advantages": f"GAE by {self.gae_unit}, gamma {self.gamma:g}, {lam}{white}",
             "returns": f"GAE with lambda {self.critic_lam:g}, before whitening",
             "truncation": self.truncation,

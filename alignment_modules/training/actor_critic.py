@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from alignment_modules.functional import aggregate, value_loss
-from alignment_modules.functional.ranges import Natural, NonNegative, Positive, check_options
+from alignment_modules.functional.ranges import Count, Natural, NonNegative, Positive, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.architecture import describe_size
 from alignment_modules.policies.critic import as_classifier, build_critic, last_values, read_values, shared_head
@@ -26,6 +26,7 @@ from alignment_modules.training.makers import check_makers
 from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.policy_gradient import PolicyGradientModule, token_mean
 
+PRETRAINED = "critic-pretrain.ckpt"
 SHARED_COEF = 0.1  # of the value loss on a shared trunk, as in TRL's PPO
 
 
@@ -43,6 +44,8 @@ class ActorCriticModule(PolicyGradientModule):
         critic_lr_scheduler: Of a critic of its own; None: the policy's.
         critic_pretrain_steps: Steps that the critic takes alone, before the first of the policy, on Monte-Carlo returns
             of the policy as it is. They are no steps of the run: `global_step` stands still.
+        critic_pretrain_save_every: Rollouts of the pretraining between two checkpoints `critic-pretrain.ckpt` in the
+            folder of the others, which count steps of the run and so save none meanwhile; the last is always saved.
         value_clip: How far from its value at the rollout a value may move the loss, in either direction; None: any.
         value_coef: Weight of the value loss on a shared trunk; None: 0.1.
         **gradient: Keywords of `PolicyGradientModule`.
@@ -58,6 +61,7 @@ class ActorCriticModule(PolicyGradientModule):
         critic_optimizer: OptimizerCallable | None = None,
         critic_lr_scheduler: LRSchedulerCallable | None = None,
         critic_pretrain_steps: Natural = 0,
+        critic_pretrain_save_every: Count = 10,
         value_clip: Positive | None = 0.2,
         value_coef: NonNegative | None = None,
         **gradient: Any,
@@ -81,9 +85,10 @@ class ActorCriticModule(PolicyGradientModule):
         if is_fresh(critic) or (critic is None and self._kept_frozen):
             self._kept_frozen = (*self._kept_frozen, "critic")
         self.make_critic_optimizer, self.make_critic_lr_scheduler = critic_optimizer, critic_lr_scheduler
-        self.critic_pretrain_steps, self.value_clip = critic_pretrain_steps, value_clip
+        self.critic_pretrain_steps, self.pretrain_save_every = critic_pretrain_steps, critic_pretrain_save_every
+        self.value_clip = value_clip
         self.value_coef = SHARED_COEF if value_coef is None else value_coef
-        self.pretrained = 0
+        self.pretrained = self.pretraining_rollouts = 0
 
     # Who steps
 
@@ -154,7 +159,17 @@ class ActorCriticModule(PolicyGradientModule):
         for part in islice(parts, self.critic_pretrain_steps - self.pretrained):
             self.step_critic(part)
             self.pretrained += 1
+        self.pretraining_rollouts += 1
         return None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves while the critic is pretrained, every so many rollouts and after the last."""
+        done, saver = self.pretraining_rollouts, self.trainer.checkpoint_callback
+        due = not self.pretraining or done % self.pretrain_save_every == 0
+        if self.global_step or not done or not due or saver is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = getattr(saver, "dirpath", None) or Path(self.trainer.default_root_dir) / "checkpoints"
+        self.trainer.save_checkpoint(Path(folder) / PRETRAINED)
 
     def step(self, part: Rollout) -> None:
         """One step of the critic, if it has an optimizer, then one of the policy."""
@@ -282,12 +297,12 @@ class ActorCriticModule(PolicyGradientModule):
 
     def extra_state(self) -> dict[str, Any]:
         """Adds how far the critic's pretraining is."""
-        return super().extra_state() | {"pretrained": self.pretrained}
+        return super().extra_state() | {"pretrained": [self.pretrained, self.pretraining_rollouts]}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes up the pretraining."""
         super().load_extra_state(state)
-        self.pretrained = state["pretrained"]
+        self.pretrained, self.pretraining_rollouts = state["pretrained"]
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the critic beside it, merged, into `critic`: a reward model that a critic can be."""

@@ -103,6 +103,8 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         else:
             found = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", "train/loss")}
         made.append({"optimizer": optimizer, "lr_scheduler": found})
+    if any(isinstance(one, dict) for one in made):  # Lightning takes either form, not both at once
+        made = [one if isinstance(one, dict) else {"optimizer": one} for one in made]
     return made if len(made) > 1 else made[0]
 
 

@@ -161,7 +161,7 @@ class PolicyGradientModule(ActingModule):
         Raises:
             ValueError: If there are no stop tokens.
         """
-        if not self.codec.stop_token_ids:
+        if not self.codec.stop_token_ids and not self.actor.sampling.stop_strings:
             raise ValueError(f"{option} needs a tokenizer: without stop tokens every completion is truncated")
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]

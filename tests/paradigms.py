@@ -300,6 +300,8 @@ ROWS: dict[str, Paradigm] = {
         variants={
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+            "on policy": {"on_policy_share": 1.0, "max_completion_length": 6, "temperature": 1.5},
+            "half on policy": {"on_policy_share": 0.5, "max_completion_length": 4, "seed": 1},
         },
         batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),

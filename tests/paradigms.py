@@ -308,6 +308,11 @@ ROWS: dict[str, Paradigm] = {
         first_policy=flat,
         needs={"teacher": "other"},
         source="demonstrations",
+        recipe={"metrics": ("--model.on_policy_share=0.9", "--model.max_completion_length=64")},
+        resume=Resume(
+            ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--model.on_policy_share", "0.5",
+             "--model.max_completion_length", "4"),
+        ),
     ),
     "online_dpo": Paradigm(
         batch=rollouts,

@@ -27,12 +27,21 @@ class Controller(ABC):
     What was measured is added up on its device, and the coefficient is computed there: nothing waits for it.
 
     Attributes:
-        value: 0-dim float64 (float32 where a device has no other): what the next rollout's loss or reward takes.
+        value: 0-dim float64 (float32 where a device has no other): the coefficient as it stands.
     """
 
     def __init__(self, value: float) -> None:
         self.value = torch.tensor(float(value), dtype=torch.float64)
         self._sums: Tensor | None = None
+
+    @property
+    def coefficient(self) -> Tensor:
+        """0-dim: what the rollout's loss or reward takes."""
+        return self.value
+
+    def forget(self) -> None:
+        """Begins a rollout: forgets what was measured in one that was broken off."""
+        self._sums = None
 
     def measure(self, mean: Statistic) -> None:
         """Adds what one piece of the rollout shows.
@@ -44,16 +53,19 @@ class Controller(ABC):
         pair = pair.to(torch.float32 if pair.device.type == "mps" else torch.float64)
         self._sums = pair if self._sums is None else self._sums + pair
 
-    def step(self, reduce: Reduce, completions: Tensor) -> None:
+    def step(self, reduce: Reduce, completions: int, device: torch.device | str = "cpu") -> None:
         """Ends the rollout: changes the coefficient by what was measured; by nothing where there were no tokens.
 
         Args:
             reduce: `reduce(tensor, "sum")` over all ranks, each of which must call this.
-            completions: 0-dim: the rollout's completions on this rank.
+            completions: The rollout's completions on this rank.
+            device: Where the sums are added up.
         """
-        empty = torch.zeros(2, dtype=torch.float64, device=completions.device)
-        sums, self._sums = empty if self._sums is None else self._sums, None
-        total, tokens, rows = reduce(torch.cat([sums, completions.to(sums).reshape(1)]), "sum").unbind()
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        sums = torch.zeros(2, dtype=dtype, device=device) if self._sums is None else self._sums
+        count = torch.full((1,), float(completions), dtype=sums.dtype, device=sums.device)
+        total, tokens, rows = reduce(torch.cat([sums, count]), "sum").unbind()
+        self._sums = None
         measured = torch.where(tokens > 0, total / tokens.clamp(min=1), torch.nan)
         self.follow(measured, rows)
 
@@ -66,6 +78,10 @@ class Controller(ABC):
             completions: 0-dim, those of the rollout.
         """
 
+    @abstractmethod
+    def describe(self) -> str:
+        """The rule, in words."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, as plain numbers. It waits for the device."""
         return {"value": float(self.value)}
@@ -74,6 +90,48 @@ class Controller(ABC):
         """Takes up what `state_dict` gave."""
         self.value = torch.tensor(state["value"], dtype=torch.float64)
         self._sums = None
+
+
+def kl_controller(beta: float, target: float | None, horizon: float | None) -> KLController | None:
+    """The controller of a module's KL penalty; None where its coefficient is to stay.
+
+    Args:
+        beta: The module's option: the coefficient to begin with.
+        target: Its `kl_target`.
+        horizon: Its `kl_horizon`; None: 10,000.
+
+    Raises:
+        ValueError: If an option would have no effect.
+    """
+    if target is None:
+        if horizon is not None:
+            raise ValueError(f"kl_horizon={horizon:g} is given, but kl_target=None: only an adapted beta reads it")
+        return None
+    if not beta:
+        raise ValueError(f"kl_target={target:g} needs beta above 0: the coefficient that it adapts begins there")
+    return KLController(beta, target=target, horizon=KL_HORIZON if horizon is None else horizon)
+
+
+def entropy_controller(coefficient: float, target: float | None, delta: float | None) -> EntropyController | None:
+    """The controller of a module's entropy bonus; None where its coefficient is to stay.
+
+    Args:
+        coefficient: The module's `entropy_coef`, to begin with.
+        target: Its `entropy_target`.
+        delta: Its `entropy_coef_delta`; None: 0.005.
+
+    Raises:
+        ValueError: If an option would have no effect, or the coefficient is not within [0, 1].
+    """
+    if target is None:
+        if delta is not None:
+            raise ValueError(
+                f"entropy_coef_delta={delta:g} is given, but entropy_target=None: only an adapted entropy_coef reads it"
+            )
+        return None
+    if not 0 <= coefficient <= 1:
+        raise ValueError(f"entropy_coef={coefficient:g} must be from 0 to 1 where entropy_target adapts it")
+    return EntropyController(coefficient, target=target, delta=ENTROPY_DELTA if delta is None else delta)
 
 
 class KLController(Controller):
@@ -93,7 +151,7 @@ class KLController(Controller):
     Example:
         >>> controller = KLController(0.1, target=0.5, horizon=100)
         >>> controller.measure(Statistic(torch.tensor(12.0), 20.0))  # 0.6 nats a token: a fifth too much
-        >>> controller.step(lambda values, how: values, torch.tensor(10))
+        >>> controller.step(lambda values, how: values, 10)
         >>> round(controller.value.item(), 6)
         0.102
     """
@@ -133,7 +191,7 @@ class EntropyController(Controller):
         >>> controller = EntropyController(0.0, target=0.2)
         >>> for entropy in (0.1, 0.1, 0.3):
         ...     controller.measure(Statistic(torch.tensor(entropy)))
-        ...     controller.step(lambda values, how: values, torch.tensor(8))
+        ...     controller.step(lambda values, how: values, 8)
         ...     print(round(controller.coefficient.item(), 6), round(controller.value.item(), 6))
         0.005 0.005
         0.01 0.01

@@ -25,6 +25,7 @@ from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
+from alignment_modules.training.controllers import Controller, Delta, entropy_controller, kl_controller
 from alignment_modules.training.objective import Objective
 
 
@@ -49,6 +50,12 @@ class PolicyGradientModule(ActingModule):
         mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
             still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
+        kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
+            stays.
+        kl_horizon: Completions over which `beta` changes by up to a fifth; None: 10,000.
+        entropy_target: Entropy in nats a token below which `entropy_coef` grows, and above which there is no bonus
+            (`EntropyController`); None: it stays.
+        entropy_coef_delta: By how much `entropy_coef` then changes after a rollout; None: 0.005.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
             temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
@@ -73,6 +80,10 @@ class PolicyGradientModule(ActingModule):
         loss: str = "dapo",
         mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
+        kl_target: Positive | None = None,
+        kl_horizon: Positive | None = None,
+        entropy_target: NonNegative | None = None,
+        entropy_coef_delta: Delta | None = None,
         reference: str | PolicyConfig | nn.Module | None = None,
         **acting: Any,
     ) -> None:
@@ -82,12 +93,42 @@ class PolicyGradientModule(ActingModule):
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
+        controllers = {
+            "kl": kl_controller(beta, kl_target, kl_horizon),
+            "entropy": entropy_controller(entropy_coef, entropy_target, entropy_coef_delta),
+        }
         super().__init__(**acting)
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.mask_truncated = mask_truncated
+        self.controllers: dict[str, Controller] = {name: one for name, one in controllers.items() if one is not None}
         self.reference = frozen_companion(reference, self.policy) if beta else None
+
+    @property
+    def kl_coef(self) -> Tensor | float:
+        """Strength of the KL penalty in the present rollout."""
+        return self.controllers["kl"].coefficient if "kl" in self.controllers else self.beta
+
+    @property
+    def entropy_bonus(self) -> Tensor | float | None:
+        """Weight of the entropy bonus in the present rollout; None: nobody reads the entropy."""
+        if "entropy" in self.controllers:
+            return self.controllers["entropy"].coefficient
+        return self.entropy_coef or None
+
+    def extra_state(self) -> dict[str, Any]:
+        """Adds the coefficients that are adapted."""
+        return super().extra_state() | {
+            f"{name}_controller": one.state_dict() for name, one in self.controllers.items()
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes them up."""
+        super().load_extra_state(state)
+        for name, controller in self.controllers.items():
+            if f"{name}_controller" in state:
+                controller.load_state_dict(state[f"{name}_controller"])
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Adds the advantages, and leaves what has none out of `trained`.
@@ -119,11 +160,16 @@ class PolicyGradientModule(ActingModule):
             given: Whether its old log-probabilities are another policy's.
             first: Whether it is an epoch's first.
         """
+        for name, controller in self.controllers.items():
+            coefficient = controller.coefficient.to(self.device)
+            self._train_meters.update({f"{name}_coef": Statistic(coefficient)})
         parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
         for number, part in enumerate(parts):
             if not number and not given:  # the policy is still the one that sampled
                 part = replace(part, old_logps=None)
             self.step(part)
+        for controller in self.controllers.values():
+            controller.step(self.reduce, len(rollout.ids), self.device)
 
     def step(self, part: Rollout) -> None:
         """One optimizer step on a minibatch of a rollout."""
@@ -134,6 +180,8 @@ class PolicyGradientModule(ActingModule):
 
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
+        for controller in self.controllers.values():
+            controller.forget()
         old_logps, penalty = rollout.old_logps, None
         in_reward = bool(self.beta) and self.kl_placement == "reward"
         if old_logps is None and (in_reward or self.optimizer_steps_per_batch > 1):
@@ -147,8 +195,8 @@ class PolicyGradientModule(ActingModule):
         if in_reward and old_logps is not None:
             own = rollout.own.to(self.device, non_blocking=True)
             divergence = kl_penalty(old_logps, reference_logps, estimator=self.kl_estimator)
-            penalty = self.beta * divergence.masked_fill(~own, 0.0)
-            self._train_meters.update({"kl": token_mean(divergence, own)})
+            penalty = self.kl_coef * divergence.masked_fill(~own, 0.0)
+            self._train_meters.update({"kl": self.measured("kl", token_mean(divergence, own))})
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
             if not self.codec.stop_token_ids:
@@ -165,7 +213,7 @@ class PolicyGradientModule(ActingModule):
 
     def targets(self, rollout: Rollout) -> Tensor:
         """[N, T] bool, on the host: the trained tokens of a piece that can move the policy."""
-        if self.entropy_coef or (self.beta and self.kl_placement == "loss"):
+        if self.entropy_bonus is not None or (self.beta and self.kl_placement == "loss"):
             return rollout.trained
         given: Any = rollout.advantages
         rows = given != 0 if given.dim() == 1 else (given != 0).any(dim=1)
@@ -174,7 +222,8 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
-        return ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+        wanted = self.entropy_bonus is not None or self.logging_due
+        return ["entropy"] if torch.is_grad_enabled() and wanted else []
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -187,10 +236,12 @@ class PolicyGradientModule(ActingModule):
         if self.beta and self.kl_placement == "loss":
             options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
             divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
-            values = values + self.beta * divergence
-            statistics["kl"] = token_mean(divergence, mask)
-        if self.entropy_coef and scores.entropy is not None:
-            values = values - self.entropy_coef * scores.entropy
+            values = values + self.kl_coef * divergence
+            statistics["kl"] = self.measured("kl", token_mean(divergence, mask))
+        bonus = self.entropy_bonus
+        if bonus is not None and scores.entropy is not None:
+            values = values - bonus * scores.entropy
+            self.measured("entropy", token_mean(scores.entropy, mask))
         longest = self.actor.sampling.max_completion_length
         total, weight = aggregate(values, mask, reduction=self.surrogate.reduction, max_length=longest)
         statistics |= {"loss": Statistic(total, weight)}
@@ -198,13 +249,22 @@ class PolicyGradientModule(ActingModule):
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
         return Objective.of(total, weight, statistics)
 
+    def measured(self, name: str, mean: Statistic) -> Statistic:
+        """Shows a mean over the tokens of a piece to the controller of that name, where there is one."""
+        if name in self.controllers:
+            self.controllers[name].measure(mean)
+        return mean
+
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
+        how = {name: f", {controller.describe()}" for name, controller in self.controllers.items()}
+        entropy = {"entropy": f"weight {self.entropy_coef:g}{how.get('entropy', '')}"}
         return super().describe() | {
             "loss": self.surrogate.describe(),
             "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
-            "KL": kl,
+            "KL": kl + how.get("kl", ""),
+            **(entropy if self.entropy_bonus is not None else {}),
             "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
             f"a pass {self.minibatches}",
         }

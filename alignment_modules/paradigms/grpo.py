@@ -190,13 +190,13 @@ class GRPOModule(ActingModule):
         if self.entropy_coef and scores.entropy is not None:
             values = values - self.entropy_coef * scores.entropy
         longest = self.actor.sampling.max_completion_length
-        total, weight = aggregate(values, mask, reduction=self.surrogate.reduction, max_length=longest)
+        total, weight = aggregate(values, mask, reduction=self.surrogate.reduced_by, max_length=longest)
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             shares = self.surrogate.statistics(token_logps.detach(), old_logps, advantages, scores.mask)
             statistics |= {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
             if self.kept_ratios is not None:
-                level = self.surrogate.importance_level
+                level = self.surrogate.level
                 ratio = importance_ratio(token_logps.detach(), old_logps, scores.mask, level=level)
                 self.kept_ratios.append(ratio[scores.mask])
             statistics["entropy"] = _token_mean(scores.entropy.detach(), scores.mask)
@@ -209,7 +209,7 @@ class GRPOModule(ActingModule):
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
         return super().describe() | {
             "loss": self.surrogate.describe(),
-            "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
+            "normaliser": f"{self.surrogate.reduced_by} over the optimizer step, all micro-batches and ranks",
             "advantages": f"{self.scale_rewards}, {self.actor.num_generations} completions a prompt; 0 where a "
             "group's rewards are equal",
             "KL": kl,

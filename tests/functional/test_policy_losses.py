@@ -34,63 +34,63 @@ def clip(x, low, high):
 # derivative is that of the completion's sum.
 
 
-def reinforce(x, xs, l, m, A):
+def reinforce(x, xs, logp, old, A):
     return -math.exp(x) * A, -math.exp(x) * A
 
 
-def reinforce_sequence(x, xs, l, m, A):
+def reinforce_sequence(x, xs, logp, old, A):
     s = math.exp(sum(xs) / len(xs))
     return -s * A, -s * A
 
 
-def sapo(x, xs, l, m, A):
+def sapo(x, xs, logp, old, A):
     t, rho = 1.0 if A > 0 else 1.05, math.exp(x)
     gate = sigmoid(t * (rho - 1))
     return -4 / t * gate * A, -4 * gate * (1 - gate) * rho * A
 
 
-def sapo_sequence(x, xs, l, m, A):
+def sapo_sequence(x, xs, logp, old, A):
     return sapo(sum(xs) / len(xs), xs, l, m, A)
 
 
-def gmpo(x, xs, l, m, A):
+def gmpo(x, xs, logp, old, A):
     s = 1 if A > 0 else -1
     bounded = [s * min(s * y, s * clip(y, -0.4, 0.4)) for y in xs]
     mean = math.exp(sum(bounded) / len(xs))
     return -A * mean, -A * mean * (s * x <= s * clip(x, -0.4, 0.4))
 
 
-def luspo(x, xs, l, m, A):
+def luspo(x, xs, logp, old, A):
     s = math.exp(sum(xs) / len(xs))
     kept = s * A <= clip(s, 0.998, 1.0025) * A
     return -min(s * A, clip(s, 0.998, 1.0025) * A), -s * A * kept
 
 
-def vespo(x, xs, l, m, A):
+def vespo(x, xs, logp, old, A):
     k, rate = (2, 3) if A >= 0 else (3, 2)
     w = math.exp(sum(xs))
     phi = math.exp(rate) * w**k * math.exp(-rate * w)
-    return -phi * A * l, -phi * A
+    return -phi * A * logp, -phi * A
 
 
-def dppo_tv(x, xs, l, m, A):
-    moved = math.exp(l) - math.exp(m)
+def dppo_tv(x, xs, logp, old, A):
+    moved = math.exp(logp) - math.exp(old)
     kept = moved <= 0.2 if A > 0 else moved >= -0.15
-    return -min(math.exp(x), 20) * A * l * kept, -min(math.exp(x), 20) * A * kept
+    return -min(math.exp(x), 20) * A * logp * kept, -min(math.exp(x), 20) * A * kept
 
 
-def dppo_kl(x, xs, l, m, A):
-    p, q = math.exp(l), math.exp(m)
+def dppo_kl(x, xs, logp, old, A):
+    p, q = math.exp(logp), math.exp(old)
     divergence = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
     kept = divergence <= 0.05 or (p <= q if A > 0 else p >= q)
-    return -min(math.exp(x), 20) * A * l * kept, -min(math.exp(x), 20) * A * kept
+    return -min(math.exp(x), 20) * A * logp * kept, -min(math.exp(x), 20) * A * kept
 
 
-def kl_cov(x, xs, l, m, A):
+def kl_cov(x, xs, logp, old, A):
     return -math.exp(x) * A + abs(x), -math.exp(x) * A + math.copysign(1, x)
 
 
-def clip_cov(x, xs, l, m, A):
+def clip_cov(x, xs, logp, old, A):
     return 0.0, 0.0
 
 
@@ -123,8 +123,8 @@ def test_by_loops(name, spread):
     expected, derivative = torch.zeros_like(losses), torch.zeros_like(losses)
     for row, token in mask.nonzero().tolist():
         log_ratios = (token_logps - old)[row][mask[row]].tolist()
-        x, l, m = (token_logps - old)[row, token].item(), token_logps[row, token].item(), old[row, token].item()
-        expected[row, token], derivative[row, token] = paper(x, log_ratios, l, m, advantages[row].item())
+        x, logp, one = (token_logps - old)[row, token].item(), token_logps[row, token].item(), old[row, token].item()
+        expected[row, token], derivative[row, token] = paper(x, log_ratios, logp, one, advantages[row].item())
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradient, derivative)
 

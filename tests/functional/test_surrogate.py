@@ -219,7 +219,7 @@ def test_refuses(change, message):
 
 
 def test_refuses_reductions():
-    with pytest.raises(ValueError, match="reduction must be one of 'token_mean', .*, got 'mean'"):
+    with pytest.raises(ValueError, match=r"reduction must be one of 'token_mean', .*, got 'mean'"):
         Surrogate(reduction="mean")
     with pytest.raises(ValueError, match="reduction='token_mean': loss='gmpo' is one of completions, 'sequence_mean_"):
         Surrogate(loss="gmpo", reduction="token_mean")

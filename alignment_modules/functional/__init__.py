@@ -7,6 +7,8 @@ from alignment_modules.functional.advantages import (
     value_loss,
     whiten,
 )
+from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
+from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
 from alignment_modules.functional.divergence import (
     Divergence,
     JsdBeta,
@@ -14,7 +16,7 @@ from alignment_modules.functional.divergence import (
     distribution_divergence,
     linear_divergence,
 )
-from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
+from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, binary_kl, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
@@ -56,6 +58,7 @@ from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mism
 __all__ = [
     "ADVANTAGE_SCALES",
     "BATCH_COUPLED_LOSSES",
+    "CORRECTIONS",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
     "KL_ESTIMATORS",
@@ -65,6 +68,7 @@ __all__ = [
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
     "ClipMasks",
+    "Correction",
     "Divergence",
     "JsdBeta",
     "LinearHead",
@@ -74,11 +78,14 @@ __all__ = [
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
+    "as_correction",
+    "binary_kl",
     "check_reference_free",
     "distribution_divergence",
     "expert_counts",
     "generalized_advantages",
     "group_advantages",
+    "high_covariance",
     "importance_ratio",
     "kl_penalty",
     "length_desensitized_logps",
@@ -98,8 +105,10 @@ __all__ = [
     "router_shares",
     "sequence_logps",
     "token_collision",
+    "token_covariance",
     "token_entropy",
     "token_log_probs",
+    "top_quantile",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

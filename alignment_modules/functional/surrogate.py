@@ -198,7 +198,7 @@ class Surrogate:
     def _tokens(
         self, token_logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, covariant: Tensor | None = None
     ) -> Tokens:
-        weight, mask = _per_token(advantages, token_logps), mask.bool()
+        weight, mask = per_token_advantages(advantages, token_logps), mask.bool()
         ratio = importance_ratio(token_logps, old, mask, level=self.level)
         log_ratio = torch.where(mask, token_logps - old.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return Tokens(token_logps, old.detach(), log_ratio, ratio, weight, mask, covariant)
@@ -339,7 +339,12 @@ def policy_gradient_loss(
     return surrogate(token_logps, old_token_logps, advantages, mask, covariant)
 
 
-def _per_token(advantages: Tensor, token_logps: Tensor) -> Tensor:
+def per_token_advantages(advantages: Tensor, token_logps: Tensor) -> Tensor:
+    """Advantages `[batch, time]` without gradient, given those of sequences `[batch]` or of tokens.
+
+    Raises:
+        ValueError: If they have another shape than `token_logps`, whose advantages they are.
+    """
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(-1, token_logps.shape[-1])
     if advantages.shape != token_logps.shape:

@@ -50,7 +50,7 @@ def sapo(x, xs, logp, old, A):
 
 
 def sapo_sequence(x, xs, logp, old, A):
-    return sapo(sum(xs) / len(xs), xs, l, m, A)
+    return sapo(sum(xs) / len(xs), xs, logp, old, A)
 
 
 def gmpo(x, xs, logp, old, A):

@@ -2,10 +2,7 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
-    generalized_advantages,
     group_advantages,
-    value_loss,
-    whiten,
 )
 from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
 from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
@@ -54,6 +51,14 @@ from alignment_modules.functional.surrogate import (
     policy_gradient_loss,
 )
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
+from alignment_modules.functional.value import (
+    explained_variance,
+    generalized_advantages,
+    length_adaptive_lambda,
+    turn_starts,
+    value_loss,
+    whiten,
+)
 
 __all__ = [
     "ADVANTAGE_SCALES",
@@ -83,11 +88,13 @@ __all__ = [
     "check_reference_free",
     "distribution_divergence",
     "expert_counts",
+    "explained_variance",
     "generalized_advantages",
     "group_advantages",
     "high_covariance",
     "importance_ratio",
     "kl_penalty",
+    "length_adaptive_lambda",
     "length_desensitized_logps",
     "linear_divergence",
     "linear_token_log_probs",
@@ -109,6 +116,7 @@ __all__ = [
     "token_entropy",
     "token_log_probs",
     "top_quantile",
+    "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

@@ -36,6 +36,8 @@ class Rollout:
         values: [N, T] float32, a critic's.
         returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
+        covariant: [N, T] bool: what a loss treats apart for its covariance.
+        prompt_tokens: [N] int64: trained tokens of all completions of the row's prompt.
 
     Raises:
         ValueError: If a field has another number of rows than the rollout.
@@ -57,6 +59,8 @@ class Rollout:
     values: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
+    covariant: Tensor | None = None
+    prompt_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompt_ids.shape[0]

@@ -308,6 +308,40 @@ ROWS: dict[str, Paradigm] = {
         needs={"teacher": "other"},
         source="demonstrations",
     ),
+    "online_dpo": Paradigm(
+        batch=rollouts,
+        nothing={
+            "not judged": entry("rewards", torch.nan, group=4),
+            "tied": entry("rewards", 0.3, group=4),
+            "empty": entry("response_mask", False, group=4),
+        },
+        kind="acting",
+        options=lambda other: {
+            "rewards": never_called,
+            "max_completion_length": 8,
+            "max_grad_norm": None,
+            "reference": other,
+            "beta": 0.5,
+        },
+        variants={
+            "ipo": {"loss": "ipo"},
+            "ipo of sums": {"loss": "ipo", "ipo_logps": "sum", "beta": 0.1},
+            "hinge": {"loss": "hinge", "temperature": 0.7},
+        },
+        sizes=((2,), (3,), (4,), (8,)),
+        first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0, "train/objective/kl": 0.0},
+        first_options={"reference": None},
+        source="questions",
+        recipe={
+            "short": ("--model.max_completion_length=4",),
+            "metrics": ("--model.max_completion_length=64",),
+        },
+        resume=Resume(
+            ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
+             "--model.micro_batch_size", "3", "--model.max_completion_length", "6"),
+            every=4, start=16, kill=20,
+        ),
+    ),
     "grpo": Paradigm(
         batch=rollouts,
         nothing={

@@ -2,7 +2,12 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
+    AGGREGATIONS,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
     group_advantages,
+    informative_groups,
 )
 from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
 from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
@@ -50,6 +55,7 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 from alignment_modules.functional.value import (
     explained_variance,
@@ -62,6 +68,8 @@ from alignment_modules.functional.value import (
 
 __all__ = [
     "ADVANTAGE_SCALES",
+    "AGGREGATIONS",
+    "BASELINES",
     "BATCH_COUPLED_LOSSES",
     "CORRECTIONS",
     "F_DIVERGENCES",
@@ -72,6 +80,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
+    "AdvantageEstimator",
     "ClipMasks",
     "Correction",
     "Divergence",
@@ -86,6 +95,7 @@ __all__ = [
     "as_correction",
     "binary_kl",
     "check_reference_free",
+    "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
     "explained_variance",
@@ -93,6 +103,7 @@ __all__ = [
     "group_advantages",
     "high_covariance",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
     "length_adaptive_lambda",
     "length_desensitized_logps",
@@ -105,9 +116,11 @@ __all__ = [
     "mismatched",
     "mismatched_completions",
     "odds_ratio_loss",
+    "optimal_token_advantages",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
+    "returns_to_go",
     "reward_pair_loss",
     "router_shares",
     "sequence_logps",

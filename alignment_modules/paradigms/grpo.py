@@ -27,14 +27,15 @@ class GRPOModule(PolicyGradientModule):
             delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
             entropy_coef, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
 
     paradigm = "grpo"
+    bar = ("reward", "completions/mean_length", "groups_with_signal")
 
     def __init__(self, *, scale_rewards: str = "group", **policy_gradient: Any) -> None:
         check_options(GRPOModule.__init__, locals())

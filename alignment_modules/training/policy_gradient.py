@@ -60,14 +60,13 @@ class PolicyGradientModule(ActingModule):
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
-            temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+            temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule`
+            (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer,
+            evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
-
-    bar = ("reward", "completions/mean_length")
 
     def __init__(
         self,

@@ -2,9 +2,15 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
+    AGGREGATIONS,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
     group_advantages,
     informative_groups,
 )
+from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
+from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
 from alignment_modules.functional.divergence import (
     Divergence,
     JsdBeta,
@@ -12,7 +18,7 @@ from alignment_modules.functional.divergence import (
     distribution_divergence,
     linear_divergence,
 )
-from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
+from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, binary_kl, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
@@ -49,6 +55,7 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 from alignment_modules.functional.value import (
     explained_variance,
@@ -61,7 +68,10 @@ from alignment_modules.functional.value import (
 
 __all__ = [
     "ADVANTAGE_SCALES",
+    "AGGREGATIONS",
+    "BASELINES",
     "BATCH_COUPLED_LOSSES",
+    "CORRECTIONS",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
     "KL_ESTIMATORS",
@@ -70,7 +80,9 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "REDUCTIONS",
     "REFERENCE_FREE_LOSSES",
+    "AdvantageEstimator",
     "ClipMasks",
+    "Correction",
     "Divergence",
     "JsdBeta",
     "LinearHead",
@@ -80,12 +92,16 @@ __all__ = [
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
+    "as_correction",
+    "binary_kl",
     "check_reference_free",
+    "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",
     "explained_variance",
     "generalized_advantages",
     "group_advantages",
+    "high_covariance",
     "importance_ratio",
     "informative_groups",
     "kl_penalty",
@@ -100,15 +116,19 @@ __all__ = [
     "mismatched",
     "mismatched_completions",
     "odds_ratio_loss",
+    "optimal_token_advantages",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
+    "returns_to_go",
     "reward_pair_loss",
     "router_shares",
     "sequence_logps",
     "token_collision",
+    "token_covariance",
     "token_entropy",
     "token_log_probs",
+    "top_quantile",
     "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",

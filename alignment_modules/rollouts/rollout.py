@@ -37,6 +37,8 @@ class Rollout:
         values: [N, T] float32, a critic's.
         returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
+        covariant: [N, T] bool: what a loss treats apart for its covariance.
+        prompt_tokens: [N] int64: trained tokens of all completions of the row's prompt.
 
     Raises:
         ValueError: If a field has another number of rows than the rollout.
@@ -58,6 +60,8 @@ class Rollout:
     values: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
+    covariant: Tensor | None = None
+    prompt_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompt_ids.shape[0]
@@ -79,20 +83,21 @@ class Rollout:
             if isinstance(value, Tensor):
                 yield one.name, value, one.metadata.get("per", "completion")
 
-    def select(self, prompts: Tensor | slice, completions: slice = slice(None)) -> "Rollout":
-        """The same completions (by position in their group) of some of the prompts.
+    def select(self, prompts: Tensor | slice, completions: slice | Tensor = slice(None)) -> "Rollout":
+        """Some of the completions (by position in their group) of some of the prompts.
 
         Args:
             prompts: [P] bool, or int64 indices, on the host; or a slice.
-            completions: Which of each group.
+            completions: Which of each group; or of each selected prompt its own, [selected, K] int64, on the host.
         """
-        cut: dict[str, Any] = {"group": len(range(self.group)[completions])}
+        group = len(range(self.group)[completions]) if isinstance(completions, slice) else completions.shape[1]
+        cut: dict[str, Any] = {"group": group}
         for name, values, per in self._tensors():
             if per == "prompt":
                 cut[name] = values[prompts]
             else:
-                grouped = values.reshape(len(self), self.group, *values.shape[1:])
-                cut[name] = grouped[prompts][:, completions].flatten(0, 1)
+                grouped = values.reshape(len(self), self.group, *values.shape[1:])[prompts]
+                cut[name] = _of_each(grouped, completions).flatten(0, 1)
         return replace(self, **cut)
 
     @classmethod
@@ -139,6 +144,13 @@ class Rollout:
             for start in range(0, len(self), prompts)
             for first in range(0, self.group, completions)
         ]
+
+
+def _of_each(grouped: Tensor, completions: slice | Tensor) -> Tensor:
+    """Some completions of every group: [prompts, group, ...] to [prompts, K, ...]."""
+    if isinstance(completions, slice):
+        return grouped[:, completions]
+    return grouped[torch.arange(len(grouped))[:, None].to(grouped.device), completions.to(grouped.device)]
 
 
 def _stack(values: Sequence[Tensor], name: str) -> Tensor:

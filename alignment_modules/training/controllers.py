@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from alignment_modules.functional.ranges import NonNegative, Positive, Range, Share, check_options
+from alignment_modules.functional.ranges import Finite, NonNegative, Positive, Range, Share, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.training.meters import Reduce
 
@@ -90,48 +90,6 @@ class Controller(ABC):
         """Takes up what `state_dict` gave."""
         self.value = torch.tensor(state["value"], dtype=torch.float64)
         self._sums = None
-
-
-def kl_controller(beta: float, target: float | None, horizon: float | None) -> KLController | None:
-    """The controller of a module's KL penalty; None where its coefficient is to stay.
-
-    Args:
-        beta: The module's option: the coefficient to begin with.
-        target: Its `kl_target`.
-        horizon: Its `kl_horizon`; None: 10,000.
-
-    Raises:
-        ValueError: If an option would have no effect.
-    """
-    if target is None:
-        if horizon is not None:
-            raise ValueError(f"kl_horizon={horizon:g} is given, but kl_target=None: only an adapted beta reads it")
-        return None
-    if not beta:
-        raise ValueError(f"kl_target={target:g} needs beta above 0: the coefficient that it adapts begins there")
-    return KLController(beta, target=target, horizon=KL_HORIZON if horizon is None else horizon)
-
-
-def entropy_controller(coefficient: float, target: float | None, delta: float | None) -> EntropyController | None:
-    """The controller of a module's entropy bonus; None where its coefficient is to stay.
-
-    Args:
-        coefficient: The module's `entropy_coef`, to begin with.
-        target: Its `entropy_target`.
-        delta: Its `entropy_coef_delta`; None: 0.005.
-
-    Raises:
-        ValueError: If an option would have no effect, or the coefficient is not within [0, 1].
-    """
-    if target is None:
-        if delta is not None:
-            raise ValueError(
-                f"entropy_coef_delta={delta:g} is given, but entropy_target=None: only an adapted entropy_coef reads it"
-            )
-        return None
-    if not 0 <= coefficient <= 1:
-        raise ValueError(f"entropy_coef={coefficient:g} must be from 0 to 1 where entropy_target adapts it")
-    return EntropyController(coefficient, target=target, delta=ENTROPY_DELTA if delta is None else delta)
 
 
 class KLController(Controller):
@@ -229,3 +187,93 @@ class EntropyController(Controller):
     def describe(self) -> str:
         """In words."""
         return f"adapted by steps of {self.delta:g} while the entropy is at most {self.target:g} nats a token, else 0"
+
+
+class Coefficients:
+    """Strength of the KL penalty and of the entropy bonus: numbers, or what their controllers make of them.
+
+    Args:
+        beta: Of the KL penalty, to begin with.
+        entropy_coef: Of the entropy bonus, to begin with.
+        kl_target: What the divergence is to come to (`KLController`); None: `beta` stays.
+        kl_horizon: Its horizon; None: 10,000.
+        entropy_target: What the entropy is to stay above (`EntropyController`); None: `entropy_coef` stays.
+        entropy_coef_delta: Its step; None: 0.005.
+
+    Raises:
+        ValueError: If an option would have no effect, or is outside its range.
+    """
+
+    def __init__(
+        self,
+        beta: NonNegative,
+        entropy_coef: Finite = 0.0,
+        *,
+        kl_target: Positive | None = None,
+        kl_horizon: Positive | None = None,
+        entropy_target: NonNegative | None = None,
+        entropy_coef_delta: Delta | None = None,
+    ) -> None:
+        check_options(Coefficients.__init__, locals())
+        self.beta, self.entropy_coef = beta, entropy_coef
+        self.controllers: dict[str, Controller] = {}
+        if kl_target is not None:
+            if not beta:
+                raise ValueError(f"kl_target={kl_target:g} needs beta above 0: what it adapts begins there")
+            self.controllers["kl"] = KLController(beta, target=kl_target, horizon=kl_horizon or KL_HORIZON)
+        elif kl_horizon is not None:
+            raise ValueError(f"kl_horizon={kl_horizon:g} is given, but kl_target=None: only an adapted beta reads it")
+        if entropy_target is not None:
+            if not 0 <= entropy_coef <= 1:
+                raise ValueError(f"entropy_coef={entropy_coef:g} must be from 0 to 1 where entropy_target adapts it")
+            delta = entropy_coef_delta or ENTROPY_DELTA
+            self.controllers["entropy"] = EntropyController(entropy_coef, target=entropy_target, delta=delta)
+        elif entropy_coef_delta is not None:
+            raise ValueError(
+                f"entropy_coef_delta={entropy_coef_delta:g} is given, but entropy_target=None: only an adapted "
+                "entropy_coef reads it"
+            )
+
+    @property
+    def kl(self) -> Tensor | float:
+        """Strength of the KL penalty in the present rollout."""
+        return self.controllers["kl"].coefficient if "kl" in self.controllers else self.beta
+
+    @property
+    def entropy(self) -> Tensor | float | None:
+        """Weight of the entropy bonus in the present rollout; None: nobody reads the entropy."""
+        return self.controllers["entropy"].coefficient if "entropy" in self.controllers else self.entropy_coef or None
+
+    def begin(self) -> None:
+        """Begins a rollout: forgets what was measured in one that was broken off."""
+        for controller in self.controllers.values():
+            controller.forget()
+
+    def measure(self, name: str, mean: Statistic) -> Statistic:
+        """Shows a mean over the tokens of a piece to the controller of "kl" or "entropy"; returns it as it is."""
+        if name in self.controllers:
+            self.controllers[name].measure(mean)
+        return mean
+
+    def step(self, reduce: Reduce, completions: int, device: torch.device | str = "cpu") -> None:
+        """Ends a rollout (`Controller.step`)."""
+        for controller in self.controllers.values():
+            controller.step(reduce, completions, device)
+
+    def statistics(self, device: torch.device | str = "cpu") -> dict[str, Statistic]:
+        """What is logged of the present rollout: `kl_coef` and `entropy_coef`, where they are adapted."""
+        return {f"{name}_coef": Statistic(one.coefficient.to(device)) for name, one in self.controllers.items()}
+
+    def describe(self, name: str) -> str:
+        """The rule of the controller of "kl" or "entropy", after a comma; empty where there is none."""
+        return f", {self.controllers[name].describe()}" if name in self.controllers else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each controller, by name."""
+        return {name: controller.state_dict() for name, controller in self.controllers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave; a controller that was not there then begins anew."""
+        for name, controller in self.controllers.items():
+            if name in state:
+                controller.load_state_dict(state[name])

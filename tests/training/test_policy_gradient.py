@@ -63,7 +63,7 @@ def test_beta_follows_the_divergence(make, train, place, steps):
         beta *= 1 + min(max(step["kl"] / 0.01 - 1, -0.2), 0.2) * 16 / 100
     if not steps:  # with several, the logged means are of the same tokens, but of the steps that are logged
         assert [step["kl_coef"] for step in seen] == pytest.approx(expected)
-        assert float(module.kl_coef) == pytest.approx(beta)
+        assert float(module.coefficients.kl) == pytest.approx(beta)
     assert len({step["kl_coef"] for step in seen}) == 4
 
 
@@ -72,7 +72,7 @@ def test_the_bonus_follows_the_entropy(make, train, target):
     module = make(**ENTROPY | {"entropy_target": target})
     seen = [step["entropy_coef"] for step in run(train, module, batches(3))]
     assert seen == pytest.approx([0.0, 0.05, 0.08] if target else [0.0, 0.0, 0.0])
-    assert float(module.controllers["entropy"].value) == pytest.approx(0.11 if target else 0.0)
+    assert float(module.coefficients.controllers["entropy"].value) == pytest.approx(0.11 if target else 0.0)
 
 
 @pytest.mark.parametrize("options", [*({**KL, **place} for place in PLACES), ENTROPY])
@@ -83,9 +83,9 @@ def test_the_coefficient_weighs_what_it_is_said_to(make, train, options):
     train(adapted, [first, second])
     begun = make(**options)
     train(begun, [first])
-    kl = {"beta": float(begun.kl_coef)} if "beta" in options else {}
+    kl = {"beta": float(begun.coefficients.kl)} if "beta" in options else {}
     place = {name: options[name] for name in ("kl_placement", "kl_estimator") if name in options}
-    fixed = make(begun.policy, **kl, **place, entropy_coef=float(begun.entropy_bonus or 0.0))
+    fixed = make(begun.policy, **kl, **place, entropy_coef=float(begun.coefficients.entropy or 0.0))
     train(fixed, [second])
     changed = [not torch.equal(p, q) for p, q in zip(adapted.parameters(), begun.parameters(), strict=True)]
     assert any(changed)
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_equal_bit_for_bit(make, tmp_path, place):
     trainer.fit(resumed, resumable(batches()), ckpt_path=str(tmp_path / "step=4.ckpt"))
     assert trainer.global_step == 8
     assert resumed.extra_state() == whole.extra_state()
-    assert whole.extra_state()["kl_controller"]["value"] != KL["beta"]
+    assert whole.extra_state()["coefficients"]["kl"]["value"] != KL["beta"]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 

@@ -207,6 +207,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
 _SUPERVISED = {
@@ -320,12 +321,19 @@ ROWS: dict[str, Paradigm] = {
         variants={
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+            "on policy": {"on_policy_share": 1.0, "max_completion_length": 6, "temperature": 1.5},
+            "half on policy": {"on_policy_share": 0.5, "max_completion_length": 4, "seed": 1},
         },
         batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
         first_policy=flat,
         needs={"teacher": "other"},
         source="demonstrations",
+        recipe={"metrics": ("--model.on_policy_share=0.9", "--model.max_completion_length=64")},
+        resume=Resume(
+            ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--model.on_policy_share", "0.5",
+             "--model.max_completion_length", "4"),
+        ),
     ),
     "online_dpo": Paradigm(
         batch=rollouts,
@@ -378,9 +386,21 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
-            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo", "cispo")},
-            **{f"{loss} without reference": {"loss": loss, "beta": 0.0, "reference": None}
-               for loss in ("grpo", "dapo", "dr_grpo", "cispo")},
+            "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
+            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
+            "cispo": {"loss": "cispo", "epsilon": None},
+            "cispo without reference": {"loss": "cispo", "epsilon": None, **NO_REFERENCE},
+            **{f"{loss} without reference": {"loss": loss, **NO_REFERENCE} for loss in ("grpo", "dapo", "dr_grpo")},
+            **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
+               ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
+            "gmpo": {"loss": "gmpo", **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
+            "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
+            "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
+            "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
+            "prompt mean": {"reduction": "prompt_mean"},
+            "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
         },
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},
@@ -389,12 +409,14 @@ ROWS: dict[str, Paradigm] = {
         source="questions",
         recipe={
             "short": ("--model.max_completion_length=4",),
-            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64"),
+            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64", "--model.kl_target=0.1",
+                        "--model.entropy_target=1.0"),
         },
         # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
-             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6"),
+             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
+             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9"),
             every=4, start=16, kill=20,
         ),
     ),
@@ -423,11 +445,17 @@ ROWS["ppo"] = replace(
         "scaled": {"scale_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
         "bootstrap": {"truncation": "bootstrap", "missing_eos_penalty": 0.5, "tokenizer": Stops()},
         "masked": {"truncation": "mask", "tokenizer": Stops()},
+        "adaptive": {"kl_target": 0.1, "kl_horizon": 100, "entropy_target": 5.0, "entropy_coef": 0.01},
     },
     first={"train/val/ratio": 1.0, "train/objective/kl": 0.0, "train/policy/approxkl_avg": 0.0},
     recipe={
         "short": ("--model.max_completion_length=4",),
-        "metrics": ("--model.max_completion_length=64",),
+        "metrics": (
+            "--model.max_completion_length=64",
+            "--model.num_generations=2",
+            "--model.kl_target=0.1",
+            "--model.entropy_target=1.0",
+        ),
     },
 )
 

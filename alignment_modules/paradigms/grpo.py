@@ -26,7 +26,8 @@ class GRPOModule(PolicyGradientModule):
         mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
             Completions that no reward applies to are in neither.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, entropy_coef, reference),
+            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
+            entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
             `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).

@@ -200,9 +200,9 @@ class ActorCriticModule(PolicyGradientModule):
         more = self.more_units(rollout) | ({"value": rollout.trained.sum()} if self.shared else {})
         if not more:
             return None
-        longest, reduction = self.actor.sampling.max_completion_length, self.surrogate.reduction
-        nothing = torch.zeros(rollout.trained.shape)
-        return {"policy": aggregate(nothing, rollout.trained, reduction=reduction, max_length=longest)[1]} | more
+        mask = rollout.trained.to(self.device, non_blocking=True)
+        weight = self.reduced(torch.zeros(mask.shape, device=mask.device), mask, rollout)[1]
+        return {"policy": weight} | more
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, what is beside it, and the value loss on a shared trunk."""

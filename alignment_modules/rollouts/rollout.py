@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment_modules.functional.support import Support
+
 PER_PROMPT = {"per": "prompt"}
 """Metadata of a field of `Rollout` with one row a prompt; every other tensor has one row a completion."""
 
@@ -28,7 +30,8 @@ class Rollout:
         trained: [N, T] bool, on the host: `own` less what a paradigm leaves out of its loss.
         rewards: [N] float32; NaN: not judged.
         truncated: [N] bool, on the host: the completion ends without a stop.
-        sampled_logps: [N, T] float32: log-probabilities that the engine sampled with; NaN where it told none.
+        sampled_logps: [N, T] float32: log-probabilities that the engine sampled with, over `support`; NaN where it told
+            none.
         advantages: [N] or [N, T] float32.
         old_logps: [N, T] float32, of the policy that the ratio compares with; None: the policy as it is, and the ratio
             is exactly 1.
@@ -36,6 +39,8 @@ class Rollout:
         values: [N, T] float32, a critic's.
         returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
+        support: [N, T], on the host: what top-k, top-p and min-p kept where each token was drawn; None: everything, or
+            it is not known. Old policy and policy are scored over it.
 
     Raises:
         ValueError: If a field has another number of rows than the rollout.
@@ -57,25 +62,26 @@ class Rollout:
     values: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
+    support: Support | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompt_ids.shape[0]
         for name, values, per in self._tensors():
             rows = prompts * self.group if per == "completion" else prompts
-            if values.shape[0] != rows:
+            if len(values) != rows:
                 raise ValueError(
-                    f"{type(self).__name__}.{name} has {values.shape[0]} rows; {prompts} prompts with {self.group} "
+                    f"{type(self).__name__}.{name} has {len(values)} rows; {prompts} prompts with {self.group} "
                     f"completions each need {rows}, one a {per}"
                 )
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor | Support, str]]:
         """Every tensor with its name and what it has a row for: "prompt" or "completion"."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Support)):
                 yield one.name, value, one.metadata.get("per", "completion")
 
     def select(self, prompts: Tensor | slice, completions: slice = slice(None)) -> "Rollout":
@@ -89,6 +95,9 @@ class Rollout:
         for name, values, per in self._tensors():
             if per == "prompt":
                 cut[name] = values[prompts]
+            elif isinstance(values, Support):
+                grouped = torch.arange(len(values)).view(len(self), self.group)
+                cut[name] = values[grouped[prompts][:, completions].flatten()]
             else:
                 grouped = values.reshape(len(self), self.group, *values.shape[1:])
                 cut[name] = grouped[prompts][:, completions].flatten(0, 1)

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field, fields, replace
 import pytest
 import torch
 
+from alignment_modules.functional.support import Support
 from alignment_modules.rollouts.rollout import PER_PROMPT, Rollout
+
+
+def sets(rows, time):
+    """Of each token a set that tells it from the others."""
+    mask = torch.zeros(rows * time, 4 * rows * time, dtype=torch.bool)
+    mask[:, 0] = mask[torch.arange(rows * time), torch.arange(rows * time)] = True
+    return Support.from_mask(mask).take(torch.arange(rows * time).view(rows, time))
 
 
 def rollout(kind=Rollout, prompts=3, group=4, time=5, **more):
@@ -24,6 +32,7 @@ def rollout(kind=Rollout, prompts=3, group=4, time=5, **more):
         truncated=torch.arange(rows) % 3 == 0,
         sampled_logps=grid.float(),
         advantages=torch.arange(rows).float(),
+        support=sets(rows, time),
         **optional,
         **more,
     )
@@ -55,6 +64,10 @@ def test_a_new_field_is_cut_like_the_others():
             if isinstance(whole, torch.Tensor):
                 wanted = whole[prompts] if one.metadata else whole[rows]
                 assert torch.equal(cut, wanted), one.name
+        tokens = part.support.take(torch.arange(part.ids.numel())).excluded(slice(0, part.ids.numel()), 240)
+        assert (~tokens).nonzero()[:, 1].tolist() == [
+            t for n in longer.ids[rows].flatten().tolist() for t in sorted({0, n})
+        ]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +79,7 @@ def test_a_new_field_is_cut_like_the_others():
         ),
         ({"topics": torch.zeros(12)}, r"Longer.topics has 12 rows; .* need 3, one a prompt"),
         ({"advantages": torch.zeros(3, 4)}, r"Longer.advantages has 3 rows"),
+        ({"support": Support.whole((3, 5))}, r"Longer.support has 3 rows"),
     ],
 )
 def test_a_field_of_other_rows_is_refused(change, message):

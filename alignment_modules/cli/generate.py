@@ -50,6 +50,8 @@ def generate_command(arguments: list[str]) -> int:
         sys.path.append(os.getcwd())  # a file with the user's own rewards
     rewards = RewardSet([_reward_name(name) for name in given.rewards], given.reward_weights) if given.rewards else None
     source = given.prompts or ([{"prompt": text} for text in given.prompt] if given.prompt else _read_stdin())
+    if rewards is not None:
+        rewards.limit_to(given.max_completion_length)
     loaded = LoadedPolicy.load(given.policy, given)
     sampler = PromptSampler(
         loaded,

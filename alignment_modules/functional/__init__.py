@@ -2,10 +2,8 @@
 
 from alignment_modules.functional.advantages import (
     ADVANTAGE_SCALES,
-    generalized_advantages,
     group_advantages,
-    value_loss,
-    whiten,
+    informative_groups,
 )
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -53,6 +51,14 @@ from alignment_modules.functional.surrogate import (
     policy_gradient_loss,
 )
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
+from alignment_modules.functional.value import (
+    explained_variance,
+    generalized_advantages,
+    length_adaptive_lambda,
+    turn_starts,
+    value_loss,
+    whiten,
+)
 
 __all__ = [
     "ADVANTAGE_SCALES",
@@ -79,10 +85,13 @@ __all__ = [
     "check_reference_free",
     "distribution_divergence",
     "expert_counts",
+    "explained_variance",
     "generalized_advantages",
     "group_advantages",
     "importance_ratio",
+    "informative_groups",
     "kl_penalty",
+    "length_adaptive_lambda",
     "length_desensitized_logps",
     "linear_divergence",
     "linear_token_log_probs",
@@ -102,6 +111,7 @@ __all__ = [
     "token_collision",
     "token_entropy",
     "token_log_probs",
+    "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

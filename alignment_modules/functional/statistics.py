@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Kind = Literal["mean", "std", "gap", "difference", "min", "max"]
+Kind = Literal["mean", "std", "gap", "difference", "explained", "min", "max"]
 
 
 class Statistic(NamedTuple):
@@ -18,7 +18,9 @@ class Statistic(NamedTuple):
         total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
             sample standard deviation ("std") [2], the sum of the units and that of their squares; for the mean size of
             sums that may cancel within a bin and not across ("gap") [bins], each bin's sum; for one
-            mean less another ("difference") [2], the sum of either's units.
+            mean less another ("difference") [2], the sum of either's units; for the share of the variance of targets
+            that estimates explain ("explained") [4], the sums of errors, of their squares, of targets and of their
+            squares.
         weight: 0-dim tensor or number: how many units were summed ("difference": [2]); ignored for extremes.
         kind: How the values of micro-batches and ranks combine.
     """

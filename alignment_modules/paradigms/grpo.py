@@ -63,7 +63,7 @@ class GRPOModule(ActingModule):
     """
 
     paradigm = "grpo"
-    bar = ("reward", "completions/mean_length")
+    bar = ("reward", "completions/mean_length", "groups_with_signal")
 
     def __init__(
         self,

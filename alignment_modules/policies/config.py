@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.lora import LoraConfig
@@ -206,6 +207,13 @@ def adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
         return json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+
+
+def dtype_name(policy: nn.Module) -> str:
+    """The name of the type that a module's weights have, for a model that is to go with it; else "float32"."""
+    names = {dtype: known for known, dtype in DTYPES.items()}
+    dtype = next((p.dtype for p in policy.parameters() if p.is_floating_point()), torch.float32)
+    return names.get(dtype, "float32")
 
 
 def listing(folder: Path) -> list[str]:

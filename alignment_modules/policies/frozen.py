@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
 from alignment_modules.policies.added_tokens import is_of_rows
-from alignment_modules.policies.config import DTYPES, Head, PolicyConfig
+from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
@@ -217,9 +217,7 @@ def frozen_companion(
             return Frozen(twin.merge_and_unload(safe_merge=True), of=policy, saved=True)
         return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
     if isinstance(model, (str, os.PathLike)):
-        names: dict[torch.dtype | None, str] = {dtype: known for known, dtype in DTYPES.items()}
-        dtype = next((p.dtype for p in policy.parameters() if p.is_floating_point()), None)
-        model = PolicyConfig(path=os.fspath(model), dtype=names.get(dtype, "float32"))
+        model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
     try:
         module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:

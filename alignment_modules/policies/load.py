@@ -63,6 +63,7 @@ def build_policy(
     head: Head | None = None,
     merge: bool = True,
     balanced: bool = False,
+    zero_head: bool = False,
 ) -> nn.Module:
     """Gives the module that a policy specification describes, ready to be read (see `policies.probing`).
 
@@ -76,6 +77,7 @@ def build_policy(
             and can be switched off.
         balanced: Whether the load-balancing loss of a mixture of experts is added where `find_router` finds one;
             otherwise a warning says that it is left out.
+        zero_head: Whether a scalar head that comes with no weights starts at 0, as a critic's; otherwise it is drawn.
 
     Returns:
         The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
@@ -86,7 +88,7 @@ def build_policy(
         ImportError: `quantization` without bitsandbytes.
     """
     with building_device():
-        model = _build(policy, trainable, head, merge)
+        model = _build(policy, trainable, head, merge, zero_head)
     check_head(model, head)
     prepare(model)
     if trainable:
@@ -120,7 +122,9 @@ def check_head(model: nn.Module, head: Head | None) -> None:
         )
 
 
-def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head | None, merge: bool) -> nn.Module:
+def _build(
+    policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head | None, merge: bool, zero_head: bool
+) -> nn.Module:
     if isinstance(policy, nn.Module):
         config: Any = getattr(policy, "config", None)
         if hasattr(config, "to_dict"):
@@ -138,7 +142,7 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy, merge) if policy.path is not None else _fresh(policy)
+    model = _load(policy, merge, zero_head) if policy.path is not None else _fresh(policy, zero_head)
     if policy.added_tokens:
         tokenizer = load_tokenizer(
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
@@ -162,11 +166,11 @@ def _build(policy: str | PolicyConfig | nn.Module, trainable: bool, head: Head |
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
-        return _from_pretrained(path, policy, policy.revision)
+        return _from_pretrained(path, policy, policy.revision, zero_head)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
@@ -184,7 +188,7 @@ def _load(policy: PolicyConfig, merge: bool) -> nn.Module:
         )
     try:
         base = resolve_folder(base, "base_model_name_or_path")
-        model = _from_pretrained(base, policy, adapter.get("revision"))
+        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
@@ -200,7 +204,7 @@ def _forget_folder(model: Any) -> None:
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> nn.Module:
+def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool) -> nn.Module:
     _check_model_folder(path)
     import transformers
 
@@ -241,7 +245,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
     if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
-        _draw_head(model)
+        _start_head(model, zero_head)
         report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
         report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
@@ -261,10 +265,10 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None) -> n
     return model
 
 
-def _draw_head(model: Any) -> None:
-    """A fresh scalar head: normal with variance 1 / (hidden + 1) from the global torch seed (arXiv:2009.01325)."""
+def _start_head(model: Any, zero: bool) -> None:
+    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
     with torch.no_grad():
-        model.score.weight.normal_(std=(model.score.weight.shape[1] + 1) ** -0.5)
+        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -312,7 +316,7 @@ def _quantization(policy: PolicyConfig) -> Any:
     )
 
 
-def _fresh(policy: PolicyConfig) -> nn.Module:
+def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
     import transformers
 
     config = _architecture(dict(policy.config or {}))
@@ -330,7 +334,7 @@ def _fresh(policy: PolicyConfig) -> nn.Module:
             f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
     if scalar:
-        _draw_head(model)
+        _start_head(model, zero_head)
     return model
 
 

@@ -13,7 +13,8 @@ class ValueHead(nn.Module):
     """A linear map from states to values, held and computed in float32 whatever the policy's dtype.
 
     The value of a target is that of the state that predicts it: what is expected before its token is known. It starts
-    at 0, so that the first advantages are those without a critic.
+    at 0, so that the first advantages are those without a critic. There is no bias, as a sequence classifier has none:
+    it can be exported as one.
 
     Args:
         hidden_size: Width of the policy's states.
@@ -27,7 +28,6 @@ class ValueHead(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
     def forward(self, reading: Reading) -> Tensor:
         """Values `[rows, time]` float32 of the targets, 0 elsewhere; differentiable in head and policy.
@@ -52,4 +52,4 @@ class ValueHead(nn.Module):
                 "of transformers with a linear head"
             )
         with torch.autocast(states.device.type, enabled=False):
-            return F.linear(states.float(), self.weight[None]).squeeze(-1) + self.bias
+            return F.linear(states.float(), self.weight[None]).squeeze(-1)

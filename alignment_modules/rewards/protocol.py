@@ -24,6 +24,8 @@ class RewardFunction(Protocol):
     - any other name: the data set's column of that name. `**columns` asks for all columns. A reward that cannot do
       without some of them names them in its attribute `required_columns`: what is missing is found before generation.
 
+    A reward that has a method `limit_to(max_completion_length)` is told how many tokens a completion may have.
+
     It returns one number per completion. `None` and NaN mean that the reward does not apply to this row. It may be an
     `async def` function.
     """

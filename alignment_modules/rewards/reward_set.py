@@ -89,6 +89,20 @@ class RewardSet:
                 function.to(device)
         return self
 
+    def limit_to(self, max_completion_length: int) -> RewardSet:
+        """Tells rewards that have a method `limit_to` how long completions may get.
+
+        Args:
+            max_completion_length: In tokens.
+
+        Returns:
+            This object.
+        """
+        for function in map(_inner, self.functions):
+            if callable(limit_to := getattr(function, "limit_to", None)):
+                limit_to(max_completion_length)
+        return self
+
     def wanted(self) -> dict[str, tuple[str, ...]]:
         """What each reward asks for by parameter name, what it can do without in brackets; "*": whatever there is."""
         return {

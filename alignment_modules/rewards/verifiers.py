@@ -193,10 +193,12 @@ class SoftOverlong:
     """A penalty that grows from 0 to -1 as a completion nears its limit (DAPO, arXiv:2503.14476, equation 13).
 
     With length y: 0 up to `max_length - buffer`, then `((max_length - buffer) - y) / buffer`, -1 beyond `max_length`.
+    Beside a reward from 0 to 1 it counts as much as the answer; `reward_weights` says otherwise.
 
     Args:
-        max_length: Tokens of a completion from which the penalty is -1.
-        buffer: Tokens before `max_length` over which the penalty grows.
+        max_length: Tokens of a completion from which the penalty is -1; None: the longest that is sampled, the module's
+            `max_completion_length`.
+        buffer: Tokens before `max_length` over which the penalty grows; None: a fifth of it, as in the paper.
 
     Raises:
         ValueError: If `buffer` is not within [1, max_length].
@@ -208,12 +210,31 @@ class SoftOverlong:
 
     name = "soft_overlong"
 
-    def __init__(self, max_length: Count, buffer: Count) -> None:
+    def __init__(self, max_length: Count | None = None, buffer: Count | None = None) -> None:
         check_options(SoftOverlong.__init__, locals())
+        self._given = (max_length, buffer)
+        self.max_length: int | None = None
+        self.buffer: int | None = None
+        if max_length is not None:
+            self._settle(max_length)
+
+    def limit_to(self, max_completion_length: int) -> None:
+        """Takes the longest completion that is sampled, where no `max_length` was given.
+
+        Args:
+            max_completion_length: In tokens.
+
+        Raises:
+            ValueError: If `buffer` is more.
+        """
+        if self._given[0] is None:
+            self._settle(max_completion_length)
+
+    def _settle(self, max_length: int) -> None:
+        buffer = max(max_length // 5, 1) if self._given[1] is None else self._given[1]
         if buffer > max_length:
             raise ValueError(f"buffer={buffer} must lie within [1, max_length={max_length}]")
-        self.max_length = max_length
-        self.buffer = buffer
+        self.max_length, self.buffer = max_length, buffer
 
     def __call__(self, completion_ids: list[Sequence[int]]) -> list[float]:
         """Judges each completion by its number of tokens.
@@ -223,6 +244,11 @@ class SoftOverlong:
 
         Returns:
             N numbers within [-1, 0].
+
+        Raises:
+            RewardError: If no `max_length` was given, and nobody has told the longest completion.
         """
+        if self.max_length is None or self.buffer is None:
+            raise RewardError("max_length=None: the longest completion is known to a module alone; give max_length")
         start = self.max_length - self.buffer
         return [max(-1.0, min(0.0, (start - len(ids)) / self.buffer)) for ids in completion_ids]

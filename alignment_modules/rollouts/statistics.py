@@ -1,11 +1,13 @@
 """What is logged of completions and their rewards, as sums that stay exact under any split."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alignment_modules.functional import aggregate
+from alignment_modules.functional.advantages import informative_groups
+from alignment_modules.functional.kl import MAX_LOG_RATIO
 from alignment_modules.functional.statistics import Statistic
 
 
@@ -61,30 +63,45 @@ def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
     count = applies.sum(dim=1)
     mean = rewards.nansum(dim=1) / count.clamp(min=1)
     squares = torch.where(applies, (rewards - mean[:, None]).square(), 0.0).sum(dim=1)
-    largest = torch.where(applies, rewards, -torch.inf).amax(dim=1)
-    smallest = torch.where(applies, rewards, torch.inf).amin(dim=1)
     groups = (count > 0).sum()
+    informative = informative_groups(rewards).sum()
     return {
         "reward": Statistic(mean.sum(), groups),
         "reward_std": Statistic((squares / (count - 1).clamp(min=1)).sqrt().sum(), groups),
-        "frac_reward_zero_std": Statistic(((largest - smallest < 1e-6) & (count > 0)).sum(), groups),
+        "frac_reward_zero_std": Statistic(groups - informative, groups),
+        "groups_with_signal": Statistic(informative, groups),
     }
 
 
 def sampling_statistics(sampled_logps: Tensor, token_logps: Tensor, mask: Tensor) -> dict[str, Statistic]:
-    """How far decoding and scoring of the same policy disagree.
+    """How far decoding and scoring of the same policy disagree: nothing, were it not for rounding and filters.
+
+    The difference of the log-probabilities, without its sign; the ratio of scoring to decoding, whose mean over samples
+    of the decoder is 1; and the k3 estimate of the divergence of scoring from decoding, `r - 1 - log r`
+    (joschu.net/blog/kl-approx.html).
 
     Args:
         sampled_logps: [completions, time]; NaN where the engine told none.
         token_logps: [completions, time].
         mask: [completions, time] bool: what was scored.
     """
-    difference = (sampled_logps - token_logps).abs()
-    known = mask & ~difference.isnan()
-    total, weight = aggregate(difference.nan_to_num(), known, reduction="token_mean")
-    largest = torch.where(known, difference, -torch.inf).flatten()
-    largest = torch.cat([largest, largest.new_full((1,), -torch.inf)]).max()
+    log_ratio = token_logps - sampled_logps
+    known = mask & ~log_ratio.isnan()
+    log_ratio = torch.where(known, log_ratio, 0.0)
+    bounded, count = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), known.sum()
+    ratio, k3 = bounded.exp(), torch.expm1(bounded) - bounded  # expm1: what is left of rounding must not hide k3
     return {
-        "sampling/sampling_logp_difference/mean": Statistic(total, weight),
-        "sampling/sampling_logp_difference/max": Statistic(largest, kind="max"),
+        "sampling/sampling_logp_difference/mean": Statistic(log_ratio.abs().sum(), count),
+        "sampling/sampling_logp_difference/max": Statistic(_extreme(log_ratio.abs(), known, "max"), kind="max"),
+        "sampling/importance_sampling_ratio/mean": Statistic((ratio * known).sum(), count),
+        "sampling/importance_sampling_ratio/min": Statistic(_extreme(ratio, known, "min"), kind="min"),
+        "sampling/importance_sampling_ratio/max": Statistic(_extreme(ratio, known, "max"), kind="max"),
+        "sampling/k3": Statistic(k3.sum(), count),
     }
+
+
+def _extreme(values: Tensor, known: Tensor, kind: Literal["min", "max"]) -> Tensor:
+    """The least or greatest of the known values; an infinity, which is not logged, where there are none."""
+    worst = values.new_full((1,), torch.inf if kind == "min" else -torch.inf)
+    every = torch.cat([torch.where(known, values, worst).flatten(), worst])
+    return every.min() if kind == "min" else every.max()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class ActingModule(UpdateModule):
         check_options(ActingModule.__init__, locals())
         super().__init__(**common)
         self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
+        self.rewards.limit_to(max_completion_length)
         self.actor = Actor(
             self.engine,
             self.rewards,
@@ -240,15 +241,6 @@ class ActingModule(UpdateModule):
         if not self._early_finite.item():
             raise self._not_finite("policy")
         super().on_before_optimizer_step(optimizer)
-
-    def publish(
-        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
-    ) -> None:
-        """Also shows the share of groups whose rewards differ: the others teach nothing."""
-        super().publish(values, stage, step)
-        if stage == "train" and "frac_reward_zero_std" in values:
-            signal = 1.0 - values["frac_reward_zero_std"]
-            self.log("train/groups_with_signal", signal, prog_bar=True, logger=False, batch_size=1)
 
     def _not_finite(self, who: str) -> NonFiniteLogits:
         """The error about a model's logits, with the step that is being prepared."""

@@ -35,7 +35,7 @@ class Meters:
         for name, (total, weight, kind) in statistics.items():
             key = (kind, name)
             value = total.detach().double() if total.device.type != "mps" else total.detach().float()
-            if kind in ("mean", "std", "gap", "difference"):
+            if kind not in ("min", "max"):
                 value = value.reshape(-1)
                 if not isinstance(weight, Tensor):
                     weight = value.new_full((), weight)
@@ -56,7 +56,7 @@ class Meters:
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        kinds: tuple[Kind, ...] = ("mean", "std", "gap", "difference", "min", "max")
+        kinds: tuple[Kind, ...] = ("mean", "std", "gap", "difference", "explained", "min", "max")
         for kind in kinds:
             how = kind if kind in ("min", "max") else "sum"
             names = sorted(name for held, name in self._values if held == kind)
@@ -77,6 +77,11 @@ class Meters:
                     one, other, count, others = value
                     if count > 0 and others > 0:
                         results[name] = one / count - other / others
+                elif kind == "explained":
+                    error, errors, target, targets, count = value
+                    spread = count * targets - target * target
+                    if spread > 1e-12 * count * targets:  # targets that are all equal have no variance to explain
+                        results[name] = 1.0 - (count * errors - error * error) / spread
                 elif kind != "mean":
                     if math.isfinite(value):
                         results[name] = value

@@ -38,7 +38,6 @@ NEEDED = {
     "SequenceClassifier": {"path": "nowhere"},
     "PatientReward": {"reward": "ExactMatch"},
     "RegexMatch": {"pattern": "x"},
-    "SoftOverlong": {"max_length": 8, "buffer": 4},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
 CHOICES = {"loss", "f_divergence", "kl_estimator", "scale_rewards", "dtype"}  # text of a fixed set

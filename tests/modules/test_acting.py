@@ -338,3 +338,9 @@ def test_a_tokenizer_of_unknown_size_is_taken(make, train):
         decode = Ids.decode
 
     assert train(make(tokenizer=Decodes()), [prompts()]).global_step == 1
+
+
+def test_rewards_are_told_how_long_completions_may_get(make):
+    module = make(rewards=["SoftOverlong", third], reward_weights=[0.5, 1.0], max_completion_length=10)
+    assert module.rewards.functions[0].max_length == 10
+    assert module.rewards(completions=["1"], completion_ids=[[1] * 9]).total.tolist() == [0.75]

@@ -167,7 +167,6 @@ def test_one_reading_serves_several_readers(tiny_llama):
     tiny_llama.model.register_forward_hook(lambda *_: passes.append(1))
     reading, head = read(tiny_llama, segments), ValueHead(32)
     nn.init.normal_(head.weight)
-    nn.init.constant_(head.bias, 0.5)
     scores, values, last = score(reading), head(reading), head.last(reading)
     assert len(passes) == 1
     assert values.dtype == last.dtype == torch.float32
@@ -177,7 +176,7 @@ def test_one_reading_serves_several_readers(tiny_llama):
             assert last[n] == 0
             continue
         states = tiny_llama.model(input_ids=row[None]).last_hidden_state[0]
-        expected = states @ head.weight + head.bias
+        expected = states @ head.weight
         torch.testing.assert_close(last[n], expected[-1], rtol=1e-5, atol=1e-5)
         places = places if len(row) > len(places) else places[1:]  # nothing predicts the first of an empty prompt
         torch.testing.assert_close(values[n, places], expected[-1 - len(places) : -1], rtol=1e-5, atol=1e-5)

@@ -7,7 +7,15 @@ from decimal import Decimal, FloatOperation, Inexact, localcontext
 
 import pytest
 
-from alignment_modules.rewards import ExactMatch, NumericAnswer, RegexMatch, RewardError, RewardSet, SoftOverlong
+from alignment_modules.rewards import (
+    ExactMatch,
+    NumericAnswer,
+    PatientReward,
+    RegexMatch,
+    RewardError,
+    RewardSet,
+    SoftOverlong,
+)
 from alignment_modules.rewards.patterns import TIME_LIMIT
 from alignment_modules.rewards.verifiers import TAIL_CHARACTERS, last_number
 
@@ -184,6 +192,17 @@ def test_soft_overlong_follows_its_three_pieces():
     reward = SoftOverlong(max_length=20, buffer=8)
     lengths = [0, 12, 13, 16, 19, 20, 21, 500]
     assert reward(completion_ids=[[0] * n for n in lengths]) == [0, 0, -1 / 8, -0.5, -7 / 8, -1, -1, -1]
+
+
+def test_soft_overlong_takes_the_limit_of_who_samples():
+    reward = SoftOverlong()
+    with pytest.raises(RewardError, match="max_length=None: the longest completion is known to a module alone"):
+        reward(completion_ids=[[0]])
+    RewardSet([PatientReward(reward), len_of := SoftOverlong(12, 2), lambda completions: [0.0]]).limit_to(20)
+    assert (reward.max_length, reward.buffer, len_of.max_length) == (20, 4, 12)  # DAPO: 4096 of 20480
+    assert reward(completion_ids=[[0] * n for n in (16, 17, 20)]) == [0, -0.25, -1]
+    with pytest.raises(ValueError, match=r"buffer=8 must lie within \[1, max_length=4\]"):
+        RewardSet([SoftOverlong(buffer=8)]).limit_to(4)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def words(value):
 def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for place in ("alignment_modules.training.module.build_policy", "alignment_modules.paradigms.dpo.frozen_companion"):
         monkeypatch.setattr(place, stub_policy)
-    monkeypatch.setattr("alignment_modules.paradigms.grpo.frozen_companion", stub_policy)
+    monkeypatch.setattr("alignment_modules.training.policy_gradient.frozen_companion", stub_policy)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     wrong, count = [], 0
     for level, parameter, hint, _ in options_of(cls):

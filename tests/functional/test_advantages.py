@@ -1,4 +1,4 @@
-"""Advantages: what each group normaliser optimises (exact enumeration), rounding and NaN."""
+"""Advantages of completions: what each baseline and scale optimises (exact enumeration), rounding, and NaN."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from alignment_modules.functional import ADVANTAGE_SCALES, group_advantages
+from alignment_modules.functional import (
+    ADVANTAGE_SCALES,
+    BASELINES,
+    AdvantageEstimator,
+    decoupled_rewards,
+    group_advantages,
+)
 
 PROBABILITIES = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95)
 GROUP = 8
@@ -30,31 +36,54 @@ def by_tokens(groups, lengths):
     return [[((c - tokens.mean()) / tokens.std()).item() for c in row] for row in centred]
 
 
-def update_weight(p, **options):
+def update_weight(p, estimate=group_advantages, **options):
     """w(p) of the expected update w(p) * dp: the mean of A * dlog p over all outcomes of a group."""
     weight = 0.0
     for wins in range(GROUP + 1):
         chance = math.comb(GROUP, wins) * p**wins * (1 - p) ** (GROUP - wins)
         rewards = torch.tensor([[1.0] * wins + [0.0] * (GROUP - wins)], dtype=torch.float64)
-        advantages = group_advantages(rewards, **options)[0]
+        advantages = estimate(rewards, **options)[0]
         # d log p(win) = dp / p, d log p(loss) = -dp / (1 - p)
         scores = rewards[0] / p - (1 - rewards[0]) / (1 - p)
         weight += chance * (advantages * scores).mean().item()
     return round(weight, 3)
 
 
+ONE_TOKEN = torch.ones(1, GROUP)
+GRPO = (2.313, 2.177, 1.895, 1.736, 1.895, 2.177, 2.313)
+RLOO, CENTRED = (1,) * 7, (0.875,) * 7
+PASS_AT_8 = tuple(round((1 - p) ** 7, 3) for p in PROBABILITIES)
+"""The slope of the chance that one of 8 is right, 1 - (1 - p)^8, over 8."""
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"scale": "leave_one_out"}, (1, 1, 1, 1, 1, 1, 1)),
-        ({"scale": "none"}, (0.875,) * 7),
-        ({"scale": "group"}, (2.313, 2.177, 1.895, 1.736, 1.895, 2.177, 2.313)),
+        ({"scale": "leave_one_out"}, RLOO),
+        ({"scale": "none", "baseline": "leave_one_out"}, RLOO),
+        ({"scale": "none", "baseline": "none"}, RLOO),
+        ({"scale": "none", "baseline": "greedy", "greedy_rewards": torch.tensor([1.0])}, RLOO),
+        ({"scale": "none", "baseline": "greedy", "greedy_rewards": torch.tensor([0.25])}, RLOO),
+        ({"scale": "none"}, CENTRED),
+        ({"scale": "none", "baseline": "length_weighted", "lengths": 3 * ONE_TOKEN}, CENTRED),
+        ({"scale": "none", "baseline": "pass_at_k"}, PASS_AT_8),
+        ({"scale": "group"}, GRPO),
         ({"scale": "group", "ddof": 0}, (2.473, 2.328, 2.026, 1.856, 2.026, 2.328, 2.473)),
+        ({"scale": "group", "baseline": "leave_one_out"}, (2.644, 2.488, 2.166, 1.984, 2.166, 2.488, 2.644)),
+        ({"scale": "batch_tokens", "lengths": ONE_TOKEN}, GRPO),
+        ({"scale": "batch_tokens", "baseline": "none", "lengths": ONE_TOKEN}, GRPO),
         ({"scale": "mean"}, (6.033, 5.217, 3.466, 1.984, 1.333, 1.111, 1.053)),
     ],
 )
-def test_what_each_scale_optimises(options, expected):
+def test_what_each_estimator_optimises(options, expected):
     assert tuple(update_weight(p, **options) for p in PROBABILITIES) == expected
+
+
+def test_decoupled_rewards_of_one_reward_optimise_as_grpo():
+    def estimate(rewards):
+        return group_advantages(decoupled_rewards(rewards[..., None], torch.ones(1)), scale="batch")
+
+    assert tuple(update_weight(p, estimate) for p in PROBABILITIES) == GRPO
 
 
 def test_probability_that_a_group_has_signal():
@@ -96,6 +125,156 @@ def by_loops(rewards, scale):
 def test_by_loops(scale):
     rewards = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(advantages_of(rewards, scale), by_loops(rewards.tolist(), scale))
+
+
+def composed_by_loops(groups, lengths, greedy, baseline, scale):
+    """A baseline and a scale over lists of judged rewards, from the papers."""
+    centred = []
+    for group, ns, own in zip(groups, lengths, greedy, strict=True):
+        ranked = sorted(group, reverse=True)
+        for r in group:
+            others = [*group]
+            others.remove(r)
+            centred.append(
+                {
+                    "group": lambda r=r, g=group: r - sum(g) / len(g),
+                    "leave_one_out": lambda r=r, o=others: r - sum(o) / len(o),
+                    "length_weighted": lambda r=r, g=group, n=ns: (
+                        r - sum(a * b for a, b in zip(n, g, strict=True)) / sum(n)
+                    ),
+                    "pass_at_k": lambda r=r, k=ranked: k[0] - k[1] if r == k[0] else 0.0,
+                    "greedy": lambda r=r, own=own: r - own,
+                    "none": lambda r=r: r,
+                }[baseline]()
+            )
+    everything = torch.tensor([r for group in groups for r in group], dtype=torch.float64)
+    by_group = torch.tensor([group for group in groups for _ in group], dtype=torch.float64)
+    centred, counts = torch.tensor(centred, dtype=torch.float64), torch.tensor([n for ns in lengths for n in ns])
+    if scale == "batch_tokens":
+        tokens = centred.repeat_interleave(counts)
+        return (centred - tokens.mean()) / tokens.std()
+    divisor = {"group": by_group.std(dim=1), "batch": everything.std(), "none": 1.0, "mean": by_group.mean(dim=1)}
+    return centred / divisor[scale]
+
+
+COMPOSED = [(baseline, scale) for baseline in BASELINES if baseline != "optimal_token" for scale in BASELINES[baseline]]
+
+
+@pytest.mark.parametrize(("baseline", "scale"), COMPOSED)
+def test_each_baseline_with_each_scale_by_loops(baseline, scale):
+    generator = torch.Generator().manual_seed(2)
+    rewards = torch.rand(4, 5, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 9, (4, 5), generator=generator)
+    greedy = torch.rand(4, generator=generator, dtype=torch.float64)
+    found = AdvantageEstimator(scale, baseline)(rewards, lengths=lengths, greedy_rewards=greedy)
+    expected = composed_by_loops(rewards.tolist(), lengths.tolist(), greedy.tolist(), baseline, scale)
+    torch.testing.assert_close(found.flatten(), expected)
+    with_gaps = torch.cat([rewards, torch.full((4, 1), torch.nan)], dim=1)  # one more that nobody judged
+    longer = torch.cat([lengths, torch.full((4, 1), 7)], dim=1)
+    found = AdvantageEstimator(scale, baseline)(with_gaps, lengths=longer, greedy_rewards=greedy)
+    torch.testing.assert_close(found[:, :5].flatten(), expected)
+    assert (found[:, 5] == 0).all()
+
+
+@pytest.mark.parametrize(("baseline", "scale"), COMPOSED)
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 12345.678])
+def test_equal_rewards_teach_nothing_whatever_is_subtracted(baseline, scale, value):
+    """Not even a rounding residue; only a reward that is compared with nothing and divided by nothing stays."""
+    rewards, greedy = torch.full((2, 6), value), torch.full((2,), value)
+    for seed in range(10):
+        lengths = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(seed))
+        found = AdvantageEstimator(scale, baseline)(rewards, lengths=lengths, greedy_rewards=greedy)
+        assert (found == (rewards if (baseline, scale) == ("none", "none") else 0)).all()
+
+
+def test_the_best_gains_what_the_group_would_lose_without_it():
+    """Leave-one-out of the maximum; ties at the top gain nothing, and neither does who is not the best."""
+    nan = torch.nan
+    rewards = torch.tensor([[0.2, 1.0, 0.7, nan], [1.0, 1.0, 0.0, 0.5], [3.0, nan, nan, nan], [-2.0, -1.0, -4.0, -1.5]])
+    found = group_advantages(rewards, scale="none", baseline="pass_at_k")
+    expected = torch.tensor([[0, 0.3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0.5, 0, 0]])
+    torch.testing.assert_close(found, expected)
+    for row, kept in ((0, [0, 1, 2]), (3, [0, 1, 2, 3])):
+        group = rewards[row, kept]
+        without = torch.stack([torch.cat([group[:i], group[i + 1 :]]).max() for i in range(len(group))])
+        torch.testing.assert_close(found[row, kept], group.max() - without)
+
+
+def test_a_longer_completion_counts_more_in_the_length_weighted_baseline():
+    found = group_advantages(
+        torch.tensor([[1.0, 0.0]]), scale="none", baseline="length_weighted", lengths=torch.tensor([[3, 1]])
+    )
+    assert found.tolist() == [[0.25, -0.75]]
+
+
+def test_one_completion_is_enough_where_none_is_compared():
+    rewards = torch.tensor([[1.0], [0.0], [torch.nan]])
+    greedy = torch.tensor([0.5, torch.nan, 1.0])
+    found = group_advantages(rewards, scale="none", baseline="greedy", greedy_rewards=greedy)
+    assert found.tolist() == [[0.5], [0.0], [0.0]]
+    found = group_advantages(rewards, scale="batch_tokens", baseline="none", lengths=torch.tensor([[2], [2], [9]]))
+    torch.testing.assert_close(found, torch.tensor([[0.75**0.5], [-(0.75**0.5)], [0.0]]))
+
+
+def test_decoupled_rewards_by_loops():
+    """GDPO: a reward of large numbers weighs no more than one of small ones; NaN is left out of its reward alone."""
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.rand(3, 4, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 1000.0])
+    rewards[0, 1, 1], rewards[1, 2], rewards[2, :, 0] = torch.nan, torch.nan, 0.3
+    weights = torch.tensor([0.25, 2.0], dtype=torch.float64)
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    for row in range(3):
+        for column in range(2):
+            values = rewards[row, :, column]
+            kept = ~values.isnan()
+            if (row, column) != (2, 0):
+                expected[row, kept] += weights[column] * (values[kept] - values[kept].mean()) / values[kept].std()
+    expected[1, 2] = torch.nan
+    found = decoupled_rewards(rewards, weights)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    judged = expected[~expected.isnan()]
+    whitened = (judged - judged.mean()) / judged.std()
+    advantages = AdvantageEstimator(multi_objective_aggregation="normalize_then_sum")(found)
+    torch.testing.assert_close(advantages[~expected.isnan()], whitened)
+    scaled = decoupled_rewards(rewards * torch.tensor([1.0, 1e-3]), weights)
+    torch.testing.assert_close(scaled, found, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "resolved"),
+    [
+        ((), ("group", "group")),
+        (("leave_one_out",), ("none", "leave_one_out")),
+        (("leave_one_out", "leave_one_out"), ("none", "leave_one_out")),
+        ((None, "leave_one_out"), ("none", "leave_one_out")),
+        ((None, "none"), ("none", "none")),
+        (("batch_tokens", "none"), ("batch_tokens", "none")),
+        ((None, None, "normalize_then_sum"), ("batch", "group")),
+        (("none", "group", "normalize_then_sum"), ("none", "group")),
+    ],
+)
+def test_what_is_not_said_follows_from_what_is(options, resolved):
+    estimator = AdvantageEstimator(*options)
+    assert (estimator.scale_rewards, estimator.baseline) == resolved
+    assert estimator.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("groups",), "scale_rewards must be one of 'group', .*, got 'groups'"),
+        ((None, "median"), "baseline must be one of 'group', .*, got 'median'"),
+        ((None, None, "sum"), "multi_objective_aggregation must be one of 'sum_then_normalize'"),
+        (("leave_one_out", "greedy"), "scale_rewards='leave_one_out' .* contradicts baseline='greedy'"),
+        (("group", "greedy"), "scale_rewards='group' does not go with baseline='greedy': it takes one of 'none'"),
+        (("mean", "leave_one_out"), "scale_rewards='mean' does not go with baseline='leave_one_out'"),
+        (("group", None, "normalize_then_sum"), "one of scale_rewards 'batch', .*got.*scale_rewards='group'"),
+        ((None, "none", "normalize_then_sum"), "takes baseline='group'.*got baseline='none'"),
+    ],
+)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdvantageEstimator(*options)
 
 
 @pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
@@ -193,6 +372,12 @@ def test_eps_is_added_to_the_deviation():
             r"lengths must have the shape of rewards, \(3, 2\), got \(2, 2\)",
         ),
         (torch.zeros(3, 2), {"ddof": 2}, "ddof=2 must be an integer from 0 to 1"),
+        (torch.zeros(3, 0), {"baseline": "none", "scale": "none"}, r"with G >= 1, got G=0"),
+        (torch.zeros(3, 2), {"baseline": "greedy", "scale": "none"}, "baseline='greedy' needs greedy_rewards"),
+        (torch.zeros(3, 2), {"greedy_rewards": torch.zeros(3)}, "baseline='group' reads no greedy_rewards"),
+        (torch.zeros(3, 2), {"baseline": "length_weighted", "scale": "none"}, "'length_weighted' needs lengths"),
+        (torch.zeros(3, 2), {"baseline": "optimal_token"}, "baseline must be one of .*, got 'optimal_token'"),
+        (torch.zeros(3, 2), {"baseline": "none"}, "scale='group' does not go with baseline='none'"),
     ],
 )
 def test_refuses(rewards, options, message):

@@ -1,0 +1,231 @@
+"""What paradigms share that follow the gradient of log-probabilities weighed by advantages: one surrogate, one KL."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from time import monotonic
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from alignment_modules.functional import (
+    KL_ESTIMATORS,
+    Surrogate,
+    aggregate,
+    importance_ratio,
+    kl_penalty,
+    validate_kl_placement,
+)
+from alignment_modules.functional.checks import check_choice
+from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.frozen import frozen_companion
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.scoring import Ask, Scores
+from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.rollouts.statistics import sampling_statistics
+from alignment_modules.training.acting import ActingModule
+from alignment_modules.training.objective import Objective
+
+
+class PolicyGradientModule(ActingModule):
+    """Base of paradigms that roll out, give each token an advantage (`credit`), and take steps on the surrogate.
+
+    A rollout is followed by `num_iterations * minibatches` optimizer steps, each normalised by the count of its own
+    tokens (or sequences) over all micro-batches and ranks.
+
+    Args:
+        beta: Strength of the KL penalty against the reference; 0: no reference is held.
+        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio).
+        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused.
+        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
+        epsilon_high: Clip range above 1 (clip-higher); for "cispo" how far above 1 its cap is, 4.0 where None.
+        delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
+        importance_level: "token", or "sequence" (GSPO). The mean stays that of `loss`: "grpo" averages over
+            completions, as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
+        num_iterations: Passes over each rollout.
+        minibatches: Optimizer steps in a pass.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
+        mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
+            still compared with them). Completions that no reward applies to are in neither.
+        entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
+        reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
+        **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
+            temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+
+    Raises:
+        ValueError: If an option has a value that is not allowed, or options contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: NonNegative = 0.0,
+        kl_estimator: str = "k3",
+        kl_placement: Literal["loss", "reward"] = "loss",
+        epsilon: Share = 0.2,
+        epsilon_high: NonNegative | None = None,
+        delta: Positive | None = None,
+        importance_level: Literal["token", "sequence"] = "token",
+        num_iterations: Count = 1,
+        minibatches: Count = 1,
+        loss: str = "dapo",
+        mask_truncated: bool = False,
+        entropy_coef: Finite = 0.0,
+        reference: str | PolicyConfig | nn.Module | None = None,
+        **acting: Any,
+    ) -> None:
+        check_options(PolicyGradientModule.__init__, locals())
+        check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level)
+        if beta == 0 and reference is not None:
+            raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
+        validate_kl_placement(kl_estimator, kl_placement)
+        super().__init__(**acting)
+        self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
+        self.surrogate, self.entropy_coef = surrogate, entropy_coef
+        self.num_iterations, self.minibatches = num_iterations, minibatches
+        self.mask_truncated = mask_truncated
+        self.reference = frozen_companion(reference, self.policy) if beta else None
+
+    def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
+        """Adds the advantages, and leaves what has none out of `trained`.
+
+        Args:
+            rollout: Of the whole batch on this rank, with the log-probabilities that will be read.
+            penalty: [N, T] float32, what the KL takes from the reward of each token; None: nothing.
+        """
+        raise TypeError(f"{type(self).__name__} does not define credit(rollout, penalty)")
+
+    @property
+    def optimizer_steps_per_batch(self) -> int:
+        """Passes over a rollout times the optimizer steps of a pass."""
+        return self.num_iterations * self.minibatches
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
+        """Rolls out, annotates, updates."""
+        self.require_trainer()
+        started = monotonic()
+        self.rollout = self.annotate(self.roll_out(batch))
+        self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
+        self.learn(self.rollout, given="old_logprobs" in batch, first=batch_idx == 0)
+
+    def learn(self, rollout: Rollout, *, given: bool, first: bool) -> None:
+        """All optimizer steps on a rollout.
+
+        Args:
+            rollout: What `annotate` made of it.
+            given: Whether its old log-probabilities are another policy's.
+            first: Whether it is an epoch's first.
+        """
+        parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
+        for number, part in enumerate(parts):
+            if not number and not given:  # the policy is still the one that sampled
+                part = replace(part, old_logps=None)
+            self.step(part)
+
+    def step(self, part: Rollout) -> None:
+        """One optimizer step on a minibatch of a rollout."""
+        self.update(part.micro_batches(self.micro_batch_size), part.empty())
+
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """Adds log-probabilities of old policy and reference, as far as they will be read, and what `credit` does.
+
+        Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
+        """
+        old_logps, penalty = rollout.old_logps, None
+        in_reward = bool(self.beta) and self.kl_placement == "reward"
+        if old_logps is None and (in_reward or self.optimizer_steps_per_batch > 1):
+            # What is compared with the reference is computed as it is: equal policies then differ by nothing.
+            known = not in_reward and not bool(rollout.sampled_logps.isnan().any())
+            old_logps = rollout.sampled_logps if known else self.score_rollout(rollout)
+            rollout = replace(rollout, old_logps=old_logps)
+        if self.beta:
+            reference_logps = self.score_rollout(rollout, self.reference)
+            rollout = replace(rollout, reference_logps=reference_logps)
+        if in_reward and old_logps is not None:
+            own = rollout.own.to(self.device, non_blocking=True)
+            divergence = kl_penalty(old_logps, reference_logps, estimator=self.kl_estimator)
+            penalty = self.beta * divergence.masked_fill(~own, 0.0)
+            self._train_meters.update({"kl": token_mean(divergence, own)})
+        trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
+        if self.mask_truncated:
+            if not self.codec.stop_token_ids:
+                raise ValueError(
+                    "mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated"
+                )
+            trained = trained & ~rollout.truncated[:, None]
+        return self.credit(replace(rollout, trained=trained), penalty)
+
+    def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
+        """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
+        scores = self.score_piece(self.policy, rollout, self.targets(rollout), ask=self.asked())
+        return self.policy_objective(rollout, scores)
+
+    def targets(self, rollout: Rollout) -> Tensor:
+        """[N, T] bool, on the host: the trained tokens of a piece that can move the policy."""
+        if self.entropy_coef or (self.beta and self.kl_placement == "loss"):
+            return rollout.trained
+        given: Any = rollout.advantages
+        rows = given != 0 if given.dim() == 1 else (given != 0).any(dim=1)
+        moves = rows.view(-1, rollout.group).any(dim=1)  # a group without advantage is not run
+        return rollout.trained & moves.repeat_interleave(rollout.group).to(rollout.trained.device)[:, None]
+
+    def asked(self) -> list[Ask]:
+        """What `policy_objective` reads of the scores beside the log-probabilities."""
+        return ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+
+    def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
+        """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
+        given: Any = rollout.advantages
+        mask, advantages = (values.to(self.device, non_blocking=True) for values in (rollout.trained, given))
+        token_logps = scores.token_logps
+        old_logps = token_logps.detach() if rollout.old_logps is None else rollout.old_logps
+        values = self.surrogate(token_logps, old_logps, advantages, mask)
+        statistics = {}
+        if self.beta and self.kl_placement == "loss":
+            options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
+            divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
+            values = values + self.beta * divergence
+            statistics["kl"] = token_mean(divergence, mask)
+        if self.entropy_coef and scores.entropy is not None:
+            values = values - self.entropy_coef * scores.entropy
+        longest = self.actor.sampling.max_completion_length
+        total, weight = aggregate(values, mask, reduction=self.surrogate.reduction, max_length=longest)
+        statistics |= {"loss": Statistic(total, weight)}
+        if scores.entropy is not None and self.logging_due:
+            statistics |= self._looked_at(rollout, scores, old_logps, advantages)
+        return Objective.of(total, weight, statistics)
+
+    def describe(self) -> dict[str, str]:
+        """Adds every choice that defines the objective."""
+        kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
+        return super().describe() | {
+            "loss": self.surrogate.describe(),
+            "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
+            "KL": kl,
+            "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
+            f"a pass {self.minibatches}",
+        }
+
+    def _looked_at(
+        self, rollout: Rollout, scores: Scores, old_logps: Tensor, advantages: Tensor
+    ) -> Mapping[str, Statistic]:
+        """What is logged of ratios, entropy and the agreement of sampling and scoring."""
+        token_logps, mask = scores.token_logps.detach(), scores.mask
+        shares = self.surrogate.statistics(token_logps, old_logps, advantages, mask)
+        found = {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
+        if self.kept_ratios is not None:
+            ratio = importance_ratio(token_logps, old_logps, mask, level=self.surrogate.importance_level)
+            self.kept_ratios.append(ratio[mask])
+        if scores.entropy is not None:
+            found["entropy"] = token_mean(scores.entropy, mask)
+        if rollout.old_logps is None:
+            found |= sampling_statistics(rollout.sampled_logps, token_logps, mask)
+        return found
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Statistic:
+    """The mean over the tokens of a mask, without gradient: `[batch, time]` both."""
+    return Statistic(*aggregate(values.detach(), mask, reduction="token_mean"))

@@ -340,7 +340,8 @@ ROWS: dict[str, Paradigm] = {
         # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
-             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6"),
+             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
+             "--model.top_p", "0.9"),
             every=4, start=16, kill=20,
         ),
     ),

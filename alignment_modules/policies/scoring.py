@@ -106,8 +106,9 @@ def score(
         raise ValueError("the policy gives one number for a token, a scalar head's, and no distribution to score with")
     kept = None if support is None else _of_targets(support, reading.segments, states.device)
     if head is None:
-        full_logps = token_log_probs(states, targets, temperature) if "full_logps" in ask else None
+        full_logps = None
         if kept is not None:
+            full_logps = token_log_probs(states, targets, temperature) if "full_logps" in ask else None
             states = states.masked_fill(kept.excluded(slice(0, len(targets)), states.shape[-1]), -torch.inf)
         wanted = "normalizer" in ask or "mean_logp" in ask
         log_normalizer = (states / temperature).logsumexp(-1) if wanted else None
@@ -135,9 +136,13 @@ def score(
             with_mean_logp="mean_logp" in ask,
             with_collision="collision" in ask,
             support=kept,
-            with_full_logps="full_logps" in ask,
+            with_full_logps=kept is not None and "full_logps" in ask,
         )._asdict()
+    if kept is None:
+        found.pop("full_logps")
     placed: Any = {name: None if values is None else reading.place(values) for name, values in found.items()}
+    if kept is None and "full_logps" in ask:
+        placed["full_logps"] = placed["token_logps"]
     return Scores(mask=reading.segments.mask(), **placed)
 
 

@@ -134,19 +134,19 @@ class PolicyGradientModule(ActingModule):
 
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
-        old_logps, penalty = rollout.old_logps, None
+        compared, penalty = rollout.old_logps, None
         in_reward = bool(self.beta) and self.kl_placement == "reward"
-        if old_logps is None and (in_reward or self.optimizer_steps_per_batch > 1):
+        if compared is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
-            known = not in_reward and not bool(rollout.sampled_logps.isnan().any())
-            old_logps = rollout.sampled_logps if known else self.score_rollout(rollout)
-            rollout = replace(rollout, old_logps=old_logps)
+            compared = self.score_rollout(rollout, over_support=False)
+        if rollout.old_logps is None and self.optimizer_steps_per_batch > 1:
+            rollout = replace(rollout, old_logps=self._old_logps(rollout, compared))
         if self.beta:
             reference_logps = self.score_rollout(rollout, self.reference)
             rollout = replace(rollout, reference_logps=reference_logps)
-        if in_reward and old_logps is not None:
+        if in_reward and compared is not None:
             own = rollout.own.to(self.device, non_blocking=True)
-            divergence = kl_penalty(old_logps, reference_logps, estimator=self.kl_estimator)
+            divergence = kl_penalty(compared, reference_logps, estimator=self.kl_estimator)
             penalty = self.beta * divergence.masked_fill(~own, 0.0)
             self._train_meters.update({"kl": token_mean(divergence, own)})
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
@@ -157,6 +157,18 @@ class PolicyGradientModule(ActingModule):
                 )
             trained = trained & ~rollout.truncated[:, None]
         return self.credit(replace(rollout, trained=trained), penalty)
+
+    def _old_logps(self, rollout: Rollout, scored: Tensor | None) -> Tensor:
+        """Log-probabilities [N, T] of the policy that sampled, over what it sampled from.
+
+        Args:
+            rollout: Of the whole batch.
+            scored: Its log-probabilities over the whole vocabulary, where they are known.
+        """
+        if scored is not None and rollout.support is None:
+            return scored
+        known = not bool(rollout.sampled_logps.isnan().any())
+        return rollout.sampled_logps if known else self.score_rollout(rollout)
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
@@ -174,7 +186,8 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
-        return ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+        ask: list[Ask] = ["full_logps"] if self.beta and self.kl_placement == "loss" else []
+        return [*ask, "entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else ask
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -185,8 +198,13 @@ class PolicyGradientModule(ActingModule):
         values = self.surrogate(token_logps, old_logps, advantages, mask)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
-            options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
-            divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
+            divergence = kl_penalty(
+                scores.full_logps,  # type: ignore[arg-type]
+                rollout.reference_logps,  # type: ignore[arg-type]
+                estimator=self.kl_estimator,
+                old_token_logps=old_logps,
+                ratio_token_logps=token_logps,
+            )
             values = values + self.beta * divergence
             statistics["kl"] = token_mean(divergence, mask)
         if self.entropy_coef and scores.entropy is not None:

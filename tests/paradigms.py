@@ -187,6 +187,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
 _SUPERVISED = {
@@ -307,6 +308,40 @@ ROWS: dict[str, Paradigm] = {
         needs={"teacher": "other"},
         source="demonstrations",
     ),
+    "online_dpo": Paradigm(
+        batch=rollouts,
+        nothing={
+            "not judged": entry("rewards", torch.nan, group=4),
+            "tied": entry("rewards", 0.3, group=4),
+            "empty": entry("response_mask", False, group=4),
+        },
+        kind="acting",
+        options=lambda other: {
+            "rewards": never_called,
+            "max_completion_length": 8,
+            "max_grad_norm": None,
+            "reference": other,
+            "beta": 0.5,
+        },
+        variants={
+            "ipo": {"loss": "ipo"},
+            "ipo of sums": {"loss": "ipo", "ipo_logps": "sum", "beta": 0.1},
+            "hinge": {"loss": "hinge", "temperature": 0.7},
+        },
+        sizes=((2,), (3,), (4,), (8,)),
+        first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0, "train/objective/kl": 0.0},
+        first_options={"reference": None},
+        source="questions",
+        recipe={
+            "short": ("--model.max_completion_length=4",),
+            "metrics": ("--model.max_completion_length=64",),
+        },
+        resume=Resume(
+            ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
+             "--model.micro_batch_size", "3", "--model.max_completion_length", "6"),
+            every=4, start=16, kill=20,
+        ),
+    ),
     "grpo": Paradigm(
         batch=rollouts,
         nothing={
@@ -324,9 +359,20 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
-            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo", "cispo")},
-            **{f"{loss} without reference": {"loss": loss, "beta": 0.0, "reference": None}
-               for loss in ("grpo", "dapo", "dr_grpo", "cispo")},
+            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
+            "cispo": {"loss": "cispo", "epsilon": None},
+            "cispo without reference": {"loss": "cispo", "epsilon": None, **NO_REFERENCE},
+            **{f"{loss} without reference": {"loss": loss, **NO_REFERENCE} for loss in ("grpo", "dapo", "dr_grpo")},
+            **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
+               ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
+            "gmpo": {"loss": "gmpo", **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
+            "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
+            "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
+            "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
+            "prompt mean": {"reduction": "prompt_mean"},
+            "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
         },
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},

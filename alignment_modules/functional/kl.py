@@ -122,6 +122,25 @@ def validate_kl_placement(estimator: str, placement: str) -> None:
         raise ValueError(f"estimator {estimator!r} must not stand in the {placement}: {reason}")
 
 
+def binary_kl(token_logps: Tensor, other_token_logps: Tensor) -> Tensor:
+    """KL of "this token or another" from the same under another model, given both log-probabilities of the token.
+
+    Args:
+        token_logps: `[batch, time]` in nats, of the distribution that the expectation is taken under.
+        other_token_logps: `[batch, time]`.
+
+    Returns:
+        `[batch, time]`, 0 or more; finite unless the other gives the token a probability of 0.
+
+    >>> binary_kl(torch.tensor(0.3).log(), torch.tensor(0.55).log())
+    tensor(0.1274)
+    """
+    # A probability that rounds to 1 leaves some for the other tokens.
+    logps, other = token_logps.clamp(max=-1e-7), other_token_logps.clamp(max=-1e-7)
+    rest, other_rest = -torch.expm1(logps), -torch.expm1(other)
+    return logps.exp() * (logps - other) + rest * (rest.log() - other_rest.log())
+
+
 def exp_bounded(exponent: Tensor, bound: float = MAX_LOG_RATIO) -> Tensor:
     """`exp`, continued as its tangent above `bound`: finite, and its gradient keeps pointing the right way.
 

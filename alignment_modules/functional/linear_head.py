@@ -117,8 +117,9 @@ class _LinearHead(torch.autograd.Function):
                 logits = capped(product[block], settings.cap)
                 index = targets[part, None]
                 if full_logps is not None and full_normalizer is not None:
-                    full_normalizer[part] = logits.logsumexp(dim=-1)
-                    full_logps[part] = logits.gather(1, index)[:, 0] - full_normalizer[part]
+                    # As without a support, to the last bit: equal models are then compared with a difference of 0.
+                    full_logps[part] = torch.log_softmax(logits, dim=-1).gather(1, index)[:, 0]
+                    full_normalizer[part] = logits.gather(1, index)[:, 0] - full_logps[part]
                 excluded = None if support is None else support.excluded(part, weight.shape[0])
                 if excluded is not None:
                     logits = logits.masked_fill(excluded, -torch.inf)

@@ -41,6 +41,8 @@ class Rollout:
         weights: [N] or [N, T] float32, of the loss.
         support: [N, T], on the host: what top-k, top-p and min-p kept where each token was drawn; None: everything, or
             it is not known. Old policy and policy are scored over it.
+        covariant: [N, T] bool: what a loss treats apart for its covariance.
+        prompt_tokens: [N] int64: trained tokens of all completions of the row's prompt.
 
     Raises:
         ValueError: If a field has another number of rows than the rollout.
@@ -63,6 +65,8 @@ class Rollout:
     returns: Tensor | None = None
     weights: Tensor | None = None
     support: Support | None = None
+    covariant: Tensor | None = None
+    prompt_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         prompts = self.prompt_ids.shape[0]
@@ -84,23 +88,24 @@ class Rollout:
             if isinstance(value, (Tensor, Support)):
                 yield one.name, value, one.metadata.get("per", "completion")
 
-    def select(self, prompts: Tensor | slice, completions: slice = slice(None)) -> "Rollout":
-        """The same completions (by position in their group) of some of the prompts.
+    def select(self, prompts: Tensor | slice, completions: slice | Tensor = slice(None)) -> "Rollout":
+        """Some of the completions (by position in their group) of some of the prompts.
 
         Args:
             prompts: [P] bool, or int64 indices, on the host; or a slice.
-            completions: Which of each group.
+            completions: Which of each group; or of each selected prompt its own, [selected, K] int64, on the host.
         """
-        cut: dict[str, Any] = {"group": len(range(self.group)[completions])}
+        group = len(range(self.group)[completions]) if isinstance(completions, slice) else completions.shape[1]
+        cut: dict[str, Any] = {"group": group}
         for name, values, per in self._tensors():
             if per == "prompt":
                 cut[name] = values[prompts]
             elif isinstance(values, Support):
-                grouped = torch.arange(len(values)).view(len(self), self.group)
-                cut[name] = values[grouped[prompts][:, completions].flatten()]
+                grouped = torch.arange(len(values)).view(len(self), self.group)[prompts]
+                cut[name] = values[_of_each(grouped, completions).flatten()]
             else:
-                grouped = values.reshape(len(self), self.group, *values.shape[1:])
-                cut[name] = grouped[prompts][:, completions].flatten(0, 1)
+                grouped = values.reshape(len(self), self.group, *values.shape[1:])[prompts]
+                cut[name] = _of_each(grouped, completions).flatten(0, 1)
         return replace(self, **cut)
 
     def empty(self) -> "Rollout":
@@ -123,3 +128,10 @@ class Rollout:
             for start in range(0, len(self), prompts)
             for first in range(0, self.group, completions)
         ]
+
+
+def _of_each(grouped: Tensor, completions: slice | Tensor) -> Tensor:
+    """Some completions of every group: [prompts, group, ...] to [prompts, K, ...]."""
+    if isinstance(completions, slice):
+        return grouped[:, completions]
+    return grouped[torch.arange(len(grouped))[:, None].to(grouped.device), completions.to(grouped.device)]

@@ -78,6 +78,50 @@ def sample_uniforms(
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+def token_draws(seed: int, step: int, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Random numbers that belong to a token: to its prompt, its completion and its place, and to nothing beside these.
+
+    Equal completions of equal prompts draw alike. Padding, and what else is in the batch, change nothing.
+
+    Args:
+        seed: Base seed, not negative.
+        step: Not negative, e.g. the optimizer step.
+        prompt_ids: `[prompts, time]` int64, on the host.
+        prompt_mask: `[prompts, time]` bool, on the host.
+        ids: `[completions, time]` int64, on the host; as many of each prompt, beside each other.
+        mask: `[completions, time]` bool, on the host.
+
+    Returns:
+        `[completions, time]` float64 in [0, 1).
+
+    >>> one = torch.ones(1, 1, dtype=torch.long)
+    >>> draws = token_draws(0, 0, one, one.bool(), torch.tensor([[4, 5]]), torch.tensor([[True, True]]))
+    >>> bool(draws[0, 0] != draws[0, 1])
+    True
+    """
+    group = len(ids) // max(len(prompt_ids), 1)
+    base = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    prompts = _fingerprints(prompt_ids, prompt_mask, base[0])
+    rows = _mixed(_fingerprints(ids, mask, base[1]) + np.repeat(prompts, group))
+    places = np.cumsum(mask.numpy(), axis=1, dtype=np.uint64)
+    words = _mixed(rows[:, None] + places * np.uint64(_WEYL[0]))
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _fingerprints(ids: Tensor, mask: Tensor, key: np.uint64) -> np.ndarray:
+    """A word for the real tokens of each row, in their order."""
+    real, places = mask.numpy(), np.cumsum(mask.numpy(), axis=1, dtype=np.uint64)
+    words = _mixed(_mixed(ids.numpy().astype(np.uint64) + key) + places * np.uint64(_WEYL[1]))
+    return _mixed(np.where(real, words, np.uint64(0)).sum(axis=1, dtype=np.uint64) + real.sum(axis=1, dtype=np.uint64))
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function: a small change of a word changes all of it."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
 def _philox(counter: list[np.ndarray], key: np.ndarray) -> list[np.ndarray]:
     """Ten rounds of Philox4x64 on arrays of counters `[rows, blocks]` under one key of two words."""
     c0, c1, c2, c3 = counter

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
+from alignment_modules.functional.ranges import (
+    Count,
+    Finite,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_options,
+)
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
@@ -43,6 +53,7 @@ class ActingModule(UpdateModule):
         top_k: Number of likeliest tokens kept; 0 keeps all. Recorded likewise.
         min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. Recorded likewise.
         stop_strings: Completions also end with these strings.
+        missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
             step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
         **common: Keywords of `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
@@ -64,6 +75,7 @@ class ActingModule(UpdateModule):
         top_k: Natural = 0,
         min_p: Share = 0.0,
         stop_strings: list[str] | None = None,
+        missing_eos_penalty: NonNegative = 0.0,
         seed: Seed | None = None,
         **common: Any,
     ) -> None:
@@ -78,6 +90,7 @@ class ActingModule(UpdateModule):
             num_generations,
             codec=self.codec,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
+            missing_eos_penalty=missing_eos_penalty,
         )
         self.rollout: Rollout | None = None
         self.kept_ratios: list[Tensor] | None = None  # of the logged steps, [tokens] each, once someone asks: a list
@@ -135,7 +148,8 @@ class ActingModule(UpdateModule):
         """Adds how completions are drawn and judged."""
         sampling = self.actor.sampling
         return super().describe() | {
-            "rewards": ", ".join(self.rewards.names),
+            "rewards": ", ".join(self.rewards.names)
+            + f", less {self.actor.missing_eos_penalty:g} without a stop" * bool(self.actor.missing_eos_penalty),
             "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
             f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.actor.seed}",
         }
@@ -222,15 +236,21 @@ class ActingModule(UpdateModule):
 
     @torch.no_grad()
     def score_rollout(
-        self, rollout: Rollout, companion: Frozen | None = None, *, over_support: bool | None = None
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        trained_only: bool = False,
+        over_support: bool | None = None,
     ) -> Tensor:
         """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
-            over_support: As in `score_piece`; None: for the policy alone. A companion did not sample, and what the
-                policy's filters left out is no part of it.
+            trained_only: Whether what is left out of the loss is not scored either.
+            over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
+                filters kept is not its own.
 
         Raises:
             NonFiniteLogits: If one is not finite; it names the step.
@@ -243,7 +263,8 @@ class ActingModule(UpdateModule):
                 tell("scoring", start * rollout.group, len(results))
                 piece = rollout.select(slice(start, start + size))
                 rows = slice(start * rollout.group, (start + size) * rollout.group)
-                results[rows] = self.score_piece(model, piece, piece.own, over_support=over).token_logps
+                targets = piece.trained if trained_only else piece.own
+                results[rows] = self.score_piece(model, piece, targets, over_support=over).token_logps
         if not bool(results.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
         return results

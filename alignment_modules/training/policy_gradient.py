@@ -26,6 +26,7 @@ from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.selection import mark_covariant
 
 
 class PolicyGradientModule(ActingModule):
@@ -38,21 +39,30 @@ class PolicyGradientModule(ActingModule):
         beta: Strength of the KL penalty against the reference; 0: no reference is held.
         kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio).
         kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused.
-        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
+        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None; None: the loss's own, which
+            is 0.2 for PPO's (of sequences 3e-4, and 4e-4 above).
         epsilon_high: Clip range above 1 (clip-higher); for "cispo" how far above 1 its cap is, 4.0 where None.
-        delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
-        importance_level: "token", or "sequence" (GSPO). The mean stays that of `loss`: "grpo" averages over
-            completions, as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
+        delta: Two-sided clipping, or dual clip: upper bound of the ratio also where the advantage is negative.
+        importance_level: What one ratio spans: "token", "sequence" (GSPO) or "sequence_token" (GSPO-token, for
+            advantages by token); None: the loss's own. The mean stays that of `loss`: "grpo" averages over completions,
+            as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
         num_iterations: Passes over each rollout.
         minibatches: Optimizer steps in a pass.
-        loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" (PPO's clip, reduced another way), "luspo", "cispo", "sapo", "gmpo",
+            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`.
+        loss_options: Numbers of that loss by name: "sapo": temperature_pos, temperature_neg; "vespo": k_pos,
+            lambda_pos, k_neg, lambda_neg; "dppo_tv", "dppo_kl": ratio_cap; "clip_cov": share, covariance_low,
+            covariance_high; "kl_cov": share, kl_coef. None: its defaults.
+        reduction: "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm"
+            or "prompt_mean"; see `aggregate`. None: the loss's own.
         mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
             still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
-            temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+            temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule`
+            (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer,
+            evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -64,13 +74,15 @@ class PolicyGradientModule(ActingModule):
         beta: NonNegative = 0.0,
         kl_estimator: str = "k3",
         kl_placement: Literal["loss", "reward"] = "loss",
-        epsilon: Share = 0.2,
+        epsilon: Share | None = None,
         epsilon_high: NonNegative | None = None,
         delta: Positive | None = None,
-        importance_level: Literal["token", "sequence"] = "token",
+        importance_level: Literal["token", "sequence", "sequence_token"] | None = None,
         num_iterations: Count = 1,
         minibatches: Count = 1,
         loss: str = "dapo",
+        loss_options: dict[str, float] | None = None,
+        reduction: str | None = None,
         mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
         reference: str | PolicyConfig | nn.Module | None = None,
@@ -78,7 +90,7 @@ class PolicyGradientModule(ActingModule):
     ) -> None:
         check_options(PolicyGradientModule.__init__, locals())
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level)
+        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level, reduction, loss_options)
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
@@ -103,6 +115,12 @@ class PolicyGradientModule(ActingModule):
         """Passes over a rollout times the optimizer steps of a pass."""
         return self.num_iterations * self.minibatches
 
+    def before_updates(self, pieces: list[Rollout]) -> list[Rollout]:
+        """Chooses what a loss treats apart among all tokens of the step."""
+        if not self.surrogate.row.selects:
+            return pieces
+        return mark_covariant(self, self.surrogate, pieces, known=True)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Rolls out, annotates, updates."""
         self.require_trainer()
@@ -121,7 +139,9 @@ class PolicyGradientModule(ActingModule):
         """
         parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
         for number, part in enumerate(parts):
-            if not number and not given:  # the policy is still the one that sampled
+            if (
+                not number and not given and not self.surrogate.row.of_sampler
+            ):  # the policy is still the one that sampled
                 part = replace(part, old_logps=None)
             self.step(part)
 
@@ -134,21 +154,7 @@ class PolicyGradientModule(ActingModule):
 
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
-        compared, penalty = rollout.old_logps, None
-        in_reward = bool(self.beta) and self.kl_placement == "reward"
-        if compared is None and in_reward:
-            # What is compared with the reference is computed as it is: equal policies then differ by nothing.
-            compared = self.score_rollout(rollout, over_support=False)
-        if rollout.old_logps is None and self.optimizer_steps_per_batch > 1:
-            rollout = replace(rollout, old_logps=self._old_logps(rollout, compared))
-        if self.beta:
-            reference_logps = self.score_rollout(rollout, self.reference)
-            rollout = replace(rollout, reference_logps=reference_logps)
-        if in_reward and compared is not None:
-            own = rollout.own.to(self.device, non_blocking=True)
-            divergence = kl_penalty(compared, reference_logps, estimator=self.kl_estimator)
-            penalty = self.beta * divergence.masked_fill(~own, 0.0)
-            self._train_meters.update({"kl": token_mean(divergence, own)})
+        rollout, penalty = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
             if not self.codec.stop_token_ids:
@@ -156,19 +162,38 @@ class PolicyGradientModule(ActingModule):
                     "mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated"
                 )
             trained = trained & ~rollout.truncated[:, None]
-        return self.credit(replace(rollout, trained=trained), penalty)
+        rollout = self.credit(replace(rollout, trained=trained), penalty)
+        if self.surrogate.reduced_by == "prompt_mean":  # micro-batches may cut a prompt's completions apart
+            counts = rollout.trained.sum(dim=1).view(-1, rollout.group).sum(dim=1).repeat_interleave(rollout.group)
+            rollout = replace(rollout, prompt_tokens=counts.to(self.device))
+        return rollout
 
-    def _old_logps(self, rollout: Rollout, scored: Tensor | None) -> Tensor:
-        """Log-probabilities [N, T] of the policy that sampled, over what it sampled from.
-
-        Args:
-            rollout: Of the whole batch.
-            scored: Its log-probabilities over the whole vocabulary, where they are known.
-        """
-        if scored is not None and rollout.support is None:
-            return scored
-        known = not bool(rollout.sampled_logps.isnan().any())
-        return rollout.sampled_logps if known else self.score_rollout(rollout)
+    def _with_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Adds those of old policy and reference that will be read; also what the KL takes from each token's reward."""
+        in_reward, penalty = bool(self.beta) and self.kl_placement == "reward", None
+        of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
+        if of_sampler and bool((sampled.isnan() & rollout.own.to(sampled.device)).any()):
+            raise ValueError(
+                f"loss={self.surrogate.loss!r} compares with the probabilities that tokens were sampled with, and "
+                "these completions come without: a batch that brings responses needs old_logprobs, too"
+            )
+        now = whole = rollout.old_logps
+        if now is None and in_reward:
+            # What is compared with the reference is computed as it is: equal policies then differ by nothing.
+            whole = self.score_rollout(rollout, over_support=False)
+            now = whole if rollout.support is None else None
+        if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
+            now = self.score_rollout(rollout) if bool(sampled.isnan().any()) else sampled
+        rollout = replace(rollout, old_logps=sampled if of_sampler else now)
+        if self.beta:
+            reference_logps = self.score_rollout(rollout, self.reference)
+            rollout = replace(rollout, reference_logps=reference_logps)
+        if in_reward and whole is not None:
+            own = rollout.own.to(self.device, non_blocking=True)
+            divergence = kl_penalty(whole, reference_logps, estimator=self.kl_estimator)
+            penalty = self.beta * divergence.masked_fill(~own, 0.0)
+            self._train_meters.update({"kl": token_mean(divergence, own)})
+        return rollout, penalty
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
@@ -177,7 +202,7 @@ class PolicyGradientModule(ActingModule):
 
     def targets(self, rollout: Rollout) -> Tensor:
         """[N, T] bool, on the host: the trained tokens of a piece that can move the policy."""
-        if self.entropy_coef or (self.beta and self.kl_placement == "loss"):
+        if self.entropy_coef or (self.beta and self.kl_placement == "loss") or self.surrogate.loss == "kl_cov":
             return rollout.trained
         given: Any = rollout.advantages
         rows = given != 0 if given.dim() == 1 else (given != 0).any(dim=1)
@@ -195,7 +220,7 @@ class PolicyGradientModule(ActingModule):
         mask, advantages = (values.to(self.device, non_blocking=True) for values in (rollout.trained, given))
         token_logps = scores.token_logps
         old_logps = token_logps.detach() if rollout.old_logps is None else rollout.old_logps
-        values = self.surrogate(token_logps, old_logps, advantages, mask)
+        values = self.surrogate(token_logps, old_logps, advantages, mask, rollout.covariant)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
             divergence = kl_penalty(
@@ -209,8 +234,10 @@ class PolicyGradientModule(ActingModule):
             statistics["kl"] = token_mean(divergence, mask)
         if self.entropy_coef and scores.entropy is not None:
             values = values - self.entropy_coef * scores.entropy
-        longest = self.actor.sampling.max_completion_length
-        total, weight = aggregate(values, mask, reduction=self.surrogate.reduction, max_length=longest)
+        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
+        total, weight = aggregate(
+            values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens
+        )
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
@@ -221,7 +248,7 @@ class PolicyGradientModule(ActingModule):
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
         return super().describe() | {
             "loss": self.surrogate.describe(),
-            "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
+            "normaliser": f"{self.surrogate.reduced_by} over the optimizer step, all micro-batches and ranks",
             "KL": kl,
             "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
             f"a pass {self.minibatches}",
@@ -235,7 +262,7 @@ class PolicyGradientModule(ActingModule):
         shares = self.surrogate.statistics(token_logps, old_logps, advantages, mask)
         found = {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
         if self.kept_ratios is not None:
-            ratio = importance_ratio(token_logps, old_logps, mask, level=self.surrogate.importance_level)
+            ratio = importance_ratio(token_logps, old_logps, mask, level=self.surrogate.level)
             self.kept_ratios.append(ratio[mask])
         if scores.entropy is not None:
             found["entropy"] = token_mean(scores.entropy, mask)

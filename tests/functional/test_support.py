@@ -142,6 +142,8 @@ def test_the_whole_vocabulary_is_no_support():
         for support in (None, Support.whole((30,)))
     )
     assert torch.equal(one.full_logps, one.token_logps)
+    some = linear_token_scores(hidden, weight, targets, bias=bias, support=Support.from_mask(masks()), **ALL_OF)
+    assert torch.equal(one.full_logps, some.full_logps)
     for left, right in zip(one, other, strict=True):
         assert (left is None and right is None) or torch.allclose(left, right, rtol=0, atol=1e-12)
 

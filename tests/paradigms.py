@@ -359,6 +359,7 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
+            "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
             "cispo": {"loss": "cispo", "epsilon": None},
             "cispo without reference": {"loss": "cispo", "epsilon": None, **NO_REFERENCE},
@@ -381,12 +382,14 @@ ROWS: dict[str, Paradigm] = {
         source="questions",
         recipe={
             "short": ("--model.max_completion_length=4",),
-            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64"),
+            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64", "--model.kl_target=0.1",
+                        "--model.entropy_target=1.0"),
         },
         # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
              "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
+             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9",
              "--model.top_p", "0.9"),
             every=4, start=16, kill=20,
         ),

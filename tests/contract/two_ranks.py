@@ -113,6 +113,9 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
+    control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
+    control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
+    yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
@@ -140,7 +143,8 @@ def main(folder: Path, devices: int) -> None:
         if trainer.is_global_zero:
             change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            torch.save({"change": change, "metrics": metrics}, folder / f"{name}_{devices}.pt")
+            saved = {"change": change, "metrics": metrics, "extra": module.extra_state()}
+            torch.save(saved, folder / f"{name}_{devices}.pt")
 
 
 if __name__ == "__main__":

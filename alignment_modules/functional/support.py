@@ -67,6 +67,24 @@ class Support:
         sizes, ids = (torch.cat([getattr(part, name).flatten() for part in parts]) for name in ("sizes", "ids"))
         return cls(sizes, ids, torch.cat([part.bits for part in parts if len(part.bits)] or [parts[0].bits]))
 
+    @classmethod
+    def stack(cls, parts: Sequence[Support]) -> Support:
+        """Tables `[rows, time]` below each other, on the right padded to the widest with the whole vocabulary.
+
+        Args:
+            parts: At least one.
+        """
+        width, start, places = max(part.shape[1] for part in parts), 0, []
+        for part in parts:
+            place = start + torch.arange(part.sizes.numel()).view(part.shape)
+            places.append(F.pad(place, (0, width - part.shape[1]), value=-1))
+            start += part.sizes.numel()
+        return cls.cat(parts).take(torch.cat(places))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, on the host: `Support(**state)` is the same again."""
+        return {"sizes": self.sizes, "ids": self.ids.cpu(), "bits": self.bits.cpu()}
+
     @property
     def shape(self) -> torch.Size:
         """Of the positions."""

@@ -70,6 +70,8 @@ class Rollout:
     prompt_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.support, dict):  # of a state
+            object.__setattr__(self, "support", Support(**self.support))
         prompts = self.prompt_ids.shape[0]
         for name, values, per in self._tensors():
             rows = prompts * self.group if per == "completion" else prompts
@@ -124,14 +126,19 @@ class Rollout:
             values = [getattr(part, one.name) for part in parts]
             if all(isinstance(value, Tensor) for value in values):
                 joined[one.name] = _stack(values, one.name)
-            elif any(isinstance(value, Tensor) for value in values) or any(value != values[0] for value in values):
+            elif all(isinstance(value, Support) for value in values):
+                joined[one.name] = Support.stack(values)
+            elif any(isinstance(value, (Tensor, Support)) for value in values) or any(
+                value != values[0] for value in values
+            ):
                 raise ValueError(f"rollouts cannot be joined: {one.name} is not of one kind in all of them")
         return replace(first, **joined)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it holds, with tensors on the host: `Rollout(**state)` is the same again."""
+        """All that it holds, in plain types and tensors on the host: `Rollout(**state)` is the same again."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        return state | {"support": None if self.support is None else self.support.state_dict()}
 
     def empty(self) -> "Rollout":
         """The same rollout without any prompt."""

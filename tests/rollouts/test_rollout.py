@@ -113,12 +113,16 @@ def test_joined_rollouts_are_their_rows_in_order():
             head = whole[:rows]
             assert torch.equal(head[:, : width[0]] if width else head, first), one.name
             assert not width or not head[:, width[0] :].any(), one.name
+    assert torch.equal(joined.support.sizes[12:], wide.support.sizes)
+    assert torch.equal(joined.support.ids, torch.cat([narrow.support.ids, wide.support.ids]))
+    assert not joined.support.sizes[:12, 5:].any()
 
 
 def test_what_cannot_be_joined_is_named():
     plain = rollout()
     for other, name in (
         (replace(plain, old_logps=None), "old_logps"),
+        (replace(plain, support=None), "support"),
         (rollout(group=2), "group"),
         (replace(plain, advantages=plain.sampled_logps), "advantages"),
     ):
@@ -132,4 +136,6 @@ def test_a_rollout_comes_back_from_its_state(tmp_path):
     after = Rollout(**torch.load(tmp_path / "state", weights_only=True))
     for one in fields(Rollout):
         old, new = getattr(before, one.name), getattr(after, one.name)
+        if isinstance(old, Support):
+            old, new = (torch.cat([s.sizes.flatten(), s.ids, s.bits.flatten()]) for s in (old, new))
         assert torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old, one.name

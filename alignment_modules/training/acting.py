@@ -19,6 +19,7 @@ from alignment_modules.functional.ranges import (
     Share,
     check_options,
 )
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
@@ -41,7 +42,8 @@ class ActingModule(UpdateModule):
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
     `response_loss_mask` (the policy wrote it), `rewards` [batch * G] and `old_logprobs` [batch * G, time]: what it
-    brings is not sampled, judged or scored again.
+    brings is not sampled, judged or scored again. It does not say what a filter kept: given completions are scored over
+    the whole vocabulary, and so must their `old_logprobs` be, or their ratio is off by the mass that was kept.
 
     Args:
         rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
@@ -49,9 +51,9 @@ class ActingModule(UpdateModule):
         num_generations: G, completions of each prompt.
         max_completion_length: Longest completion in tokens.
         temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
-        top_p: Nucleus size. Below 1 the samples no longer come from the scored distribution: the ratio is biased.
-        top_k: Number of likeliest tokens kept; 0 keeps all. The same caution holds.
-        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. The same caution holds.
+        top_p: Nucleus size. What is kept where a token is drawn is recorded, and the policy is scored over it.
+        top_k: Number of likeliest tokens kept; 0 keeps all. Recorded likewise.
+        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. Recorded likewise.
         stop_strings: Completions also end with these strings.
         missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
@@ -213,7 +215,15 @@ class ActingModule(UpdateModule):
         rows = rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets
         return Segments.from_prompts(*rows, reads=reads).to(self.device)
 
-    def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
+    def score_piece(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        targets: Tensor,
+        *,
+        ask: Collection[Ask] = (),
+        over_support: bool = True,
+    ) -> Scores:
         """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
 
         Args:
@@ -221,32 +231,52 @@ class ActingModule(UpdateModule):
             rollout: The piece.
             targets: [N, T] bool, on the host: which tokens are scored.
             ask: As in `score`.
+            over_support: Whether the distributions are over the rollout's `support`, where it has one, as those are
+                that were sampled from; else over the whole vocabulary.
         """
-        return self.score_reading(read(model, self.segments_of(rollout, targets)), ask=ask)
+        support = rollout.support if over_support else None
+        return self.score_reading(read(model, self.segments_of(rollout, targets)), support, ask=ask)
 
-    def score_reading(self, reading: Reading, *, ask: Collection[Ask] = ()) -> Scores:
-        """Scores [N, T] of a piece of a rollout that was read, at the temperature that it was sampled with."""
-        scores = score(reading, temperature=self.actor.sampling.temperature, ask=ask)
+    def score_reading(self, reading: Reading, support: Support | None = None, *, ask: Collection[Ask] = ()) -> Scores:
+        """Scores [N, T] of a piece of a rollout that was read, at the temperature that it was sampled with.
+
+        Args:
+            reading: Of the policy, or of what is compared with it.
+            support: As in `score`.
+            ask: As in `score`.
+        """
+        scores = score(reading, temperature=self.actor.sampling.temperature, support=support, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)
         return scores
 
     @torch.no_grad()
-    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None, *, trained_only: bool = False) -> Tensor:
+    def score_rollout(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        trained_only: bool = False,
+        over_support: bool | None = None,
+    ) -> Tensor:
         """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
             trained_only: Whether what is left out of the loss is not scored either.
+            over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
+                filters kept is not its own.
 
         Raises:
             NonFiniteLogits: If one is not finite; it names the step.
         """
+        over = companion is None if over_support is None else over_support
 
         def logps(piece: Rollout) -> list[Tensor]:
-            return [self.score_piece(model, piece, piece.trained if trained_only else piece.own).token_logps]
+            targets = piece.trained if trained_only else piece.own
+            return [self.score_piece(model, piece, targets, over_support=over).token_logps]
 
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
             [results] = self.over_pieces(rollout, logps)

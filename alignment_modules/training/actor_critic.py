@@ -207,7 +207,7 @@ class ActorCriticModule(PolicyGradientModule):
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, what is beside it, and the value loss on a shared trunk."""
         reading = read(self.policy, self.segments_of(rollout, self.targets(rollout)))
-        scores = self.score_reading(reading, ask=self.asked())
+        scores = self.score_reading(reading, rollout.support, ask=self.asked())
         found = self.policy_objective(rollout, scores)
         more, statistics = self.more_terms(rollout, scores), found.statistics
         statistics |= {f"loss/{name}": Statistic(term.total, term.weight) for name, term in more.items()}

@@ -42,7 +42,7 @@ class ChatJudge:
 
     Args:
         url: Of the API, such as "http://localhost:8000/v1".
-        model: The model's name there.
+        model_name: The model's name there.
         question: What is asked. `{prompt}` and `{completion}` stand for the texts, any other name for that column of
             the data, such as `{answer}`; literal braces are doubled.
         system: A system message; None: none.
@@ -69,7 +69,7 @@ class ChatJudge:
     def __init__(
         self,
         url: str,
-        model: str,
+        model_name: str,
         question: str = QUESTION,
         system: str | None = None,
         pattern: str = SCORE,
@@ -93,7 +93,7 @@ class ChatJudge:
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise ValueError(f"api_key_env={api_key_env!r}: this environment variable is not set")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.question, self.system = model, question, system
+        self.model_name, self.question, self.system = model_name, question, system
         self.lowest, self.highest, self.temperature, self.max_tokens = lowest, highest, temperature, max_tokens
         self.api_key_env, self.timeout = api_key_env, timeout
         self.required_columns = tuple(field for field in self.fields if field not in ("prompt", "completion"))
@@ -128,7 +128,7 @@ class ChatJudge:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": asked})
         options = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        return json.dumps({"model": self.model, "messages": messages, **options}, sort_keys=True)
+        return json.dumps({"model": self.model_name, "messages": messages, **options}, sort_keys=True)
 
     def judge(self, requests: list[str]) -> list[float]:
         """Makes requests, one after another, and keeps their scores."""

@@ -197,4 +197,4 @@ def test_a_redirect_is_not_followed(judge, server, monkeypatch):
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        ChatJudge(**({"url": "http://localhost", "model": "small"} | options))
+        ChatJudge(**({"url": "http://localhost", "model_name": "small"} | options))

@@ -10,10 +10,10 @@ from alignment_modules.functional import ADVANTAGE_SCALES, group_advantages
 from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.policy_gradient import PolicyGradientModule
+from alignment_modules.training.groups import GroupModule
 
 
-class GRPOModule(PolicyGradientModule):
+class GRPOModule(GroupModule):
     r"""Online RL without a critic, on batches of prompts.
 
     For each prompt G completions are sampled and judged; a completion's advantage is its reward compared with its
@@ -23,12 +23,13 @@ class GRPOModule(PolicyGradientModule):
     Args:
         scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
             the formulas.
-        **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
-            entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
-            `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+        **policy_gradient: Keywords of `GroupModule` (dynamic_sampling, truncated_in_baseline), `PolicyGradientModule`
+            (beta, kl_estimator, kl_placement, epsilon, epsilon_high, delta, importance_level, num_iterations,
+            minibatches, loss, loss_options, reduction, mask_truncated, entropy_coef, kl_target, kl_horizon,
+            entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards, reward_weights, num_generations,
+            max_completion_length, temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed),
+            `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler,
+            tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.

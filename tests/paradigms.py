@@ -301,12 +301,19 @@ ROWS: dict[str, Paradigm] = {
         variants={
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+            "on policy": {"on_policy_share": 1.0, "max_completion_length": 6, "temperature": 1.5},
+            "half on policy": {"on_policy_share": 0.5, "max_completion_length": 4, "seed": 1},
         },
         batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
         first_policy=flat,
         needs={"teacher": "other"},
         source="demonstrations",
+        recipe={"metrics": ("--model.on_policy_share=0.9", "--model.max_completion_length=64")},
+        resume=Resume(
+            ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--model.on_policy_share", "0.5",
+             "--model.max_completion_length", "4"),
+        ),
     ),
     "online_dpo": Paradigm(
         batch=rollouts,

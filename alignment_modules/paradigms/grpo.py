@@ -24,8 +24,8 @@ class GRPOModule(PolicyGradientModule):
         scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
             the formulas.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
-            entropy_coef, reference),
+            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
+            top_entropy_quantile, correction, mask_truncated, entropy_coef, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
             `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).

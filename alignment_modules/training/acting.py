@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from itertools import islice
 from typing import Annotated, Any
 
@@ -223,29 +224,43 @@ class ActingModule(UpdateModule):
             self._early_finite = EarlyRead(self._finite)
         return scores
 
-    @torch.no_grad()
     def score_rollout(self, rollout: Rollout, companion: Frozen | None = None, *, trained_only: bool = False) -> Tensor:
-        """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
+        """Log-probabilities [N, T] of `scores_of`."""
+        return self.scores_of(rollout, companion, trained_only=trained_only).token_logps
+
+    @torch.no_grad()
+    def scores_of(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        ask: Collection[Ask] = (),
+        trained_only: bool = False,
+    ) -> Scores:
+        """Scores [N, T] of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
+            ask: As in `score`.
             trained_only: Whether what is left out of the loss is not scored either.
 
         Raises:
-            NonFiniteLogits: If one is not finite; it names the step.
+            NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
-        results = torch.zeros(rollout.ids.shape, device=self.device)
-        size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
+        rows, pieces = len(rollout.ids), []
+        size = max((self.micro_batch_size or rows) // rollout.group, 1)
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
-            for start in range(0, len(rollout), size):
-                tell("scoring", start * rollout.group, len(results))
+            for start in range(0, max(len(rollout), 1), size):
+                tell("scoring", start * rollout.group, rows)
                 piece = rollout.select(slice(start, start + size))
-                rows = slice(start * rollout.group, (start + size) * rollout.group)
-                results[rows] = self.score_piece(model, piece, piece.trained if trained_only else piece.own).token_logps
-        if not bool(results.isfinite().all()):
+                pieces.append(self.score_piece(model, piece, piece.trained if trained_only else piece.own, ask=ask))
+        told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
+        joined: Any = {name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()}
+        scores = Scores(**joined)
+        if not bool(scores.token_logps.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
-        return results
+        return scores
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Also refuses to step on log-probabilities that are not finite.

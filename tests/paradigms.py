@@ -301,12 +301,19 @@ ROWS: dict[str, Paradigm] = {
         variants={
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+            "on policy": {"on_policy_share": 1.0, "max_completion_length": 6, "temperature": 1.5},
+            "half on policy": {"on_policy_share": 0.5, "max_completion_length": 4, "seed": 1},
         },
         batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
         first_policy=flat,
         needs={"teacher": "other"},
         source="demonstrations",
+        recipe={"metrics": ("--model.on_policy_share=0.9", "--model.max_completion_length=64")},
+        resume=Resume(
+            ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--model.on_policy_share", "0.5",
+             "--model.max_completion_length", "4"),
+        ),
     ),
     "online_dpo": Paradigm(
         batch=rollouts,
@@ -359,6 +366,7 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
+            "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
             "cispo": {"loss": "cispo", "epsilon": None},
             "cispo without reference": {"loss": "cispo", "epsilon": None, **NO_REFERENCE},
@@ -386,12 +394,14 @@ ROWS: dict[str, Paradigm] = {
         source="questions",
         recipe={
             "short": ("--model.max_completion_length=4",),
-            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64"),
+            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64", "--model.kl_target=0.1",
+                        "--model.entropy_target=1.0"),
         },
         # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
-             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6"),
+             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
+             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9"),
             every=4, start=16, kill=20,
         ),
     ),

@@ -25,7 +25,8 @@ class GRPOModule(PolicyGradientModule):
             the formulas.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
             delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
-            top_entropy_quantile, correction, mask_truncated, entropy_coef, reference),
+            top_entropy_quantile, correction, mask_truncated, entropy_coef, kl_target, kl_horizon, entropy_target,
+            entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
             `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).

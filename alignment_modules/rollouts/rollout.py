@@ -1,10 +1,11 @@
 """Rollout: completions of a batch of prompts, what an update needs of them, and how they are cut into pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PER_PROMPT = {"per": "prompt"}
@@ -99,6 +100,30 @@ class Rollout:
                 cut[name] = _of_each(grouped, completions).flatten(0, 1)
         return replace(self, **cut)
 
+    @classmethod
+    def join(cls, parts: "Sequence[Rollout]") -> "Rollout":
+        """The prompts of several rollouts in order, padded on the right to the widest, on the devices of the last.
+
+        Args:
+            parts: At least one; with the same fields, and groups of one size.
+
+        Raises:
+            ValueError: If one has a field that another lacks, or groups of another size.
+        """
+        first, joined = parts[-1], dict[str, Any]()
+        for one in fields(first):
+            values = [getattr(part, one.name) for part in parts]
+            if all(isinstance(value, Tensor) for value in values):
+                joined[one.name] = _stack(values, one.name)
+            elif any(isinstance(value, Tensor) for value in values) or any(value != values[0] for value in values):
+                raise ValueError(f"rollouts cannot be joined: {one.name} is not of one kind in all of them")
+        return replace(first, **joined)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it holds, with tensors on the host: `Rollout(**state)` is the same again."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+
     def empty(self) -> "Rollout":
         """The same rollout without any prompt."""
         return self.select(slice(0, 0))
@@ -126,3 +151,18 @@ def _of_each(grouped: Tensor, completions: slice | Tensor) -> Tensor:
     if isinstance(completions, slice):
         return grouped[:, completions]
     return grouped[torch.arange(len(grouped))[:, None].to(grouped.device), completions.to(grouped.device)]
+
+
+def _stack(values: Sequence[Tensor], name: str) -> Tensor:
+    """Rows beside each other; `[rows, time]` padded to the longest time.
+
+    Raises:
+        ValueError: If they differ in their number of dimensions.
+    """
+    last = values[-1]
+    if len({value.dim() for value in values}) > 1:
+        raise ValueError(f"rollouts cannot be joined: {name} has one number a row in some, and one a token in others")
+    if last.dim() > 1:
+        width = max(value.shape[1] for value in values)
+        values = [F.pad(value, (0, width - value.shape[1])) for value in values]
+    return torch.cat([value.to(last.device) for value in values])

@@ -18,32 +18,40 @@ _HALF = np.uint64(32)
 
 @dataclass(frozen=True)
 class Seeds:
-    """What the samples of a rollout are seeded with: sample `g` of prompt index `i` with `(seed, step, i, g)`.
+    """What the samples of a rollout are seeded with: sample `g` of prompt index `i` with `(seed, step, draw, i, g)`.
 
     Attributes:
         indices: Identity of each prompt, not negative; equal ones draw alike.
         seed: Base seed, not negative.
         step: Counter of rollouts under this seed, e.g. the optimizer step, not negative.
+        draw: Which of several rollouts at this step, from 0: prompts that come again in it are answered anew.
     """
 
     indices: Sequence[int]
     seed: int = 0
     step: int = 0
+    draw: int = 0
 
     def uniforms(self, num_samples: int, length: int, turn: int = 0) -> Tensor:
         """`sample_uniforms` of these seeds."""
-        return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn)
+        return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn, self.draw)
 
 
 def sample_uniforms(
-    seed: int, step: int, prompt_indices: Sequence[int], num_samples: int, length: int, turn: int = 0
+    seed: int,
+    step: int,
+    prompt_indices: Sequence[int],
+    num_samples: int,
+    length: int,
+    turn: int = 0,
+    draw: int = 0,
 ) -> Tensor:
     """Draws the uniforms that decide every token of every sample, up front.
 
     Sample `g` of prompt index `i` gets what numpy's `Generator(Philox(key=key, counter=[0, g, i, turn]))` gives with
-    `.random(length)` and `key = SeedSequence((seed, step)).generate_state(2, uint64)`, whatever else is in the batch,
-    so that a rollout can be replayed alone. All rows are computed at once here, because one numpy generator per row
-    costs more than sampling from a small model.
+    `.random(length)` and `key = SeedSequence((seed, step, draw)).generate_state(2, uint64)` (for draw 0 that of
+    `(seed, step)`), whatever else is in the batch, so that a rollout can be replayed alone. All rows are computed at
+    once here, because one numpy generator per row costs more than sampling from a small model.
 
     Args:
         seed: Base seed, not negative.
@@ -52,6 +60,7 @@ def sample_uniforms(
         num_samples: Samples per prompt, `G`.
         length: Uniforms per sample.
         turn: Which of a sample's turns, from 0: each draws numbers of its own.
+        draw: Which of several rollouts at this step, from 0, likewise.
 
     Returns:
         `[prompts * num_samples, length]` float64 in [0, 1), row `p * num_samples + g`.
@@ -68,7 +77,7 @@ def sample_uniforms(
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
     rows, blocks = len(prompt_indices) * num_samples, -(-length // 4)
-    key = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    key = np.random.SeedSequence((seed, step, draw)).generate_state(2, np.uint64)
     counter = [np.zeros((rows, blocks), dtype=np.uint64) for _ in range(4)]
     counter[0] += np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts before it draws
     counter[1] += np.tile(np.arange(num_samples, dtype=np.uint64), len(prompt_indices))[:, None]

@@ -28,6 +28,7 @@ from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
+from alignment_modules.training.controllers import Coefficients, Delta
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.selection import mark_covariant, top_entropy
 
@@ -67,6 +68,12 @@ class PolicyGradientModule(ActingModule):
         mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
             still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
+        kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
+            stays.
+        kl_horizon: Completions over which `beta` changes by up to a fifth; None: 10,000.
+        entropy_target: Entropy in nats a token below which `entropy_coef` grows, and above which there is no bonus
+            (`EntropyController`); None: it stays.
+        entropy_coef_delta: By how much `entropy_coef` then changes after a rollout; None: 0.005.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
             temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule`
@@ -96,6 +103,10 @@ class PolicyGradientModule(ActingModule):
         correction: str | Correction | None = None,
         mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
+        kl_target: Positive | None = None,
+        kl_horizon: Positive | None = None,
+        entropy_target: NonNegative | None = None,
+        entropy_coef_delta: Delta | None = None,
         reference: str | PolicyConfig | nn.Module | None = None,
         **acting: Any,
     ) -> None:
@@ -110,13 +121,31 @@ class PolicyGradientModule(ActingModule):
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
+        coefficients = Coefficients(
+            beta,
+            entropy_coef,
+            kl_target=kl_target,
+            kl_horizon=kl_horizon,
+            entropy_target=entropy_target,
+            entropy_coef_delta=entropy_coef_delta,
+        )
         super().__init__(**acting)
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.top_entropy_quantile, self.correction = top_entropy_quantile, gate
         self.mask_truncated = mask_truncated
+        self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
+
+    def extra_state(self) -> dict[str, Any]:
+        """Adds the coefficients that are adapted."""
+        return super().extra_state() | {"coefficients": self.coefficients.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes them up."""
+        super().load_extra_state(state)
+        self.coefficients.load_state_dict(state.get("coefficients", {}))
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Adds the advantages, and leaves what has none out of `trained`.
@@ -155,12 +184,14 @@ class PolicyGradientModule(ActingModule):
             given: Whether its old log-probabilities are another policy's.
             first: Whether it is an epoch's first.
         """
+        self._train_meters.update(self.coefficients.statistics(self.device))
         parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
         for number, part in enumerate(parts):
             # The policy is still the one that sampled.
             if not number and not given and not self.surrogate.row.of_sampler:
                 part = replace(part, old_logps=None)
             self.step(part)
+        self.coefficients.step(self.reduce, len(rollout.ids), self.device)
 
     def step(self, part: Rollout) -> None:
         """One optimizer step on a minibatch of a rollout."""
@@ -171,6 +202,7 @@ class PolicyGradientModule(ActingModule):
 
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
+        self.coefficients.begin()
         rollout, penalty, entropies = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
@@ -216,8 +248,8 @@ class PolicyGradientModule(ActingModule):
         if in_reward and now is not None:
             own = rollout.own.to(self.device, non_blocking=True)
             divergence = kl_penalty(now, reference_logps, estimator=self.kl_estimator)
-            penalty = self.beta * divergence.masked_fill(~own, 0.0)
-            self._train_meters.update({"kl": token_mean(divergence, own)})
+            penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
+            self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
         return rollout, penalty, entropies
 
     def _check_told(self, rollout: Rollout) -> None:
@@ -237,7 +269,8 @@ class PolicyGradientModule(ActingModule):
 
     def targets(self, rollout: Rollout) -> Tensor:
         """[N, T] bool, on the host: the trained tokens of a piece that can move the policy."""
-        if self.entropy_coef or (self.beta and self.kl_placement == "loss") or self.surrogate.loss == "kl_cov":
+        in_loss = self.beta and self.kl_placement == "loss"
+        if in_loss or self.coefficients.entropy is not None or self.surrogate.loss == "kl_cov":
             return rollout.trained
         given: Any = rollout.advantages
         rows = given != 0 if given.dim() == 1 else (given != 0).any(dim=1)
@@ -246,7 +279,8 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
-        return ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+        wanted = self.coefficients.entropy is not None or self.logging_due
+        return ["entropy"] if torch.is_grad_enabled() and wanted else []
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -267,10 +301,12 @@ class PolicyGradientModule(ActingModule):
         if self.beta and self.kl_placement == "loss":
             options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
             divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
-            values = values + self.beta * divergence
-            statistics["kl"] = token_mean(divergence, mask)
-        if self.entropy_coef and scores.entropy is not None:
-            values = values - self.entropy_coef * scores.entropy
+            values = values + self.coefficients.kl * divergence
+            statistics["kl"] = self.coefficients.measure("kl", token_mean(divergence, mask))
+        bonus = self.coefficients.entropy
+        if bonus is not None and scores.entropy is not None:
+            values = values - bonus * scores.entropy
+            self.coefficients.measure("entropy", token_mean(scores.entropy, mask))
         reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
         total, weight = aggregate(
             values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens
@@ -286,11 +322,13 @@ class PolicyGradientModule(ActingModule):
         more = {} if self.correction is None else {"correction": self.correction.describe()}
         if self.top_entropy_quantile < 1:
             more["tokens"] = f"the {self.top_entropy_quantile:g} of highest entropy in the rollout, on all ranks"
+        entropy = {"entropy": f"weight {self.entropy_coef:g}{self.coefficients.describe('entropy')}"}
         return super().describe() | {
             "loss": self.surrogate.describe(),
             **more,
             "normaliser": f"{self.surrogate.reduced_by} over the optimizer step, all micro-batches and ranks",
-            "KL": kl,
+            "KL": kl + self.coefficients.describe("kl"),
+            **(entropy if self.coefficients.entropy is not None else {}),
             "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
             f"a pass {self.minibatches}",
         }

@@ -43,6 +43,10 @@ class Batches:
         return self.make(list(range(8)) if self.devices == 1 else [list(range(3)), list(range(3, 8))][rank])
 
 
+COUPLED = ("clip_cov", "kl_cov", "top entropy", "prompt mean")
+"""What GRPO's row varies and the rows of all ranks decide."""
+
+
 class NoTokenizer:
     """Decodes ids to text; enough for rewards."""
 
@@ -108,11 +112,20 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught
-    for name in ("dpo", "kto"):
+    own = ROWS["distillation"].variants["half on policy"]
+    yield "on policy", lambda: make("distillation", **own), ROWS["distillation"].batch
+    yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
+    for name in ("dpo", "kto", "online_dpo"):
         yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
+    control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
+    control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
+    yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
+    for label in COUPLED:
+        options = ROWS["grpo"].variants[label]
+        yield f"grpo {label}", lambda options=options: make("grpo", **options), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
@@ -140,7 +153,8 @@ def main(folder: Path, devices: int) -> None:
         if trainer.is_global_zero:
             change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            torch.save({"change": change, "metrics": metrics}, folder / f"{name}_{devices}.pt")
+            saved = {"change": change, "metrics": metrics, "extra": module.extra_state()}
+            torch.save(saved, folder / f"{name}_{devices}.pt")
 
 
 if __name__ == "__main__":

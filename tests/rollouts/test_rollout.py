@@ -85,3 +85,37 @@ def test_pieces_hold_every_completion_once():
     parts = list(whole.minibatches(7, torch.Generator().manual_seed(0)))
     assert [len(part) for part in parts] == [1] * 5 + [0] * 2
     assert sorted(torch.cat([part.rewards for part in parts]).tolist()) == whole.rewards.tolist()
+
+
+def test_joined_rollouts_are_their_rows_in_order():
+    wide, narrow = rollout(prompts=2, time=7), rollout(prompts=3, time=5)
+    joined = Rollout.join([narrow, wide.empty(), wide])
+    assert len(joined) == 5
+    for one in fields(Rollout):
+        whole, first, last = (getattr(part, one.name) for part in (joined, narrow, wide))
+        if isinstance(whole, torch.Tensor):
+            rows, width = len(first), first.shape[1:]
+            assert torch.equal(whole[rows:], last), one.name
+            head = whole[:rows]
+            assert torch.equal(head[:, : width[0]] if width else head, first), one.name
+            assert not width or not head[:, width[0] :].any(), one.name
+
+
+def test_what_cannot_be_joined_is_named():
+    plain = rollout()
+    for other, name in (
+        (replace(plain, old_logps=None), "old_logps"),
+        (rollout(group=2), "group"),
+        (replace(plain, advantages=plain.sampled_logps), "advantages"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be joined: {name} "):
+            Rollout.join([plain, other])
+
+
+def test_a_rollout_comes_back_from_its_state(tmp_path):
+    before = replace(rollout(), values=None)
+    torch.save(before.state_dict(), tmp_path / "state")
+    after = Rollout(**torch.load(tmp_path / "state", weights_only=True))
+    for one in fields(Rollout):
+        old, new = getattr(before, one.name), getattr(after, one.name)
+        assert torch.equal(new, old) if isinstance(old, torch.Tensor) else new == old, one.name

@@ -22,6 +22,13 @@ def test_each_turn_draws_numbers_of_its_own():
     assert not torch.isclose(drawn, sample_uniforms(11, 5, [3], 2, 9)).any()
 
 
+def test_each_draw_of_a_step_draws_numbers_of_its_own():
+    drawn = sample_uniforms(11, 5, [3], 2, 9, draw=2)
+    assert not torch.isclose(drawn, sample_uniforms(11, 5, [3], 2, 9)).any()
+    assert not torch.isclose(drawn, sample_uniforms(11, 5, [3], 2, 9, draw=1)).any()
+    assert torch.equal(sample_uniforms(11, 5, [9, 3], 2, 9, draw=2)[2:], drawn)
+
+
 def test_a_row_depends_on_its_own_names_only():
     batch = sample_uniforms(1, 2, [8, 4, 6], 4, 30)
     alone = sample_uniforms(1, 2, [4], 2, 12)

@@ -401,7 +401,8 @@ ROWS: dict[str, Paradigm] = {
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
              "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
-             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9"),
+             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9",
+             "--model.top_p", "0.9"),
             every=4, start=16, kill=20,
         ),
     ),

@@ -47,6 +47,7 @@ from alignment_modules.functional.reference_free import (
 )
 from alignment_modules.functional.reward import reward_pair_loss
 from alignment_modules.functional.router import expert_counts, load_balancing_loss, router_shares
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.surrogate import (
     IMPORTANCE_LEVELS,
     LOSS_REDUCTIONS,
@@ -89,6 +90,7 @@ __all__ = [
     "LinearTokenScores",
     "Preference",
     "ReferenceFreeLoss",
+    "Support",
     "Surrogate",
     "UnpairedLoss",
     "aggregate",

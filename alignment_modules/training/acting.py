@@ -41,7 +41,8 @@ class ActingModule(UpdateModule):
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
     `response_loss_mask` (the policy wrote it), `rewards` [batch * G] and `old_logprobs` [batch * G, time]: what it
-    brings is not sampled, judged or scored again.
+    brings is not sampled, judged or scored again. It does not say what a filter kept: given completions are scored over
+    the whole vocabulary, and so must their `old_logprobs` be, or their ratio is off by the mass that was kept.
 
     Args:
         rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
@@ -49,9 +50,9 @@ class ActingModule(UpdateModule):
         num_generations: G, completions of each prompt.
         max_completion_length: Longest completion in tokens.
         temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
-        top_p: Nucleus size. Below 1 the samples no longer come from the scored distribution: the ratio is biased.
-        top_k: Number of likeliest tokens kept; 0 keeps all. The same caution holds.
-        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. The same caution holds.
+        top_p: Nucleus size. What is kept where a token is drawn is recorded, and the policy is scored over it.
+        top_k: Number of likeliest tokens kept; 0 keeps all. Recorded likewise.
+        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. Recorded likewise.
         stop_strings: Completions also end with these strings.
         missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
@@ -208,7 +209,15 @@ class ActingModule(UpdateModule):
         rows = rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets
         return Segments.from_prompts(*rows, reads=reads).to(self.device)
 
-    def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
+    def score_piece(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        targets: Tensor,
+        *,
+        ask: Collection[Ask] = (),
+        over_support: bool = True,
+    ) -> Scores:
         """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
 
         Args:
@@ -216,17 +225,27 @@ class ActingModule(UpdateModule):
             rollout: The piece.
             targets: [N, T] bool, on the host: which tokens are scored.
             ask: As in `score`.
+            over_support: Whether the distributions are over the rollout's `support`, where it has one, as those are
+                that were sampled from; else over the whole vocabulary.
         """
-        segments = self.segments_of(rollout, targets)
-        scores = score(model, segments, temperature=self.actor.sampling.temperature, ask=ask)
+        segments, support = self.segments_of(rollout, targets), rollout.support if over_support else None
+        scores = score(model, segments, temperature=self.actor.sampling.temperature, support=support, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)
         return scores
 
-    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None, *, trained_only: bool = False) -> Tensor:
+    def score_rollout(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        trained_only: bool = False,
+        over_support: bool | None = None,
+    ) -> Tensor:
         """Log-probabilities [N, T] of `scores_of`."""
-        return self.scores_of(rollout, companion, trained_only=trained_only).token_logps
+        options = {"trained_only": trained_only, "over_support": over_support}
+        return self.scores_of(rollout, companion, **options).token_logps  # type: ignore[arg-type]
 
     @torch.no_grad()
     def scores_of(
@@ -236,6 +255,7 @@ class ActingModule(UpdateModule):
         *,
         ask: Collection[Ask] = (),
         trained_only: bool = False,
+        over_support: bool | None = None,
     ) -> Scores:
         """Scores [N, T] of all that the policy wrote, 0 elsewhere, in micro-batches.
 
@@ -244,17 +264,21 @@ class ActingModule(UpdateModule):
             companion: Who scores; None: the policy itself.
             ask: As in `score`.
             trained_only: Whether what is left out of the loss is not scored either.
+            over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
+                filters kept is not its own.
 
         Raises:
             NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
         rows, pieces = len(rollout.ids), []
         size = max((self.micro_batch_size or rows) // rollout.group, 1)
+        over = companion is None if over_support is None else over_support
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
             for start in range(0, max(len(rollout), 1), size):
                 tell("scoring", start * rollout.group, rows)
                 piece = rollout.select(slice(start, start + size))
-                pieces.append(self.score_piece(model, piece, piece.trained if trained_only else piece.own, ask=ask))
+                targets = piece.trained if trained_only else piece.own
+                pieces.append(self.score_piece(model, piece, targets, ask=ask, over_support=over))
         told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
         joined: Any = {name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()}
         scores = Scores(**joined)

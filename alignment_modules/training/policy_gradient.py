@@ -233,21 +233,25 @@ class PolicyGradientModule(ActingModule):
         in_reward, penalty, entropies = bool(self.beta) and self.kl_placement == "reward", None, None
         of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
         self._check_told(rollout)
-        now = None if self._rescores else rollout.old_logps
+        now = whole = None if self._rescores else rollout.old_logps
         if self.top_entropy_quantile < 1:
-            scores = self.scores_of(rollout, ask=["entropy"])
-            now, entropies = scores.token_logps if now is None else now, scores.entropy
-        elif now is None and (in_reward or (self.optimizer_steps_per_batch > 1 and not of_sampler)):
+            scores = self.scores_of(rollout, ask=["entropy", "full_logps"] if in_reward else ["entropy"])
+            entropies = scores.entropy
+            now, whole = (scores.token_logps, scores.full_logps) if now is None else (now, whole)
+        if whole is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
-            known = not in_reward and not self._rescores and not bool(sampled.isnan().any())
+            whole = self.score_rollout(rollout, over_support=False)
+            now = whole if rollout.support is None else None
+        if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
+            known = not self._rescores and not bool(sampled.isnan().any())
             now = sampled if known else self.score_rollout(rollout)
         rollout = replace(rollout, old_logps=sampled if of_sampler else now)
         if self.beta:
             reference_logps = self.score_rollout(rollout, self.reference)
             rollout = replace(rollout, reference_logps=reference_logps)
-        if in_reward and now is not None:
+        if in_reward and whole is not None:
             own = rollout.own.to(self.device, non_blocking=True)
-            divergence = kl_penalty(now, reference_logps, estimator=self.kl_estimator)
+            divergence = kl_penalty(whole, reference_logps, estimator=self.kl_estimator)
             penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
             self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
         return rollout, penalty, entropies
@@ -279,8 +283,9 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
+        ask: list[Ask] = ["full_logps"] if self.beta and self.kl_placement == "loss" else []
         wanted = self.coefficients.entropy is not None or self.logging_due
-        return ["entropy"] if torch.is_grad_enabled() and wanted else []
+        return [*ask, "entropy"] if torch.is_grad_enabled() and wanted else ask
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -299,8 +304,13 @@ class PolicyGradientModule(ActingModule):
             told = correction_statistics(weights, scores.mask)
             statistics |= {name: Statistic(*share) for name, share in told.items()}
         if self.beta and self.kl_placement == "loss":
-            options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
-            divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
+            divergence = kl_penalty(
+                scores.full_logps,  # type: ignore[arg-type]
+                rollout.reference_logps,  # type: ignore[arg-type]
+                estimator=self.kl_estimator,
+                old_token_logps=old_logps,
+                ratio_token_logps=token_logps,
+            )
             values = values + self.coefficients.kl * divergence
             statistics["kl"] = self.coefficients.measure("kl", token_mean(divergence, mask))
         bonus = self.coefficients.entropy

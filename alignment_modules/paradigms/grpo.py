@@ -23,9 +23,11 @@ class GRPOModule(PolicyGradientModule):
     Args:
         scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
             the formulas.
+        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
+            Completions that no reward applies to are in neither.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
             delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
-            top_entropy_quantile, correction, mask_truncated, entropy_coef, kl_target, kl_horizon, entropy_target,
+            top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon, entropy_target,
             entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
@@ -38,13 +40,13 @@ class GRPOModule(PolicyGradientModule):
     paradigm = "grpo"
     bar = ("reward", "completions/mean_length", "groups_with_signal")
 
-    def __init__(self, *, scale_rewards: str = "group", **policy_gradient: Any) -> None:
+    def __init__(self, *, scale_rewards: str = "group", mask_truncated: bool = False, **policy_gradient: Any) -> None:
         check_options(GRPOModule.__init__, locals())
         if policy_gradient.get("num_generations") == 1:
             raise ValueError("num_generations=1 must be at least 2: a group's completions are compared with each other")
         check_choice("scale_rewards", scale_rewards, ADVANTAGE_SCALES)
         super().__init__(**policy_gradient)
-        self.scale_rewards = scale_rewards
+        self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Compares completions with their group's; groups with fewer than two that are judged are left out."""

@@ -65,8 +65,6 @@ class PolicyGradientModule(ActingModule):
             "mis", "geo_rs", "k3_rs", "opsm", "dppo_tv", "dppo_kl", or a `Correction`. The old policy is then the one at
             the start of the rollout's updates, scored by the trainer, whatever `old_logprobs` a batch brings: these are
             what was sampled with. None: they are the old policy.
-        mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
-            still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
             stays.
@@ -83,6 +81,9 @@ class PolicyGradientModule(ActingModule):
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
+
+    mask_truncated: bool = False
+    """Whether completions that hit the length limit are left out of the loss."""
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class PolicyGradientModule(ActingModule):
         reduction: str | None = None,
         top_entropy_quantile: Annotated[float, Range(0, 1, "(]")] = 1.0,
         correction: str | Correction | None = None,
-        mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
         kl_target: Positive | None = None,
         kl_horizon: Positive | None = None,
@@ -134,7 +134,6 @@ class PolicyGradientModule(ActingModule):
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.top_entropy_quantile, self.correction = top_entropy_quantile, gate
-        self.mask_truncated = mask_truncated
         self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
 
@@ -206,10 +205,7 @@ class PolicyGradientModule(ActingModule):
         rollout, penalty, entropies = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
-            if not self.codec.stop_token_ids:
-                raise ValueError(
-                    "mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated"
-                )
+            self.require_stops("mask_truncated=True")
             trained = trained & ~rollout.truncated[:, None]
         rollout = self.credit(replace(rollout, trained=trained), penalty)
         if self.surrogate.reduced_by == "prompt_mean":  # micro-batches may cut a prompt's completions apart
@@ -266,6 +262,15 @@ class PolicyGradientModule(ActingModule):
                     "completions come without: a batch that brings responses needs old_logprobs, too"
                 )
 
+    def require_stops(self, option: str) -> None:
+        """Refuses an option that tells truncated completions from others where nothing else stops one.
+
+        Raises:
+            ValueError: If there are no stop tokens.
+        """
+        if not self.codec.stop_token_ids and not self.actor.sampling.stop_strings:
+            raise ValueError(f"{option} needs a tokenizer: without stop tokens every completion is truncated")
+
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
         scores = self.score_piece(self.policy, rollout, self.targets(rollout), ask=self.asked())
@@ -317,14 +322,22 @@ class PolicyGradientModule(ActingModule):
         if bonus is not None and scores.entropy is not None:
             values = values - bonus * scores.entropy
             self.coefficients.measure("entropy", token_mean(scores.entropy, mask))
-        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
-        total, weight = aggregate(
-            values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens
-        )
+        total, weight = self.reduced(values, mask, rollout)
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
         return Objective.of(total, weight, statistics)
+
+    def reduced(self, values: Tensor, mask: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The sum over a piece of a rollout, as the loss's reduction says, and the number of its units.
+
+        Args:
+            values: [N, T].
+            mask: [N, T] bool: the trained tokens.
+            rollout: The piece.
+        """
+        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
+        return aggregate(values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""

@@ -167,7 +167,9 @@ def flat(policy: nn.Module) -> nn.Module:
 def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
     """A paradigm's module on a policy, by its row's options and more."""
     policy = headed(name, policy)
-    given = ROWS[name].options(other or other_than(policy)) | options
+    other = other or other_than(policy)
+    given = ROWS[name].options(other) | options
+    given = {option: copy.deepcopy(other) if value is OTHER else value for option, value in given.items()}
     return get_module_class(name)(policy=policy, **given)
 
 
@@ -187,6 +189,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+OTHER = object()  # in a variant: a frozen model near the policy
 NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
@@ -380,6 +383,7 @@ ROWS: dict[str, Paradigm] = {
             "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
             "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
             "prompt mean": {"reduction": "prompt_mean"},
+            "teacher": {"loss": "dr_grpo", "teacher": OTHER, "teacher_coef": 0.3, **NO_REFERENCE},
             "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
         },
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
 FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "controllers"]
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
+FURTHER += ["teacher"]
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,8 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
     control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
     yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
+    taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
+    yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

@@ -115,7 +115,7 @@ def test_an_own_token_alone_is_judged(make, train, tiny_llama):
 
 
 def test_refuses(make, train, write_model, tmp_path, tiny_llama):
-    with pytest.raises(ValueError, match="teacher_coef=0.5 is the weight of a teacher, and teacher=None"):
+    with pytest.raises(ValueError, match=r"teacher_coef=0\.5 is the weight of a teacher, and teacher=None"):
         make(teacher_coef=0.5)
     with pytest.raises(ValueError, match="teacher_coef=0 must be"):
         make(teacher=other_than(tiny_llama), teacher_coef=0)

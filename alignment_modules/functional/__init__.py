@@ -47,6 +47,7 @@ from alignment_modules.functional.reference_free import (
 )
 from alignment_modules.functional.reward import reward_pair_loss
 from alignment_modules.functional.router import expert_counts, load_balancing_loss, router_shares
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.surrogate import (
     IMPORTANCE_LEVELS,
     LOSS_REDUCTIONS,
@@ -61,6 +62,7 @@ from alignment_modules.functional.value import (
     explained_variance,
     generalized_advantages,
     length_adaptive_lambda,
+    token_rewards,
     turn_starts,
     value_loss,
     whiten,
@@ -89,6 +91,7 @@ __all__ = [
     "LinearTokenScores",
     "Preference",
     "ReferenceFreeLoss",
+    "Support",
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
@@ -128,6 +131,7 @@ __all__ = [
     "token_covariance",
     "token_entropy",
     "token_log_probs",
+    "token_rewards",
     "top_quantile",
     "turn_starts",
     "unpaired_loss",

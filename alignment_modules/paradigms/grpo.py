@@ -27,12 +27,14 @@ class GRPOModule(PolicyGradientModule):
     Args:
         scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
             the formulas.
+        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
+            Completions that no reward applies to are in neither.
         teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
             a module, which is frozen in place. It must have the policy's vocabulary.
         teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,
             also in groups of equal rewards.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
+            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
             entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
@@ -49,6 +51,7 @@ class GRPOModule(PolicyGradientModule):
         self,
         *,
         scale_rewards: str = "group",
+        mask_truncated: bool = False,
         teacher: str | PolicyConfig | nn.Module | None = None,
         teacher_coef: Positive = 1.0,
         **policy_gradient: Any,
@@ -60,7 +63,7 @@ class GRPOModule(PolicyGradientModule):
         if teacher is None and teacher_coef != 1.0:
             raise ValueError(f"teacher_coef={teacher_coef} is the weight of a teacher, and teacher=None")
         super().__init__(**policy_gradient)
-        self.scale_rewards = scale_rewards
+        self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
         self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
 

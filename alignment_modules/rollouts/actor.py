@@ -120,6 +120,7 @@ class Actor:
             truncated=truncated,
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
+            support=completions.support,
         )
 
     def complete(self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, greedy: bool = False) -> Completions:

@@ -56,8 +56,6 @@ class PolicyGradientModule(ActingModule):
             covariance_high; "kl_cov": share, kl_coef. None: its defaults.
         reduction: "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm"
             or "prompt_mean"; see `aggregate`. None: the loss's own.
-        mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
-            still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
             stays.
@@ -75,6 +73,9 @@ class PolicyGradientModule(ActingModule):
         ValueError: If an option has a value that is not allowed, or options contradict each other.
     """
 
+    mask_truncated: bool = False
+    """Whether completions that hit the length limit are left out of the loss."""
+
     def __init__(
         self,
         *,
@@ -90,7 +91,6 @@ class PolicyGradientModule(ActingModule):
         loss: str = "dapo",
         loss_options: dict[str, float] | None = None,
         reduction: str | None = None,
-        mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
         kl_target: Positive | None = None,
         kl_horizon: Positive | None = None,
@@ -117,7 +117,6 @@ class PolicyGradientModule(ActingModule):
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
-        self.mask_truncated = mask_truncated
         self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
 
@@ -189,10 +188,7 @@ class PolicyGradientModule(ActingModule):
         rollout, penalty = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
-            if not self.codec.stop_token_ids:
-                raise ValueError(
-                    "mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated"
-                )
+            self.require_stops("mask_truncated=True")
             trained = trained & ~rollout.truncated[:, None]
         rollout = self.credit(replace(rollout, trained=trained), penalty)
         if self.surrogate.reduced_by == "prompt_mean":  # micro-batches may cut a prompt's completions apart
@@ -209,21 +205,32 @@ class PolicyGradientModule(ActingModule):
                 f"loss={self.surrogate.loss!r} compares with the probabilities that tokens were sampled with, and "
                 "these completions come without: a batch that brings responses needs old_logprobs, too"
             )
-        now = rollout.old_logps
-        if now is None and (in_reward or (self.optimizer_steps_per_batch > 1 and not of_sampler)):
+        now = whole = rollout.old_logps
+        if now is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
-            known = not in_reward and not bool(sampled.isnan().any())
-            now = sampled if known else self.score_rollout(rollout)
+            whole = self.score_rollout(rollout, over_support=False)
+            now = whole if rollout.support is None else None
+        if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
+            now = self.score_rollout(rollout) if bool(sampled.isnan().any()) else sampled
         rollout = replace(rollout, old_logps=sampled if of_sampler else now)
         if self.beta:
             reference_logps = self.score_rollout(rollout, self.reference)
             rollout = replace(rollout, reference_logps=reference_logps)
-        if in_reward and now is not None:
+        if in_reward and whole is not None:
             own = rollout.own.to(self.device, non_blocking=True)
-            divergence = kl_penalty(now, reference_logps, estimator=self.kl_estimator)
+            divergence = kl_penalty(whole, reference_logps, estimator=self.kl_estimator)
             penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
             self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
         return rollout, penalty
+
+    def require_stops(self, option: str) -> None:
+        """Refuses an option that tells truncated completions from others where nothing else stops one.
+
+        Raises:
+            ValueError: If there are no stop tokens.
+        """
+        if not self.codec.stop_token_ids and not self.actor.sampling.stop_strings:
+            raise ValueError(f"{option} needs a tokenizer: without stop tokens every completion is truncated")
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
@@ -242,8 +249,9 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
+        ask: list[Ask] = ["full_logps"] if self.beta and self.kl_placement == "loss" else []
         wanted = self.coefficients.entropy is not None or self.logging_due
-        return ["entropy"] if torch.is_grad_enabled() and wanted else []
+        return [*ask, "entropy"] if torch.is_grad_enabled() and wanted else ask
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -254,22 +262,35 @@ class PolicyGradientModule(ActingModule):
         values = self.surrogate(token_logps, old_logps, advantages, mask, rollout.covariant)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
-            options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
-            divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
+            divergence = kl_penalty(
+                scores.full_logps,  # type: ignore[arg-type]
+                rollout.reference_logps,  # type: ignore[arg-type]
+                estimator=self.kl_estimator,
+                old_token_logps=old_logps,
+                ratio_token_logps=token_logps,
+            )
             values = values + self.coefficients.kl * divergence
             statistics["kl"] = self.coefficients.measure("kl", token_mean(divergence, mask))
         bonus = self.coefficients.entropy
         if bonus is not None and scores.entropy is not None:
             values = values - bonus * scores.entropy
             self.coefficients.measure("entropy", token_mean(scores.entropy, mask))
-        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
-        total, weight = aggregate(
-            values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens
-        )
+        total, weight = self.reduced(values, mask, rollout)
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
         return Objective.of(total, weight, statistics)
+
+    def reduced(self, values: Tensor, mask: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The sum over a piece of a rollout, as the loss's reduction says, and the number of its units.
+
+        Args:
+            values: [N, T].
+            mask: [N, T] bool: the trained tokens.
+            rollout: The piece.
+        """
+        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
+        return aggregate(values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""

@@ -15,6 +15,7 @@ FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batc
 FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "controllers"]
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
 FURTHER += [f"grpo {label}" for label in COUPLED]
+FURTHER += ["teacher"]
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,8 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     for label in COUPLED:
         options = ROWS["grpo"].variants[label]
         yield f"grpo {label}", lambda options=options: make("grpo", **options), ROWS["grpo"].batch
+    taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
+    yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

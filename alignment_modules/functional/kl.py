@@ -45,6 +45,7 @@ def kl_penalty(
     *,
     estimator: str = "k3",
     old_token_logps: Tensor | None = None,
+    ratio_token_logps: Tensor | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference) on tokens that the (old) policy sampled.
 
@@ -65,6 +66,9 @@ def kl_penalty(
         estimator: One of `KL_ESTIMATORS`.
         old_token_logps: `[batch, time]`, under the policy that sampled; treated as constant. Only the `+score`
             estimators read it, as the ratio's denominator; None: the policy itself, a ratio of exactly 1.
+        ratio_token_logps: `[batch, time]`, the ratio's numerator, where tokens were drawn from a truncated support: the
+            ratio is of log-probabilities over that, the estimator of those over the whole vocabulary; None:
+            `token_logps`.
 
     Returns:
         `[batch, time]`. `k1` may be negative. Positions outside the completion are not masked here.
@@ -88,9 +92,10 @@ def kl_penalty(
         penalty = exp_bounded(-x) - 1 + x
     if not score:
         return penalty
-    old = token_logps if old_token_logps is None else old_token_logps
-    check_same_shape(token_logps=token_logps, old_token_logps=old)
-    log_ratio = token_logps - old.detach()
+    own = token_logps if ratio_token_logps is None else ratio_token_logps
+    old = own if old_token_logps is None else old_token_logps
+    check_same_shape(token_logps=token_logps, ratio_token_logps=own, old_token_logps=old)
+    log_ratio = own - old.detach()
     return penalty * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

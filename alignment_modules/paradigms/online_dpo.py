@@ -109,9 +109,10 @@ class OnlineDPOModule(ActingModule):
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The preference loss of a piece of the pairs, summed over them."""
-        ask: list[Ask] = ["entropy", "accuracy"] if torch.is_grad_enabled() and self.logging_due else []
+        ask: list[Ask] = ["full_logps"]  # as of the reference, which did not sample
+        ask += ["entropy", "accuracy"] if torch.is_grad_enabled() and self.logging_due else []
         scores = self.score_piece(self.policy, rollout, rollout.trained, ask=ask)
-        pairs = ScoredPairs.of(scores)
+        pairs = ScoredPairs.of(replace(scores, token_logps=scores.full_logps))  # type: ignore[arg-type]
         reference_logps = sequence_logps(rollout.reference_logps).view(-1, 2)  # type: ignore[arg-type]
         lengths = dict(zip(("chosen_lengths", "rejected_lengths"), pairs.lengths.unbind(1), strict=True))
         losses = self.preference(*pairs.logps.unbind(1), *reference_logps.unbind(1), **lengths)

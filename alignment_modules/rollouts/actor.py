@@ -123,6 +123,7 @@ class Actor:
             truncated=truncated,
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
+            support=completions.support,
         )
 
     def complete(

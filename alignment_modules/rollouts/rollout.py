@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignment_modules.functional.support import Support
+
 PER_PROMPT = {"per": "prompt"}
 """Metadata of a field of `Rollout` with one row a prompt; every other tensor has one row a completion."""
 
@@ -29,7 +31,8 @@ class Rollout:
         trained: [N, T] bool, on the host: `own` less what a paradigm leaves out of its loss.
         rewards: [N] float32; NaN: not judged.
         truncated: [N] bool, on the host: the completion ends without a stop.
-        sampled_logps: [N, T] float32: log-probabilities that the engine sampled with; NaN where it told none.
+        sampled_logps: [N, T] float32: log-probabilities that the engine sampled with, over `support`; NaN where it told
+            none.
         advantages: [N] or [N, T] float32.
         old_logps: [N, T] float32, of the policy that the ratio compares with; None: the policy as it is, and the ratio
             is exactly 1.
@@ -37,6 +40,8 @@ class Rollout:
         values: [N, T] float32, a critic's.
         returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
+        support: [N, T], on the host: what top-k, top-p and min-p kept where each token was drawn; None: everything, or
+            it is not known. Old policy and policy are scored over it.
         covariant: [N, T] bool: what a loss treats apart for its covariance.
         prompt_tokens: [N] int64: trained tokens of all completions of the row's prompt.
 
@@ -60,27 +65,30 @@ class Rollout:
     values: Tensor | None = None
     returns: Tensor | None = None
     weights: Tensor | None = None
+    support: Support | None = None
     covariant: Tensor | None = None
     prompt_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.support, dict):  # of a state
+            object.__setattr__(self, "support", Support(**self.support))
         prompts = self.prompt_ids.shape[0]
         for name, values, per in self._tensors():
             rows = prompts * self.group if per == "completion" else prompts
-            if values.shape[0] != rows:
+            if len(values) != rows:
                 raise ValueError(
-                    f"{type(self).__name__}.{name} has {values.shape[0]} rows; {prompts} prompts with {self.group} "
+                    f"{type(self).__name__}.{name} has {len(values)} rows; {prompts} prompts with {self.group} "
                     f"completions each need {rows}, one a {per}"
                 )
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor | Support, str]]:
         """Every tensor with its name and what it has a row for: "prompt" or "completion"."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Support)):
                 yield one.name, value, one.metadata.get("per", "completion")
 
     def select(self, prompts: Tensor | slice, completions: slice | Tensor = slice(None)) -> "Rollout":
@@ -95,6 +103,9 @@ class Rollout:
         for name, values, per in self._tensors():
             if per == "prompt":
                 cut[name] = values[prompts]
+            elif isinstance(values, Support):
+                grouped = torch.arange(len(values)).view(len(self), self.group)[prompts]
+                cut[name] = values[_of_each(grouped, completions).flatten()]
             else:
                 grouped = values.reshape(len(self), self.group, *values.shape[1:])[prompts]
                 cut[name] = _of_each(grouped, completions).flatten(0, 1)
@@ -115,14 +126,19 @@ class Rollout:
             values = [getattr(part, one.name) for part in parts]
             if all(isinstance(value, Tensor) for value in values):
                 joined[one.name] = _stack(values, one.name)
-            elif any(isinstance(value, Tensor) for value in values) or any(value != values[0] for value in values):
+            elif all(isinstance(value, Support) for value in values):
+                joined[one.name] = Support.stack(values)
+            elif any(isinstance(value, (Tensor, Support)) for value in values) or any(
+                value != values[0] for value in values
+            ):
                 raise ValueError(f"rollouts cannot be joined: {one.name} is not of one kind in all of them")
         return replace(first, **joined)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it holds, with tensors on the host: `Rollout(**state)` is the same again."""
+        """All that it holds, in plain types and tensors on the host: `Rollout(**state)` is the same again."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        return state | {"support": None if self.support is None else self.support.state_dict()}
 
     def empty(self) -> "Rollout":
         """The same rollout without any prompt."""

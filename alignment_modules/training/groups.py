@@ -28,10 +28,12 @@ class GroupModule(PolicyGradientModule):
     a run, and a schedule's length, are at most what the number of batches says; set `max_steps` for an exact one.
 
     Args:
-        dynamic_sampling: Most batches drawn for an update; 1: groups are left out, but not replaced; None: all groups
-            are kept.
+        mask_truncated: Leave completions that hit the length limit out of the loss. Those that no reward applies to are
+            in neither loss nor comparison.
         truncated_in_baseline: Whether completions that `mask_truncated` leaves out of the loss are still compared with
             the others of their group (Skywork-OR1, arXiv:2505.22312, has both).
+        dynamic_sampling: Most batches drawn for an update; 1: groups are left out, but not replaced; None: all groups
+            are kept.
         **policy_gradient: Keywords of `PolicyGradientModule`.
 
     Raises:
@@ -39,15 +41,21 @@ class GroupModule(PolicyGradientModule):
     """
 
     def __init__(
-        self, *, dynamic_sampling: Count | None = None, truncated_in_baseline: bool = True, **policy_gradient: Any
+        self,
+        *,
+        mask_truncated: bool = False,
+        truncated_in_baseline: bool = True,
+        dynamic_sampling: Count | None = None,
+        **policy_gradient: Any,
     ) -> None:
         check_options(GroupModule.__init__, locals())
-        if not truncated_in_baseline and not policy_gradient.get("mask_truncated"):
+        if not (truncated_in_baseline or mask_truncated):
             raise ValueError(
                 "truncated_in_baseline=False needs mask_truncated=True: what is in the loss has to be compared"
             )
         super().__init__(**policy_gradient)
-        self.dynamic_sampling, self.truncated_in_baseline = dynamic_sampling, truncated_in_baseline
+        self.mask_truncated, self.truncated_in_baseline = mask_truncated, truncated_in_baseline
+        self.dynamic_sampling = dynamic_sampling
         self.waiting = WaitingGroups()
         self._restored_waiting: dict[str, Any] | None = None
 
@@ -95,7 +103,7 @@ class GroupModule(PolicyGradientModule):
         started, found = monotonic(), waiting.rollout or drawn.empty()
         self._train_meters.absorb(waiting.meters)
         self.window.tokens = self.window.tokens + waiting.tokens
-        given = found.old_logps is not None
+        given = found.old_logps is not None and not self._rescores
         learnt = self.annotate(found)
         self.rollout = with_advantages(drawn, informative, learnt)
         self._train_meters.update(

@@ -147,11 +147,12 @@ def test_a_step_of_ties_moves_nothing(make, train):
     assert fingerprint(module.policy) == before
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8, "min_p": 0.02}], ids=["all", "kept"])
 @pytest.mark.parametrize("policy", [lambda policy: policy, adapted], ids=["whole", "lora"])
-def test_the_first_loss_is_ln_2_of_what_it_samples(make, train, tiny_llama, policy):
+def test_the_first_loss_is_ln_2_of_what_it_samples(make, train, tiny_llama, policy, filters):
     batch = {key: value for key, value in rollouts(range(6)).items() if key.startswith("prompt")}
     batch |= {"index": list(range(6))}
-    module = make(policy(tiny_llama), rewards=many_threes, tokenizer=NoTokenizer(), temperature=1.3)
+    module = make(policy(tiny_llama), rewards=many_threes, tokenizer=NoTokenizer(), temperature=1.3, **filters)
     metrics = train(module, [batch]).callback_metrics
     assert float(metrics["train/loss"]) == float(torch.tensor(2.0).log())
     assert metrics["train/objective/kl"] == metrics["train/rewards/margins"] == 0

@@ -192,7 +192,7 @@ QUIET = {
     "log_every_n_steps": 1,
 }
 SAMPLING = {"rewards": rare, "tokenizer": NoTokenizer(), "dynamic_sampling": 4, "num_iterations": 2}
-SAMPLING |= {"micro_batch_size": 3, "seed": 3}
+SAMPLING |= {"micro_batch_size": 3, "seed": 3, "top_p": 0.95}
 
 
 def test_every_batch_can_be_resumed_from_bit_for_bit(make, tmp_path):

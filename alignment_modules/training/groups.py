@@ -103,7 +103,7 @@ class GroupModule(PolicyGradientModule):
         started, found = monotonic(), waiting.rollout or drawn.empty()
         self._train_meters.absorb(waiting.meters)
         self.window.tokens = self.window.tokens + waiting.tokens
-        given = found.old_logps is not None and not self._rescores
+        given = found.old_logps is not None and not self.rescores_old
         learnt = self.annotate(found)
         self.rollout = with_advantages(drawn, informative, learnt)
         self._train_meters.update(

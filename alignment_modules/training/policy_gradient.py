@@ -118,6 +118,10 @@ class PolicyGradientModule(ActingModule):
             raise ValueError(
                 f"correction={correction!r} must be None with loss={loss!r}, which compares with the sampler itself"
             )
+        if top_entropy_quantile < 1 and loss == "gmpo":
+            raise ValueError(
+                f"top_entropy_quantile={top_entropy_quantile} must be 1 with loss='gmpo', a loss of whole completions"
+            )
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)

@@ -95,7 +95,7 @@ def further(name, policy, train):
     if name == "distillation":
         more = {"teacher": ["NAME"] * 8}
         return one_step(name, policy, train, teacher={"NAME": other_than(policy)}, more=more)
-    if name == "grpo":
+    if name in ("grpo", "ppo"):
         rollout = ("responses", "response_mask", "rewards", "old_logprobs")
         return one_step(name, policy, train, without=rollout, rewards=given, tokenizer=NoTokenizer())
     return set()

@@ -69,10 +69,10 @@ def given_completions(
     """
     ids, mask = batch["responses"].cpu(), batch["response_mask"].bool().cpu()
     prompts = len(batch["prompts"])
-    if len(ids) % prompts or len(ids) < 2 * prompts:
+    if len(ids) % prompts or len(ids) < prompts:
         raise ValueError(
-            f"responses has {len(ids)} rows for {prompts} prompts: it must have the same number of at least 2 "
-            "completions for each prompt, grouped by prompt"
+            f"responses has {len(ids)} rows for {prompts} prompts: it must have the same number of completions for "
+            "each prompt, grouped by prompt"
         )
     rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     stops = set(stop_token_ids)

@@ -58,13 +58,13 @@ def test_temperature_divides_logits_in_float32():
 def brute_force(row, top_k, top_p, min_p):
     order = sorted(range(len(row)), key=lambda token: -row[token])
     kept = order[: top_k or None]
-    mass, total, nucleus = 0.0, sum(row[token] for token in kept), []
+    mass, total, most, nucleus = 0.0, sum(row[token] for token in kept), max(row), []
     for token in kept:
         if nucleus and mass >= top_p * total:
             break
         nucleus.append(token)
         mass += row[token]
-    return {token for token in nucleus if row[token] >= min_p * max(row)}
+    return {token for token in nucleus if row[token] >= min_p * most}
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 50])

@@ -389,6 +389,7 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
+            "dynamic sampling": {"dynamic_sampling": 1},
             "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
             "cispo": {"loss": "cispo", "epsilon": None},
@@ -397,7 +398,7 @@ ROWS: dict[str, Paradigm] = {
             **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
                ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
             "gmpo": {"loss": "gmpo", **NO_REFERENCE},
-            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": -9.0}, **NO_REFERENCE},
             "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
             "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
             "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},

@@ -9,6 +9,7 @@ from alignment_modules import GRPOModule
 from alignment_modules.functional import CORRECTIONS, Correction
 from alignment_modules.rollouts.seeds import token_draws
 from tests.batches import never_called, rollouts
+from tests.paradigms import other_than
 
 GROUP, PROMPTS = 4, 5
 OWN = {"prompts": torch.tensor([[5, 6, 7], [8, 9, 10]]), "prompt_attention_mask": torch.ones(2, 3).long()}
@@ -69,7 +70,10 @@ def threes(completions):
 class Step:
     """All tokens of the step in one line, with what the losses are made of."""
 
-    def __init__(self, model, given):
+    def __init__(self, model, given, reference=None):
+        self.reference = (
+            None if reference is None else torch.cat([logps.detach() for logps, _ in rows_of(reference, given)])
+        )
         found = list(rows_of(model, given))
         self.lengths = [len(logps) for logps, _ in found]
         self.logps = torch.cat([logps for logps, _ in found])
@@ -99,6 +103,14 @@ class Step:
 
 def tis(step):
     return (step.clip(step.now) * (step.now - step.sampled).exp().clamp(max=2)).sum() / step.count
+
+
+def with_kl(step):
+    """Neither weight nor selection acts on the KL, nor on the entropy."""
+    x = step.logps - step.reference
+    kept = step.entropies >= step.entropies.quantile(0.6)
+    weights = (step.now - step.sampled).exp().clamp(max=2) * kept
+    return (step.clip(step.now) * weights + 0.5 * ((-x).exp() - 1 + x)).sum() / step.count
 
 
 def mis(step):
@@ -175,6 +187,7 @@ def gspo_token(step):
 COVARIANCE = {"share": 0.1}
 CASES = {
     "tis": (tis, {"correction": "tis"}),
+    "with KL": (with_kl, {"correction": "tis", "top_entropy_quantile": 0.4, "beta": 0.5}),
     "mis": (mis, {"correction": CORRECTIONS["mis"]}),
     "geo_rs": (geo_rs, {"correction": {"level": "geometric", "action": "mask", "low": 0.8, "high": 1.2}}),
     "opsm": (opsm, {"correction": "opsm"}),
@@ -193,10 +206,11 @@ def test_a_step_by_loops(make, train, tiny_llama, name):
     paper, options = CASES[name]
     model = copy.deepcopy(tiny_llama).double()
     given = near(model, rollouts(range(PROMPTS), group=GROUP), 0.4)
-    expected = paper(Step(model, given))
+    reference = other_than(model) if "beta" in options else None
+    expected = paper(Step(model, given, reference))
     names = [key for key, _ in model.named_parameters()]
     gradients = dict(zip(names, torch.autograd.grad(expected, list(model.parameters())), strict=True))
-    module = make(**options)
+    module = make(**options, reference=reference)
     before = {key: value.detach().clone() for key, value in module.policy.named_parameters()}
     metrics = train(module, [given]).callback_metrics
     assert float(metrics["train/loss"]) == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
@@ -263,6 +277,7 @@ def test_completions_without_the_samplers_probabilities_are_refused(make, train,
         ({"correction": {"hi": 2.0}}, "correction must be one of 'level', .*, got 'hi'"),
         ({"correction": {"high": 0.5}}, "correction.high=0.5 must be at least 1"),
         ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile=0.0 must be a finite number in \(0, 1\]"),
+        ({"top_entropy_quantile": 0.2, "loss": "gmpo"}, "top_entropy_quantile=0.2 must be 1 with loss='gmpo'"),
         ({"loss": "sapo", "loss_options": {"temperature": 1.0}}, "loss_options={'temperature': 1.0}: loss='sapo' has"),
         ({"loss": "luspo", "reduction": "token_mean"}, "reduction='token_mean': loss='luspo' is one of completions"),
     ],
@@ -303,7 +318,8 @@ def test_several_updates_draw_other_tokens(make, train):
 
     options = {"share": 0.2, "covariance_low": -9.0, "covariance_high": 9.0}
     for _ in range(2):
-        module = make(loss="clip_cov", loss_options=options, num_iterations=2)
+        still = lambda groups: torch.optim.SGD(groups, lr=0.0)  # noqa: E731
+        module = make(loss="clip_cov", loss_options=options, num_iterations=2, optimizer=still)
         module.__class__ = Watched
         train(module, [rollouts(range(PROMPTS), group=GROUP)])
     assert torch.equal(drawn[0], drawn[2])

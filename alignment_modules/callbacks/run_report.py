@@ -44,6 +44,7 @@ _NEXT = {  # what one usually does with the exported policy
     "online_dpo": "align test --config configs/recipes/online_dpo.yaml --model.policy.path {export} --data.test "
     "QUESTIONS",
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
+    "ppo": "align test --config configs/recipes/ppo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }
 
 

@@ -187,7 +187,9 @@ def flat(policy: nn.Module) -> nn.Module:
 def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
     """A paradigm's module on a policy, by its row's options and more."""
     policy = headed(name, policy)
-    given = ROWS[name].options(other or other_than(policy)) | options
+    other = other or other_than(policy)
+    given = ROWS[name].options(other) | options
+    given = {option: copy.deepcopy(other) if value is OTHER else value for option, value in given.items()}
     return get_module_class(name)(policy=policy, **given)
 
 
@@ -207,6 +209,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+OTHER = object()  # in a variant: a frozen model near the policy
 NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
@@ -386,6 +389,7 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
+            "dynamic sampling": {"dynamic_sampling": 1},
             "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
             "cispo": {"loss": "cispo", "epsilon": None},
@@ -394,12 +398,18 @@ ROWS: dict[str, Paradigm] = {
             **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
                ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
             "gmpo": {"loss": "gmpo", **NO_REFERENCE},
-            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": -9.0}, **NO_REFERENCE},
             "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
             "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
             "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
             "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
+            "top entropy": {"top_entropy_quantile": 0.4},
+            "tis": {"correction": "tis"},
+            "geometric": {"correction": {"level": "geometric", "action": "mask", "low": 0.4, "high": 1.3}},
+            "opsm": {"correction": {"level": "sequence", "metric": "k1", "action": "mask", "high": 0.1,
+                                    "where": "negative", "against": "policy"}, **NO_REFERENCE},
             "prompt mean": {"reduction": "prompt_mean"},
+            "teacher": {"loss": "dr_grpo", "teacher": OTHER, "teacher_coef": 0.3, **NO_REFERENCE},
             "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
         },
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
@@ -443,6 +453,7 @@ ROWS["ppo"] = replace(
         "shared with nll": {"critic": "shared", "critic_optimizer": None, "positive_nll_coef": 0.3, "loss": "grpo"},
         "length adaptive": {"length_adaptive_alpha": 0.4, "gamma": 0.9, "critic_lam": 0.9},
         "turns": {"gae_unit": "turn", "kl_estimator": "k3", "kl_placement": "loss", "lam": 0.5},
+        "corrected": {"correction": "tis"},
         "scaled": {"scale_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
         "bootstrap": {"truncation": "bootstrap", "missing_eos_penalty": 0.5, "tokenizer": Stops()},
         "masked": {"truncation": "mask", "tokenizer": Stops()},

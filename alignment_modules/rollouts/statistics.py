@@ -54,7 +54,7 @@ def reward_statistics(names: Sequence[str], values: Tensor, total: Tensor) -> di
 
 
 def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
-    """Mean and spread of the groups' rewards.
+    """Mean and spread of the groups' rewards; of groups of one the mean alone, for there is no spread.
 
     Args:
         rewards: [prompts, group] float; NaN stands for a reward that does not apply.
@@ -64,6 +64,8 @@ def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
     mean = rewards.nansum(dim=1) / count.clamp(min=1)
     squares = torch.where(applies, (rewards - mean[:, None]).square(), 0.0).sum(dim=1)
     groups = (count > 0).sum()
+    if rewards.shape[1] == 1:
+        return {"reward": Statistic(mean.sum(), groups)}
     informative = informative_groups(rewards).sum()
     return {
         "reward": Statistic(mean.sum(), groups),

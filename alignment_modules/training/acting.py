@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from itertools import islice
 from typing import Annotated, Any
 
@@ -29,8 +30,8 @@ class ActingModule(UpdateModule):
     """Base of paradigms that learn from their own samples: builds their `actor`.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
-    `response_loss_mask` (the policy wrote it), `rewards` [batch * G] and `old_logprobs` [batch * G, time]: what it
-    brings is not sampled, judged or scored again.
+    `response_loss_mask` (the policy wrote it), `rewards` [batch * G] (or [batch * G, rewards], each by itself) and
+    `old_logprobs` [batch * G, time]: what it brings is not sampled, judged or scored again.
 
     Args:
         rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
@@ -49,6 +50,8 @@ class ActingModule(UpdateModule):
     """
 
     compares_log_probs = True
+    compares_with_greedy = False
+    """Whether a rollout judges a greedy completion of each prompt, too."""
     batch_keys = ("prompts", "prompt_attention_mask")
 
     def __init__(
@@ -105,7 +108,8 @@ class ActingModule(UpdateModule):
         """
         super().check_batch(batch)
         check_given_rollout(batch)
-        if not isinstance(batch.get("rewards"), Tensor):
+        judged = ["rewards", "greedy_rewards"] if self.compares_with_greedy else ["rewards"]
+        if not all(isinstance(batch.get(name), Tensor) for name in judged):
             self.codec.require_tokenizer()
             self.rewards.check_columns(columns_of(batch).keys())
 
@@ -119,7 +123,7 @@ class ActingModule(UpdateModule):
         masks = (self.rollout.prompt_mask, self.rollout.mask)
         tokens = masks[0].sum() + masks[1].sum()
         return {
-            "tokens": tokens,
+            "tokens": tokens + self.actor.seen.greedy_tokens,
             "samples": len(self.rollout.ids),
             "padding": sum(mask.numel() for mask in masks) - tokens,
         }
@@ -146,7 +150,8 @@ class ActingModule(UpdateModule):
             RewardError: If no completion of any rank has a reward.
         """
         self._finite = True
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step)
+        greedy = self.compares_with_greedy
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step, with_greedy=greedy)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
@@ -209,28 +214,34 @@ class ActingModule(UpdateModule):
             self._early_finite = EarlyRead(self._finite)
         return scores
 
-    @torch.no_grad()
     def score_rollout(self, rollout: Rollout, companion: Frozen | None = None) -> Tensor:
-        """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
+        """Log-probabilities [N, T] of `scores_of`."""
+        return self.scores_of(rollout, companion).token_logps
+
+    @torch.no_grad()
+    def scores_of(self, rollout: Rollout, companion: Frozen | None = None, *, ask: Collection[Ask] = ()) -> Scores:
+        """Scores [N, T] of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
+            ask: As in `score`.
 
         Raises:
-            NonFiniteLogits: If one is not finite; it names the step.
+            NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
-        results = torch.zeros(rollout.ids.shape, device=self.device)
-        size = max((self.micro_batch_size or len(results)) // rollout.group, 1)
+        rows, pieces = len(rollout.ids), []
+        size = max((self.micro_batch_size or rows) // rollout.group, 1)
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
-            for start in range(0, len(rollout), size):
-                tell("scoring", start * rollout.group, len(results))
+            for start in range(0, max(len(rollout), 1), size):
+                tell("scoring", start * rollout.group, rows)
                 piece = rollout.select(slice(start, start + size))
-                rows = slice(start * rollout.group, (start + size) * rollout.group)
-                results[rows] = self.score_piece(model, piece, piece.own).token_logps
-        if not bool(results.isfinite().all()):
+                pieces.append(self.score_piece(model, piece, piece.own, ask=ask))
+        told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
+        scores = Scores(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()})
+        if not bool(scores.token_logps.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
-        return results
+        return scores
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Also refuses to step on log-probabilities that are not finite.

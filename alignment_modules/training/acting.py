@@ -50,8 +50,6 @@ class ActingModule(UpdateModule):
     """
 
     compares_log_probs = True
-    compares_with_greedy = False
-    """Whether a rollout judges a greedy completion of each prompt, too."""
     batch_keys = ("prompts", "prompt_attention_mask")
 
     def __init__(
@@ -85,6 +83,11 @@ class ActingModule(UpdateModule):
         self.kept_ratios: list[Tensor] | None = None  # of the logged steps, [tokens] each, once someone asks: a list
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
+
+    @property
+    def compares_with_greedy(self) -> bool:
+        """Whether a rollout also judges a greedy completion of each prompt."""
+        return False
 
     @property
     def last_rollout(self) -> dict[str, list[Any]]:
@@ -238,7 +241,8 @@ class ActingModule(UpdateModule):
                 piece = rollout.select(slice(start, start + size))
                 pieces.append(self.score_piece(model, piece, piece.own, ask=ask))
         told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
-        scores = Scores(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()})
+        joined: Any = {name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()}
+        scores = Scores(**joined)
         if not bool(scores.token_logps.isfinite().all()):
             raise self._not_finite("policy" if companion is None else "reference")
         return scores

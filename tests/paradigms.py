@@ -24,6 +24,7 @@ from tests.batches import (
     never_called,
     pairs,
     rollouts,
+    rollouts_of_two_rewards,
     supervised,
     unpaired,
     weighted,
@@ -52,6 +53,7 @@ class Paradigm:
         kind: Who steps: "automatic" (Lightning), "update" (the module, on batches), "acting" (the module, on rollouts).
         options: Keywords of the module, given a model to refer to: what its promises hold under.
         variants: Further keywords by name, under which its gradient is as independent.
+        variant_batches: What makes the batches of some of the variants.
         batches: Further makers of batches by name, of which the same holds under its own options.
         orders: Orders of the rows that change nothing.
         sizes: Rows of the micro-batches that one batch is cut into.
@@ -70,6 +72,7 @@ class Paradigm:
     kind: str = "automatic"
     options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    variant_batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
     batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
     orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
     sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
@@ -187,6 +190,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+IN_REWARD = {"kl_estimator": "k1", "kl_placement": "reward"}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
 _SUPERVISED = {
@@ -327,7 +331,16 @@ ROWS: dict[str, Paradigm] = {
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo", "cispo")},
             **{f"{loss} without reference": {"loss": loss, "beta": 0.0, "reference": None}
                for loss in ("grpo", "dapo", "dr_grpo", "cispo")},
+            **{baseline: {"baseline": baseline}
+               for baseline in ("leave_one_out", "length_weighted", "pass_at_k", "greedy", "optimal_token")},
+            "batch": {"scale_rewards": "batch"},
+            "mean": {"scale_rewards": "mean"},
+            "optimal_token whitened": {"baseline": "optimal_token", "scale_rewards": "batch_tokens"} | IN_REWARD,
+            "reinforce_pp": {"baseline": "none", "scale_rewards": "batch_tokens"} | IN_REWARD,
+            "remax": {"baseline": "greedy"} | IN_REWARD,
+            "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "rewards": [never_called] * 2},
         },
+        variant_batches={"gdpo": rollouts_of_two_rewards},
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},
         first_options={"reference": None},
@@ -353,7 +366,11 @@ OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 def cells() -> list[Any]:
     """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`."""
     found = [(name, row, {}, name) for name, row in ROWS.items()]
-    found += [(name, row, more, f"{name} {key}") for name, row in ROWS.items() for key, more in row.variants.items()]
+    found += [
+        (name, replace(row, batch=row.variant_batches.get(key, row.batch)), more, f"{name} {key}")
+        for name, row in ROWS.items()
+        for key, more in row.variants.items()
+    ]
     found += [
         (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}")
         for name, row in ROWS.items()

@@ -67,8 +67,8 @@ def optimal_token_advantages(returns: Tensor, norms: Tensor, mask: Tensor) -> Te
 
     `W_it` is the sum of completion i's `gradient_norms` up to its t-th own token. The baseline is `B_t =
     sum(W_it G_it) / sum(W_it)` over the completions i that have a t-th own token, and 0 where only one has: it would be
-    compared with itself. Where a group's returns at t lie within 1e-6 of each other, their advantages are exactly 0; so are all of a
-    group whose returns do so at every token.
+    compared with itself. Where a group's returns at t lie within 1e-6 of each other, their advantages are exactly 0; so
+    are all of a group whose returns do so at every token.
 
     Args:
         returns: `[prompts, G, time]`, what is still to come (`returns_to_go`).

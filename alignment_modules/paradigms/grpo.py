@@ -109,6 +109,8 @@ class GRPOModule(PolicyGradientModule):
         if estimator.decoupled:
             values = cast(Tensor, rollout.reward_values).view(-1, group, len(self.rewards))
             rewards = decoupled_rewards(values.double(), torch.tensor(self.rewards.weights))
+        lengths = rollout.own.sum(dim=1).view(-1, group)
+        rewards = rewards.masked_fill(~lengths.any(dim=1, keepdim=True), torch.nan)  # of nothing that can be learnt
         judged = ~rewards.isnan()
         if rollout.greedy_rewards is not None:
             judged = judged & ~rollout.greedy_rewards.isnan()[:, None]
@@ -118,9 +120,7 @@ class GRPOModule(PolicyGradientModule):
             advantages = self._token_advantages(rollout, rewards, judged, penalty)
         else:
             costs = 0.0 if penalty is None else penalty.sum(dim=-1).cpu().view(-1, group)
-            advantages = self.advantages(
-                rewards - costs, rollout.own.sum(dim=1).view(-1, group), rollout.greedy_rewards
-            )
+            advantages = self.advantages(rewards - costs, lengths, rollout.greedy_rewards)
             advantages = advantages.flatten()
         return replace(rollout, trained=rollout.trained & judged.view(-1, 1), advantages=advantages.float())
 

@@ -22,7 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from accuracy import spread, table
-from quickstart import SAMPLES, STAGES, Chain, Measured
+from methods import Methods, report
+from quickstart import SAMPLES, Measured
 
 GAIN = 0.08  # exact match over the fine-tuned policy's
 PAIR_ACCURACY = 0.95
@@ -56,23 +57,12 @@ REWARD = (
 HELD = {**METHODS, "distillation from GRPO": ()}
 
 
-class Offline:
-    """All paradigms of one seed.
-
-    Args:
-        root: Where the seed's chain lies, and where a folder for each paradigm goes.
-        seed: Its seed.
-        overrides: More arguments for every command.
-    """
-
-    def __init__(self, root: Path, seed: int, overrides: Sequence[str] = ()) -> None:
-        self.chain, self.root, self.seed = Chain(root, seed, overrides), root, seed
+class Offline(Methods):
+    """All paradigms of one seed; a folder for each."""
 
     def prepare(self) -> None:
         """Runs the stages of the chain that have not run, and writes the chosen side of the pairs."""
-        for stage in STAGES:
-            if not (self.root / stage / "export").exists():
-                self.chain.fit(stage)
+        super().prepare()
         with self.pairs.open() as lines:
             rows = [json.loads(line) for line in lines]
         chosen = [row | {"completion": _best(row)} for row in rows if len(set(row["rewards"])) > 1]
@@ -91,22 +81,9 @@ class Offline:
 
     def measure(self, name: str, split: str = "test", options: Sequence[str] | None = None) -> Measured:
         """Trains by one method and tests on a split's held-out problems."""
-        folder, preference = self.root / _slug(name), name in METHODS
         given = METHODS.get(name) or OF_CHOSEN.get(name, ()) if options is None else options
-        given = tuple(option.format(teacher=self.root / "grpo" / "export") for option in given)
-        config, rows = ("dpo", self.pairs) if preference else ("sft", self.chosen)
-        more = ["--trainer.default_root_dir", str(folder), "--model.policy", str(self.root / "sft" / "export")]
-        more += ["--data.train", str(rows), "--seed_everything", str(self.seed), "--data.seed", str(self.seed)]
-        started = monotonic()
-        self.chain.align("fit", config, *given, *more)
-        return self.test(name, folder, monotonic() - started, split)
-
-    def test(self, name: str, folder: Path, seconds: float = 0.0, split: str = "test") -> Measured:
-        """Tests what a folder exports."""
-        more = ["--trainer.default_root_dir", str(folder / "test"), "--model.policy", str(folder / "export")]
-        more += ["--seed_everything", str(self.seed), "--data.test.init_args.split", split]
-        metrics = self.chain.align("test", "sft", *more)
-        return Measured(name, metrics["test/exact_match"], metrics[f"test/pass@{SAMPLES}"], seconds)
+        config, rows = ("dpo", self.pairs) if name in METHODS else ("sft", self.chosen)
+        return self.train(name, config, [*given, "--data.train", str(rows)], split)
 
     def samples(self, split: str, size: int) -> Path:
         """Samples of the fine-tuned policy with their rewards, for problems of a split."""
@@ -198,9 +175,7 @@ def main() -> None:
         for name in HELD
     }
     bars["pair accuracy of the reward model"] = [row["held-out pair accuracy"] >= PAIR_ACCURACY for row in rewards]
-    for bar, held in bars.items():
-        print(f"{'held' if all(held) else 'MISSED'}: {bar} ({sum(held)} of {len(held)} seeds)")
-    sys.exit(not all(all(held) for held in bars.values()))
+    sys.exit(not report(bars))
 
 
 def _pairs(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -216,10 +191,6 @@ def _best(row: dict[str, list[float]]) -> object:
 
 def _gain(rows: dict[str, Measured], name: str) -> float:
     return rows[name].exact_match - rows["SFT"].exact_match
-
-
-def _slug(name: str) -> str:
-    return "".join(character if character.isalnum() else "_" for character in name.lower())
 
 
 if __name__ == "__main__":

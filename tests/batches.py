@@ -35,7 +35,7 @@ def supervised(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batc
     """Rows whose first two tokens are not supervised."""
     ids = [tokens(row, 0, LENGTHS[row]) for row in rows]
     labels = [torch.cat([torch.full((2,), -100), row[2:]]) for row in ids]
-    return masked("", ids, extra, side) | {"labels": padded(labels, extra, side, value=-100)}
+    return masked("", ids, extra, side) | {"labels": padded(labels, extra, side, value=-100), "index": list(rows)}
 
 
 def weighted(rows: Sequence[int], extra: int = 0, side: str = "right") -> Batch:

@@ -6,7 +6,7 @@ the other side.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Paradigm:
         options: Keywords of the module, given a model to refer to: what its promises hold under.
         variants: Further keywords by name, under which its gradient is as independent.
         variant_batches: What makes the batches of some of the variants.
+        slow_variants: Those of which `make slow` alone proves it.
         batches: Further makers of batches by name, of which the same holds under its own options.
         orders: Orders of the rows that change nothing.
         sizes: Rows of the micro-batches that one batch is cut into.
@@ -73,6 +74,7 @@ class Paradigm:
     options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     variant_batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
+    slow_variants: Collection[str] = ()
     batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
     orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
     sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
@@ -191,6 +193,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 # The table
 
 IN_REWARD = {"kl_estimator": "k1", "kl_placement": "reward"}
+NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
 _SUPERVISED = {
@@ -304,12 +307,53 @@ ROWS: dict[str, Paradigm] = {
         variants={
             "forward": {"divergence": "forward", "temperature": 0.7},
             "jsd": {"divergence": "jsd", "jsd_beta": 0.3},
+            "on policy": {"on_policy_share": 1.0, "max_completion_length": 6, "temperature": 1.5},
+            "half on policy": {"on_policy_share": 0.5, "max_completion_length": 4, "seed": 1},
         },
         batches={"weighted": weighted},
         first=dict.fromkeys(("train/nll_loss", "train/entropy"), pytest.approx(math.log(40), rel=1e-6)),
         first_policy=flat,
         needs={"teacher": "other"},
         source="demonstrations",
+        recipe={"metrics": ("--model.on_policy_share=0.9", "--model.max_completion_length=64")},
+        resume=Resume(
+            ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--model.on_policy_share", "0.5",
+             "--model.max_completion_length", "4"),
+        ),
+    ),
+    "online_dpo": Paradigm(
+        batch=rollouts,
+        nothing={
+            "not judged": entry("rewards", torch.nan, group=4),
+            "tied": entry("rewards", 0.3, group=4),
+            "empty": entry("response_mask", False, group=4),
+        },
+        kind="acting",
+        options=lambda other: {
+            "rewards": never_called,
+            "max_completion_length": 8,
+            "max_grad_norm": None,
+            "reference": other,
+            "beta": 0.5,
+        },
+        variants={
+            "ipo": {"loss": "ipo"},
+            "ipo of sums": {"loss": "ipo", "ipo_logps": "sum", "beta": 0.1},
+            "hinge": {"loss": "hinge", "temperature": 0.7},
+        },
+        sizes=((2,), (3,), (4,), (8,)),
+        first={"train/loss": float(torch.tensor(2.0).log()), "train/rewards/margins": 0.0, "train/objective/kl": 0.0},
+        first_options={"reference": None},
+        source="questions",
+        recipe={
+            "short": ("--model.max_completion_length=4",),
+            "metrics": ("--model.max_completion_length=64",),
+        },
+        resume=Resume(
+            ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
+             "--model.micro_batch_size", "3", "--model.max_completion_length", "6"),
+            every=4, start=16, kill=20,
+        ),
     ),
     "grpo": Paradigm(
         batch=rollouts,
@@ -328,19 +372,32 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
-            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo", "cispo")},
-            **{f"{loss} without reference": {"loss": loss, "beta": 0.0, "reference": None}
-               for loss in ("grpo", "dapo", "dr_grpo", "cispo")},
+            "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
+            **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
+            "cispo": {"loss": "cispo", "epsilon": None},
+            "cispo without reference": {"loss": "cispo", "epsilon": None, **NO_REFERENCE},
+            **{f"{loss} without reference": {"loss": loss, **NO_REFERENCE} for loss in ("grpo", "dapo", "dr_grpo")},
+            **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
+               ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
+            "gmpo": {"loss": "gmpo", **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
+            "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
+            "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
+            "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
+            "prompt mean": {"reduction": "prompt_mean"},
+            "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
             **{baseline: {"baseline": baseline}
                for baseline in ("leave_one_out", "length_weighted", "pass_at_k", "greedy", "optimal_token")},
-            "batch": {"scale_rewards": "batch"},
-            "mean": {"scale_rewards": "mean"},
+            **{scale: {"scale_rewards": scale} for scale in ("batch", "mean")},
             "optimal_token whitened": {"baseline": "optimal_token", "scale_rewards": "batch_tokens"} | IN_REWARD,
             "reinforce_pp": {"baseline": "none", "scale_rewards": "batch_tokens"} | IN_REWARD,
             "remax": {"baseline": "greedy"} | IN_REWARD,
             "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "rewards": [never_called] * 2},
         },
         variant_batches={"gdpo": rollouts_of_two_rewards},
+        slow_variants=("leave_one_out", "length_weighted", "pass_at_k", "greedy", "batch", "mean",
+                       "optimal_token whitened"),
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},
         first_options={"reference": None},
@@ -348,12 +405,15 @@ ROWS: dict[str, Paradigm] = {
         source="questions",
         recipe={
             "short": ("--model.max_completion_length=4",),
-            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64"),
+            "metrics": ("--model.beta=0.1", "--model.max_completion_length=64", "--model.kl_target=0.1",
+                        "--model.entropy_target=1.0"),
         },
         # a batch is four optimizer steps; epoch 1 goes from step 12 to step 24
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
-             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6"),
+             "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
+             "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9",
+             "--model.top_p", "0.9"),
             every=4, start=16, kill=20,
         ),
     ),
@@ -365,18 +425,27 @@ OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 
 def cells() -> list[Any]:
     """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`."""
-    found = [(name, row, {}, name) for name, row in ROWS.items()]
+    found = [(name, row, {}, name, False) for name, row in ROWS.items()]
     found += [
-        (name, replace(row, batch=row.variant_batches.get(key, row.batch)), more, f"{name} {key}")
+        (
+            name,
+            replace(row, batch=row.variant_batches.get(key, row.batch)),
+            more,
+            f"{name} {key}",
+            key in row.slow_variants,
+        )
         for name, row in ROWS.items()
         for key, more in row.variants.items()
     ]
     found += [
-        (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}")
+        (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}", False)
         for name, row in ROWS.items()
         for key, batch in row.batches.items()
     ]
-    return [pytest.param(name, row, options, id=label.replace(" ", "_")) for name, row, options, label in found]
+    return [
+        pytest.param(name, row, options, id=label.replace(" ", "_"), marks=pytest.mark.slow if slow else ())
+        for name, row, options, label, slow in found
+    ]
 
 
 def expensive(names: Sequence[str] = tuple(ROWS)) -> list[Any]:

@@ -41,6 +41,8 @@ _NEXT = {  # what one usually does with the exported policy
     "cpo": _ACT,
     "kto": _ACT,
     "distillation": _ACT,
+    "online_dpo": "align test --config configs/recipes/online_dpo.yaml --model.policy.path {export} --data.test "
+    "QUESTIONS",
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }
 

@@ -20,6 +20,7 @@ from alignment_modules.functional import (
 )
 from alignment_modules.functional.ranges import MAX_INT, describe
 from alignment_modules.paradigms import PARADIGMS
+from alignment_modules.paradigms.online_dpo import OnlineLoss
 
 _WIDTH = 120
 _INDENT = 26
@@ -170,6 +171,7 @@ def _listing(kind: str) -> str:
             "CPOModule": REFERENCE_FREE_LOSSES,
             "KTOModule": get_args(UnpairedLoss),
             "DistillationModule": get_args(Divergence),
+            "OnlineDPOModule": get_args(OnlineLoss),
             "GRPOModule": LOSS_REDUCTIONS,
         }
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())

@@ -9,6 +9,8 @@ from alignment_modules.functional.advantages import (
     group_advantages,
     informative_groups,
 )
+from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
+from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
 from alignment_modules.functional.divergence import (
     Divergence,
     JsdBeta,
@@ -16,7 +18,7 @@ from alignment_modules.functional.divergence import (
     distribution_divergence,
     linear_divergence,
 )
-from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, kl_penalty, validate_kl_placement
+from alignment_modules.functional.kl import KL_ESTIMATORS, KL_PLACEMENTS, binary_kl, kl_penalty, validate_kl_placement
 from alignment_modules.functional.logprobs import (
     LinearTokenScores,
     linear_token_log_probs,
@@ -45,6 +47,7 @@ from alignment_modules.functional.reference_free import (
 )
 from alignment_modules.functional.reward import reward_pair_loss
 from alignment_modules.functional.router import expert_counts, load_balancing_loss, router_shares
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.surrogate import (
     IMPORTANCE_LEVELS,
     LOSS_REDUCTIONS,
@@ -69,6 +72,7 @@ __all__ = [
     "AGGREGATIONS",
     "BASELINES",
     "BATCH_COUPLED_LOSSES",
+    "CORRECTIONS",
     "F_DIVERGENCES",
     "IMPORTANCE_LEVELS",
     "KL_ESTIMATORS",
@@ -79,15 +83,19 @@ __all__ = [
     "REFERENCE_FREE_LOSSES",
     "AdvantageEstimator",
     "ClipMasks",
+    "Correction",
     "Divergence",
     "JsdBeta",
     "LinearHead",
     "LinearTokenScores",
     "Preference",
     "ReferenceFreeLoss",
+    "Support",
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
+    "as_correction",
+    "binary_kl",
     "check_reference_free",
     "decoupled_rewards",
     "distribution_divergence",
@@ -96,6 +104,7 @@ __all__ = [
     "generalized_advantages",
     "gradient_norms",
     "group_advantages",
+    "high_covariance",
     "importance_ratio",
     "informative_groups",
     "kl_penalty",
@@ -119,8 +128,10 @@ __all__ = [
     "router_shares",
     "sequence_logps",
     "token_collision",
+    "token_covariance",
     "token_entropy",
     "token_log_probs",
+    "top_quantile",
     "turn_starts",
     "unpaired_loss",
     "validate_kl_placement",

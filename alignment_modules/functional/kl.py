@@ -45,6 +45,7 @@ def kl_penalty(
     *,
     estimator: str = "k3",
     old_token_logps: Tensor | None = None,
+    ratio_token_logps: Tensor | None = None,
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference) on tokens that the (old) policy sampled.
 
@@ -65,6 +66,9 @@ def kl_penalty(
         estimator: One of `KL_ESTIMATORS`.
         old_token_logps: `[batch, time]`, under the policy that sampled; treated as constant. Only the `+score`
             estimators read it, as the ratio's denominator; None: the policy itself, a ratio of exactly 1.
+        ratio_token_logps: `[batch, time]`, the ratio's numerator, where tokens were drawn from a truncated support: the
+            ratio is of log-probabilities over that, the estimator of those over the whole vocabulary; None:
+            `token_logps`.
 
     Returns:
         `[batch, time]`. `k1` may be negative. Positions outside the completion are not masked here.
@@ -88,9 +92,10 @@ def kl_penalty(
         penalty = exp_bounded(-x) - 1 + x
     if not score:
         return penalty
-    old = token_logps if old_token_logps is None else old_token_logps
-    check_same_shape(token_logps=token_logps, old_token_logps=old)
-    log_ratio = token_logps - old.detach()
+    own = token_logps if ratio_token_logps is None else ratio_token_logps
+    old = own if old_token_logps is None else old_token_logps
+    check_same_shape(token_logps=token_logps, ratio_token_logps=own, old_token_logps=old)
+    log_ratio = own - old.detach()
     return penalty * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -115,6 +120,25 @@ def validate_kl_placement(estimator: str, placement: str) -> None:
     reason = _REFUSED.get((estimator, placement))
     if reason is not None:
         raise ValueError(f"estimator {estimator!r} must not stand in the {placement}: {reason}")
+
+
+def binary_kl(token_logps: Tensor, other_token_logps: Tensor) -> Tensor:
+    """KL of "this token or another" from the same under another model, given both log-probabilities of the token.
+
+    Args:
+        token_logps: `[batch, time]` in nats, of the distribution that the expectation is taken under.
+        other_token_logps: `[batch, time]`.
+
+    Returns:
+        `[batch, time]`, 0 or more; finite unless the other gives the token a probability of 0.
+
+    >>> binary_kl(torch.tensor(0.3).log(), torch.tensor(0.55).log())
+    tensor(0.1274)
+    """
+    # A probability that rounds to 1 leaves some for the other tokens.
+    logps, other = token_logps.clamp(max=-1e-7), other_token_logps.clamp(max=-1e-7)
+    rest, other_rest = -torch.expm1(logps), -torch.expm1(other)
+    return logps.exp() * (logps - other) + rest * (rest.log() - other_rest.log())
 
 
 def exp_bounded(exponent: Tensor, bound: float = MAX_LOG_RATIO) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from alignment_modules.functional.checks import check_positive
 from alignment_modules.functional.head_chunks import check_head, factor_and_cap, upcast
 from alignment_modules.functional.linear_head import HeadSettings, LinearTokenScores, apply_linear_head
+from alignment_modules.functional.support import Support
 
 IGNORED_TARGET = -100
 
@@ -83,8 +84,8 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     tensor(0.6931)
     """
     log_p = F.log_softmax(upcast(logits) / check_positive("temperature", temperature), dim=-1)
-    # A finite floor, because 0 * -inf is NaN both in the value and in the gradient.
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=-1)
+    # 0 * -inf is NaN both in the value and in the gradient.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -173,6 +174,8 @@ def linear_token_scores(
     with_normalizer: bool = False,
     with_mean_logp: bool = False,
     with_collision: bool = False,
+    support: Support | None = None,
+    with_full_logps: bool = False,
 ) -> LinearTokenScores:
     """`linear_token_log_probs` and, from the same pass over the logits, what else is asked for.
 
@@ -189,13 +192,18 @@ def linear_token_scores(
         with_correct: Also compute whether the target is the most probable token.
         with_normalizer: Also compute the logsumexp of the logits, differentiable (for a z-loss).
         with_mean_logp: Also compute the mean log-probability over the vocabulary, differentiable (for label smoothing).
-        with_collision: Also compute `log sum p^2` over the vocabulary, without gradient (for WPO's weights).
+        with_collision: Also compute `log sum p^2`, without gradient (for WPO's weights).
+        support: `[n]`, the tokens that each target was drawn from, on the device of `hidden`: probabilities, entropy,
+            the most probable token and `log sum p^2` are those of the softmax over these alone, and a target that is
+            none of them has a log-probability of -inf. None: the whole vocabulary.
+        with_full_logps: Also compute the log-probability over the whole vocabulary, differentiable.
 
     Returns:
         `LinearTokenScores` with None for what was not asked for.
 
     Raises:
-        ValueError: If shapes do not fit, or `temperature`, `softcap` or `max_chunk_bytes` is not positive.
+        ValueError: If shapes do not fit, `temperature`, `softcap` or `max_chunk_bytes` is not positive, or what is of
+            the whole vocabulary alone, a normalizer or mean, is asked for with a support.
 
     >>> scores = linear_token_scores(torch.eye(2), 9 * torch.eye(2), torch.tensor([0, 0]), with_correct=True)
     >>> scores.correct
@@ -204,8 +212,15 @@ def linear_token_scores(
     check_head(hidden, weight, bias)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be [{hidden.shape[0]}], got shape {tuple(targets.shape)}")
+    if support is not None and support.shape != targets.shape:
+        raise ValueError(f"support must be [{len(targets)}], one set a target, got shape {tuple(support.shape)}")
+    if support is not None and (with_normalizer or with_mean_logp):
+        name = "with_normalizer" if with_normalizer else "with_mean_logp"
+        raise ValueError(f"{name}=True is of the whole vocabulary: it cannot be had over a support")
     alpha, cap = factor_and_cap(logit_scale, softcap, temperature)
     check_positive("max_chunk_bytes", max_chunk_bytes)
     asked = (with_entropy, with_correct, with_normalizer, with_mean_logp, with_collision)
-    settings = HeadSettings(alpha, cap, max_chunk_bytes, *asked)
-    return apply_linear_head(hidden, weight, bias, targets, settings)
+    both = with_full_logps and support is not None
+    settings = HeadSettings(alpha, cap, max_chunk_bytes, *asked, with_full_logps=both)
+    scores = apply_linear_head(hidden, weight, bias, targets, settings, support)
+    return scores._replace(full_logps=scores.token_logps) if with_full_logps and not both else scores

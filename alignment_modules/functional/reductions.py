@@ -28,6 +28,7 @@ def aggregate(
     reduction: str,
     max_length: int | None = None,
     group_size: int | None = None,
+    prompt_tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum `values` over its units and count these; `total / weight` is the reduced loss.
 
@@ -37,7 +38,7 @@ def aggregate(
     | `sequence_mean_token_mean` (GRPO, arXiv:2402.03300) | sum over sequences of their token mean | sequences |
     | `sequence_mean_token_sum` (RLOO, arXiv:2402.14740) | sum over tokens | sequences |
     | `sequence_mean_token_sum_norm` (Dr. GRPO, arXiv:2503.20783) | sum over tokens / `max_length` | sequences |
-    | `prompt_mean` | sum over prompts of the token mean over their `group_size` rows | prompts |
+    | `prompt_mean` | sum over prompts of the token mean over their rows | prompts |
 
     Sequences and prompts without a single token are not counted. With nothing to count, `total` is 0 and still
     connected to the graph of `values`. What `values` holds outside the mask, NaN included, has no influence.
@@ -47,7 +48,9 @@ def aggregate(
         mask: `[batch, time]`, bool or 0/1.
         reduction: One of `REDUCTIONS`.
         max_length: Constant of `sequence_mean_token_sum_norm`, in tokens; ignored by the others.
-        group_size: Rows of a prompt, which lie together; needed by `prompt_mean`, ignored by the others.
+        group_size: Rows of a prompt, which lie together; ignored by all but `prompt_mean`, which needs this or ...
+        prompt_tokens: `[batch]`, for each row the tokens of all rows of its prompt, wherever they are: a prompt's rows
+            may then be cut apart, and each brings its share of the prompt's weight.
 
     Returns:
         `(total, weight)`, two 0-dim tensors: `total` in the dtype of `values`, `weight` in float32 or wider and without
@@ -67,6 +70,9 @@ def aggregate(
     dtype = torch.promote_types(values.dtype, torch.float32)  # half precision cannot count beyond a few hundred
     if reduction == "token_mean":
         return sums.sum(), counts.sum().to(dtype)
+    if reduction == "prompt_mean" and prompt_tokens is not None:
+        shares = torch.where(counts > 0, 1 / prompt_tokens.to(dtype).clamp(min=1), 0.0)
+        return (sums * shares).sum(), (counts * shares).sum()
     if reduction == "prompt_mean":
         rows = check_positive("group_size (needed by reduction='prompt_mean')", group_size or 0)
         if len(sums) % int(rows):

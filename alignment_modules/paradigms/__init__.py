@@ -7,6 +7,7 @@ from alignment_modules.paradigms.distillation import DistillationModule
 from alignment_modules.paradigms.dpo import DPOModule
 from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
+from alignment_modules.paradigms.online_dpo import OnlineDPOModule
 from alignment_modules.paradigms.orpo import ORPOModule
 from alignment_modules.paradigms.pretrain import PretrainModule
 from alignment_modules.paradigms.reward import RewardModule
@@ -21,6 +22,7 @@ __all__ = [
     "GRPOModule",
     "KTOModule",
     "ORPOModule",
+    "OnlineDPOModule",
     "PretrainModule",
     "RewardModule",
     "SFTModule",
@@ -37,6 +39,7 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     CPOModule,
     KTOModule,
     DistillationModule,
+    OnlineDPOModule,
     GRPOModule,
 )
 _MODULES = {module.paradigm: module for module in PARADIGMS}

@@ -6,11 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignment_modules.functional import Divergence
 from alignment_modules.functional.divergence import JsdBeta
-from alignment_modules.functional.ranges import Positive, check_options
+from alignment_modules.functional.ranges import Count, Positive, Seed, Share, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.divergence import divergence
 from alignment_modules.policies.frozen import Frozen, frozen_companion
@@ -19,9 +19,11 @@ from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.tokenizers import compared_ids
+from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.own_rows import OwnRows
 
 Teacher = str | PolicyConfig | nn.Module
 
@@ -39,6 +41,11 @@ class DistillationModule(AlignmentModule):
 
     With several teachers a batch's `teacher`, a list of names `[batch]`, says whom each row is to be learnt from.
 
+    With `on_policy_share` above 0 the policy writes that share of a training batch's rows itself, as it is at that step
+    (on-policy distillation, arXiv:2306.13649, whose `lambda` it is): what stands before a row's first supervised token
+    is its prompt, what follows is replaced. Samples are drawn, and both models compared, at `temperature`. The samples
+    are constants of the loss. With a share of 1 batches may hold prompts alone (`prompts`, `prompt_attention_mask`).
+
     Args:
         teacher: Who is learnt from: a folder or hub id (loaded in the policy's dtype), a `PolicyConfig` or a module,
             which is frozen in place; or several by name. It must have the policy's vocabulary; where the tokenizer is
@@ -47,6 +54,10 @@ class DistillationModule(AlignmentModule):
             `KL(teacher || student)`, covers all of them (arXiv:1503.02531); "jsd" is between (arXiv:2306.13649).
         jsd_beta: Share of the teacher in the mixture of "jsd".
         temperature: Divides the logits of both. The loss is not multiplied by its square.
+        on_policy_share: Share of the rows whose completion the policy writes itself.
+        max_completion_length: Longest such completion in tokens; None: 256.
+        seed: Of these samples, and of which rows they are; None: the global seed. What a row gets depends on this seed,
+            the optimizer step and the row's index alone.
         **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
 
     Raises:
@@ -65,13 +76,27 @@ class DistillationModule(AlignmentModule):
         divergence: Divergence = "reverse",
         jsd_beta: JsdBeta = 0.5,
         temperature: Positive = 1.0,
+        on_policy_share: Share = 0.0,
+        max_completion_length: Count | None = None,
+        seed: Seed | None = None,
         **common: Any,
     ) -> None:
         check_options(DistillationModule.__init__, locals())
         if jsd_beta != 0.5 and divergence != "jsd":
             raise ValueError(f"jsd_beta={jsd_beta} is of divergence='jsd', got divergence={divergence!r}")
+        for option, value in (("max_completion_length", max_completion_length), ("seed", seed)):
+            if value is not None and not on_policy_share:
+                raise ValueError(
+                    f"{option}={value} is of the policy's own samples, and on_policy_share=0 asks for none"
+                )
         super().__init__(**common)
         self.options: Any = {"kind": divergence, "jsd_beta": jsd_beta, "temperature": temperature}
+        self.own_rows: OwnRows | None = None
+        if on_policy_share:
+            sampling = SamplingOptions(max_completion_length or 256, temperature)
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+            self.own_rows = OwnRows(on_policy_share, sampling, seed)
+        self._written: dict[str, Any] | None = None
         several = _by_name(teacher)
         self.teacher: Frozen | nn.ModuleDict
         if several is None:
@@ -94,13 +119,28 @@ class DistillationModule(AlignmentModule):
             what, model = f"teacher.{name}".rstrip("."), companion.module or self.policy
             self._compared[name] = compared_ids(self.policy, model, self.tokenizer, self._paths[name], name=what)
 
-    def segments(self, batch: Mapping[str, Any]) -> Segments:
-        """What both models read of a batch; on the host when it comes from the loader, and carried over with it."""
-        return label_segments(batch)
+    def segments(self, batch: Mapping[str, Any]) -> Segments | None:
+        """What both models read of a batch; on the host when it comes from the loader, and carried over with it.
+
+        None in training, where the policy is yet to write some rows.
+        """
+        return None if self.training and self.own_rows is not None else label_segments(batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """A micro-batch's mean, of rows some of which the policy may write first."""
+        if self.own_rows is not None:
+            batch, lengths = self.own_rows.write(self.policy, self.engine, self.codec, batch, self.global_step)
+            self._written = batch
+            self._train_meters.update(lengths)
+        return super().training_step(batch, batch_idx)
+
+    def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
+        """How much a batch holds, with what the policy has written of it."""
+        return super().count_tokens(batch if self._written is None else self._written)
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """Divergence summed over the supervised tokens, by their weights."""
-        segments, weights = batch.get("segments") or self.segments(batch), batch.get(LOSS_WEIGHTS)
+        segments, weights = batch.get("segments") or label_segments(batch), batch.get(LOSS_WEIGHTS)
         lessons: dict[str, Reading] = {}
         for name, companion in self._teachers():  # before the policy, whose graph would be held meanwhile
             with companion.reading() as model:
@@ -131,19 +171,22 @@ class DistillationModule(AlignmentModule):
         """Adds the divergence and its normaliser."""
         kind, beta, temperature = self.options.values()
         what = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)"}.get(kind, f"JSD, beta {beta}")
-        return super().describe() | {
+        found = super().describe() | {
             "loss": f"{what}, temperature {temperature}",
             "normaliser": "supervised tokens of the optimizer step (their loss_weights, where batches have some), over "
             "all micro-batches and ranks",
         }
+        return found if self.own_rows is None else found | {"samples": self.own_rows.describe()}
 
     def check_batch(self, batch: Any) -> None:
-        """Also checks that each row of several teachers' batches names one.
+        """Also checks that each row of several teachers' batches names one, and that the policy can write its own.
 
         Raises:
-            ValueError: If a row names none, or one that is not there.
+            ValueError: If a row names none, or one that is not there, or the policy cannot.
         """
-        super().check_batch(batch)
+        writes = self.training and self.own_rows is not None and self.own_rows.check(batch, type(self).__name__)
+        if not writes:
+            super().check_batch(batch)
         if not isinstance(self.teacher, nn.ModuleDict):
             return
         known = ", ".join(map(repr, self.teacher))
@@ -152,8 +195,8 @@ class DistillationModule(AlignmentModule):
                 f"a batch for {type(self).__name__} with the teachers {known} must hold `teacher`, a name for each "
                 "row: give the rows a column `teacher`, and the data module carry=['teacher']"
             )
-        if len(batch["teacher"]) != len(batch["input_ids"]):
-            raise ValueError(f"`teacher` has {len(batch['teacher'])} names for {len(batch['input_ids'])} rows")
+        if len(batch["teacher"]) != (rows := len(batch["prompts" if writes else "input_ids"])):
+            raise ValueError(f"`teacher` has {len(batch['teacher'])} names for {rows} rows")
         for row, name in enumerate(batch["teacher"]):
             if name not in self.teacher:
                 raise ValueError(f"row {row} of a batch has teacher={name!r}; allowed: {known}")

@@ -34,10 +34,11 @@ class GRPOModule(PolicyGradientModule):
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
             its group before they are summed.
         **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, mask_truncated, entropy_coef, reference),
+            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
+            entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -63,12 +64,31 @@ class GRPOModule(PolicyGradientModule):
             )
         super().__init__(**policy_gradient)
         self.estimator = estimator
-        if estimator.decoupled and (len(self.rewards) < 2 or (self.beta and self.kl_placement == "reward")):
+        if estimator.decoupled:
+            self._check_decoupled()
+
+    def _check_decoupled(self) -> None:
+        """Refuses what would be taken from the sum of rewards, which is not read where each is normalised."""
+        penalties = {
+            "beta": self.beta if self.kl_placement == "reward" else 0.0,
+            "missing_eos_penalty": self.actor.missing_eos_penalty,
+        }
+        if len(self.rewards) < 2:
             raise ValueError(
-                "multi_objective_aggregation='normalize_then_sum' needs two or more rewards, each by itself, and no KL "
-                f"penalty among them, got rewards {', '.join(self.rewards.names)}, beta={self.beta}, "
-                f"kl_placement={self.kl_placement!r}"
+                "multi_objective_aggregation='normalize_then_sum' needs two or more rewards, got "
+                f"{', '.join(self.rewards.names)}"
             )
+        for name, value in penalties.items():
+            if value:
+                raise ValueError(
+                    f"{name}={value} is taken from the sum of the rewards, which multi_objective_aggregation="
+                    "'normalize_then_sum' does not read: set it to 0, or kl_placement='loss'"
+                )
+
+    @property
+    def fewest_completions(self) -> int:
+        """2 where a prompt's completions are compared with each other, else 1."""
+        return 2 if self.estimator.grouped else 1
 
     @property
     def compares_with_greedy(self) -> bool:
@@ -93,9 +113,11 @@ class GRPOModule(PolicyGradientModule):
         """Also adds the norms that the optimal token baseline reads, from the pass that scores the old policy."""
         if self.estimator.baseline == "optimal_token":
             scores = self.scores_of(rollout, ask=["collision"])
-            norms = gradient_norms(scores.token_logps, cast(Tensor, scores.collision))
-            old_logps = scores.token_logps if rollout.old_logps is None else rollout.old_logps
-            rollout = replace(rollout, gradient_norms=norms, old_logps=old_logps)
+            rollout = replace(
+                rollout, gradient_norms=gradient_norms(scores.token_logps, cast(Tensor, scores.collision))
+            )
+            if rollout.old_logps is None and rollout.support is None:  # else the penalty reads the whole vocabulary's
+                rollout = replace(rollout, old_logps=scores.token_logps)
         return super().annotate(rollout)
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:

@@ -11,14 +11,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.checks import check_positive
 from alignment_modules.functional.logprobs import linear_token_scores, token_collision, token_entropy, token_log_probs
+from alignment_modules.functional.support import Support
 from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.segments import Segments
 
-Ask = Literal["entropy", "accuracy", "normalizer", "mean_logp", "collision"]
+Ask = Literal["entropy", "accuracy", "normalizer", "mean_logp", "collision", "full_logps"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class Scores:
             scored.
         mask: `[rows, time]` bool, where scored.
         entropy: `[rows, time]` entropy in nats of the distribution that each target is one draw of, 0 where not scored;
-            None if not asked for.
-        correct: `[rows, time]` bool, whether the target is the most probable token; None if not asked for.
+            None if not asked for. With a support it is the one over the support.
+        correct: `[rows, time]` bool, whether the target is the most probable token (of the support); None if not asked
+            for.
         normalizer: `[rows, time]` logsumexp of the logits, 0 where not scored; None if not asked for.
         mean_logp: `[rows, time]` mean log-probability over the vocabulary, 0 where not scored; None if not asked for.
-        collision: `[rows, time]` log of the probability that two draws are the same token, `log sum p^2`, without
-            gradient, 0 where not scored; None if not asked for.
+        collision: `[rows, time]` log of the probability that two draws are the same token, `log sum p^2` (over the
+            support), without gradient, 0 where not scored; None if not asked for.
+        full_logps: `[rows, time]` log-probabilities over the whole vocabulary, differentiable, 0 where not scored; None
+            if not asked for. Without a support it is `token_logps`.
     """
 
     token_logps: Tensor
@@ -45,6 +50,7 @@ class Scores:
     normalizer: Tensor | None = None
     mean_logp: Tensor | None = None
     collision: Tensor | None = None
+    full_logps: Tensor | None = None
 
 
 def score(
@@ -52,6 +58,7 @@ def score(
     segments: Segments | None = None,
     *,
     temperature: float = 1.0,
+    support: Support | None = None,
     ask: Collection[Ask] = (),
 ) -> Scores:
     """Log-probabilities of the targets of `segments` under `policy`, differentiable in all its parameters.
@@ -64,21 +71,30 @@ def score(
         policy: What to score with, as in `read`; or a `Reading` of it, which is not computed again.
         segments: What to score; None with a reading, which has its own.
         temperature: Divides the logits, > 0. Use the temperature that the tokens were sampled with.
+        support: `[rows, time]` of the output, on any device: the tokens that each target was drawn from by truncated
+            sampling (top-k, top-p, min-p). Log-probabilities, entropy, accuracy and collision are then those of the
+            softmax over these tokens alone, the distribution that was sampled from; a target that is none of them has
+            a log-probability of -inf. None: the whole vocabulary.
         ask: What else to compute, all from the same pass over the logits: "entropy" (differentiable too), "accuracy"
             (whether each target is the most probable token), "normalizer" (the logsumexp of the logits, differentiable
             too, for a z-loss), "mean_logp" (the mean log-probability over the vocabulary, differentiable too, for label
-            smoothing), "collision" (the log-probability that two draws agree, not differentiable, for WPO's weights).
+            smoothing), "collision" (the log-probability that two draws agree, not differentiable, for WPO's weights),
+            "full_logps" (with a support also the log-probabilities over the whole vocabulary, differentiable too, for a
+            comparison with a model that did not sample).
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: If `temperature` is not positive, `ask` holds something else, or the policy's output has no logits
-            of the expected shape.
+        ValueError: If `temperature` is not positive, `ask` holds something else, or with a support what is of the
+            whole vocabulary alone ("normalizer", "mean_logp"), the support has another shape than the output, or the
+            policy's output has no logits of the expected shape.
     """
     check_positive("temperature", temperature)
     if unknown := [name for name in ask if name not in get_args(Ask)]:
         raise ValueError(f"ask={unknown[0]!r}: allowed are {', '.join(map(repr, get_args(Ask)))}")
+    if support is not None and (whole := {"normalizer", "mean_logp"} & {*ask}):
+        raise ValueError(f"ask={min(whole)!r} is of the whole vocabulary: it cannot be had over a support")
     if isinstance(policy, Reading):
         reading = policy
     elif segments is None:
@@ -88,7 +104,12 @@ def score(
     states, head, targets = reading.targets, reading.head, reading.segments.target_ids
     if (states.shape[-1] if head is None else head.linear.out_features) == 1:
         raise ValueError("the policy gives one number for a token, a scalar head's, and no distribution to score with")
+    kept = None if support is None else _of_targets(support, reading.segments, states.device)
     if head is None:
+        full_logps = None
+        if kept is not None:
+            full_logps = token_log_probs(states, targets, temperature) if "full_logps" in ask else None
+            states = states.masked_fill(kept.excluded(slice(0, len(targets)), states.shape[-1]), -torch.inf)
         wanted = "normalizer" in ask or "mean_logp" in ask
         log_normalizer = (states / temperature).logsumexp(-1) if wanted else None
         found = {
@@ -98,6 +119,7 @@ def score(
             "normalizer": log_normalizer if "normalizer" in ask else None,
             "mean_logp": states.mean(-1) / temperature - log_normalizer if "mean_logp" in ask else None,  # type: ignore[operator]
             "collision": token_collision(states, temperature) if "collision" in ask else None,
+            "full_logps": full_logps,
         }
     else:
         found = linear_token_scores(
@@ -113,6 +135,23 @@ def score(
             with_normalizer="normalizer" in ask,
             with_mean_logp="mean_logp" in ask,
             with_collision="collision" in ask,
+            support=kept,
+            with_full_logps=kept is not None and "full_logps" in ask,
         )._asdict()
+    if kept is None:
+        found.pop("full_logps")
     placed: Any = {name: None if values is None else reading.place(values) for name, values in found.items()}
+    if kept is None and "full_logps" in ask:
+        placed["full_logps"] = placed["token_logps"]
     return Scores(mask=reading.segments.mask(), **placed)
+
+
+def _of_targets(support: Support, segments: Segments, device: torch.device) -> Support:
+    """The sets of the targets, in their order.
+
+    Raises:
+        ValueError: If the support has another shape than the output.
+    """
+    if tuple(support.shape) != tuple(segments.shape):
+        raise ValueError(f"support must be {list(segments.shape)}, one set a token, got shape {tuple(support.shape)}")
+    return support.take(segments.to("cpu").slot).to(device)

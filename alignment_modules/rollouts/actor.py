@@ -56,6 +56,7 @@ class Actor:
         codec: Tokens to text, and the stop tokens.
         seed: Seed of the samples. Each has its own, made of this seed, the step, the prompt's index and the sample's
             number, so that a rollout can be repeated alone.
+        missing_eos_penalty: Taken from the reward of each completion that ends without a stop, 0 or more.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Actor:
         *,
         codec: Codec,
         seed: int = 0,
+        missing_eos_penalty: float = 0.0,
     ) -> None:
         self.engine, self.rewards, self.sampling = engine, rewards, sampling
         self.num_generations, self.codec, self.seed = num_generations, codec, seed
+        self.missing_eos_penalty = missing_eos_penalty
         self.seen = Seen()
         self.statistics: dict[str, Statistic] = {}
 
@@ -90,7 +93,7 @@ class Actor:
         ids, mask, truncated = completions.ids.cpu(), completions.mask.cpu(), completions.truncated.cpu()
         rows = real_tokens(ids, mask)
         table, texts = self._judged(batch, rows, step)
-        rewards, prompt_mask = table.total.float(), batch["prompt_attention_mask"].bool().cpu()
+        rewards, prompt_mask = self.penalised(table.total, truncated), batch["prompt_attention_mask"].bool().cpu()
         group = len(rows) // len(prompt_mask)
         # Nothing predicts the first token after an empty prompt.
         first = (mask.cumsum(dim=-1) == 1) & ~prompt_mask.any(dim=1).repeat_interleave(group)[:, None]
@@ -117,6 +120,7 @@ class Actor:
             truncated=truncated,
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
+            support=completions.support,
         )
 
     def complete(self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, greedy: bool = False) -> Completions:
@@ -139,9 +143,29 @@ class Actor:
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""
         table, _ = judge(self.rewards, self.codec, batch, real_tokens(completions.ids, completions.mask))
-        reward = Statistic(table.total.nansum(), (~table.total.isnan()).sum())
-        statistics = reward_statistics(table.names, table.values, table.total)
+        total = self.penalised(table.total, completions.truncated.cpu())
+        reward = Statistic(total.nansum(), (~total.isnan()).sum())
+        statistics = reward_statistics(table.names, table.values, total)
         return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
+
+    def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
+        """Rewards [completions] float32, less the penalty where a completion ends without a stop.
+
+        Args:
+            rewards: [completions]; NaN: not judged.
+            truncated: [completions] bool.
+
+        Raises:
+            ValueError: If there is a penalty and nothing stops a completion.
+        """
+        if not self.missing_eos_penalty:
+            return rewards.float()
+        if not self.codec.stop_token_ids and not self.sampling.stop_strings:
+            raise ValueError(
+                f"missing_eos_penalty={self.missing_eos_penalty} needs a tokenizer: without stop tokens every "
+                "completion is truncated"
+            )
+        return rewards.float() - self.missing_eos_penalty * truncated
 
     def rows(self, rollout: Rollout | None, first: int | None = None) -> dict[str, list[Any]]:
         """The last rollout in words: a list a column, with an entry a completion; empty before the first.
@@ -205,7 +229,7 @@ class Actor:
                 table, _ = judge(self.rewards, self.codec, batch, real_tokens(greedy.ids, greedy.mask))
             except RewardError as error:
                 raise RewardError(f"optimizer step {step + 1}, greedy completions: {error}") from error
-            rewards, lengths = table.total.float(), greedy.mask.sum(dim=1).float()
+            rewards, lengths = self.penalised(table.total, greedy.truncated.cpu()), greedy.mask.sum(dim=1).float()
             self.seen.greedy_tokens = int(lengths.sum())
             self.statistics["greedy/mean_length"] = Statistic(lengths.sum(), float(len(lengths)))
         self.statistics["greedy/reward"] = Statistic(rewards.nansum(), (~rewards.isnan()).sum())

@@ -108,7 +108,7 @@ def prompt_indices(batch: Mapping[str, Any]) -> list[int]:
     if "index" in batch:
         return [int(index) for index in batch["index"]]
     rank, ranks = rank_and_world_size()
-    return [rank + ranks * row for row in range(len(batch["prompts"]))]
+    return [rank + ranks * row for row in range(len(batch["prompts" if "prompts" in batch else "input_ids"]))]
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.support import Support
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.codec import Codec, real_tokens
 from alignment_modules.rollouts.decoders.base import Decoder
@@ -71,13 +72,14 @@ class _Row:
     Attributes:
         context: Its tokens, the prompt's first.
         start: Tokens of the prompt.
-        turns: Of each turn, where in the context the policy's tokens start, and their log-probabilities.
+        turns: Of each turn, where in the context the policy's tokens start, their log-probabilities, and where the
+            first one's set stands among those of the session.
         truncated: Whether the last turn ended without a stop.
     """
 
     context: list[int]
     start: int
-    turns: list[tuple[int, Tensor]] = field(default_factory=list)
+    turns: list[tuple[int, Tensor, int]] = field(default_factory=list)
     truncated: bool = True
 
 
@@ -92,6 +94,7 @@ class _Session:
     turn: Completions
     decoder: Decoder
     turns: int = 1
+    kept: list[Support] = field(default_factory=list)  # of each turn, what was drawn from, where that is known
 
 
 class InProcessEngine:
@@ -185,14 +188,17 @@ class InProcessEngine:
         shape = (len(session.rows), max(len(row.context) - row.start for row in session.rows))
         ids = torch.full(shape, self.codec.pad_token_id)
         mask, own = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        token_logps = torch.zeros(shape)
+        token_logps, sets = torch.zeros(shape), torch.full(shape, -1)
         for number, row in enumerate(session.rows):
             ids[number, : len(row.context) - row.start] = torch.tensor(row.context[row.start :])
             mask[number, : len(row.context) - row.start] = True
-            for start, logps in row.turns:
+            for start, logps, first in row.turns:
                 place = slice(start - row.start, start - row.start + len(logps))
                 own[number, place], token_logps[number, place] = True, logps
-        return Completions(ids, mask, token_logps, torch.tensor([row.truncated for row in session.rows]), own)
+                sets[number, place] = first + torch.arange(len(logps))
+        support = Support.cat(session.kept).take(sets) if session.kept else None
+        truncated = torch.tensor([row.truncated for row in session.rows])
+        return Completions(ids, mask, token_logps, truncated, own, support)
 
     def sleep(self) -> None:
         """Nothing to give back: the weights are the policy's own."""
@@ -229,8 +235,10 @@ def _append(session: _Session) -> None:
     """Adds what was just written to the rows."""
     turn = session.turn
     written, logps, masks = real_tokens(turn.ids, turn.mask), turn.token_logps.cpu(), turn.mask.cpu()
+    before = sum(kept.sizes.numel() for kept in session.kept)
+    session.kept += [] if turn.support is None else [turn.support]
     for number, (row, cut) in enumerate(zip(session.open, turn.truncated.tolist(), strict=True)):
         one = session.rows[row]
-        one.turns.append((len(one.context), logps[number, masks[number]]))
+        one.turns.append((len(one.context), logps[number, masks[number]], before + number * masks.shape[1]))
         one.context += written[number]
         one.truncated = cut

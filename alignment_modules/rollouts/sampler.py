@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.waiting import tell
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
+from alignment_modules.rollouts.kept_sets import KeptSets
 from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
@@ -30,10 +32,12 @@ class Completions:
     Attributes:
         ids: `[rows, time]` int64, right padded; time is the longest completion's length.
         mask: `[rows, time]` bool, True on the completion's tokens, its stop token included.
-        token_logps: `[rows, time]` float32 log-probabilities under the temperature over the full vocabulary (before
-            top-k, top-p and min-p); 0 on padding.
+        token_logps: `[rows, time]` float32 log-probabilities under the temperature, over the tokens of `support`, or
+            the whole vocabulary where it is None; 0 on padding, NaN where the engine does not tell them.
         truncated: `[rows]` bool, True where the last token is no stop.
         own: `[rows, time]` bool, True on the tokens that the policy wrote; None: all that exist.
+        support: `[rows, time]` on the host, what top-k, top-p and min-p kept where each token was drawn; None: they
+            kept everything, or the engine does not tell. Its log-probabilities are then over the whole vocabulary.
     """
 
     ids: Tensor
@@ -41,6 +45,7 @@ class Completions:
     token_logps: Tensor
     truncated: Tensor
     own: Tensor | None = None
+    support: Support | None = None
 
 
 @torch.no_grad()
@@ -181,7 +186,7 @@ def draw(
     limit = parameters.max_completion_length
     device = logits.device
     is_stop = stop_table(parameters.stop_token_ids, logits.shape[-1], device)
-    temperature = parameters.temperature or 1.0
+    kept_sets = KeptSets(count, limit)
     check_every = 1 if device.type == "cpu" else 8  # counting the alive rows waits for an accelerator
     ids = torch.full((limit, count), pad_token_id, dtype=torch.int64, device=device)
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -191,18 +196,11 @@ def draw(
     rows = torch.arange(count, device=device)
     alive = torch.ones(count, dtype=torch.bool, device=device)
     for time in range(limit):
-        probabilities = token_probabilities(logits, temperature)
-        if uniforms is None:
-            tokens = logits.argmax(-1)
-        else:
-            weights = probabilities
-            if parameters.truncates_support:
-                weights = truncate_support(
-                    probabilities, top_k=parameters.top_k, top_p=parameters.top_p, min_p=parameters.min_p
-                )
-            tokens = inverse_cdf(weights, uniforms[time])
+        tokens, likely, kept = _choose(logits, parameters, None if uniforms is None else uniforms[time])
         ids[time].index_copy_(0, rows, tokens)
-        chosen[time].index_copy_(0, rows, probabilities.gather(1, tokens[:, None]).squeeze(1))
+        chosen[time].index_copy_(0, rows, likely)
+        if kept is not None:
+            kept_sets.add(time, rows, kept)
         if watch is not None:
             watch(ids[: time + 1])
         lengths.index_add_(0, rows, alive.long())
@@ -214,6 +212,7 @@ def draw(
         if time + 1 == limit:
             break
         if (time + 1) % check_every == 0:
+            kept_sets.store()
             remaining = int(alive.sum())
             tell("sampling", count - remaining, count)
             if remaining == 0:
@@ -229,4 +228,33 @@ def draw(
     token_logps = chosen[:longest].t().log().float().masked_fill(~mask, 0.0)
     if not bool(token_logps.isfinite().all()):
         raise NonFiniteLogits("policy gave logits that are not finite; its weights or inputs may hold NaN or infinity.")
-    return Completions(ids[:longest].t().masked_fill(~mask, pad_token_id), mask, token_logps, ~stopped)
+    truncates = uniforms is not None and parameters.truncates_support
+    support = kept_sets.support(mask.cpu()) if truncates else None
+    return Completions(ids[:longest].t().masked_fill(~mask, pad_token_id), mask, token_logps, ~stopped, support=support)
+
+
+def _choose(
+    logits: Tensor, parameters: SamplingParameters, uniforms: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One token a row, its probability, and where the support is truncated what it was drawn from.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+        parameters: How to draw.
+        uniforms: `[rows]` in [0, 1); None: the likeliest token.
+
+    Returns:
+        `[rows]` int64, `[rows]` float, `[rows, vocabulary]` bool or None.
+    """
+    probabilities, kept = token_probabilities(logits, parameters.temperature or 1.0), None
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    elif not parameters.truncates_support:
+        tokens = inverse_cdf(probabilities, uniforms)
+    else:
+        probabilities = truncate_support(
+            probabilities, top_k=parameters.top_k, top_p=parameters.top_p, min_p=parameters.min_p
+        )
+        tokens, kept = inverse_cdf(probabilities, uniforms), probabilities > 0
+    likely = probabilities.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, likely if kept is None else likely / probabilities.sum(dim=-1), kept

@@ -18,32 +18,40 @@ _HALF = np.uint64(32)
 
 @dataclass(frozen=True)
 class Seeds:
-    """What the samples of a rollout are seeded with: sample `g` of prompt index `i` with `(seed, step, i, g)`.
+    """What the samples of a rollout are seeded with: sample `g` of prompt index `i` with `(seed, step, draw, i, g)`.
 
     Attributes:
         indices: Identity of each prompt, not negative; equal ones draw alike.
         seed: Base seed, not negative.
         step: Counter of rollouts under this seed, e.g. the optimizer step, not negative.
+        draw: Which of several rollouts at this step, from 0: prompts that come again in it are answered anew.
     """
 
     indices: Sequence[int]
     seed: int = 0
     step: int = 0
+    draw: int = 0
 
     def uniforms(self, num_samples: int, length: int, turn: int = 0) -> Tensor:
         """`sample_uniforms` of these seeds."""
-        return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn)
+        return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn, self.draw)
 
 
 def sample_uniforms(
-    seed: int, step: int, prompt_indices: Sequence[int], num_samples: int, length: int, turn: int = 0
+    seed: int,
+    step: int,
+    prompt_indices: Sequence[int],
+    num_samples: int,
+    length: int,
+    turn: int = 0,
+    draw: int = 0,
 ) -> Tensor:
     """Draws the uniforms that decide every token of every sample, up front.
 
     Sample `g` of prompt index `i` gets what numpy's `Generator(Philox(key=key, counter=[0, g, i, turn]))` gives with
-    `.random(length)` and `key = SeedSequence((seed, step)).generate_state(2, uint64)`, whatever else is in the batch,
-    so that a rollout can be replayed alone. All rows are computed at once here, because one numpy generator per row
-    costs more than sampling from a small model.
+    `.random(length)` and `key = SeedSequence((seed, step, draw)).generate_state(2, uint64)` (for draw 0 that of
+    `(seed, step)`), whatever else is in the batch, so that a rollout can be replayed alone. All rows are computed at
+    once here, because one numpy generator per row costs more than sampling from a small model.
 
     Args:
         seed: Base seed, not negative.
@@ -52,6 +60,7 @@ def sample_uniforms(
         num_samples: Samples per prompt, `G`.
         length: Uniforms per sample.
         turn: Which of a sample's turns, from 0: each draws numbers of its own.
+        draw: Which of several rollouts at this step, from 0, likewise.
 
     Returns:
         `[prompts * num_samples, length]` float64 in [0, 1), row `p * num_samples + g`.
@@ -68,7 +77,7 @@ def sample_uniforms(
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
     rows, blocks = len(prompt_indices) * num_samples, -(-length // 4)
-    key = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    key = np.random.SeedSequence((seed, step, draw)).generate_state(2, np.uint64)
     counter = [np.zeros((rows, blocks), dtype=np.uint64) for _ in range(4)]
     counter[0] += np.arange(1, blocks + 1, dtype=np.uint64)  # numpy counts before it draws
     counter[1] += np.tile(np.arange(num_samples, dtype=np.uint64), len(prompt_indices))[:, None]
@@ -76,6 +85,50 @@ def sample_uniforms(
     counter[3] += np.uint64(turn)
     words = np.stack(_philox(counter, key), axis=-1).reshape(rows, blocks * 4)[:, :length]
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def token_draws(seed: int, step: int, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Random numbers that belong to a token: to its prompt, its completion and its place, and to nothing beside these.
+
+    Equal completions of equal prompts draw alike. Padding, and what else is in the batch, change nothing.
+
+    Args:
+        seed: Base seed, not negative.
+        step: Not negative, e.g. the optimizer step.
+        prompt_ids: `[prompts, time]` int64, on the host.
+        prompt_mask: `[prompts, time]` bool, on the host.
+        ids: `[completions, time]` int64, on the host; as many of each prompt, beside each other.
+        mask: `[completions, time]` bool, on the host.
+
+    Returns:
+        `[completions, time]` float64 in [0, 1).
+
+    >>> one = torch.ones(1, 1, dtype=torch.long)
+    >>> draws = token_draws(0, 0, one, one.bool(), torch.tensor([[4, 5]]), torch.tensor([[True, True]]))
+    >>> bool(draws[0, 0] != draws[0, 1])
+    True
+    """
+    group = len(ids) // max(len(prompt_ids), 1)
+    base = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    prompts = _fingerprints(prompt_ids, prompt_mask, base[0])
+    rows = _mixed(_fingerprints(ids, mask, base[1]) + np.repeat(prompts, group))
+    places = np.cumsum(mask.numpy(), axis=1, dtype=np.uint64)
+    words = _mixed(rows[:, None] + places * np.uint64(_WEYL[0]))
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _fingerprints(ids: Tensor, mask: Tensor, key: np.uint64) -> np.ndarray:
+    """A word for the real tokens of each row, in their order."""
+    real, places = mask.numpy(), np.cumsum(mask.numpy(), axis=1, dtype=np.uint64)
+    words = _mixed(_mixed(ids.numpy().astype(np.uint64) + key) + places * np.uint64(_WEYL[1]))
+    return _mixed(np.where(real, words, np.uint64(0)).sum(axis=1, dtype=np.uint64) + real.sum(axis=1, dtype=np.uint64))
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function: a small change of a word changes all of it."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def _philox(counter: list[np.ndarray], key: np.ndarray) -> list[np.ndarray]:

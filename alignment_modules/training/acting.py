@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional.ranges import Count, Finite, Natural, Positive, Range, Seed, Share, check_options
+from alignment_modules.functional.ranges import (
+    Count,
+    Finite,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_options,
+)
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
@@ -31,7 +41,9 @@ class ActingModule(UpdateModule):
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
     `response_loss_mask` (the policy wrote it), `rewards` [batch * G] (or [batch * G, rewards], each by itself) and
-    `old_logprobs` [batch * G, time]: what it brings is not sampled, judged or scored again.
+    `old_logprobs` [batch * G, time]: what it brings is not sampled, judged or scored again. It does not say what a
+    filter kept: given completions are scored over the whole vocabulary, and so must their `old_logprobs` be, or their
+    ratio is off by the mass that was kept.
 
     Args:
         rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
@@ -39,10 +51,11 @@ class ActingModule(UpdateModule):
         num_generations: G, completions of each prompt.
         max_completion_length: Longest completion in tokens.
         temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
-        top_p: Nucleus size. Below 1 the samples no longer come from the scored distribution: the ratio is biased.
-        top_k: Number of likeliest tokens kept; 0 keeps all. The same caution holds.
-        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. The same caution holds.
+        top_p: Nucleus size. What is kept where a token is drawn is recorded, and the policy is scored over it.
+        top_k: Number of likeliest tokens kept; 0 keeps all. Recorded likewise.
+        min_p: Tokens below this share of the likeliest are dropped; 0 keeps all. Recorded likewise.
         stop_strings: Completions also end with these strings.
+        missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
             step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
         **common: Keywords of `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
@@ -64,6 +77,7 @@ class ActingModule(UpdateModule):
         top_k: Natural = 0,
         min_p: Share = 0.0,
         stop_strings: list[str] | None = None,
+        missing_eos_penalty: NonNegative = 0.0,
         seed: Seed | None = None,
         **common: Any,
     ) -> None:
@@ -78,11 +92,17 @@ class ActingModule(UpdateModule):
             num_generations,
             codec=self.codec,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
+            missing_eos_penalty=missing_eos_penalty,
         )
         self.rollout: Rollout | None = None
         self.kept_ratios: list[Tensor] | None = None  # of the logged steps, [tokens] each, once someone asks: a list
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
+
+    @property
+    def fewest_completions(self) -> int:
+        """Completions that a prompt needs at least."""
+        return 1
 
     @property
     def compares_with_greedy(self) -> bool:
@@ -111,6 +131,12 @@ class ActingModule(UpdateModule):
         """
         super().check_batch(batch)
         check_given_rollout(batch)
+        prompts, fewest = len(batch["prompts"]), self.fewest_completions
+        if "responses" in batch and len(batch["responses"]) < fewest * prompts:
+            raise ValueError(
+                f"responses has {len(batch['responses'])} rows for {prompts} prompts: {type(self).__name__} compares a "
+                f"prompt's completions with each other and needs at least {fewest} of each"
+            )
         judged = ["rewards", "greedy_rewards"] if self.compares_with_greedy else ["rewards"]
         if not all(isinstance(batch.get(name), Tensor) for name in judged):
             self.codec.require_tokenizer()
@@ -141,7 +167,8 @@ class ActingModule(UpdateModule):
         """Adds how completions are drawn and judged."""
         sampling = self.actor.sampling
         return super().describe() | {
-            "rewards": ", ".join(self.rewards.names),
+            "rewards": ", ".join(self.rewards.names)
+            + f", less {self.actor.missing_eos_penalty:g} without a stop" * bool(self.actor.missing_eos_penalty),
             "sampling": f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
             f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.actor.seed}",
         }
@@ -201,7 +228,15 @@ class ActingModule(UpdateModule):
         rows = rollout.prompt_ids, rollout.prompt_mask, rollout.ids, rollout.mask, targets
         return Segments.from_prompts(*rows, reads=reads).to(self.device)
 
-    def score_piece(self, model: nn.Module, rollout: Rollout, targets: Tensor, *, ask: Collection[Ask] = ()) -> Scores:
+    def score_piece(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        targets: Tensor,
+        *,
+        ask: Collection[Ask] = (),
+        over_support: bool = True,
+    ) -> Scores:
         """Scores [N, T] of a piece of a rollout, at the temperature that it was sampled with.
 
         Args:
@@ -209,37 +244,59 @@ class ActingModule(UpdateModule):
             rollout: The piece.
             targets: [N, T] bool, on the host: which tokens are scored.
             ask: As in `score`.
+            over_support: Whether the distributions are over the rollout's `support`, where it has one, as those are
+                that were sampled from; else over the whole vocabulary.
         """
-        segments = self.segments_of(rollout, targets)
-        scores = score(model, segments, temperature=self.actor.sampling.temperature, ask=ask)
+        segments, support = self.segments_of(rollout, targets), rollout.support if over_support else None
+        scores = score(model, segments, temperature=self.actor.sampling.temperature, support=support, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)
         return scores
 
-    def score_rollout(self, rollout: Rollout, companion: Frozen | None = None) -> Tensor:
+    def score_rollout(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        trained_only: bool = False,
+        over_support: bool | None = None,
+    ) -> Tensor:
         """Log-probabilities [N, T] of `scores_of`."""
-        return self.scores_of(rollout, companion).token_logps
+        return self.scores_of(rollout, companion, trained_only=trained_only, over_support=over_support).token_logps
 
     @torch.no_grad()
-    def scores_of(self, rollout: Rollout, companion: Frozen | None = None, *, ask: Collection[Ask] = ()) -> Scores:
+    def scores_of(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        ask: Collection[Ask] = (),
+        trained_only: bool = False,
+        over_support: bool | None = None,
+    ) -> Scores:
         """Scores [N, T] of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
             ask: As in `score`.
+            trained_only: Whether what is left out of the loss is not scored either.
+            over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
+                filters kept is not its own.
 
         Raises:
             NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
         rows, pieces = len(rollout.ids), []
         size = max((self.micro_batch_size or rows) // rollout.group, 1)
+        over = companion is None if over_support is None else over_support
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
             for start in range(0, max(len(rollout), 1), size):
                 tell("scoring", start * rollout.group, rows)
                 piece = rollout.select(slice(start, start + size))
-                pieces.append(self.score_piece(model, piece, piece.own, ask=ask))
+                targets = piece.trained if trained_only else piece.own
+                pieces.append(self.score_piece(model, piece, targets, ask=ask, over_support=over))
         told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
         joined: Any = {name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()}
         scores = Scores(**joined)

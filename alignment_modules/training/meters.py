@@ -40,10 +40,11 @@ class Meters:
                 if not isinstance(weight, Tensor):
                     weight = value.new_full((), weight)
                 sums = torch.cat([value, weight.to(value).reshape(-1)])
-                self._values[key] = sums + self._values[key] if key in self._values else sums
+                # what a checkpoint held is on the module's device, what rewards gave on the host
+                self._values[key] = sums + self._values[key].to(sums.device) if key in self._values else sums
             else:
                 pick = torch.minimum if kind == "min" else torch.maximum
-                self._values[key] = pick(value, self._values[key]) if key in self._values else value
+                self._values[key] = pick(value, self._values[key].to(value.device)) if key in self._values else value
 
     def compute(self, reduce: Reduce) -> dict[str, float]:
         """Combines the ranks and returns plain numbers; a mean without units and an extreme of nothing are left out.

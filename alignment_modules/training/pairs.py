@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional import sequence_logps
@@ -84,6 +85,18 @@ class ScoredPairs:
     lengths: Tensor
     counted: Tensor
 
+    @classmethod
+    def of(cls, scores: Scores, prompts: Scores | None = None) -> ScoredPairs:
+        """Pairs of what is scored.
+
+        Args:
+            scores: `[2 * pairs, time]`, rows alternating chosen and rejected.
+            prompts: `[pairs, time]`, where they are scored.
+        """
+        lengths = scores.mask.sum(dim=1).view(-1, 2)
+        logps = sequence_logps(scores.token_logps).view(-1, 2)
+        return cls(scores, prompts, logps, lengths, lengths.amin(dim=1) > 0)
+
     @property
     def mean_logps(self) -> Tensor:
         """`[pairs, 2]`, means over tokens."""
@@ -122,9 +135,27 @@ def score_pairs(
     scores, prompts = score(policy, segments, ask=ask), None
     if score_prompts:
         scores, prompts = _split(scores, len(scores.mask) // 3 * 2)
-    lengths = scores.mask.sum(dim=1).view(-1, 2)
-    logps = sequence_logps(scores.token_logps).view(-1, 2)
-    return ScoredPairs(scores, prompts, logps, lengths, lengths.amin(dim=1) > 0)
+    return ScoredPairs.of(scores, prompts)
+
+
+def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Which two completions of each prompt make a pair.
+
+    Args:
+        rewards: `[prompts, G]`; NaN: not judged.
+
+    Returns:
+        `[prompts, 2]` int64, the places of the best and the worst completion (of equal ones the first), and `[prompts]`
+        bool, whether they differ: by 1e-6 or more, with at least two judged.
+
+    >>> best_and_worst(torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, torch.nan]]))
+    (tensor([[1, 0],
+            [0, 0]]), tensor([ True, False]))
+    """
+    unjudged = rewards.isnan()
+    best, worst = rewards.masked_fill(unjudged, -torch.inf), rewards.masked_fill(unjudged, torch.inf)
+    differ = best.amax(dim=1) - worst.amin(dim=1) >= 1e-6
+    return torch.stack([best.argmax(dim=1), worst.argmin(dim=1)], dim=1), differ
 
 
 def pair_statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:

@@ -25,7 +25,9 @@ from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
+from alignment_modules.training.controllers import Coefficients, Delta
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.selection import mark_covariant
 
 
 class PolicyGradientModule(ActingModule):
@@ -38,21 +40,36 @@ class PolicyGradientModule(ActingModule):
         beta: Strength of the KL penalty against the reference; 0: no reference is held.
         kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio).
         kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused.
-        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None.
+        epsilon: Clip range of the ratio below 1, and above where `epsilon_high` is None; None: the loss's own, which
+            is 0.2 for PPO's (of sequences 3e-4, and 4e-4 above).
         epsilon_high: Clip range above 1 (clip-higher); for "cispo" how far above 1 its cap is, 4.0 where None.
-        delta: Two-sided clipping: upper bound of the ratio also where the advantage is negative.
-        importance_level: "token", or "sequence" (GSPO). The mean stays that of `loss`: "grpo" averages over
-            completions, as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
+        delta: Two-sided clipping, or dual clip: upper bound of the ratio also where the advantage is negative.
+        importance_level: What one ratio spans: "token", "sequence" (GSPO) or "sequence_token" (GSPO-token, for
+            advantages by token); None: the loss's own. The mean stays that of `loss`: "grpo" averages over completions,
+            as the GSPO paper does; "dapo" over tokens, so that long completions weigh more.
         num_iterations: Passes over each rollout.
         minibatches: Optimizer steps in a pass.
-        loss: "grpo", "dapo", "bnpo", "dr_grpo" or "cispo": the per-token loss and how it is reduced.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" (PPO's clip, reduced another way), "luspo", "cispo", "sapo", "gmpo",
+            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`.
+        loss_options: Numbers of that loss by name: "sapo": temperature_pos, temperature_neg; "vespo": k_pos,
+            lambda_pos, k_neg, lambda_neg; "dppo_tv", "dppo_kl": ratio_cap; "clip_cov": share, covariance_low,
+            covariance_high; "kl_cov": share, kl_coef. None: its defaults.
+        reduction: "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm"
+            or "prompt_mean"; see `aggregate`. None: the loss's own.
         mask_truncated: Leave completions that hit the length limit out of the loss (what is compared with others is
             still compared with them). Completions that no reward applies to are in neither.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
+        kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
+            stays.
+        kl_horizon: Completions over which `beta` changes by up to a fifth; None: 10,000.
+        entropy_target: Entropy in nats a token below which `entropy_coef` grows, and above which there is no bonus
+            (`EntropyController`); None: it stays.
+        entropy_coef_delta: By how much `entropy_coef` then changes after a rollout; None: 0.005.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
-            temperature, top_p, top_k, min_p, stop_strings, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+            temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule`
+            (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer,
+            evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -64,30 +81,54 @@ class PolicyGradientModule(ActingModule):
         beta: NonNegative = 0.0,
         kl_estimator: str = "k3",
         kl_placement: Literal["loss", "reward"] = "loss",
-        epsilon: Share = 0.2,
+        epsilon: Share | None = None,
         epsilon_high: NonNegative | None = None,
         delta: Positive | None = None,
-        importance_level: Literal["token", "sequence"] = "token",
+        importance_level: Literal["token", "sequence", "sequence_token"] | None = None,
         num_iterations: Count = 1,
         minibatches: Count = 1,
         loss: str = "dapo",
+        loss_options: dict[str, float] | None = None,
+        reduction: str | None = None,
         mask_truncated: bool = False,
         entropy_coef: Finite = 0.0,
+        kl_target: Positive | None = None,
+        kl_horizon: Positive | None = None,
+        entropy_target: NonNegative | None = None,
+        entropy_coef_delta: Delta | None = None,
         reference: str | PolicyConfig | nn.Module | None = None,
         **acting: Any,
     ) -> None:
         check_options(PolicyGradientModule.__init__, locals())
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
-        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level)
+        surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level, reduction, loss_options)
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
+        coefficients = Coefficients(
+            beta,
+            entropy_coef,
+            kl_target=kl_target,
+            kl_horizon=kl_horizon,
+            entropy_target=entropy_target,
+            entropy_coef_delta=entropy_coef_delta,
+        )
         super().__init__(**acting)
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
         self.mask_truncated = mask_truncated
+        self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
+
+    def extra_state(self) -> dict[str, Any]:
+        """Adds the coefficients that are adapted."""
+        return super().extra_state() | {"coefficients": self.coefficients.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes them up."""
+        super().load_extra_state(state)
+        self.coefficients.load_state_dict(state.get("coefficients", {}))
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Adds the advantages, and leaves what has none out of `trained`.
@@ -102,6 +143,12 @@ class PolicyGradientModule(ActingModule):
     def optimizer_steps_per_batch(self) -> int:
         """Passes over a rollout times the optimizer steps of a pass."""
         return self.num_iterations * self.minibatches
+
+    def before_updates(self, pieces: list[Rollout]) -> list[Rollout]:
+        """Chooses what a loss treats apart among all tokens of the step."""
+        if not self.surrogate.row.selects:
+            return pieces
+        return mark_covariant(self, self.surrogate, pieces, known=True)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Rolls out, annotates, updates."""
@@ -119,11 +166,15 @@ class PolicyGradientModule(ActingModule):
             given: Whether its old log-probabilities are another policy's.
             first: Whether it is an epoch's first.
         """
+        self._train_meters.update(self.coefficients.statistics(self.device))
         parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
         for number, part in enumerate(parts):
-            if not number and not given:  # the policy is still the one that sampled
+            if (
+                not number and not given and not self.surrogate.row.of_sampler
+            ):  # the policy is still the one that sampled
                 part = replace(part, old_logps=None)
             self.step(part)
+        self.coefficients.step(self.reduce, len(rollout.ids), self.device)
 
     def step(self, part: Rollout) -> None:
         """One optimizer step on a minibatch of a rollout."""
@@ -134,21 +185,8 @@ class PolicyGradientModule(ActingModule):
 
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
-        old_logps, penalty = rollout.old_logps, None
-        in_reward = bool(self.beta) and self.kl_placement == "reward"
-        if old_logps is None and (in_reward or self.optimizer_steps_per_batch > 1):
-            # What is compared with the reference is computed as it is: equal policies then differ by nothing.
-            known = not in_reward and not bool(rollout.sampled_logps.isnan().any())
-            old_logps = rollout.sampled_logps if known else self.score_rollout(rollout)
-            rollout = replace(rollout, old_logps=old_logps)
-        if self.beta:
-            reference_logps = self.score_rollout(rollout, self.reference)
-            rollout = replace(rollout, reference_logps=reference_logps)
-        if in_reward and old_logps is not None:
-            own = rollout.own.to(self.device, non_blocking=True)
-            divergence = kl_penalty(old_logps, reference_logps, estimator=self.kl_estimator)
-            penalty = self.beta * divergence.masked_fill(~own, 0.0)
-            self._train_meters.update({"kl": token_mean(divergence, own)})
+        self.coefficients.begin()
+        rollout, penalty = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
             if not self.codec.stop_token_ids:
@@ -156,7 +194,38 @@ class PolicyGradientModule(ActingModule):
                     "mask_truncated=True needs a tokenizer: without stop tokens every completion is truncated"
                 )
             trained = trained & ~rollout.truncated[:, None]
-        return self.credit(replace(rollout, trained=trained), penalty)
+        rollout = self.credit(replace(rollout, trained=trained), penalty)
+        if self.surrogate.reduced_by == "prompt_mean":  # micro-batches may cut a prompt's completions apart
+            counts = rollout.trained.sum(dim=1).view(-1, rollout.group).sum(dim=1).repeat_interleave(rollout.group)
+            rollout = replace(rollout, prompt_tokens=counts.to(self.device))
+        return rollout
+
+    def _with_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Adds those of old policy and reference that will be read; also what the KL takes from each token's reward."""
+        in_reward, penalty = bool(self.beta) and self.kl_placement == "reward", None
+        of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
+        if of_sampler and bool((sampled.isnan() & rollout.own.to(sampled.device)).any()):
+            raise ValueError(
+                f"loss={self.surrogate.loss!r} compares with the probabilities that tokens were sampled with, and "
+                "these completions come without: a batch that brings responses needs old_logprobs, too"
+            )
+        now = whole = rollout.old_logps
+        if now is None and in_reward:
+            # What is compared with the reference is computed as it is: equal policies then differ by nothing.
+            whole = self.score_rollout(rollout, over_support=False)
+            now = whole if rollout.support is None else None
+        if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
+            now = self.score_rollout(rollout) if bool(sampled.isnan().any()) else sampled
+        rollout = replace(rollout, old_logps=sampled if of_sampler else now)
+        if self.beta:
+            reference_logps = self.score_rollout(rollout, self.reference)
+            rollout = replace(rollout, reference_logps=reference_logps)
+        if in_reward and whole is not None:
+            own = rollout.own.to(self.device, non_blocking=True)
+            divergence = kl_penalty(whole, reference_logps, estimator=self.kl_estimator)
+            penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
+            self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
+        return rollout, penalty
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, summed as the loss's reduction says."""
@@ -165,7 +234,8 @@ class PolicyGradientModule(ActingModule):
 
     def targets(self, rollout: Rollout) -> Tensor:
         """[N, T] bool, on the host: the trained tokens of a piece that can move the policy."""
-        if self.entropy_coef or (self.beta and self.kl_placement == "loss"):
+        in_loss = self.beta and self.kl_placement == "loss"
+        if in_loss or self.coefficients.entropy is not None or self.surrogate.loss == "kl_cov":
             return rollout.trained
         given: Any = rollout.advantages
         rows = given != 0 if given.dim() == 1 else (given != 0).any(dim=1)
@@ -174,7 +244,9 @@ class PolicyGradientModule(ActingModule):
 
     def asked(self) -> list[Ask]:
         """What `policy_objective` reads of the scores beside the log-probabilities."""
-        return ["entropy"] if torch.is_grad_enabled() and (self.entropy_coef or self.logging_due) else []
+        ask: list[Ask] = ["full_logps"] if self.beta and self.kl_placement == "loss" else []
+        wanted = self.coefficients.entropy is not None or self.logging_due
+        return [*ask, "entropy"] if torch.is_grad_enabled() and wanted else ask
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """The surrogate, the KL in the loss and the entropy bonus of a piece whose `targets` were scored."""
@@ -182,17 +254,26 @@ class PolicyGradientModule(ActingModule):
         mask, advantages = (values.to(self.device, non_blocking=True) for values in (rollout.trained, given))
         token_logps = scores.token_logps
         old_logps = token_logps.detach() if rollout.old_logps is None else rollout.old_logps
-        values = self.surrogate(token_logps, old_logps, advantages, mask)
+        values = self.surrogate(token_logps, old_logps, advantages, mask, rollout.covariant)
         statistics = {}
         if self.beta and self.kl_placement == "loss":
-            options = {"estimator": self.kl_estimator, "old_token_logps": old_logps}
-            divergence = kl_penalty(token_logps, rollout.reference_logps, **options)  # type: ignore[arg-type]
-            values = values + self.beta * divergence
-            statistics["kl"] = token_mean(divergence, mask)
-        if self.entropy_coef and scores.entropy is not None:
-            values = values - self.entropy_coef * scores.entropy
-        longest = self.actor.sampling.max_completion_length
-        total, weight = aggregate(values, mask, reduction=self.surrogate.reduction, max_length=longest)
+            divergence = kl_penalty(
+                scores.full_logps,  # type: ignore[arg-type]
+                rollout.reference_logps,  # type: ignore[arg-type]
+                estimator=self.kl_estimator,
+                old_token_logps=old_logps,
+                ratio_token_logps=token_logps,
+            )
+            values = values + self.coefficients.kl * divergence
+            statistics["kl"] = self.coefficients.measure("kl", token_mean(divergence, mask))
+        bonus = self.coefficients.entropy
+        if bonus is not None and scores.entropy is not None:
+            values = values - bonus * scores.entropy
+            self.coefficients.measure("entropy", token_mean(scores.entropy, mask))
+        reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
+        total, weight = aggregate(
+            values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens
+        )
         statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
@@ -201,10 +282,12 @@ class PolicyGradientModule(ActingModule):
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
+        entropy = {"entropy": f"weight {self.entropy_coef:g}{self.coefficients.describe('entropy')}"}
         return super().describe() | {
             "loss": self.surrogate.describe(),
-            "normaliser": f"{self.surrogate.reduction} over the optimizer step, all micro-batches and ranks",
-            "KL": kl,
+            "normaliser": f"{self.surrogate.reduced_by} over the optimizer step, all micro-batches and ranks",
+            "KL": kl + self.coefficients.describe("kl"),
+            **(entropy if self.coefficients.entropy is not None else {}),
             "updates": f"{self.optimizer_steps_per_batch} a rollout: passes {self.num_iterations}, optimizer steps in "
             f"a pass {self.minibatches}",
         }
@@ -217,7 +300,7 @@ class PolicyGradientModule(ActingModule):
         shares = self.surrogate.statistics(token_logps, old_logps, advantages, mask)
         found = {name: Statistic(*share) for name, share in shares.items()}  # type: ignore[arg-type]
         if self.kept_ratios is not None:
-            ratio = importance_ratio(token_logps, old_logps, mask, level=self.surrogate.importance_level)
+            ratio = importance_ratio(token_logps, old_logps, mask, level=self.surrogate.level)
             self.kept_ratios.append(ratio[mask])
         if scores.entropy is not None:
             found["entropy"] = token_mean(scores.entropy, mask)

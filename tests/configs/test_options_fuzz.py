@@ -177,9 +177,9 @@ def words(value):
 
 @pytest.mark.parametrize(("group", "cls"), list(cases()), ids=lambda value: getattr(value, "__name__", value))
 def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
-    for place in ("alignment_modules.training.module.build_policy", "alignment_modules.paradigms.dpo.frozen_companion"):
-        monkeypatch.setattr(place, stub_policy)
-    monkeypatch.setattr("alignment_modules.training.policy_gradient.frozen_companion", stub_policy)
+    monkeypatch.setattr("alignment_modules.training.module.build_policy", stub_policy)
+    for place in ("paradigms.dpo", "paradigms.online_dpo", "training.policy_gradient"):
+        monkeypatch.setattr(f"alignment_modules.{place}.frozen_companion", stub_policy)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     wrong, count = [], 0
     for level, parameter, hint, _ in options_of(cls):

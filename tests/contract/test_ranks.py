@@ -11,8 +11,9 @@ from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
 FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
-FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged"]
-FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora"]
+FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "controllers"]
+FURTHER += ["reinforce_pp", "gdpo", "optimal_token whitened", "remax"]
+FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,8 @@ def test_same_update_as_one_process(results, name):
     assert two["metrics"]["train/num_tokens"] == one["metrics"]["train/num_tokens"]
     for key in ("train/router_loss", "train/rewards/calibration_error", "train/rewards/min", "train/rewards/max"):
         assert two["metrics"].get(key) == pytest.approx(one["metrics"].get(key), abs=1e-5)
+    for name, state in one["extra"].get("coefficients", {}).items():
+        assert two["extra"]["coefficients"][name] == pytest.approx(state, rel=1e-5), name
 
 
 @pytest.mark.distributed

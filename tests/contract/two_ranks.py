@@ -108,11 +108,21 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught
-    for name in ("dpo", "kto"):
+    own = ROWS["distillation"].variants["half on policy"]
+    yield "on policy", lambda: make("distillation", **own), ROWS["distillation"].batch
+    yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
+    for name in ("dpo", "kto", "online_dpo"):
         yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
+    control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
+    control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
+    yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
+    for label in ("reinforce_pp", "gdpo", "optimal_token whitened", "remax"):
+        row = ROWS["grpo"]
+        options = row.variants[label]
+        yield label, lambda options=options: make("grpo", **options), row.variant_batches.get(label, row.batch)
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
@@ -140,7 +150,8 @@ def main(folder: Path, devices: int) -> None:
         if trainer.is_global_zero:
             change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            torch.save({"change": change, "metrics": metrics}, folder / f"{name}_{devices}.pt")
+            saved = {"change": change, "metrics": metrics, "extra": module.extra_state()}
+            torch.save(saved, folder / f"{name}_{devices}.pt")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_policy_gradient(name):
         torch.tensor(inputs["advantages"]),
         mask,
         loss=options["loss_type"],
+        epsilon=None if options["loss_type"] == "cispo" else 0.2,
         epsilon_high=high,
         importance_level=options.get("level", "token"),
         delta=options.get("delta"),

@@ -32,7 +32,7 @@ def plain(hidden, weight, targets, bias=None, temperature=1.0, logit_scale=1.0, 
     correct = log_p.argmax(-1) == targets
     collision = log_p.detach().exp().square().sum(-1).log()
     entropy = -(log_p.exp() * log_p).sum(-1)
-    return chosen, entropy, correct, (logits / temperature).logsumexp(-1), log_p.mean(-1), collision
+    return chosen, entropy, correct, (logits / temperature).logsumexp(-1), log_p.mean(-1), collision, chosen
 
 
 def head(rows=7, width=5, vocabulary=11, dtype=torch.float64, seed=0):
@@ -85,7 +85,7 @@ def test_entropy_of_uniform_and_of_certain():
     assert token_entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))
     logits = torch.tensor([0.0, float("-inf"), float("-inf")], requires_grad=True)
     entropy = token_entropy(logits)
-    entropy.backward()
+    (3 * entropy).backward()
     assert entropy.item() == 0
     assert torch.isfinite(logits.grad).all()
 
@@ -124,6 +124,7 @@ def test_linear_matches_plain(settings, with_bias, max_chunk_bytes):
         with_normalizer=True,
         with_mean_logp=True,
         with_collision=True,
+        with_full_logps=True,
         **settings,
     )
     assert isinstance(scores, LinearTokenScores)

@@ -109,3 +109,17 @@ def test_refuses(keywords, message):
 def test_refuses_another_shape():
     with pytest.raises(ValueError, match=r"mask must have the shape of values, \(2, 3\), got \(2, 4\)"):
         aggregate(torch.zeros(2, 3), torch.zeros(2, 4), reduction="token_mean")
+
+
+@pytest.mark.parametrize("sizes", [(8,), (1,) * 8, (3, 4, 1)])
+def test_prompt_mean_of_prompts_that_are_cut_apart(sizes):
+    values = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.rand(8, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[4:] = False  # a prompt without a token is not counted
+    tokens = mask.sum(1).view(2, 4).sum(1).repeat_interleave(4)
+    total, weight = aggregate(values, mask, reduction="prompt_mean", group_size=4)
+    pieces = zip(values.split(sizes), mask.split(sizes), tokens.split(sizes), strict=True)
+    parts = [aggregate(v, m, reduction="prompt_mean", prompt_tokens=t) for v, m, t in pieces]
+    torch.testing.assert_close(sum(part[0] for part in parts), total)
+    torch.testing.assert_close(sum(part[1] for part in parts), weight)
+    assert weight == 1

@@ -14,8 +14,16 @@ from alignment_modules.functional import (
     importance_ratio,
     policy_gradient_loss,
 )
+from alignment_modules.functional.policy_losses import LOSSES
 
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+CLIPPED = ["grpo", "dapo", "bnpo", "dr_grpo"]
+LEVELS = [(loss, level) for loss, row in LOSSES.items() for level in row.ranges]
+
+
+def ranges(loss):
+    """The clip ranges that the loss reads."""
+    return {"epsilon_high": 0.28} if loss == "cispo" else CLIP
 
 
 def samples(rows=6, time=8, seed=0):
@@ -33,7 +41,7 @@ def by_loops(token_logps, old, advantages, mask, loss, level, delta):
     for row in range(token_logps.shape[0]):
         kept = [t for t in range(token_logps.shape[1]) if mask[row, t]]
         logs = {t: (token_logps[row, t] - old[row, t]).item() for t in kept}
-        if level == "sequence":
+        if level != "token":
             logs = dict.fromkeys(kept, sum(logs.values()) / max(len(kept), 1))
         advantage = advantages[row].item()
         for t in kept:
@@ -46,16 +54,13 @@ def by_loops(token_logps, old, advantages, mask, loss, level, delta):
     return result
 
 
-CLIPPED = [loss for loss in LOSS_REDUCTIONS if loss != "cispo"]  # which has a cap, and refuses `delta`
-
-
-@pytest.mark.parametrize(
-    ("loss", "delta"), [*((loss, None) for loss in LOSS_REDUCTIONS), *((loss, 1.4) for loss in CLIPPED)]
-)
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("loss", "delta"), [*((loss, d) for loss in CLIPPED for d in (None, 1.4)), ("cispo", None)])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 def test_by_loops(loss, level, delta):
+    if level not in LOSSES[loss].ranges:
+        return
     inputs = samples()
-    result = policy_gradient_loss(*inputs, loss=loss, importance_level=level, delta=delta, **CLIP)
+    result = policy_gradient_loss(*inputs, loss=loss, importance_level=level, delta=delta, **ranges(loss))
     torch.testing.assert_close(result, by_loops(*inputs, loss, level, delta))
 
 
@@ -84,19 +89,20 @@ def test_gradcheck(level, delta):
 def test_cispo_gradient_keeps_the_capped_weight_constant():
     token_logps, old, advantages, mask = samples()
     token_logps.requires_grad_()
-    policy_gradient_loss(token_logps, old, advantages, mask, loss="cispo", **CLIP).sum().backward()
+    policy_gradient_loss(token_logps, old, advantages, mask, loss="cispo", epsilon_high=0.28).sum().backward()
     weight = (token_logps.detach() - old).exp().clamp(max=1.28)
     torch.testing.assert_close(token_logps.grad, -weight * advantages[:, None] * mask)
 
 
-@pytest.mark.parametrize("loss", LOSS_REDUCTIONS)
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("loss", "level"), LEVELS)
 def test_first_update_is_reinforce(loss, level):
+    """At a ratio of 1 no loss adds anything to `-A d log p`, be it clipped, gated, weighted or averaged."""
     token_logps, _, advantages, mask = samples()
     token_logps.requires_grad_()
-    old = token_logps.detach()
+    old, nowhere = token_logps.detach(), torch.zeros_like(mask)
     assert (importance_ratio(token_logps, old, mask, level=level) == 1).all()
-    policy_gradient_loss(token_logps, old, advantages, mask, loss=loss, importance_level=level).sum().backward()
+    options = {"loss": loss, "importance_level": level, "covariant": nowhere}
+    policy_gradient_loss(token_logps, old, advantages, mask, **options).sum().backward()
     torch.testing.assert_close(token_logps.grad, -advantages[:, None] * mask)
 
 
@@ -107,14 +113,14 @@ def test_two_sided_clip_bounds_negative_advantages():
     assert policy_gradient_loss(token_logps, old, advantage, mask, delta=4.0).item() == 4
 
 
-@pytest.mark.parametrize("loss", LOSS_REDUCTIONS)
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("loss", "level"), LEVELS)
 def test_extremes_and_rubbish_outside_the_mask(loss, level):
     token_logps = torch.tensor([[-1e4, 0.0, -1.0], [0.0, -1e4, -1.0]]).requires_grad_()
     old = torch.tensor([[0.0, -1e4, torch.nan], [-1e4, 0.0, torch.inf]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     for advantages in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):
-        losses = policy_gradient_loss(token_logps, old, advantages, mask, loss=loss, importance_level=level)
+        options = {"loss": loss, "importance_level": level, "covariant": mask.bool()}
+        losses = policy_gradient_loss(token_logps, old, advantages, mask, **options)
         (gradient,) = torch.autograd.grad(losses.sum(), token_logps)
         assert torch.isfinite(losses).all()
         assert torch.isfinite(gradient).all()
@@ -160,7 +166,7 @@ def test_clip_statistics_by_loops():
 
 def test_clip_statistics_of_cispo():
     token_logps, old, advantages, mask = samples(rows=40)
-    statistics = Surrogate(loss="cispo", **CLIP).statistics(token_logps, old, advantages, mask)
+    statistics = Surrogate(loss="cispo", epsilon_high=0.28).statistics(token_logps, old, advantages, mask)
     total, weight, _ = statistics["cispo_clip_ratio"]
     assert (total / weight).item() == pytest.approx(((token_logps - old)[mask].exp() > 1.28).double().mean().item())
 
@@ -181,7 +187,25 @@ def test_every_loss_has_a_known_reduction():
     ("change", "message"),
     [
         ({"loss": "ppo"}, "loss must be one of 'grpo', .*, got 'ppo'"),
-        ({"importance_level": "batch"}, "importance_level must be one of 'token', 'sequence', got 'batch'"),
+        ({"importance_level": "batch"}, "importance_level must be one of 'token', 'sequence', .*, got 'batch'"),
+        ({"importance_level": "token", "loss": "luspo"}, "importance_level='token': loss='luspo' takes 'sequence'"),
+        ({"epsilon": 0.2, "loss": "cispo"}, "epsilon has no effect with loss='cispo' and must be None, got 0.2"),
+        ({"epsilon": 0.2, "loss": "sapo"}, "epsilon has no effect with loss='sapo'"),
+        ({"epsilon_high": 0.2, "loss": "vespo"}, "epsilon_high has no effect with loss='vespo'"),
+        ({"delta": 2.0, "loss": "gmpo"}, "delta has no effect with loss='gmpo'"),
+        ({"loss_options": {"k_pos": 2.0}}, "loss_options={'k_pos': 2.0}: loss='dapo' has none"),
+        (
+            {"loss_options": {"k_pos": 2.0}, "loss": "sapo"},
+            "loss_options={'k_pos': 2.0}: loss='sapo' has 'temperature_pos', 'temperature_neg'",
+        ),
+        (
+            {"loss_options": {"temperature_pos": 0.0}, "loss": "sapo"},
+            "loss_options={'temperature_pos': 0.0} must be a finite number > 0",
+        ),
+        (
+            {"loss_options": {"covariance_low": 6.0}, "loss": "clip_cov"},
+            "covariance_low=6 must be below covariance_high=5",
+        ),
         ({"epsilon": -0.1}, "epsilon=-0.1 must be a finite number from 0 to 1"),
         ({"epsilon_high": -0.1}, "epsilon_high=-0.1 must be a finite number of 0 or more"),
         ({"delta": 1.1}, "delta must be > 1 \\+ epsilon_high = 1.2, got 1.1"),
@@ -189,10 +213,23 @@ def test_every_loss_has_a_known_reduction():
     ],
 )
 def test_refuses(change, message):
-    keywords = {"loss": "dapo", "epsilon": 0.2, "epsilon_high": None, "importance_level": "token", "delta": None}
     for call in (Surrogate, lambda **k: policy_gradient_loss(*samples(), **k)):
         with pytest.raises(ValueError, match=message):
-            call(**(keywords | change))
+            call(**change)
+
+
+def test_refuses_reductions():
+    with pytest.raises(ValueError, match=r"reduction must be one of 'token_mean', .*, got 'mean'"):
+        Surrogate(reduction="mean")
+    with pytest.raises(ValueError, match="reduction='token_mean': loss='gmpo' is one of completions, 'sequence_mean_"):
+        Surrogate(loss="gmpo", reduction="token_mean")
+    assert Surrogate(loss="grpo", reduction="token_mean").reduced_by == Surrogate(loss="dapo").reduced_by
+
+
+@pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
+def test_covariant_tokens_must_be_given(loss):
+    with pytest.raises(ValueError, match="covariant=None"):
+        policy_gradient_loss(*samples(), loss=loss)
 
 
 def test_refuses_shapes():
@@ -219,9 +256,27 @@ def test_cispo_has_a_cap_of_its_own():
     [
         ({}, "dapo, token-level ratio clipped to [0.8, 1.2]"),
         (
-            {"loss": "grpo", "epsilon_high": 0.28, "delta": 4.0, "importance_level": "sequence"},
+            {"loss": "grpo", "epsilon": 0.2, "epsilon_high": 0.28, "delta": 4.0, "importance_level": "sequence"},
             "grpo, sequence-level ratio clipped to [0.8, 1.28], at most 4.0 where the advantage is negative",
         ),
+        ({"loss": "grpo", "importance_level": "sequence"}, "grpo, sequence-level ratio clipped to [0.9997, 1.0004]"),
+        ({"epsilon": 0.1}, "dapo, token-level ratio clipped to [0.9, 1.1]"),
+        ({"epsilon_high": 0.28}, "dapo, token-level ratio clipped to [0.8, 1.28]"),
+        ({"loss": "luspo"}, "luspo, sequence-level ratio clipped to [0.998, 1.0025]"),
+        (
+            {"loss": "sapo", "importance_level": "sequence", "loss_options": {"temperature_neg": 2}},
+            "sapo, sequence-level ratio through a gate of temperature 1, for negative advantages 2",
+        ),
+        (
+            {"loss": "gmpo", "epsilon": 0.3},
+            "gmpo, sequence-level ratio the geometric mean of its tokens', each clipped to [exp(-0.3), exp(0.3)]",
+        ),
+        (
+            {"loss": "dppo_tv"},
+            "dppo_tv, token-level ratio at most 20, masked where the probability fell by more than 0.15 or rose by "
+            "more than 0.2",
+        ),
+        ({"loss": "reinforce"}, "reinforce, token-level ratio without bounds"),
         ({"loss": "cispo"}, "cispo, token-level ratio capped at 5"),
         ({"loss": "cispo", "epsilon_high": 0.2}, "cispo, token-level ratio capped at 1.2"),
     ],
@@ -229,6 +284,6 @@ def test_cispo_has_a_cap_of_its_own():
 def test_says_what_it_is(options, text):
     surrogate = Surrogate(**options)
     assert surrogate.describe() == text
-    assert surrogate.reduction == LOSS_REDUCTIONS[surrogate.loss]
+    assert surrogate.reduced_by == LOSS_REDUCTIONS[surrogate.loss]
     inputs = samples()
     assert torch.equal(surrogate(*inputs), policy_gradient_loss(*inputs, **options))

@@ -216,6 +216,34 @@ def test_given_responses_that_end_with_a_stop_string_are_not_truncated(make, tra
     assert module.last_rollout["truncated"] == [False, False, True] + [False] * 5
 
 
+def test_what_ends_without_a_stop_is_penalised(make, train):
+    batch = given([1.0, 0.0, nan, 0.0] * 2)
+    batch["responses"][[1, 2], [2, 3]] = 7  # the last token of the second and the third
+    module = make(missing_eos_penalty=0.25)
+    metrics = train(module, [batch]).callback_metrics
+    plain = train(make(), [batch]).callback_metrics
+    assert module.rollout.rewards.nan_to_num(9.0).tolist() == [0.75, 0.0, 9.0, -0.25, 0.75, -0.25, 9.0, -0.25]
+    assert float(metrics["train/reward"]) == pytest.approx(float(plain["train/reward"]) - 0.25 * 5 / 6)
+    assert metrics["train/rewards/given/mean"] == plain["train/rewards/given/mean"]
+    assert "less 0.25 without a stop" in module.describe()["rewards"]
+
+
+def test_validation_penalises_the_same(make):
+    module = make(missing_eos_penalty=0.5, max_completion_length=1)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    found = trainer.validate(module, torch.utils.data.DataLoader([prompts()], batch_size=None), verbose=False)[0]
+    cut = found["val/completions/clipped_ratio"]
+    assert cut
+    assert found["val/reward"] == pytest.approx(found["val/rewards/third/mean"] - 0.5 * cut)
+
+
+def test_a_missing_stop_cannot_be_told_without_stops(make, train):
+    module = make(missing_eos_penalty=0.5, tokenizer=None)
+    module.codec.policy_stops = ()
+    with pytest.raises(ValueError, match=r"missing_eos_penalty=0.5 needs a tokenizer: without stop tokens"):
+        train(module, [given([1.0, 0.0] * 4)])
+
+
 def test_logged_shares_cover_the_scored_tokens_alone(make, train):
     """A group of equal rewards is not scored: it says nothing of how far the policy has moved."""
     old = -3 + torch.rand(8, 5, generator=torch.Generator().manual_seed(0))

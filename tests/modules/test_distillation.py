@@ -1,13 +1,18 @@
 """Distillation: its loss row by row, one teacher and several, what is compared and what is refused."""
 
 import copy
+from typing import ClassVar
 
+import lightning as L
 import pytest
 import torch
 
 from alignment_modules import DistillationModule, PolicyConfig
 from alignment_modules.functional import distribution_divergence
 from alignment_modules.policies.segments import Segments
+from alignment_modules.rollouts import SamplingParameters
+from alignment_modules.rollouts.prompts import Prompts
+from alignment_modules.rollouts.seeds import Seeds
 from datamodules import SFTDataModule
 from tests.batches import supervised
 from tests.paradigms import adapted, other_than
@@ -234,3 +239,99 @@ def test_a_teacher_with_the_same_added_tokens(write_model, tmp_path, train):
 def test_an_option_without_effect(make):
     with pytest.raises(ValueError, match=r"jsd_beta=0\.3 is of divergence='jsd', got divergence='forward'"):
         make(divergence="forward", jsd_beta=0.3)
+
+
+class TestOwnRows:
+    """What the student writes itself is what it is compared on."""
+
+    OWN: ClassVar = {"max_completion_length": 6, "temperature": 1.4}
+
+    def by_hand(self, module, model, teacher, rows, starts, step=0):
+        """The mean divergence at temperature 1.4 of rows that are continued from `starts`."""
+        prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+        parameters = SamplingParameters(**self.OWN, stop_token_ids=module.codec.stop_token_ids)
+        module.engine.push(model)
+        seeds = Seeds(list(range(len(rows))), 3, step)
+        written = module.engine.generate(
+            Prompts.from_rows([row.tolist() for row in prompts], torch.device("cpu")), parameters, seeds=seeds
+        )
+        found = []
+        for prompt, ids, mask in zip(prompts, written.ids, written.mask, strict=True):
+            whole = torch.cat([prompt, ids[mask]])
+            ours, theirs = (one(whole[None]).logits[0, len(prompt) - 1 : -1].double() for one in (model, teacher))
+            found.append(distribution_divergence(ours, theirs.detach(), temperature=1.4))
+        return torch.cat(found)
+
+    @pytest.mark.parametrize("prompts_alone", [False, True])
+    def test_loss_and_gradient(self, make, train, tiny_llama, prompts_alone):
+        teacher, model, batch = other_than(tiny_llama), copy.deepcopy(tiny_llama), supervised(range(5), 2, "left")
+        rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        if prompts_alone:
+            prompt = torch.stack([row[:2] for row in rows])
+            batch = {"prompts": prompt, "prompt_attention_mask": torch.ones_like(prompt), "index": list(range(5))}
+        module = make(teacher=copy.deepcopy(teacher), on_policy_share=1.0, seed=3, **self.OWN)
+        for step in range(2):
+            values = self.by_hand(module, model, teacher, rows, [2] * 5, step)
+            model.zero_grad()
+            values.mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+        metrics = train(module, [batch, batch]).callback_metrics
+        assert float(metrics["train/loss"]) == pytest.approx(float(values.mean()), abs=1e-6)
+        for after, expected in zip(module.policy.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(after, expected, rtol=0, atol=2e-6)
+        assert module.count_tokens(batch)["tokens"] == len(values) + 10
+
+    def test_a_share_of_the_rows(self, make):
+        module = make(on_policy_share=0.3, seed=3, **self.OWN)
+        batch = {"input_ids": torch.arange(8, 14).repeat(400, 1), "labels": torch.full((400, 6), -100)}
+        batch["labels"][:, 4:] = batch["input_ids"][:, 4:]
+        batch["labels"][7] = -100  # nothing is asked for there
+        written, logged = module.own_rows.write(module.policy, module.engine, module.codec, batch, 0)
+        given = batch["input_ids"], batch["labels"]
+        kept = (written["attention_mask"].sum(dim=1) == 6) & (written["input_ids"][:, :6] == given[0]).all(dim=1)
+        assert 0.2 < 1 - float(kept.double().mean()) < 0.4
+        assert torch.equal(written["labels"][kept][:, :6], given[1][kept])
+        assert kept[7]
+        assert (written["input_ids"][:, :4] == given[0][:, :4]).all()
+        assert (written["labels"][:, :4] == -100).all()
+        assert logged["completions/clipped_ratio"].weight == float((~kept).sum())
+        other, _ = module.own_rows.write(module.policy, module.engine, module.codec, batch, 1)
+        assert not torch.equal(other["input_ids"], written["input_ids"])
+
+    def test_the_first_token_is_always_given(self, make):
+        module = make(on_policy_share=1.0, **self.OWN)
+        ids = torch.arange(8, 12)[None]
+        written, _ = module.own_rows.write(
+            module.policy, module.engine, module.codec, {"input_ids": ids, "labels": ids}, 0
+        )
+        assert written["input_ids"][0, 0] == 8
+        assert written["labels"][0, 0] == -100
+
+    def test_validation_takes_the_rows_as_they_are(self, make, tiny_llama):
+        teacher, batch = other_than(tiny_llama), supervised(range(5))
+        loader = torch.utils.data.DataLoader([batch], batch_size=None)
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        found = trainer.validate(make(teacher=teacher, on_policy_share=1.0, **self.OWN), loader, verbose=False)[0]
+        values = torch.cat(by_hand(tiny_llama, [teacher] * 5, batch, temperature=1.4))
+        assert found["val/loss"] == pytest.approx(float(values.mean()), abs=1e-6)
+
+    @pytest.mark.parametrize(("share", "batch", "message"), [
+        (0.5, {"prompts": torch.ones(2, 2), "prompt_attention_mask": torch.ones(2, 2)}, "holds prompts alone"),
+        (1.0, {"prompts": torch.ones(2, 2)}, "lacks prompt_attention_mask"),
+        (1.0, supervised(range(2)) | {"position_ids": torch.ones(2, 2)}, "'position_ids', so its rows are packed"),
+        (1.0, supervised(range(2)) | {"loss_weights": torch.ones(2, 2)}, "'loss_weights', so its given tokens"),
+        (1.0, {"input_ids": torch.ones(2, 2)}, "this one lacks labels"),
+    ])  # fmt: skip
+    def test_batches_that_are_refused(self, make, train, share, batch, message):
+        with pytest.raises(ValueError, match=message):
+            train(make(on_policy_share=share), [batch])
+
+    @pytest.mark.parametrize("options", [{"max_completion_length": 8}, {"seed": 1}])
+    def test_options_of_samples_that_are_not_drawn(self, make, options):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is of the policy's own samples"):
+            make(**options)
+
+    def test_says_so(self, make):
+        assert "own in 25% of the rows, at most 256 tokens" in make(on_policy_share=0.25).describe()["samples"]

@@ -1,5 +1,7 @@
 """Sessions: a turn that keeps its cache gives what a fresh run of the whole context gives, for every decoder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -89,6 +91,36 @@ def test_a_turn_equals_a_fresh_run_of_the_whole_context(case):
         logps = (logits / 0.8).log_softmax(-1).gather(1, torch.tensor(context[start:])[:, None])[:, 0]
         own = whole.own[row][: len(context) - start]
         torch.testing.assert_close(whole.token_logps[row][: len(own)][own].double(), logps[own], atol=1e-4, rtol=0)
+
+
+def test_a_session_tells_what_its_turns_were_drawn_from(case):
+    """Of each of the policy's tokens; what others wrote was drawn from nothing."""
+    policy, _ = case
+    engine, session = opened(policy, parameters=replace(PARAMETERS, top_p=0.8, top_k=20))
+    turns = [(list(range(6)), session.turn)]
+    for rows, appended in TURNS:
+        turns.append((rows, engine.extend(session, rows, appended)))
+    whole = engine.close(session)
+    sizes = iter(torch.cat([turn.support.sizes[i][turn.mask[i]] for row in range(6) for turn, i in of(turns, row)]))
+    for row in range(6):
+        assert whole.support.sizes[row][~whole.own[row]].eq(0).all()
+        assert whole.support.sizes[row][whole.own[row]].tolist() == [
+            int(next(sizes)) for _ in range(int(whole.own[row].sum()))
+        ]
+    excluded = whole.support.take(torch.arange(whole.ids.numel())).excluded(slice(0, whole.ids.numel()), 40)
+    for row, (context, start) in enumerate((one.context, one.start) for one in session.rows):
+        with torch.no_grad():
+            output = policy(torch.tensor([context]))
+        logits = getattr(output, "logits", output)[0, start - 1 : -1].double() / 0.8
+        outside = excluded.view(*whole.ids.shape, 40)[row, : len(logits)]
+        logps = logits.masked_fill(outside, -torch.inf).log_softmax(-1)
+        logps = logps.gather(1, torch.tensor(context[start:])[:, None])[:, 0]
+        own = whole.own[row][: len(logits)]
+        torch.testing.assert_close(whole.token_logps[row][: len(own)][own].double(), logps[own], atol=1e-4, rtol=0)
+
+
+def of(turns, row):
+    return [(turn, rows.index(row)) for rows, turn in turns if row in rows]
 
 
 def test_what_is_in_the_cache_is_not_run_again(make_policy):

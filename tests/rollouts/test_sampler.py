@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from alignment_modules.rollouts import SamplingParameters, sample
+from alignment_modules.rollouts.filters import truncate_support
 
 PATHS = ["recompute", "cached", "fast"]
 LEFT = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
@@ -124,14 +125,40 @@ def test_first_tokens_follow_the_policy(make_policy):
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_filters_truncate_tokens_but_not_log_probabilities(make_policy, rescore):
-    policy, ids = make_policy(), prompts(LEFT)
-    parameters = SamplingParameters(5, top_k=2)
-    got = sample(policy, ids, LEFT, parameters=parameters, num_samples=6)
-    torch.testing.assert_close(got.token_logps.double(), rescore(policy, ids, LEFT, got), atol=1e-4, rtol=0)
-    with torch.no_grad():
-        best = policy(ids[1:2]).logits[0, -1].topk(2).indices
-    assert set(got.ids[6:12, 0].tolist()) <= set(best.tolist())
+FILTERS = [{"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.95, "min_p": 0.02}, {"top_p": 0.9999}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_what_the_filters_kept_is_told_and_sampled_from(make_policy, force, path, filters):
+    """Against a plain forward a row: the sets are those of the filters, the probabilities those over the sets."""
+    force(path)
+    policy, ids = make_policy().double(), prompts(LEFT)
+    parameters = SamplingParameters(9, temperature=1.4, stop_token_ids=STOPS, **filters)
+    got = sample(policy, ids, LEFT, parameters=parameters, num_samples=5, seed=3)
+    lengths = got.mask.sum(1).tolist()
+    assert len(set(lengths)) >= 3  # rows left the batch at different steps
+    kept = ~got.support.take(torch.arange(got.ids.numel())).excluded(slice(0, got.ids.numel()), 40)
+    kept = kept.view(*got.ids.shape, 40)
+    assert kept[~got.mask].all()
+    assert got.support.sizes[~got.mask].eq(0).all()
+    for row, length in enumerate(lengths):
+        prompt = ids[row // 5][LEFT[row // 5].bool()]
+        with torch.no_grad():
+            logits = policy(torch.cat((prompt, got.ids[row, :length]))[None]).logits[0, len(prompt) - 1 : -1]
+        wanted = truncate_support(torch.softmax(logits / 1.4, -1), **filters)
+        assert torch.equal(kept[row, :length], wanted > 0)
+        own = (wanted / wanted.sum(-1, keepdim=True)).gather(1, got.ids[row, :length, None]).log()[:, 0]
+        torch.testing.assert_close(got.token_logps[row, :length].double(), own, atol=1e-5, rtol=0)
+
+
+def test_nothing_is_told_where_all_is_kept(make_policy):
+    for parameters in (SamplingParameters(4), SamplingParameters(4, greedy=True, top_p=0.5)):
+        assert sample(make_policy(), prompts(LEFT), LEFT, parameters=parameters).support is None
+    got = sample(make_policy(), prompts(LEFT), LEFT, parameters=SamplingParameters(4, top_k=40))
+    whole = sample(make_policy(), prompts(LEFT), LEFT, parameters=SamplingParameters(4))
+    assert not got.support.sizes.any()
+    torch.testing.assert_close(got.token_logps, whole.token_logps, atol=1e-6, rtol=0)
 
 
 class Characters:

@@ -20,7 +20,7 @@ def drive(controller, rollouts):
     for pieces, rows in rollouts:
         for total, tokens in pieces:
             controller.measure(Statistic(torch.tensor(total), tokens))
-        controller.step(alone, torch.tensor(rows))
+        controller.step(alone, rows)
         values.append(controller.value.item())
     return values
 
@@ -83,7 +83,7 @@ class TestEvery:
         one, two = make(), make()
         drive(one, [([(1.0, 2.0), (3.0, 1.0)], 12)])
         two.measure(Statistic(torch.tensor(1.0), 2.0))
-        two.step(lambda values, how: {"sum": values + torch.tensor([3.0, 1.0, 8.0])}[how], torch.tensor(4))
+        two.step(lambda values, how: {"sum": values + torch.tensor([3.0, 1.0, 8.0])}[how], 4)
         assert two.value == one.value
 
     def test_without_a_token_nothing_changes(self, make):
@@ -109,7 +109,7 @@ class TestEvery:
         for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
             monkeypatch.setattr(torch.Tensor, name, refuse)
         controller.measure(Statistic(torch.ones(()), 4.0))
-        controller.step(alone, torch.ones(()))
+        controller.step(alone, 1)
 
 
 def save(state):

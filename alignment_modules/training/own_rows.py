@@ -1,0 +1,159 @@
+"""Rows of a batch that the policy writes itself, in place of those that the data gives."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from alignment_modules.functional.logprobs import IGNORED_TARGET
+from alignment_modules.functional.ranges import Seed, Share
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.rollouts.codec import Codec, prompt_indices, real_tokens
+from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.parameters import SamplingOptions
+from alignment_modules.rollouts.prompts import Prompts
+from alignment_modules.rollouts.sampler import NonFiniteLogits
+from alignment_modules.rollouts.seeds import Seeds
+from alignment_modules.rollouts.statistics import length_statistics
+from alignment_modules.training.loss_weights import LOSS_WEIGHTS
+from alignment_modules.training.pieces import SEGMENTS, check_keys
+
+PROMPTS = ("prompts", "prompt_attention_mask")
+_GIVEN = ("input_ids", "labels", "attention_mask", *PROMPTS, SEGMENTS)
+
+
+class OwnRows:
+    """Replaces the supervised part of a share of a batch's rows by completions of the policy as it is.
+
+    A row's prompt is what stands before its first supervised token, its first token at least. Which rows are replaced,
+    and by what, depends on the seed, the step and the rows' `index` alone, so that a batch may be cut anyhow.
+
+    Args:
+        share: Of the rows; with 1 a batch may hold prompts alone.
+        sampling: How the completions are drawn.
+        seed: Of both.
+    """
+
+    def __init__(self, share: Share, sampling: SamplingOptions, seed: Seed) -> None:
+        self.share, self.sampling, self.seed = share, sampling, seed
+
+    def describe(self) -> str:
+        """Whose the completions are, and how they are drawn, in words."""
+        longest, temperature = self.sampling.max_completion_length, self.sampling.temperature
+        return (
+            f"the policy's own in {self.share:.0%} of the rows, at most {longest} tokens, temperature {temperature:g}, "
+            f"seed {self.seed}"
+        )
+
+    def check(self, batch: Mapping[str, Any], name: str) -> bool:
+        """Whether a batch can be written on; else others may say what it lacks.
+
+        Args:
+            batch: As the loader gives it.
+            name: Who reads it, for the messages.
+
+        Raises:
+            ValueError: If it holds prompts alone and not all rows are the policy's, or more than a prompt and one
+                completion a row, or weights of tokens that will not be there.
+        """
+        if not isinstance(batch, Mapping):
+            return False
+        for key, why in (("position_ids", "rows are packed"), (LOSS_WEIGHTS, "given tokens have weights")):
+            if key in batch:
+                raise ValueError(
+                    f"on_policy_share={self.share:g}: a batch for {name} holds {key!r}, so its {why}, and the policy "
+                    "cannot write them anew"
+                )
+        if PROMPTS[0] not in batch:
+            return False
+        check_keys(batch, PROMPTS, name)
+        if self.share < 1:
+            raise ValueError(
+                f"on_policy_share={self.share:g}: a batch for {name} holds prompts alone, with nothing for the other "
+                "rows to learn: use on_policy_share=1, or rows with a completion"
+            )
+        return True
+
+    def write(
+        self, policy: nn.Module, engine: Engine, codec: Codec, batch: Mapping[str, Any], step: int
+    ) -> tuple[dict[str, Any], dict[str, Statistic]]:
+        """A batch of `input_ids`, `labels` and `attention_mask`, on the same device, and what is logged of the samples.
+
+        Args:
+            policy: Who writes.
+            engine: Samples.
+            codec: Knows the stop tokens.
+            batch: Of rows with labels, or of prompts.
+            step: Counter of optimizer steps.
+
+        Raises:
+            NonFiniteLogits: If the policy's logits are not finite; it names the step.
+        """
+        rows, indices = _rows(batch), prompt_indices(batch)
+        drawn = Seeds(indices, self.seed, step).uniforms(1, 1, turn=1)[:, 0]  # turn 0 is the samples'
+        own = [row for row, one in enumerate(rows) if one.start and float(drawn[row]) < self.share]
+        statistics: dict[str, Statistic] = {}
+        if own:
+            engine.push(policy)
+            try:
+                written = engine.generate(
+                    Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch)),
+                    self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
+                    num_samples=1,
+                    seeds=Seeds([indices[row] for row in own], self.seed, step),
+                )
+            except NonFiniteLogits as error:
+                raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+            for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
+                rows[row] = rows[row].followed_by(completion)
+            statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
+        tensors = {
+            "input_ids": _padded([row.ids for row in rows], 0),
+            "labels": _padded([row.labels for row in rows], IGNORED_TARGET),
+            "attention_mask": _padded([[1] * len(row.ids) for row in rows], 0),
+        }
+        kept = {name: value for name, value in batch.items() if name not in _GIVEN}
+        return kept | {name: value.to(_device(batch)) for name, value in tensors.items()}, statistics
+
+
+class _Row(NamedTuple):
+    """A row without padding; `start` tokens are its prompt, 0 where there is nothing to write."""
+
+    ids: list[int]
+    labels: list[int]
+    start: int
+
+    def followed_by(self, completion: list[int]) -> "_Row":
+        """The prompt with another completion."""
+        ignored = [IGNORED_TARGET] * self.start
+        return _Row([*self.ids[: self.start], *completion], [*ignored, *completion], self.start)
+
+
+def _rows(batch: Mapping[str, Any]) -> list[_Row]:
+    if PROMPTS[0] in batch:
+        prompts = real_tokens(*(batch[key] for key in PROMPTS))
+        return [_Row(ids, [IGNORED_TARGET] * len(ids), len(ids)) for ids in prompts]
+    real = _real(batch)
+    given = zip(real_tokens(batch["input_ids"], real), real_tokens(batch["labels"], real), strict=True)
+    return [_Row(ids, labels, _start(labels)) for ids, labels in given]
+
+
+def _start(labels: list[int]) -> int:
+    supervised = [place for place, label in enumerate(labels) if label != IGNORED_TARGET]
+    return max(supervised[0], 1) if supervised else 0
+
+
+def _real(batch: Mapping[str, Any]) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def _device(batch: Mapping[str, Any]) -> torch.device:
+    return batch[PROMPTS[0] if PROMPTS[0] in batch else "input_ids"].device

@@ -37,11 +37,21 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "CISPO": ("--model.loss", "cispo", *SEVERAL_STEPS),
     "RLOO": ("--model.scale_rewards", "leave_one_out"),
+    "GRPO + teacher": ("--model.teacher", "{teacher}", "--model.teacher_coef", "0.1"),
     "online DPO": ("--model", "OnlineDPOModule", "--model.loss", "sigmoid", "--model.beta", "0.1", *PAIRS),
 }
 # The same, by `align fit --config configs/quickstart/sft.yaml`.
 ROWS = ("--data.train.init_args.size", "25600", "--data.batch_size", "256", "--trainer.max_epochs", "1")
+WRITES = ("--model.on_policy_share", "1", "--model.max_completion_length", "6")
 OF_ROWS: dict[str, tuple[str, ...]] = {
+    "on-policy distillation from GRPO": (
+        "--model",
+        "DistillationModule",
+        "--model.teacher",
+        "{teacher}",
+        *WRITES,
+        *ROWS,
+    ),
     "control: continued SFT": ROWS,
 }
 CONTROLS: dict[str, tuple[str, ...]] = {

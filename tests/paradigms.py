@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignment_modules import AlignmentModule, get_module_class
 from alignment_modules.policies import LoraConfig
+from alignment_modules.policies.critic import scalar_copy
 from alignment_modules.policies.lora import add_lora
 from tests.batches import (
     Batch,
@@ -107,6 +108,15 @@ MIXTRAL = {
 """A mixture of experts that asks for its load to be balanced."""
 
 
+class Stops:
+    """A tokenizer of ids that ends texts with 7: enough to tell what was cut off."""
+
+    eos_token_id, pad_token_id = 7, 0
+
+    def __len__(self) -> int:
+        return 40
+
+
 class Plain(nn.Module):
     """A causal policy without transformers: ids to logits."""
 
@@ -161,6 +171,16 @@ def other_than(policy: nn.Module) -> nn.Module:
     return other
 
 
+def critic_beside(policy: nn.Module) -> nn.Module:
+    """A critic of a policy's kind, whose head is not 0."""
+    if not hasattr(policy, "lm_head"):
+        torch.manual_seed(5)
+        return Plain(1)
+    critic = scalar_copy(other_than(policy))
+    torch.nn.init.normal_(critic.score.weight, std=0.2)
+    return critic
+
+
 def flat(policy: nn.Module) -> nn.Module:
     """A policy to which every token is as likely."""
     with torch.no_grad():
@@ -172,7 +192,9 @@ def flat(policy: nn.Module) -> nn.Module:
 def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
     """A paradigm's module on a policy, by its row's options and more."""
     policy = headed(name, policy)
-    given = ROWS[name].options(other or other_than(policy)) | options
+    other = other or other_than(policy)
+    given = ROWS[name].options(other) | options
+    given = {option: copy.deepcopy(other) if value is OTHER else value for option, value in given.items()}
     return get_module_class(name)(policy=policy, **given)
 
 
@@ -193,6 +215,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 # The table
 
 IN_REWARD = {"kl_estimator": "k1", "kl_placement": "reward"}
+OTHER = object()  # in a variant: a frozen model near the policy
 NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
 _NO_TARGET = {"labels": entry("labels", -100), "attention mask": entry("attention_mask", 0, "labels")}
@@ -380,12 +403,18 @@ ROWS: dict[str, Paradigm] = {
             **{loss: {"loss": loss, "epsilon": None, **NO_REFERENCE} for loss in
                ("luspo", "sapo", "vespo", "dppo_tv", "dppo_kl", "reinforce")},
             "gmpo": {"loss": "gmpo", **NO_REFERENCE},
-            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": 0.0}, **NO_REFERENCE},
+            "clip_cov": {"loss": "clip_cov", "loss_options": {"share": 0.2, "covariance_low": -9.0}, **NO_REFERENCE},
             "kl_cov": {"loss": "kl_cov", "epsilon": None, "loss_options": {"share": 0.2}, **NO_REFERENCE},
             "gspo": {"loss": "grpo", "importance_level": "sequence", **NO_REFERENCE},
             "gspo token": {"loss": "grpo", "importance_level": "sequence_token"},
             "sapo sequence": {"loss": "sapo", "importance_level": "sequence", "epsilon": None},
+            "top entropy": {"top_entropy_quantile": 0.4},
+            "tis": {"correction": "tis"},
+            "geometric": {"correction": {"level": "geometric", "action": "mask", "low": 0.4, "high": 1.3}},
+            "opsm": {"correction": {"level": "sequence", "metric": "k1", "action": "mask", "high": 0.1,
+                                    "where": "negative", "against": "policy"}, **NO_REFERENCE},
             "prompt mean": {"reduction": "prompt_mean"},
+            "teacher": {"loss": "dr_grpo", "teacher": OTHER, "teacher_coef": 0.3, **NO_REFERENCE},
             "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
             **{baseline: {"baseline": baseline}
                for baseline in ("leave_one_out", "length_weighted", "pass_at_k", "greedy", "optimal_token")},
@@ -418,6 +447,44 @@ ROWS: dict[str, Paradigm] = {
         ),
     ),
 }  # fmt: skip
+
+ROWS["ppo"] = replace(
+    ROWS["grpo"],
+    options=lambda other: {
+        "rewards": never_called,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_grad_norm": None,
+        "epsilon": 0.5,
+        "reference": other,
+        "beta": 0.1,
+        "critic": critic_beside(other),
+        "critic_optimizer": lambda groups: torch.optim.SGD(groups, lr=1.0),
+    },
+    variants={
+        "copied": {"critic": None},
+        "shared": {"critic": "shared", "critic_optimizer": None, "value_coef": 0.5},
+        "positive nll": {"positive_nll_coef": 0.3, "whiten_advantages": False},
+        "shared with nll": {"critic": "shared", "critic_optimizer": None, "positive_nll_coef": 0.3, "loss": "grpo"},
+        "length adaptive": {"length_adaptive_alpha": 0.4, "gamma": 0.9, "critic_lam": 0.9},
+        "turns": {"gae_unit": "turn", "kl_estimator": "k3", "kl_placement": "loss", "lam": 0.5},
+        "corrected": {"correction": "tis"},
+        "scaled": {"scale_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
+        "bootstrap": {"truncation": "bootstrap", "missing_eos_penalty": 0.5, "tokenizer": Stops()},
+        "masked": {"truncation": "mask", "tokenizer": Stops()},
+        "adaptive": {"kl_target": 0.1, "kl_horizon": 100, "entropy_target": 5.0, "entropy_coef": 0.01},
+    },
+    first={"train/val/ratio": 1.0, "train/objective/kl": 0.0, "train/policy/approxkl_avg": 0.0},
+    recipe={
+        "short": ("--model.max_completion_length=4",),
+        "metrics": (
+            "--model.max_completion_length=64",
+            "--model.num_generations=2",
+            "--model.kl_target=0.1",
+            "--model.entropy_target=1.0",
+        ),
+    },
+)
 
 # What `make test` proves of the expensive promises; `make slow` proves them of every row.
 OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}

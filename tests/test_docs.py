@@ -95,9 +95,9 @@ def further(name, policy, train):
     if name == "distillation":
         more = {"teacher": ["NAME"] * 8}
         return one_step(name, policy, train, teacher={"NAME": other_than(policy)}, more=more)
-    if name == "grpo":
+    if name in ("grpo", "ppo"):
         rollout = ("responses", "response_mask", "rewards", "old_logprobs", "greedy_rewards")
-        options = {"rewards": given, "tokenizer": NoTokenizer(), "baseline": "greedy"}
+        options = {"rewards": given, "tokenizer": NoTokenizer()} | ({"baseline": "greedy"} if name == "grpo" else {})
         return one_step(name, policy, train, without=rollout, **options)
     return set()
 

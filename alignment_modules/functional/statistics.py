@@ -8,20 +8,20 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Kind = Literal["mean", "std", "gap", "difference", "explained", "min", "max"]
+Kind = Literal["mean", "std", "var", "gap", "difference", "sum", "explained", "min", "max"]
 
 
 class Statistic(NamedTuple):
     """One number to log.
 
     Attributes:
-        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"); for their
-            sample standard deviation ("std") [2], the sum of the units and that of their squares; for the mean size of
-            sums that may cancel within a bin and not across ("gap") [bins], each bin's sum; for one
-            mean less another ("difference") [2], the sum of either's units; for the share of the variance of targets
-            that estimates explain ("explained") [4], the sums of errors, of their squares, of targets and of their
-            squares.
-        weight: 0-dim tensor or number: how many units were summed ("difference": [2]); ignored for extremes.
+        total: 0-dim tensor: the sum over the units (kind "mean") or the extreme value itself ("min", "max"). Of the
+            sample deviation ("std") or variance ("var") [2]: their sum and that of their squares. Of the mean size of
+            sums that may cancel within a bin and not across ("gap") [bins]: each bin's sum. Of one mean less another
+            ("difference") [2]: the sum of either's units. Of the sum of means ("sum") [terms]: the sum of each one's
+            units. Of the share of the targets' variance that estimates explain ("explained") [4]: the sums of errors,
+            of their squares, of targets and of their squares.
+        weight: 0-dim tensor or number: how many units were summed ("difference" [2], "sum" [terms]); not of extremes.
         kind: How the values of micro-batches and ranks combine.
     """
 

@@ -82,6 +82,33 @@ def generalized_advantages(
     return advantages, returns
 
 
+def token_rewards(scores: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
+    """The reward of each token: its sequence's score at the last position in the mask, less a penalty of its own.
+
+    Args:
+        scores: `[batch]`.
+        mask: `[batch, time]`, bool or 0/1: the policy's own tokens.
+        penalty: `[batch, time]`, such as `beta` times the KL estimate k1 (arXiv:1909.08593, eq. 2); None: none.
+
+    Returns:
+        `[batch, time]`, 0 outside the mask; a sequence without a position in it has no reward.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[1, 1, 0, 1, 0]]), torch.full((1, 5), 0.25))
+    tensor([[-0.2500, -0.2500,  0.0000,  0.7500,  0.0000]])
+    """
+    mask = mask.bool()
+    check_same_shape(first_column_of_mask=mask[:, 0] if mask.shape[1] else scores, scores=scores)
+    last = mask & (mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    rewards = torch.where(last, scores[:, None], torch.zeros_like(scores)[:, None])
+    if penalty is None:
+        return rewards
+    check_same_shape(mask=mask, penalty=penalty)
+    return torch.where(mask, rewards - penalty.to(rewards), 0.0)
+
+
 def turn_starts(mask: Tensor) -> Tensor:
     """The first token of each turn, `[batch, time]` bool: a turn is a run of positions in the mask.
 

@@ -9,6 +9,7 @@ from alignment_modules.paradigms.grpo import GRPOModule
 from alignment_modules.paradigms.kto import KTOModule
 from alignment_modules.paradigms.online_dpo import OnlineDPOModule
 from alignment_modules.paradigms.orpo import ORPOModule
+from alignment_modules.paradigms.ppo import PPOModule
 from alignment_modules.paradigms.pretrain import PretrainModule
 from alignment_modules.paradigms.reward import RewardModule
 from alignment_modules.paradigms.sft import SFTModule
@@ -23,6 +24,7 @@ __all__ = [
     "KTOModule",
     "ORPOModule",
     "OnlineDPOModule",
+    "PPOModule",
     "PretrainModule",
     "RewardModule",
     "SFTModule",
@@ -41,6 +43,7 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     DistillationModule,
     OnlineDPOModule,
     GRPOModule,
+    PPOModule,
 )
 _MODULES = {module.paradigm: module for module in PARADIGMS}
 

@@ -18,7 +18,7 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
-from alignment_modules.policies.tokenizers import compared_ids
+from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
 from alignment_modules.training.module import AlignmentModule
@@ -104,7 +104,8 @@ class DistillationModule(AlignmentModule):
         else:
             found = {k: frozen_companion(v, self.policy, name=f"teacher.{k}") for k, v in several.items()}
             self.teacher = nn.ModuleDict(found)
-        self._paths = {name: _path(given) for name, given in ({"": teacher} if several is None else several).items()}
+        given = {"": teacher} if several is None else several
+        self._paths = {name: tokenizer_path(model) for name, model in given.items()}
         self._compared: dict[str, int | None] = {}
 
     def setup(self, stage: str) -> None:
@@ -211,14 +212,6 @@ class DistillationModule(AlignmentModule):
     def _lesson(self, name: str, batch: Mapping[str, Any], segments: Segments) -> Segments:
         """What one of several teachers reads: the rows that name it."""
         return segments.of_rows(torch.tensor([whose == name for whose in batch["teacher"]]))
-
-
-def _path(teacher: Any) -> str | None:
-    """Where a teacher's tokenizer may lie."""
-    if isinstance(teacher, Mapping):
-        return teacher.get("path")
-    found = teacher.path if isinstance(teacher, PolicyConfig) else teacher
-    return os.fspath(found) if isinstance(found, (str, os.PathLike)) else None
 
 
 def _by_name(teacher: Any) -> dict[str, Teacher] | None:

@@ -1,21 +1,19 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignment_modules.functional import (
-    AdvantageEstimator,
-    decoupled_rewards,
-    gradient_norms,
-    optimal_token_advantages,
-    returns_to_go,
-)
-from alignment_modules.functional.ranges import check_options
+from alignment_modules.functional import AdvantageEstimator
+from alignment_modules.functional.ranges import NonNegative, Positive, check_options
+from alignment_modules.policies.frozen import frozen_companion
+from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.crediting import add_advantages, add_gradient_norms, check_decoupled
 from alignment_modules.training.policy_gradient import PolicyGradientModule
+from alignment_modules.training.presets import Settings
+from alignment_modules.training.teacher_advantages import add_teacher
 
 
 class GRPOModule(PolicyGradientModule):
@@ -26,16 +24,34 @@ class GRPOModule(PolicyGradientModule):
     the count of its own tokens (or sequences) over all micro-batches and ranks.
 
     Args:
+        preset: Settings of a paper: "grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce_pp",
+            "remax", "opo", "maxrl", "lite_ppo" or "gdpo". What is given beside it, and is not null, takes its place.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" (PPO's clip, reduced another way), "luspo", "cispo", "sapo", "gmpo",
+            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`. None: the
+            preset's, else "dapo".
         scale_rewards: What advantages are divided by: "group", "batch", "batch_tokens", "none", "mean", or
             "leave_one_out", short for that baseline with "none"; see `group_advantages` for the formulas. None: the
-            baseline's own.
+            preset's, else the baseline's own.
         baseline: What is subtracted from a reward: "group" (its mean), "leave_one_out", "length_weighted" (OPO),
-            "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++) or "optimal_token" (OTB). None: "group".
+            "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++) or "optimal_token" (OTB). None: the preset's, else
+            "group".
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
-            its group before they are summed.
-        **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction, mask_truncated,
-            entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
+            its group before they are summed. None: the preset's, else "sum_then_normalize".
+        beta: Strength of the KL penalty against the reference; 0: no reference is held. None: the preset's, else 0.
+        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). None: the preset's,
+            else "k3".
+        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. None: the preset's,
+            else "loss".
+        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
+            Completions that no reward applies to are in neither.
+        teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
+            a module, which is frozen in place. It must have the policy's vocabulary.
+        teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,
+            also in groups of equal rewards.
+        **policy_gradient: Keywords of `PolicyGradientModule` (epsilon, epsilon_high,
+            delta, importance_level, num_iterations, minibatches, loss_options, reduction,
+            top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon, entropy_target,
+            entropy_coef_delta, reference),
             `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
             min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
             `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
@@ -50,40 +66,42 @@ class GRPOModule(PolicyGradientModule):
     def __init__(
         self,
         *,
+        preset: str | None = None,
+        loss: str | None = None,
         scale_rewards: str | None = None,
         baseline: str | None = None,
-        multi_objective_aggregation: str = "sum_then_normalize",
+        multi_objective_aggregation: str | None = None,
+        beta: NonNegative | None = None,
+        kl_estimator: str | None = None,
+        kl_placement: Literal["loss", "reward"] | None = None,
+        mask_truncated: bool = False,
+        teacher: str | PolicyConfig | nn.Module | None = None,
+        teacher_coef: Positive = 1.0,
         **policy_gradient: Any,
     ) -> None:
         check_options(GRPOModule.__init__, locals())
-        estimator = AdvantageEstimator(scale_rewards, baseline, multi_objective_aggregation)
-        if policy_gradient.get("num_generations") == 1 and estimator.grouped:
-            raise ValueError(
-                f"num_generations=1 must be at least 2: with baseline={estimator.baseline!r} a group's completions are "
-                "compared with each other"
-            )
-        super().__init__(**policy_gradient)
-        self.estimator = estimator
-        if estimator.decoupled:
-            self._check_decoupled()
-
-    def _check_decoupled(self) -> None:
-        """Refuses what would be taken from the sum of rewards, which is not read where each is normalised."""
-        penalties = {
-            "beta": self.beta if self.kl_placement == "reward" else 0.0,
-            "missing_eos_penalty": self.actor.missing_eos_penalty,
+        if teacher is None and teacher_coef != 1.0:
+            raise ValueError(f"teacher_coef={teacher_coef} is the weight of a teacher, and teacher=None")
+        compared = {
+            "scale_rewards": scale_rewards,
+            "baseline": baseline,
+            "multi_objective_aggregation": multi_objective_aggregation,
         }
-        if len(self.rewards) < 2:
-            raise ValueError(
-                "multi_objective_aggregation='normalize_then_sum' needs two or more rewards, got "
-                f"{', '.join(self.rewards.names)}"
-            )
-        for name, value in penalties.items():
-            if value:
+        given = {"loss": loss, "beta": beta, "kl_estimator": kl_estimator, "kl_placement": kl_placement}
+        settings = Settings(preset, policy_gradient | given | compared)
+        with settings.told():
+            options = settings.resolved
+            estimator = AdvantageEstimator(**{name: options.pop(name) for name in compared if name in options})
+            if policy_gradient.get("num_generations") == 1 and estimator.grouped:
                 raise ValueError(
-                    f"{name}={value} is taken from the sum of the rewards, which multi_objective_aggregation="
-                    "'normalize_then_sum' does not read: set it to 0, or kl_placement='loss'"
+                    f"num_generations=1 must be at least 2: with baseline={estimator.baseline!r} a group's completions "
+                    "are compared with each other"
                 )
+            super().__init__(**(policy_gradient | options))
+            check_decoupled(self, estimator, self.beta if self.kl_placement == "reward" else 0.0)
+        self.settings, self.estimator, self.mask_truncated = settings, estimator, mask_truncated
+        self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
+        self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
 
     @property
     def fewest_completions(self) -> int:
@@ -94,6 +112,17 @@ class GRPOModule(PolicyGradientModule):
     def compares_with_greedy(self) -> bool:
         """Whether a greedy completion of each prompt is the baseline."""
         return self.estimator.baseline == "greedy"
+
+    def setup(self, stage: str) -> None:
+        """Also checks that the teacher's tokens are the policy's.
+
+        Raises:
+            ValueError: If its tokenizer gives another id to a token, or its head has another size and no tokenizer
+                tells which of its tokens count.
+        """
+        super().setup(stage)
+        if self.teacher is not None:
+            compared_ids(self.policy, self.teacher.module or self.policy, self.tokenizer, self._teacher_path)
 
     def check_batch(self, batch: Any) -> None:
         """Also checks that each given reward is there by itself, where each is normalised.
@@ -110,77 +139,30 @@ class GRPOModule(PolicyGradientModule):
             )
 
     def annotate(self, rollout: Rollout) -> Rollout:
-        """Also adds the norms that the optimal token baseline reads, from the pass that scores the old policy."""
+        """Also adds what the optimal token baseline reads."""
         if self.estimator.baseline == "optimal_token":
-            scores = self.scores_of(rollout, ask=["collision"])
-            rollout = replace(
-                rollout, gradient_norms=gradient_norms(scores.token_logps, cast(Tensor, scores.collision))
-            )
-            if rollout.old_logps is None and rollout.support is None:  # else the penalty reads the whole vocabulary's
-                rollout = replace(rollout, old_logps=scores.token_logps)
+            rollout = add_gradient_norms(self, rollout)
         return super().annotate(rollout)
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
-        """Compares rewards with their baseline; completions that are compared with no other are left out.
-
-        A penalty is taken from the reward of the whole completion where that is compared with the others', else from
-        each token's: its advantage then counts what is still to come.
-        """
-        estimator, group = self.estimator, rollout.group
-        rewards = rollout.rewards.view(-1, group)
-        if estimator.decoupled:
-            values = cast(Tensor, rollout.reward_values).view(-1, group, len(self.rewards))
-            rewards = decoupled_rewards(values.double(), torch.tensor(self.rewards.weights))
-        lengths = rollout.own.sum(dim=1).view(-1, group)
-        rewards = rewards.masked_fill(~lengths.any(dim=1, keepdim=True), torch.nan)  # of nothing that can be learnt
-        judged = ~rewards.isnan()
-        if rollout.greedy_rewards is not None:
-            judged = judged & ~rollout.greedy_rewards.isnan()[:, None]
-        if estimator.grouped:
-            judged = judged & (judged.sum(dim=1, keepdim=True) >= 2)
-        if estimator.baseline == "optimal_token" or (penalty is not None and estimator.to_go):
-            advantages = self._token_advantages(rollout, rewards, judged, penalty)
-        else:
-            costs = 0.0 if penalty is None else penalty.sum(dim=-1).cpu().view(-1, group)
-            advantages = self.advantages(rewards - costs, lengths, rollout.greedy_rewards)
-            advantages = advantages.flatten()
-        return replace(rollout, trained=rollout.trained & judged.view(-1, 1), advantages=advantages.float())
-
-    def advantages(self, rewards: Tensor, lengths: Tensor, greedy_rewards: Tensor | None = None) -> Tensor:
-        """Advantages [prompts, G] of rewards [prompts, G], 0 where NaN; scaling by the batch spans all ranks.
-
-        Args:
-            rewards: [prompts, G]; NaN: not judged.
-            lengths: [prompts, G], how many tokens the policy wrote.
-            greedy_rewards: [prompts], of greedy completions, where they are the baseline.
-        """
-        if not self.estimator.spans_batch:
-            return self.estimator(rewards, lengths=lengths, greedy_rewards=greedy_rewards)
-        told = [rewards.double(), lengths.double()]
-        if greedy_rewards is not None:
-            told.append(greedy_rewards.double()[:, None].expand(rewards.shape))
-
-        def of_all(every: Tensor) -> Tensor:
-            found, counts, *greedy = every.unbind(dim=-1)
-            first = greedy[0][:, 0] if greedy else None
-            return self.estimator(found.to(rewards), lengths=counts, greedy_rewards=first)
-
-        return self.over_ranks(torch.stack(told, dim=-1), of_all)
-
-    def _token_advantages(self, rollout: Rollout, rewards: Tensor, judged: Tensor, penalty: Tensor | None) -> Tensor:
-        """Advantages [N, T] of single tokens, on the host."""
-        mask, shape = rollout.own & judged.view(-1, 1), (len(rollout), rollout.group, -1)
-        if rollout.greedy_rewards is not None:
-            rewards = rewards - rollout.greedy_rewards[:, None]
-        values = returns_to_go(rewards.flatten(), mask, None if penalty is None else penalty.cpu())
-        if rollout.gradient_norms is not None:
-            norms = rollout.gradient_norms.cpu().view(shape)
-            values = optimal_token_advantages(values.view(shape), norms, mask.view(shape)).flatten(0, 1)
-        return self.whiten_over_ranks(values, mask) if self.estimator.spans_batch else values
+        """Compares rewards with their baseline, and adds what the teacher thinks."""
+        rollout = add_advantages(self, rollout, self.estimator, penalty)
+        if self.teacher is None:
+            return rollout
+        rollout, kl = add_teacher(self, rollout, self.teacher, self.teacher_coef)
+        self._train_meters.update({"teacher_kl": kl})
+        return rollout
 
     def describe(self) -> dict[str, str]:
-        """Adds what rewards are compared with."""
+        """Adds what rewards are compared with, and the preset that this comes from."""
         equal = "; 0 where a group's rewards are equal" if self.estimator.grouped else ""
-        return super().describe() | {
-            "advantages": f"{self.estimator.describe()}, {self.actor.num_generations} completions a prompt{equal}"
-        }
+        preset = {"preset": self.settings.describe()} if self.settings.preset else {}
+        return (
+            super().describe()
+            | preset
+            | {
+                "advantages": f"{self.estimator.describe()}, {self.actor.num_generations} completions a prompt{equal}"
+                + f"; less {self.teacher_coef:g} times each token's log-ratio to the teacher"
+                * (self.teacher is not None),
+            }
+        )

@@ -17,6 +17,7 @@ from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import check_mergeable, has_adapter
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import Reading
+from alignment_modules.policies.value_head import ValueHead
 
 
 def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Module) -> nn.Module:
@@ -63,12 +64,7 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
         ValueError: If the policy is another module, has no sequence classifier of its kind, or its adapters cannot be
             merged.
     """
-    inner = language_model(policy)
-    if inner is None or find_head(inner) is None:
-        raise ValueError(
-            f"critic=None is a copy of the policy with a scalar head, and the hidden states of {type(policy).__name__} "
-            "cannot be told from its outputs: give a critic that gives one number for each token, [batch, time, 1]"
-        )
+    _head_of(policy, "critic=None is a copy of the policy with a scalar head")
     import transformers
 
     if has_adapter(policy):
@@ -82,7 +78,7 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
             shell: Any = transformers.AutoModelForSequenceClassification.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise ValueError(
-            f"critic=None: {type(inner).__name__} has no sequence classifier that a copy could be ({error})"
+            f"critic=None: {type(twin).__name__} has no sequence classifier that a copy could be ({error})"
         ) from error
     trunk: Any = twin.base_model
     setattr(shell, shell.base_model_prefix, trunk)
@@ -130,3 +126,37 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
     adapter = copy.deepcopy(policy.peft_config[policy.active_adapter])
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
     return peft.get_peft_model(model, adapter)
+
+
+def shared_head(policy: nn.Module) -> ValueHead:
+    """A value head on a policy's own trunk, starting at 0, on the policy's device.
+
+    Raises:
+        ValueError: If the policy's hidden states cannot be told from its outputs.
+    """
+    return ValueHead(_head_of(policy, "critic='shared' is a head on the policy's trunk").in_features)
+
+
+def as_classifier(policy: nn.Module, head: ValueHead) -> nn.Module:
+    """A copy of a shared trunk with its value head, as a sequence classifier, to be exported.
+
+    Args:
+        policy: The trunk.
+        head: What `shared_head` gave.
+    """
+    twin: Any = scalar_copy(policy)
+    twin.score.to(head.weight.dtype)
+    with torch.no_grad():
+        twin.score.weight.copy_(head.weight[None])
+    return twin
+
+
+def _head_of(policy: nn.Module, what: str) -> nn.Linear:
+    inner = language_model(policy)
+    head = None if inner is None else find_head(inner)
+    if head is None:
+        raise ValueError(
+            f"{what}, and the hidden states of {type(policy).__name__} cannot be told from its outputs: give a critic "
+            "that gives one number for each token, [batch, time, 1]"
+        )
+    return head.linear  # type: ignore[return-value]

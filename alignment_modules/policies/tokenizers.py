@@ -122,6 +122,12 @@ def vocabulary_size(policy: nn.Module) -> int | None:
         return rows if isinstance(rows, int) else None
 
 
+def tokenizer_path(model: Any) -> str | None:
+    """Where the tokenizer of a model may lie that is given as a folder or hub id, or as a `PolicyConfig` with one."""
+    path = model.get("path") if isinstance(model, Mapping) else getattr(model, "path", model)
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+
+
 def compared_ids(
     policy: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_path: str | None, *, name: str = "teacher"
 ) -> int | None:

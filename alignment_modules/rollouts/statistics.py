@@ -64,11 +64,11 @@ def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
     mean = rewards.nansum(dim=1) / count.clamp(min=1)
     squares = torch.where(applies, (rewards - mean[:, None]).square(), 0.0).sum(dim=1)
     groups = (count > 0).sum()
-    if rewards.shape[1] == 1:
-        return {"reward": Statistic(mean.sum(), groups)}
+    reward = {"reward": Statistic(mean.sum(), groups)}
+    if rewards.shape[1] == 1:  # one completion of a prompt is compared with none
+        return reward
     informative = informative_groups(rewards).sum()
-    return {
-        "reward": Statistic(mean.sum(), groups),
+    return reward | {
         "reward_std": Statistic((squares / (count - 1).clamp(min=1)).sqrt().sum(), groups),
         "frac_reward_zero_std": Statistic(groups - informative, groups),
         "groups_with_signal": Statistic(informative, groups),

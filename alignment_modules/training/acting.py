@@ -1,8 +1,7 @@
 """What paradigms that learn from their own samples share: the keywords of their actor, and how it is looked at."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any
 
@@ -20,9 +19,11 @@ from alignment_modules.functional.ranges import (
     Share,
     check_options,
 )
+from alignment_modules.functional.support import Support
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.modes import reading_mode
+from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Reads, Segments
 from alignment_modules.rewards import RewardError, RewardSet
@@ -173,6 +174,11 @@ class ActingModule(UpdateModule):
             f"min_p {sampling.min_p:g}, at most {sampling.max_completion_length} tokens, seed {self.actor.seed}",
         }
 
+    @property
+    def rollout_step(self) -> int:
+        """What the seeds of a rollout are made of: the optimizer steps taken so far."""
+        return self.global_step
+
     def roll_out(self, batch: Mapping[str, Any]) -> Rollout:
         """Acts, and counts what was done.
 
@@ -181,7 +187,7 @@ class ActingModule(UpdateModule):
         """
         self._finite = True
         greedy = self.compares_with_greedy
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.global_step, with_greedy=greedy)
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, with_greedy=greedy)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
@@ -247,8 +253,18 @@ class ActingModule(UpdateModule):
             over_support: Whether the distributions are over the rollout's `support`, where it has one, as those are
                 that were sampled from; else over the whole vocabulary.
         """
-        segments, support = self.segments_of(rollout, targets), rollout.support if over_support else None
-        scores = score(model, segments, temperature=self.actor.sampling.temperature, support=support, ask=ask)
+        support = rollout.support if over_support else None
+        return self.score_reading(read(model, self.segments_of(rollout, targets)), support, ask=ask)
+
+    def score_reading(self, reading: Reading, support: Support | None = None, *, ask: Collection[Ask] = ()) -> Scores:
+        """Scores [N, T] of a piece of a rollout that was read, at the temperature that it was sampled with.
+
+        Args:
+            reading: Of the policy, or of what is compared with it.
+            support: As in `score`.
+            ask: As in `score`.
+        """
+        scores = score(reading, temperature=self.actor.sampling.temperature, support=support, ask=ask)
         if torch.is_grad_enabled():
             self._finite = self._finite & torch.where(scores.mask, scores.token_logps.detach(), 0.0).isfinite().all()
             self._early_finite = EarlyRead(self._finite)
@@ -263,7 +279,8 @@ class ActingModule(UpdateModule):
         over_support: bool | None = None,
     ) -> Tensor:
         """Log-probabilities [N, T] of `scores_of`."""
-        return self.scores_of(rollout, companion, trained_only=trained_only, over_support=over_support).token_logps
+        options = {"trained_only": trained_only, "over_support": over_support}
+        return self.scores_of(rollout, companion, **options).token_logps  # type: ignore[arg-type]
 
     @torch.no_grad()
     def scores_of(
@@ -280,7 +297,7 @@ class ActingModule(UpdateModule):
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
-            ask: As in `score`.
+            ask: As in `score`, but for "accuracy".
             trained_only: Whether what is left out of the loss is not scored either.
             over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
                 filters kept is not its own.
@@ -288,21 +305,34 @@ class ActingModule(UpdateModule):
         Raises:
             NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
-        rows, pieces = len(rollout.ids), []
-        size = max((self.micro_batch_size or rows) // rollout.group, 1)
         over = companion is None if over_support is None else over_support
+        asked = list(ask)
+
+        def told(piece: Rollout) -> list[Tensor]:
+            targets = piece.trained if trained_only else piece.own
+            scores = self.score_piece(model, piece, targets, ask=asked, over_support=over)
+            return [scores.token_logps, *(getattr(scores, name) for name in asked)]
+
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
-            for start in range(0, max(len(rollout), 1), size):
-                tell("scoring", start * rollout.group, rows)
-                piece = rollout.select(slice(start, start + size))
-                targets = piece.trained if trained_only else piece.own
-                pieces.append(self.score_piece(model, piece, targets, ask=ask, over_support=over))
-        told = {one.name: [getattr(piece, one.name) for piece in pieces] for one in fields(Scores)}
-        joined: Any = {name: None if parts[0] is None else torch.cat(parts) for name, parts in told.items()}
-        scores = Scores(**joined)
-        if not bool(scores.token_logps.isfinite().all()):
-            raise self._not_finite("policy" if companion is None else "reference")
-        return scores
+            token_logps, *more = self.over_pieces(rollout, told)
+        if not bool(token_logps.isfinite().all()):
+            raise self.not_finite("policy" if companion is None else "reference")
+        mask = (rollout.trained if trained_only else rollout.own).to(token_logps.device, non_blocking=True)
+        return Scores(token_logps, mask, **dict(zip(asked, more, strict=True)))
+
+    def over_pieces(self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
+        """What is computed of a rollout in micro-batches, whole groups each: tensors of [N, ...] on this device.
+
+        Args:
+            rollout: Of the whole batch.
+            compute: From a piece of n completions to tensors [n, ...], float32 where they are not integers.
+        """
+        size = max((self.micro_batch_size or len(rollout.ids)) // rollout.group, 1)
+        found = []
+        for start in range(0, max(len(rollout), 1), size):  # at least one piece, which has the shapes
+            tell("scoring", start * rollout.group, len(rollout.ids))
+            found.append(compute(rollout.select(slice(start, start + size))))
+        return [torch.cat(parts).float() for parts in zip(*found, strict=True)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Also refuses to step on log-probabilities that are not finite.
@@ -311,10 +341,10 @@ class ActingModule(UpdateModule):
             NonFiniteLogits: If a piece of the step had some; it names the step.
         """
         if not self._early_finite.item():
-            raise self._not_finite("policy")
+            raise self.not_finite("policy")
         super().on_before_optimizer_step(optimizer)
 
-    def _not_finite(self, who: str) -> NonFiniteLogits:
+    def not_finite(self, who: str) -> NonFiniteLogits:
         """The error about a model's logits, with the step that is being prepared."""
         return NonFiniteLogits(
             f"optimizer step {self.global_step + 1}: {who} gave logits that are not finite; its weights or inputs may "

@@ -38,7 +38,8 @@ class CheckpointContract(L.LightningModule):
     batch_cut_short: bool = False
     """Whether `max_steps` was reached with steps of the last batch still to take."""
     _kept_totals: tuple[tuple[int, Totals], ...] = ()
-    _saves_frozen: bool = False
+    _kept_frozen: tuple[str, ...] = ()
+    """Children whose weights a checkpoint keeps, frozen or not."""
     _frozen: FrozenWeights | None = None
     _restored: dict[str, Any] | None = None
 
@@ -104,7 +105,7 @@ class CheckpointContract(L.LightningModule):
     def on_train_start(self) -> None:
         """Puts back the loaders and the sums of what is not logged yet."""
         take_up(self.trainer)
-        self.batch_cut_short, self._frozen = False, FrozenWeights(self, ["policy"] if self._saves_frozen else [])
+        self.batch_cut_short, self._frozen = False, FrozenWeights(self, self._kept_frozen)
         entry, self._restored = self._restored or {}, None
         for config, saved in zip(self.trainer.lr_scheduler_configs, entry.get("schedules", []), strict=False):
             _warn_of_new_length(config.scheduler, saved)

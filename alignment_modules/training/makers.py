@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
 
 
-def check_makers(optimizer: Any, lr_scheduler: Any) -> None:
+def check_makers(optimizer: Any, lr_scheduler: Any, *, whose: str = "") -> None:
     """Refuses an optimizer or schedule that was made already: only the module knows its parameter groups.
 
     Args:
         optimizer: Anything that can be called with parameter groups.
         lr_scheduler: Anything that can be called with an optimizer; None: no schedule.
+        whose: What stands before the options' names, such as "critic_".
 
     Raises:
         ValueError: If one is an object made already, or cannot be called.
     """
-    _check("optimizer", optimizer, (Optimizer,), "parameters", "torch.optim.AdamW(parameters, lr=1e-5)")
+    _check(f"{whose}optimizer", optimizer, (Optimizer,), "parameters", "torch.optim.AdamW(parameters, lr=1e-5)")
     if lr_scheduler is not None:
         known = (LRScheduler, ReduceLROnPlateau)
-        _check("lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
+        _check(f"{whose}lr_scheduler", lr_scheduler, known, "optimizer", "CosineSchedule(optimizer, warmup_steps=100)")
 
 
 def check_entries(module: nn.Module, entries: Mapping[str, nn.Module], *, several: bool) -> None:
@@ -84,15 +85,16 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
         fuse(optimizer)
-        if module.make_lr_scheduler is None:
+        make = module.scheduler_for(name)
+        if make is None:
             made.append(optimizer)
             continue
         check_rate(optimizer)
-        scheduler = module.make_lr_scheduler(optimizer)
+        scheduler = make(optimizer)
         found: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if not isinstance(scheduler, ReduceLROnPlateau):
             strict = not module.trainer.fast_dev_run  # type: ignore[attr-defined]
-            bind_total_steps(scheduler, module.total_optimizer_steps, strict=strict)
+            bind_total_steps(scheduler, module.steps_of(name), strict=strict)
         elif counts_steps:
             raise ValueError(
                 f"lr_scheduler={type(scheduler).__name__} waits for a metric, but {type(module).__name__} steps its "
@@ -101,6 +103,8 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         else:
             found = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", "train/loss")}
         made.append({"optimizer": optimizer, "lr_scheduler": found})
+    if any(isinstance(one, dict) for one in made):  # Lightning takes either form, not both at once
+        made = [one if isinstance(one, dict) else {"optimizer": one} for one in made]
     return made if len(made) > 1 else made[0]
 
 

@@ -57,7 +57,7 @@ class Meters:
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-        kinds: tuple[Kind, ...] = ("mean", "std", "gap", "difference", "explained", "min", "max")
+        kinds: tuple[Kind, ...] = ("mean", "std", "var", "gap", "difference", "sum", "explained", "min", "max")
         for kind in kinds:
             how = kind if kind in ("min", "max") else "sum"
             names = sorted(name for held, name in self._values if held == kind)
@@ -65,11 +65,11 @@ class Meters:
                 continue
             values = reduce(torch.stack([self._values[kind, name].to(device) for name in names]), how).tolist()
             for name, value in zip(names, values, strict=True):
-                if kind == "std":
+                if kind in ("std", "var"):
                     total, squares, count = value
                     if count > 0:  # of a single unit: 0
                         variance = max(squares - total * total / count, 0.0) / max(count - 1, 1)
-                        results[name] = math.sqrt(variance)
+                        results[name] = math.sqrt(variance) if kind == "std" else variance
                 elif kind == "gap":
                     *sums, count = value
                     if count > 0:
@@ -78,6 +78,11 @@ class Meters:
                     one, other, count, others = value
                     if count > 0 and others > 0:
                         results[name] = one / count - other / others
+                elif kind == "sum":
+                    totals, counts = value[: len(value) // 2], value[len(value) // 2 :]
+                    if any(count > 0 for count in counts):  # a term without units adds nothing
+                        pairs = zip(totals, counts, strict=True)
+                        results[name] = sum(total / count for total, count in pairs if count > 0)
                 elif kind == "explained":
                     error, errors, target, targets, count = value
                     spread = count * targets - target * target

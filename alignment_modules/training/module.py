@@ -60,10 +60,8 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         policy: What is trained: a folder or hub id, a `PolicyConfig`, or any `nn.Module` that maps `input_ids`
             [batch, time] to logits [batch, time, vocabulary] (a tensor, or an object with `.logits`).
         optimizer: Called with parameter groups; biases, norms and other vectors get no weight decay.
-        lr_scheduler: Called with the optimizer; stepped once an optimizer step. The schedules of
-            `alignment_modules.training.schedules` fill in the run's total number of optimizer steps themselves.
-        tokenizer: A tokenizer, or the folder of one. None: the tokenizer of the Trainer's datamodule. Needed only to
-            generate, to call rewards and to export.
+        lr_scheduler: Called with the optimizer; stepped once an optimizer step. Ours find out the run's length.
+        tokenizer: A tokenizer, or the folder of one; None: the Trainer's datamodule's. To generate, judge and export.
         evaluation: How `test` and `predict` generate and judge.
         override_lr: Whether a run that resumes takes `optimizer`'s learning rate as it is given now. Otherwise the
             optimizer goes on as it was saved, and another rate than the checkpoint's is refused.
@@ -99,7 +97,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         super().__init__()
         keep_hyperparameters(self)
         self.policy = build_policy(policy, head=self.head, balanced=self.balances_experts)
-        self._saves_frozen = is_fresh(policy)
+        self._kept_frozen = ("policy",) if is_fresh(policy) else ()
         self.make_optimizer = optimizer
         self.override_lr = override_lr
         self.make_lr_scheduler = lr_scheduler
@@ -136,6 +134,14 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """What makes the optimizer of an entry of `trained`."""
         return self.make_optimizer
 
+    def scheduler_for(self, name: str) -> LRSchedulerCallable | None:
+        """What makes the schedule of an entry of `trained`; None: its rate stays."""
+        return self.make_lr_scheduler
+
+    def steps_of(self, name: str) -> int | float:
+        """Steps of the whole run that the optimizer of an entry of `trained` takes."""
+        return self.total_optimizer_steps
+
     def describe(self) -> dict[str, str]:
         """What is printed at the start of `fit`: the resolved objective, line by line."""
         held = {name: companion.describe() for name, companion in companions(self).items()}
@@ -160,8 +166,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """Takes the datamodule's tokenizer where none was given, and checks that its ids fit the policy.
 
         Raises:
-            ValueError: If they do not, the Trainer clips gradients at NaN or trains in float16, or all of the module is
-                compiled.
+            ValueError: If they do not, the Trainer clips at NaN or trains in float16, or all of the module is compiled.
         """
         refuse_compiled(self)
         prepare(self.policy)
@@ -273,10 +278,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         return self.windows[of].add(objective)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the validation means, which do not depend on the batch size.
-
-        Of prompts completions are judged, where the rows have what the verifier asks for.
-        """
+        """Adds a batch to the validation means: of prompts completions are judged, where a verifier can do so."""
         if not self._measures_completions(batch) or self.writer.judges(batch):
             self.record_evaluation(self.measure(batch).statistics, dataloader_idx)
 
@@ -308,8 +310,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     ) -> Any:
         """Completions of a batch of prompts, sampled in eval mode; the policy's own modes are put back after.
 
-        For text it answers in text: `module.generate("1+1=")`, also for messages and for lists of either
-        (`complete_text` says how).
+        For text it answers in text: `module.generate("1+1=")`, also for messages and lists of either (`complete_text`).
         """
         return self.writer.generate(self.policy, batch, parameters, num_samples=num_samples, seed=seed, step=step)
 
@@ -365,8 +366,7 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
         """Logs the steps of the epoch that no interval has logged.
 
         Raises:
-            ValueError: If no step of the epoch had a target. One that was cut short is judged only where no step of the
-                whole run had any.
+            ValueError: If no step of the epoch had a target; of one that was cut short, if no step of the run had any.
         """
         end_epoch(self)
 

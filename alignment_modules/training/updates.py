@@ -228,9 +228,9 @@ class UpdateModule(AlignmentModule):
         else:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)  # not a step of the run
         (optimizer if len(self.windows) == 1 else self).zero_grad()
-        if self.trainer.lr_scheduler_configs:
-            scheduler: Any = self.trainer.lr_scheduler_configs[position].scheduler
-            scheduler.step()
+        for config in self.trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer is optimizer.optimizer:
+                config.scheduler.step()
         name = "time/update" if of == "policy" else f"{of}/time/update"
         self._train_meters.update({name: Statistic(torch.tensor(monotonic() - started))})
         if of == "policy":

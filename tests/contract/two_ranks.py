@@ -43,6 +43,19 @@ class Batches:
         return self.make(list(range(8)) if self.devices == 1 else [list(range(3)), list(range(3, 8))][rank])
 
 
+COUPLED = (
+    "clip_cov",
+    "kl_cov",
+    "top entropy",
+    "prompt mean",
+    "reinforce_pp",
+    "gdpo",
+    "optimal_token whitened",
+    "remax",
+)
+"""What GRPO's row varies and the rows of all ranks decide."""
+
+
 class NoTokenizer:
     """Decodes ids to text; enough for rewards."""
 
@@ -119,10 +132,12 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
     control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
     yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
-    for label in ("reinforce_pp", "gdpo", "optimal_token whitened", "remax"):
+    for label in COUPLED:
         row = ROWS["grpo"]
-        options = row.variants[label]
-        yield label, lambda options=options: make("grpo", **options), row.variant_batches.get(label, row.batch)
+        options, batch = row.variants[label], row.variant_batches.get(label, row.batch)
+        yield f"grpo {label}", lambda options=options: make("grpo", **options), batch
+    taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
+    yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

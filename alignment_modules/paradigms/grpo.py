@@ -97,7 +97,8 @@ class GRPOModule(PolicyGradientModule):
                     f"num_generations=1 must be at least 2: with baseline={estimator.baseline!r} a group's completions "
                     "are compared with each other"
                 )
-            super().__init__(**(policy_gradient | options))
+            policy_gradient |= options
+            super().__init__(**policy_gradient)
             check_decoupled(self, estimator, self.beta if self.kl_placement == "reward" else 0.0)
         self.settings, self.estimator, self.mask_truncated = settings, estimator, mask_truncated
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)

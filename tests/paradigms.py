@@ -395,6 +395,7 @@ ROWS: dict[str, Paradigm] = {
             "beta": 0.1,
         },
         variants={
+            "dynamic sampling": {"dynamic_sampling": 1},
             "adapted": {"kl_target": 0.01, "kl_horizon": 100, "entropy_coef": 0.05, "entropy_target": 3.0},
             **{loss: {"loss": loss} for loss in ("grpo", "dr_grpo")},
             "cispo": {"loss": "cispo", "epsilon": None},

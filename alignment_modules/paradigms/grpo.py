@@ -2,21 +2,22 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional import AdvantageEstimator
+from alignment_modules.functional import AdvantageEstimator, informative_groups
 from alignment_modules.functional.ranges import NonNegative, Positive, check_options
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.crediting import add_advantages, add_gradient_norms, check_decoupled
-from alignment_modules.training.policy_gradient import PolicyGradientModule
+from alignment_modules.training.crediting import add_advantages, add_gradient_norms, check_decoupled, single_rewards
+from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.presets import Settings
 from alignment_modules.training.teacher_advantages import add_teacher
 
 
-class GRPOModule(PolicyGradientModule):
+class GRPOModule(GroupModule):
     r"""Online RL without a critic, on batches of prompts.
 
     For each prompt G completions are sampled and judged; a completion's advantage is its reward less a baseline, such
@@ -42,19 +43,17 @@ class GRPOModule(PolicyGradientModule):
             else "k3".
         kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. None: the preset's,
             else "loss".
-        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
-            Completions that no reward applies to are in neither.
         teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
             a module, which is frozen in place. It must have the policy's vocabulary.
         teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,
             also in groups of equal rewards.
-        **policy_gradient: Keywords of `PolicyGradientModule` (epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss_options, reduction,
-            top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon, entropy_target,
-            entropy_coef_delta, reference),
-            `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+        **policy_gradient: Keywords of `GroupModule` (mask_truncated, truncated_in_baseline, dynamic_sampling),
+            `PolicyGradientModule` (epsilon, epsilon_high, delta, importance_level, num_iterations, minibatches,
+            loss_options, reduction, top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon,
+            entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards, reward_weights, num_generations,
+            max_completion_length, temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed),
+            `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler,
+            tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -74,7 +73,6 @@ class GRPOModule(PolicyGradientModule):
         beta: NonNegative | None = None,
         kl_estimator: str | None = None,
         kl_placement: Literal["loss", "reward"] | None = None,
-        mask_truncated: bool = False,
         teacher: str | PolicyConfig | nn.Module | None = None,
         teacher_coef: Positive = 1.0,
         **policy_gradient: Any,
@@ -97,10 +95,15 @@ class GRPOModule(PolicyGradientModule):
                     f"num_generations=1 must be at least 2: with baseline={estimator.baseline!r} a group's completions "
                     "are compared with each other"
                 )
+            if policy_gradient.get("dynamic_sampling") is not None and not estimator.grouped:
+                raise ValueError(
+                    f"dynamic_sampling={policy_gradient['dynamic_sampling']} replaces groups of equal rewards, which "
+                    f"teach something with baseline={estimator.baseline!r}: it must be null"
+                )
             policy_gradient |= options
             super().__init__(**policy_gradient)
             check_decoupled(self, estimator, self.beta if self.kl_placement == "reward" else 0.0)
-        self.settings, self.estimator, self.mask_truncated = settings, estimator, mask_truncated
+        self.settings, self.estimator = settings, estimator
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
         self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
 
@@ -138,6 +141,13 @@ class GRPOModule(PolicyGradientModule):
                 "multi_objective_aggregation='normalize_then_sum' normalises each reward: the batch's rewards must be "
                 f"[completions, {len(self.rewards)}], got shape {tuple(given.shape)}"
             )
+
+    def informative(self, rollout: Rollout) -> Tensor:
+        """[P] bool, on the host: also where rewards differ that are equal in sum, if each is normalised by itself."""
+        if not self.estimator.decoupled:
+            return super().informative(rollout)
+        values = single_rewards(self, self.compared(rollout))
+        return torch.stack([informative_groups(one) for one in values.unbind(dim=2)]).any(dim=0)
 
     def annotate(self, rollout: Rollout) -> Rollout:
         """Also adds what the optimal token baseline reads."""

@@ -185,11 +185,24 @@ class ActingModule(UpdateModule):
         Raises:
             RewardError: If no completion of any rank has a reward.
         """
-        self._finite = True
-        greedy = self.compares_with_greedy
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, with_greedy=greedy)
+        rollout = self.act(batch)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
+        return rollout
+
+    def act(self, batch: Mapping[str, Any], draw: int = 0) -> Rollout:
+        """Completions of a batch with their rewards.
+
+        Args:
+            batch: What the loader gave.
+            draw: How many batches were acted on since the last step.
+
+        Raises:
+            RewardError: If no completion of any rank has a reward.
+        """
+        self._finite = True
+        options = {"with_greedy": True} if self.compares_with_greedy else {}
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, draw=draw, **options)
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
             given = isinstance(batch.get("rewards"), Tensor)
             whose = "the batch's rewards are" if given else f"{', '.join(map(repr, self.rewards.names))} gave"
@@ -212,16 +225,29 @@ class ActingModule(UpdateModule):
             ValueError: If the first has fewer prompts on every rank than a pass has minibatches.
         """
         order = torch.Generator().manual_seed(self.actor.seed + self.global_step)
-        largest = int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
-        if first and largest < count:
-            raise ValueError(f"minibatches={count} is more than the {largest} prompts of a batch")
+        largest = self.largest(rollout)
+        if first:
+            self.check_minibatches(largest, count)
         for _ in range(passes):
-            # Of a last, shorter batch no rank may have anything left.
-            for part in islice(rollout.minibatches(count, order), largest):
+            # Of a last, shorter batch no rank may have anything left; of none at all one step is still counted.
+            for part in islice(rollout.minibatches(count, order), max(largest, 1)):
                 if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
                     self.batch_cut_short = True
                     return
                 yield part
+
+    def check_minibatches(self, largest: int, count: int) -> None:
+        """Checks that a pass can have so many minibatches.
+
+        Raises:
+            ValueError: If the rank with most prompts has fewer.
+        """
+        if largest < count:
+            raise ValueError(f"minibatches={count} is more than the {largest} prompts of a batch")
+
+    def largest(self, rollout: Rollout) -> int:
+        """The prompts of a rollout on the rank that has most."""
+        return int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
 
     def segments_of(self, rollout: Rollout, targets: Tensor, reads: Reads = "targets") -> Segments:
         """A piece of a rollout as `read` takes it, on this module's device.
@@ -328,8 +354,10 @@ class ActingModule(UpdateModule):
             compute: From a piece of n completions to tensors [n, ...], float32 where they are not integers.
         """
         size = max((self.micro_batch_size or len(rollout.ids)) // rollout.group, 1)
+        # At least one piece, which has the shapes; as many on each rank, since sharded weights are gathered together.
+        count = int(self.reduce(torch.tensor(max(-(-len(rollout) // size), 1), device=self.device), "max"))
         found = []
-        for start in range(0, max(len(rollout), 1), size):  # at least one piece, which has the shapes
+        for start in range(0, count * size, size):
             tell("scoring", start * rollout.group, len(rollout.ids))
             found.append(compute(rollout.select(slice(start, start + size))))
         return [torch.cat(parts).float() for parts in zip(*found, strict=True)]

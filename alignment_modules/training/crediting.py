@@ -48,8 +48,7 @@ def add_advantages(
     group = rollout.group
     rewards, lengths = rollout.rewards.view(-1, group), rollout.own.sum(dim=1).view(-1, group)
     if estimator.decoupled:
-        values = cast(Tensor, rollout.reward_values).view(-1, group, len(module.rewards))
-        rewards = decoupled_rewards(values.double(), torch.tensor(module.rewards.weights))
+        rewards = decoupled_rewards(single_rewards(module, rollout).double(), torch.tensor(module.rewards.weights))
     rewards = rewards.masked_fill(~lengths.any(dim=1, keepdim=True), torch.nan)  # of nothing that can be learnt
     judged = ~rewards.isnan()
     if rollout.greedy_rewards is not None:
@@ -62,6 +61,17 @@ def add_advantages(
         costs = 0.0 if penalty is None else penalty.sum(dim=-1).cpu().view(-1, group)
         advantages = completion_advantages(module, estimator, rewards - costs, lengths, rollout.greedy_rewards)
     return replace(rollout, trained=rollout.trained & judged.view(-1, 1), advantages=advantages.float().flatten(0, 1))
+
+
+def single_rewards(module: ActingModule, rollout: Rollout) -> Tensor:
+    """Each reward by itself, [prompts, G, rewards], NaN where a completion has none at all or is not compared.
+
+    Args:
+        module: With its rewards.
+        rollout: Of the whole batch on this rank.
+    """
+    values = cast(Tensor, rollout.reward_values).masked_fill(rollout.rewards.isnan()[:, None], torch.nan)
+    return values.view(-1, rollout.group, len(module.rewards))
 
 
 def completion_advantages(

@@ -176,7 +176,7 @@ class PolicyGradientModule(ActingModule):
         started = monotonic()
         self.rollout = self.annotate(self.roll_out(batch))
         self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
-        given = "old_logprobs" in batch and not self._rescores
+        given = "old_logprobs" in batch and not self.rescores_old
         self.learn(self.rollout, given=given, first=batch_idx == 0)
 
     def learn(self, rollout: Rollout, *, given: bool, first: bool) -> None:
@@ -221,7 +221,7 @@ class PolicyGradientModule(ActingModule):
         return rollout
 
     @property
-    def _rescores(self) -> bool:
+    def rescores_old(self) -> bool:
         """Whether the old policy is scored, because what was sampled with may differ from it."""
         return self.correction is not None and self.correction.against == "old"
 
@@ -233,7 +233,7 @@ class PolicyGradientModule(ActingModule):
         in_reward, penalty, entropies = bool(self.beta) and self.kl_placement == "reward", None, None
         of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
         self._check_told(rollout)
-        now = whole = None if self._rescores else rollout.old_logps
+        now = whole = None if self.rescores_old else rollout.old_logps
         if self.top_entropy_quantile < 1:
             scores = self.scores_of(rollout, ask=["entropy", "full_logps"] if in_reward else ["entropy"])
             entropies = scores.entropy
@@ -243,7 +243,7 @@ class PolicyGradientModule(ActingModule):
             whole = self.score_rollout(rollout, over_support=False)
             now = whole if rollout.support is None else None
         if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
-            known = not self._rescores and not bool(sampled.isnan().any())
+            known = not self.rescores_old and not bool(sampled.isnan().any())
             now = sampled if known else self.score_rollout(rollout)
         rollout = replace(rollout, old_logps=sampled if of_sampler else now)
         if self.beta:
@@ -307,7 +307,7 @@ class PolicyGradientModule(ActingModule):
         if rollout.weights is not None:
             values = values * rollout.weights
         if self.correction is not None:
-            scored = old_logps if self._rescores else token_logps.detach()
+            scored = old_logps if self.rescores_old else token_logps.detach()
             weights = self.correction(rollout.sampled_logps, scored, advantages, mask)
             values = values * weights
             told = correction_statistics(weights, scores.mask)
@@ -372,7 +372,7 @@ class PolicyGradientModule(ActingModule):
             self.kept_ratios.append(ratio[mask])
         if scores.entropy is not None:
             found["entropy"] = token_mean(scores.entropy, mask)
-        if rollout.old_logps is None or self._rescores:
+        if rollout.old_logps is None or self.rescores_old:
             found |= sampling_statistics(rollout.sampled_logps, old_logps, mask)
         return found
 

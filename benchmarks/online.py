@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         *("--model.loss", "grpo", "--model.importance_level", "sequence", *SEVERAL_STEPS),
         *("--model.epsilon", "3e-4", "--model.epsilon_high", "4e-4"),
     ),
-    "CISPO": ("--model.loss", "cispo", *SEVERAL_STEPS),
+    "CISPO": ("--model.loss", "cispo", "--model.epsilon", "null", *SEVERAL_STEPS),
     "RLOO": ("--model.scale_rewards", "leave_one_out"),
     "GRPO + teacher": ("--model.teacher", "{teacher}", "--model.teacher_coef", "0.1"),
     "online DPO": ("--model", "OnlineDPOModule", "--model.loss", "sigmoid", "--model.beta", "0.1", *PAIRS),
@@ -54,6 +54,8 @@ OF_ROWS: dict[str, tuple[str, ...]] = {
     ),
     "control: continued SFT": ROWS,
 }
+# With a configuration of their own.
+CONFIGURED: dict[str, str] = {"PPO": "ppo"}
 CONTROLS: dict[str, tuple[str, ...]] = {
     "control: GRPO with learning rate 0": ("--model.optimizer.init_args.lr", "0.0", "--trainer.max_steps", "10"),
     "control: GRPO with shuffled rewards": ("--model.rewards", "shuffled_reward.shuffled_exact_match"),
@@ -68,14 +70,15 @@ class Online(Methods):
         """Trains by one method and tests on a split's held-out problems.
 
         Args:
-            name: Of `METHODS`, `OF_ROWS` or `CONTROLS`.
+            name: Of `METHODS`, `CONFIGURED`, `OF_ROWS` or `CONTROLS`.
             split: Of the problems.
             options: In place of the method's own.
         """
-        given = (METHODS | OF_ROWS | CONTROLS)[name] if options is None else options
+        given = (METHODS | OF_ROWS | CONTROLS).get(name, ()) if options is None else options
         # New problems, of no other stage and no other seed.
         problems = ["--data.train.init_args.seed", str(1000 + self.seed)]
-        return self.train(name, "sft" if name in OF_ROWS else "grpo", [*problems, *given], split)
+        config = CONFIGURED.get(name, "sft" if name in OF_ROWS else "grpo")
+        return self.train(name, config, [*problems, *given], split)
 
 
 def run_seed(root: Path, seed: int, names: Sequence[str]) -> dict[str, Measured]:
@@ -113,7 +116,7 @@ def bars(found: dict[int, dict[str, Measured]], root: Path) -> dict[str, list[bo
 
 def main() -> None:
     """Runs all seeds, prints the table and the bars."""
-    every = ["SFT", *METHODS, *OF_ROWS, *CONTROLS]
+    every = ["SFT", *METHODS, *CONFIGURED, *OF_ROWS, *CONTROLS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="default: %(default)s")

@@ -32,7 +32,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     parameters = SamplingParameters(workload.MAX_COMPLETION, stop_token_ids=(workload.EOS,))
-    size, samples = workload.SIZES[options.size].batch["grpo"], workload.GROUP
+    size, samples = workload.SIZES[options.size].batch["grpo"], workload.GROUPS["grpo"]
     rows = workload.load_rows(folder, "grpo", options.rounds + 1)
 
     def ours(ids: torch.Tensor, mask: torch.Tensor, step: int) -> int:

@@ -8,13 +8,14 @@ and ours in turn; printed are medians over the rounds with their ranges, ratios 
 side. GRPO, RLOO and online DPO sample, and samples differ between libraries, so their numbers are compared on given
 completions.
 
-Where definitions differ: TRL's RLOO has one ratio for a completion, the product of its tokens', so its loss is minus the
-mean advantage; ours sums over tokens (`reduction="sequence_mean_token_sum"`). In the one update of a rollout both have
-REINFORCE's gradient, so gradient norms alone are compared. TRL's ORPO has a likelihood over the tokens of prompt and
-chosen completion, so ours is given `nll_on_prompt=True, nll_unit="tokens"`. KTO's mismatched pairs are the same in both,
-since every prompt of the workload occurs once and a step is one batch; where prompts repeat, TRL pairs some with a
-completion of their own, and under accumulation it estimates the divergence for each micro-batch. What both libraries
-would draw for themselves, a reward model's head and LoRA's first factors, is drawn for both in the same way.
+Where definitions differ: TRL's RLOO has one ratio for a completion, the product of its tokens', so its loss is minus
+the mean advantage; ours sums over tokens (`reduction="sequence_mean_token_sum"`). In the one update of a rollout both
+have REINFORCE's gradient, so gradient norms alone are compared. TRL's ORPO has a likelihood over the tokens of prompt
+and chosen completion, so ours is given `nll_on_prompt=True, nll_unit="tokens"`. KTO's mismatched pairs are the same
+in both, since every prompt of the workload occurs once and a step is one batch; where prompts repeat, TRL pairs some
+with a completion of their own, and under accumulation it estimates the divergence for each micro-batch. What both
+libraries would draw for themselves, a reward model's head and LoRA's first factors, is drawn for both in the same
+way.
 
 Memory is compared at the same checkpointing setting: our default, which does not checkpoint, with TRL's
 `no_checkpointing`, and our `checkpointing` with TRL's default, which does. Our default beside TRL's default is shown,

@@ -42,16 +42,10 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 # The same, by `align fit --config configs/quickstart/sft.yaml`.
 ROWS = ("--data.train.init_args.size", "25600", "--data.batch_size", "256", "--trainer.max_epochs", "1")
+STUDENT = ("--model", "DistillationModule", "--model.teacher", "{teacher}")
 WRITES = ("--model.on_policy_share", "1", "--model.max_completion_length", "6")
 OF_ROWS: dict[str, tuple[str, ...]] = {
-    "on-policy distillation from GRPO": (
-        "--model",
-        "DistillationModule",
-        "--model.teacher",
-        "{teacher}",
-        *WRITES,
-        *ROWS,
-    ),
+    "on-policy distillation from GRPO": (*STUDENT, *WRITES, *ROWS),
     "control: continued SFT": ROWS,
 }
 # With a configuration of their own.

@@ -31,7 +31,7 @@ def online(tmp_path_factory):
         yield benchmark, root
 
 
-@pytest.mark.parametrize("name", ["RLOO", "online DPO", "on-policy distillation from GRPO", "PPO"])
+@pytest.mark.parametrize("name", ["GSPO", "online DPO", "on-policy distillation from GRPO", "PPO"])
 def test_a_method_is_trained_and_measured(online, name):
     benchmark, root = online
     found = benchmark.Online(root / "seed0", 0, FEW).measure(name)

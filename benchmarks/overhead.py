@@ -73,11 +73,7 @@ def tiny_batch(method: str) -> dict[str, Any]:
         rows = {f"{name}_input_ids": ids(2) for name in sides}
         rows |= {key.replace("input_ids", "attention_mask"): torch.ones_like(row) for key, row in rows.items()}
         return rows | ({"label": torch.tensor([True, False])} if method == "kto" else {})
-    batch = {
-        "prompts": ids(1),
-        "responses": ids(workload.GROUPS["grpo"]),
-        "rewards": torch.arange(float(workload.GROUPS["grpo"])),
-    }
+    batch = {"prompts": ids(1), "responses": ids(workload.GROUP), "rewards": torch.arange(float(workload.GROUP))}
     masks = {"prompt_attention_mask": "prompts", "response_mask": "responses"}
     return batch | {mask: torch.ones_like(batch[key]) for mask, key in masks.items()}
 

@@ -71,7 +71,8 @@ SIZES = {
 }
 METHODS = tuple(SIZES["7m"].batch)
 ROWS = {"reward": "dpo", "orpo": "dpo", "rloo": "grpo", "online_dpo": "grpo"}  # methods that train on another's rows
-GROUPS = {"grpo": 8, "rloo": 8, "online_dpo": 2}  # methods that sample, and how often they do so for a prompt
+GROUP = 8  # GRPO samples per prompt
+GROUPS = {"grpo": GROUP, "rloo": GROUP, "online_dpo": 2}  # of the methods that sample
 EOS_PROBABILITY = 1 / 64  # per token, under the initial weights: completion lengths are geometric, cut at 128
 MAX_COMPLETION = 128  # completion limit, tokens
 MAX_LENGTH = 1024  # longest row either library accepts, tokens; no row of the workload comes near it
@@ -98,10 +99,10 @@ class Text:
         weight = 1.0 / (np.arange(words) + 20.0)
         self.probabilities = weight / weight.sum()
 
-    def length(self, mean: float, spread: float) -> int:
-        """A lognormal length of the given mean, at least 2 and at most 400 tokens."""
+    def length(self, mean: float, spread: float, longest: int = 400) -> int:
+        """A lognormal length of the given mean, at least 2 and at most `longest` tokens."""
         value = self.generator.lognormal(np.log(mean) - spread**2 / 2, spread)
-        return int(np.clip(round(value), 2, 400))
+        return int(np.clip(round(value), 2, longest))
 
     def words(self, count: int) -> str:
         """`count` words separated by blanks."""
@@ -125,6 +126,13 @@ def make_rows(method: str, size: str) -> list[dict[str, Any]]:
             row[name] = " " + text.words(text.length(*completion))
         rows.append(row | {"label": number % 2 == 0} if method == "kto" else row)
     return rows
+
+
+def make_prompts(size: str, tokens: int, count: int) -> list[list[int]]:
+    """Token ids of prompts of a mean length, spread as those of GRPO are and at most twice as long."""
+    text = Text(len(METHODS), SIZES[size].model["vocab_size"])
+    lengths = [text.length(tokens, LENGTHS["grpo"][0][1], 2 * tokens) for _ in range(count)]
+    return [[int(word[1:]) + len(SPECIAL_TOKENS) for word in text.words(length).split()] for length in lengths]
 
 
 def row_tokens(row: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ WORKINGS = "workings/"
 """What comes before the names of metrics that matter to who looks for a fault; it sorts last."""
 _WORKINGS = (
     *("clip_ratio/*", "cispo_clip_ratio", "importance_ratio/*", "sampling/*", "logps/*", "frac_not_judged"),
+    *("dynamic_sampling/*", "kl_coef", "entropy_coef"),
     *("completions/m??_length", "completions/*_terminated_length", "rewards/m??", "rewards/*/std"),
     *("rewards/*/not_applicable", "sample_accuracy", "samples_per_second", "padding_share", "num_tokens"),
     *("steps_without_targets", "time/*", "grad_norm", "learning_rate", "reward_std", "tokens_per_second"),

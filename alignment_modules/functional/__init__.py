@@ -9,7 +9,7 @@ from alignment_modules.functional.advantages import (
     group_advantages,
     informative_groups,
 )
-from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction
+from alignment_modules.functional.corrections import CORRECTIONS, Correction, as_correction, correction_statistics
 from alignment_modules.functional.covariance import high_covariance, token_covariance, top_quantile
 from alignment_modules.functional.divergence import (
     Divergence,
@@ -98,6 +98,7 @@ __all__ = [
     "as_correction",
     "binary_kl",
     "check_reference_free",
+    "correction_statistics",
     "decoupled_rewards",
     "distribution_divergence",
     "expert_counts",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -171,6 +172,18 @@ class Correction:
         return measured if self.level == "token" else masked_mean(measured, mask)[:, None].expand_as(measured)
 
 
+def correction_statistics(weights: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The share of tokens that a correction leaves out, and the mean weight of all, as `name -> (total, weight)`.
+
+    Args:
+        weights: `[batch, time]`, what a `Correction` gives.
+        mask: `[batch, time]` bool.
+    """
+    count = mask.sum()
+    masked, weight = (mask & (weights == 0)).sum(), torch.where(mask, weights, 0.0).sum()
+    return {"correction/masked": (masked, count), "correction/weight": (weight, count)}
+
+
 def _at_level(log_ratio: Tensor, mask: Tensor, level: str, *, is_ratio: bool) -> Tensor:
     """The log-ratio of what is measured: a token's, a sequence's sum or mean."""
     if level == "token":
@@ -205,12 +218,16 @@ CORRECTIONS = {
 """
 
 
-def as_correction(correction: str | Correction | None) -> Correction | None:
-    """A correction by its name, or as it is.
+def as_correction(correction: str | Mapping[str, Any] | Correction | None) -> Correction | None:
+    """A correction by its name, by its options, or as it is.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or an option is unknown or has a value that is not allowed.
     """
-    if not isinstance(correction, str):
+    if isinstance(correction, str):
+        return CORRECTIONS[check_choice("correction", correction, CORRECTIONS)]
+    if not isinstance(correction, Mapping):
         return correction
-    return CORRECTIONS[check_choice("correction", correction, CORRECTIONS)]
+    for name in correction:
+        check_choice("correction", name, [field.name for field in fields(Correction)])
+    return Correction(**correction)

@@ -13,11 +13,11 @@ from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.policy_gradient import PolicyGradientModule
+from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.teacher_advantages import add_teacher
 
 
-class GRPOModule(PolicyGradientModule):
+class GRPOModule(GroupModule):
     r"""Online RL without a critic, on batches of prompts.
 
     For each prompt G completions are sampled and judged; a completion's advantage is its reward compared with its
@@ -27,18 +27,17 @@ class GRPOModule(PolicyGradientModule):
     Args:
         scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
             the formulas.
-        mask_truncated: Leave completions that hit the length limit out of the loss (they stay in their group's mean).
-            Completions that no reward applies to are in neither.
         teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
             a module, which is frozen in place. It must have the policy's vocabulary.
         teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,
             also in groups of equal rewards.
-        **policy_gradient: Keywords of `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high,
-            delta, importance_level, num_iterations, minibatches, loss, loss_options, reduction,
-            entropy_coef, kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference),
-            `ActingModule` (rewards, reward_weights, num_generations, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+        **policy_gradient: Keywords of `GroupModule` (mask_truncated, truncated_in_baseline, dynamic_sampling),
+            `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high, delta, importance_level,
+            num_iterations, minibatches, loss, loss_options, reduction, top_entropy_quantile, correction, entropy_coef,
+            kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards,
+            reward_weights, num_generations, max_completion_length, temperature, top_p, top_k, min_p, stop_strings,
+            missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
+            optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -51,7 +50,6 @@ class GRPOModule(PolicyGradientModule):
         self,
         *,
         scale_rewards: str = "group",
-        mask_truncated: bool = False,
         teacher: str | PolicyConfig | nn.Module | None = None,
         teacher_coef: Positive = 1.0,
         **policy_gradient: Any,
@@ -63,7 +61,7 @@ class GRPOModule(PolicyGradientModule):
         if teacher is None and teacher_coef != 1.0:
             raise ValueError(f"teacher_coef={teacher_coef} is the weight of a teacher, and teacher=None")
         super().__init__(**policy_gradient)
-        self.scale_rewards, self.mask_truncated = scale_rewards, mask_truncated
+        self.scale_rewards = scale_rewards
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
         self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
 

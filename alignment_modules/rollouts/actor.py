@@ -28,6 +28,7 @@ class Seen:
     Attributes:
         batch: Its prompts.
         step: When it was made.
+        draw: Which of several at this step.
         completions: Token ids without padding.
         texts: The same as text; None where nobody needed it.
         rewards: Of each reward by name.
@@ -35,6 +36,7 @@ class Seen:
 
     batch: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
+    draw: int = 0
     completions: list[list[int]] = field(default_factory=list)
     texts: list[str] | None = None
     rewards: dict[str, list[float]] = field(default_factory=dict)
@@ -74,19 +76,20 @@ class Actor:
         self.seen = Seen()
         self.statistics: dict[str, Statistic] = {}
 
-    def roll_out(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int) -> Rollout:
+    def roll_out(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int, draw: int = 0) -> Rollout:
         """Completions of the batch's prompts with their rewards; `statistics` and `seen` tell more of them.
 
         Args:
             policy: Who writes.
             batch: Prompts, and what else `check_given_rollout` allows.
             step: Counter of rollouts: the optimizer steps taken so far.
+            draw: Which of several rollouts at this step, from 0.
 
         Raises:
             RewardError: If a reward fails; it names the reward and the optimizer step.
             ValueError: If the policy's logits are not finite, or the number of responses does not fit the prompts.
         """
-        completions = self._given(batch) if "responses" in batch else self.complete(policy, batch, step)
+        completions = self._given(batch) if "responses" in batch else self.complete(policy, batch, step, draw=draw)
         ids, mask, truncated = completions.ids.cpu(), completions.mask.cpu(), completions.truncated.cpu()
         rows, given, texts = real_tokens(ids, mask), batch.get("rewards"), None
         if isinstance(given, Tensor):  # a list is a column of the data set
@@ -102,7 +105,7 @@ class Actor:
         first = (mask.cumsum(dim=-1) == 1) & ~prompt_mask.any(dim=1).repeat_interleave(group)[:, None]
         own = (mask if completions.own is None else completions.own.cpu()) & ~first
         sampled_logps = completions.token_logps.to(batch["prompts"].device)
-        self.seen = Seen(batch, step, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
+        self.seen = Seen(batch, step, draw, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
         self.statistics = {
             **reward_statistics(table.names, table.values, rewards),
             **length_statistics(mask, truncated),
@@ -123,7 +126,9 @@ class Actor:
             support=completions.support,
         )
 
-    def complete(self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, greedy: bool = False) -> Completions:
+    def complete(
+        self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, draw: int = 0, greedy: bool = False
+    ) -> Completions:
         """Samples `num_generations` completions of each prompt; greedily one.
 
         Raises:
@@ -135,7 +140,7 @@ class Actor:
                 Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
                 self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids),
                 num_samples=1 if greedy else self.num_generations,
-                seeds=Seeds(prompt_indices(batch), self.seed, step),
+                seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
         except NonFiniteLogits as error:
             raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
@@ -178,9 +183,10 @@ class Actor:
         if rollout is None:
             return {}
         seen, readable = self.seen, self.codec.tokenizer is not None
+        when = f"{seen.step}.{seen.draw}" if seen.draw else str(seen.step)
         prompts = self.codec.seen_prompts(seen.batch) if readable else [""] * len(rollout)
         columns: dict[str, list[Any]] = {
-            "id": [f"{seen.step}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
+            "id": [f"{when}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
             "prompt": _repeat(prompts, rollout.group),
             "completion": seen.texts or (self.codec.decode(seen.completions) if readable else [""] * len(rollout.ids)),
             **seen.rewards,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # tokens per block of the two-level search
+_FIRST = 256  # likeliest tokens among which a nucleus is looked for first
 
 
 def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -43,20 +44,54 @@ def truncate_support(probabilities: Tensor, *, top_k: int = 0, top_p: float = 1.
     """
     vocabulary = probabilities.shape[-1]
     kept = probabilities
-    if 0 < top_k < vocabulary or top_p < 1.0:
-        ranked, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-        if 0 < top_k < vocabulary:
-            ranked[:, top_k:] = 0
-        if top_p < 1.0:
-            mass = ranked.cumsum(-1)
-            above = mass - ranked  # mass of the strictly likelier tokens
-            outside = above >= top_p * mass[:, -1:]
-            outside[:, 0] = False
-            ranked = ranked.masked_fill(outside, 0)
-        kept = torch.zeros_like(probabilities).scatter_(-1, tokens, ranked)
+    if 0 < top_k < vocabulary:
+        values = probabilities.topk(top_k, dim=-1).values
+        number = _in_nucleus(values, top_p, values.sum(-1, keepdim=True))
+        kept = _likeliest(probabilities, values.gather(1, number - 1), number)
+    elif top_p < 1.0:
+        kept = _likeliest(probabilities, *_nucleus(probabilities, top_p))
     if min_p > 0.0:
         kept = kept.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0)
     return kept
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The least probability in each row's nucleus and the number of its tokens, `[rows, 1]` both.
+
+    Sorting a large vocabulary takes a CPU longer than the rest of a step, and most nuclei are small: they are looked
+    for among the likeliest few, and those of the rows that are left among more.
+    """
+    vocabulary, total = probabilities.shape[-1], probabilities.sum(-1, keepdim=True)
+    least, number = torch.empty_like(total), torch.empty_like(total, dtype=torch.int64)
+    rows, width = torch.arange(len(total), device=total.device), _FIRST
+    while len(rows):
+        part = probabilities if len(rows) == len(total) else probabilities[rows]
+        some = probabilities.is_cpu and 2 * width < vocabulary
+        values = part.topk(width, dim=-1).values if some else part.sort(dim=-1, descending=True).values
+        number[rows] = _in_nucleus(values, top_p, total[rows])
+        least[rows] = values.gather(1, number[rows] - 1)
+        if not some:
+            break
+        rows, width = rows[values.sum(-1) < top_p * total[rows, 0]], 16 * width
+    return least, number
+
+
+def _in_nucleus(values: Tensor, top_p: float, total: Tensor) -> Tensor:
+    """How many of the likeliest are in the nucleus, at least one: `[rows, 1]` of `values` `[rows, n]`, descending."""
+    if top_p == 1.0:
+        return torch.full_like(total, values.shape[-1], dtype=torch.int64)
+    above = values.cumsum(-1) - values  # mass of the likelier tokens
+    return (above < top_p * total).sum(-1, keepdim=True).clamp_(min=1)
+
+
+def _likeliest(probabilities: Tensor, least: Tensor, number: Tensor) -> Tensor:
+    """Zeroes all but the `number` likeliest tokens of each row, the last of which has the probability `least`."""
+    kept = probabilities >= least
+    surplus = kept.sum(-1, keepdim=True) - number
+    if not probabilities.is_cpu or bool(surplus.any()):
+        equal = probabilities == least
+        kept &= ~equal | (equal.cumsum(-1) <= equal.sum(-1, keepdim=True) - surplus)
+    return torch.where(kept, probabilities, 0.0)
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -167,10 +167,23 @@ class ActingModule(UpdateModule):
         Raises:
             RewardError: If no completion of any rank has a reward.
         """
-        self._finite = True
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step)
+        rollout = self.act(batch)
         self._train_meters.update(self.actor.statistics)
         self.window.tokens = self.window.tokens + self.count_tokens(batch)["tokens"]
+        return rollout
+
+    def act(self, batch: Mapping[str, Any], draw: int = 0) -> Rollout:
+        """Completions of a batch with their rewards.
+
+        Args:
+            batch: What the loader gave.
+            draw: How many batches were acted on since the last step.
+
+        Raises:
+            RewardError: If no completion of any rank has a reward.
+        """
+        self._finite = True
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, draw=draw)
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
             given = isinstance(batch.get("rewards"), Tensor)
             whose = "the batch's rewards are" if given else f"{', '.join(map(repr, self.rewards.names))} gave"
@@ -193,16 +206,29 @@ class ActingModule(UpdateModule):
             ValueError: If the first has fewer prompts on every rank than a pass has minibatches.
         """
         order = torch.Generator().manual_seed(self.actor.seed + self.global_step)
-        largest = int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
-        if first and largest < count:
-            raise ValueError(f"minibatches={count} is more than the {largest} prompts of a batch")
+        largest = self.largest(rollout)
+        if first:
+            self.check_minibatches(largest, count)
         for _ in range(passes):
-            # Of a last, shorter batch no rank may have anything left.
-            for part in islice(rollout.minibatches(count, order), largest):
+            # Of a last, shorter batch no rank may have anything left; of none at all one step is still counted.
+            for part in islice(rollout.minibatches(count, order), max(largest, 1)):
                 if self.trainer.max_steps != -1 and self.global_step >= self.trainer.max_steps:
                     self.batch_cut_short = True
                     return
                 yield part
+
+    def check_minibatches(self, largest: int, count: int) -> None:
+        """Checks that a pass can have so many minibatches.
+
+        Raises:
+            ValueError: If the rank with most prompts has fewer.
+        """
+        if largest < count:
+            raise ValueError(f"minibatches={count} is more than the {largest} prompts of a batch")
+
+    def largest(self, rollout: Rollout) -> int:
+        """The prompts of a rollout on the rank that has most."""
+        return int(self.reduce(torch.tensor(len(rollout), device=self.device), "max"))
 
     def segments_of(self, rollout: Rollout, targets: Tensor, reads: Reads = "targets") -> Segments:
         """A piece of a rollout as `read` takes it, on this module's device.
@@ -251,7 +277,6 @@ class ActingModule(UpdateModule):
             self._early_finite = EarlyRead(self._finite)
         return scores
 
-    @torch.no_grad()
     def score_rollout(
         self,
         rollout: Rollout,
@@ -260,29 +285,47 @@ class ActingModule(UpdateModule):
         trained_only: bool = False,
         over_support: bool | None = None,
     ) -> Tensor:
-        """Log-probabilities [N, T] float32 of all that the policy wrote, 0 elsewhere, in micro-batches.
+        """Log-probabilities [N, T] of `scores_of`."""
+        options = {"trained_only": trained_only, "over_support": over_support}
+        return self.scores_of(rollout, companion, **options).token_logps  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def scores_of(
+        self,
+        rollout: Rollout,
+        companion: Frozen | None = None,
+        *,
+        ask: Collection[Ask] = (),
+        trained_only: bool = False,
+        over_support: bool | None = None,
+    ) -> Scores:
+        """Scores [N, T] of all that the policy wrote, 0 elsewhere, in micro-batches.
 
         Args:
             rollout: Of the whole batch.
             companion: Who scores; None: the policy itself.
+            ask: As in `score`, but for "accuracy".
             trained_only: Whether what is left out of the loss is not scored either.
             over_support: As in `score_piece`; None: for the policy alone. A companion did not sample: what the policy's
                 filters kept is not its own.
 
         Raises:
-            NonFiniteLogits: If one is not finite; it names the step.
+            NonFiniteLogits: If a log-probability is not finite; it names the step.
         """
         over = companion is None if over_support is None else over_support
+        asked = list(ask)
 
-        def logps(piece: Rollout) -> list[Tensor]:
+        def told(piece: Rollout) -> list[Tensor]:
             targets = piece.trained if trained_only else piece.own
-            return [self.score_piece(model, piece, targets, over_support=over).token_logps]
+            scores = self.score_piece(model, piece, targets, ask=asked, over_support=over)
+            return [scores.token_logps, *(getattr(scores, name) for name in asked)]
 
         with reading_mode(self.policy) if companion is None else companion.reading() as model:
-            [results] = self.over_pieces(rollout, logps)
-        if not bool(results.isfinite().all()):
+            token_logps, *more = self.over_pieces(rollout, told)
+        if not bool(token_logps.isfinite().all()):
             raise self.not_finite("policy" if companion is None else "reference")
-        return results
+        mask = (rollout.trained if trained_only else rollout.own).to(token_logps.device, non_blocking=True)
+        return Scores(token_logps, mask, **dict(zip(asked, more, strict=True)))
 
     def over_pieces(self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
         """What is computed of a rollout in micro-batches, whole groups each: tensors of [N, ...] on this device.
@@ -292,8 +335,10 @@ class ActingModule(UpdateModule):
             compute: From a piece of n completions to tensors [n, ...], float32 where they are not integers.
         """
         size = max((self.micro_batch_size or len(rollout.ids)) // rollout.group, 1)
+        # At least one piece, which has the shapes; as many on each rank, since sharded weights are gathered together.
+        count = int(self.reduce(torch.tensor(max(-(-len(rollout) // size), 1), device=self.device), "max"))
         found = []
-        for start in range(0, max(len(rollout), 1), size):  # at least one piece, which has the shapes
+        for start in range(0, count * size, size):
             tell("scoring", start * rollout.group, len(rollout.ids))
             found.append(compute(rollout.select(slice(start, start + size))))
         return [torch.cat(parts).float() for parts in zip(*found, strict=True)]

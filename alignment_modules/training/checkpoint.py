@@ -44,7 +44,7 @@ class CheckpointContract(L.LightningModule):
     _restored: dict[str, Any] | None = None
 
     def extra_state(self) -> dict[str, Any]:
-        """More state for the checkpoint, of plain types and tensors."""
+        """More state for the checkpoint, of plain types and tensors; all ranks call this."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:

@@ -2,18 +2,19 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters  # what the command line hands over
 
 from alignment_modules.evaluation import EvaluationConfig
+from alignment_modules.functional import Correction
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.training.moved import tell_moved
 
-_CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig)
+_CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig, Correction)
 
 
 class PlainHyperparameters(L.LightningModule):
@@ -75,12 +76,15 @@ def as_plain(value: Any) -> Any:
         return {key: as_plain(entry) for key, entry in value.items()}
     if not isinstance(value, _CONFIGURATIONS):
         return value
-    default = type(value)()
     return {
         field.name: as_plain(getattr(value, field.name))
         for field in fields(value)
-        if getattr(value, field.name) != getattr(default, field.name)
+        if getattr(value, field.name) != _default(field)
     }
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _is_plain(value: Any) -> bool:

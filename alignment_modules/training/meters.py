@@ -40,11 +40,23 @@ class Meters:
                 if not isinstance(weight, Tensor):
                     weight = value.new_full((), weight)
                 sums = torch.cat([value, weight.to(value).reshape(-1)])
-                # what a checkpoint held is on the module's device, what rewards gave on the host
-                self._values[key] = sums + self._values[key].to(sums.device) if key in self._values else sums
+                self._add(key, sums)
             else:
-                pick = torch.minimum if kind == "min" else torch.maximum
-                self._values[key] = pick(value, self._values[key].to(value.device)) if key in self._values else value
+                self._add(key, value)
+
+    def absorb(self, other: Meters) -> None:
+        """Adds all that others hold."""
+        for key, value in other._values.items():
+            self._add(key, value)
+
+    def _add(self, key: tuple[Kind, str], value: Tensor) -> None:
+        held = self._values.get(key)
+        if held is None:
+            self._values[key] = value
+            return
+        held = held.to(value.device)  # what a checkpoint held is on the module's device, what rewards gave on the host
+        pick = {"min": torch.minimum, "max": torch.maximum}.get(key[0], torch.add)
+        self._values[key] = pick(held, value)
 
     def compute(self, reduce: Reduce) -> dict[str, float]:
         """Combines the ranks and returns plain numbers; a mean without units and an extreme of nothing are left out.

@@ -3,21 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from time import monotonic
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional import (
     KL_ESTIMATORS,
+    Correction,
     Surrogate,
     aggregate,
+    as_correction,
+    correction_statistics,
     importance_ratio,
     kl_penalty,
     validate_kl_placement,
 )
 from alignment_modules.functional.checks import check_choice
-from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Share, check_options
+from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Range, Share, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
@@ -27,7 +30,7 @@ from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.controllers import Coefficients, Delta
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.selection import mark_covariant
+from alignment_modules.training.selection import mark_covariant, top_entropy
 
 
 class PolicyGradientModule(ActingModule):
@@ -56,6 +59,12 @@ class PolicyGradientModule(ActingModule):
             covariance_high; "kl_cov": share, kl_coef. None: its defaults.
         reduction: "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "sequence_mean_token_sum_norm"
             or "prompt_mean"; see `aggregate`. None: the loss's own.
+        top_entropy_quantile: Share of a rollout's tokens, those of highest entropy, that the policy gradient is taken
+            of (arXiv:2506.01939); the mean is still over all. 1: all.
+        correction: How tokens count whose sampled and scored log-probabilities differ: "tis", "tis_sequence", "icepop",
+            "mis", "geo_rs", "k3_rs", "opsm", "dppo_tv", "dppo_kl", or a `Correction`. The old policy is then the one at
+            the start of the rollout's updates, scored by the trainer, whatever `old_logprobs` a batch brings: these are
+            what was sampled with. None: they are the old policy.
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
             stays.
@@ -91,6 +100,8 @@ class PolicyGradientModule(ActingModule):
         loss: str = "dapo",
         loss_options: dict[str, float] | None = None,
         reduction: str | None = None,
+        top_entropy_quantile: Annotated[float, Range(0, 1, "(]")] = 1.0,
+        correction: str | Correction | None = None,
         entropy_coef: Finite = 0.0,
         kl_target: Positive | None = None,
         kl_horizon: Positive | None = None,
@@ -102,6 +113,15 @@ class PolicyGradientModule(ActingModule):
         check_options(PolicyGradientModule.__init__, locals())
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
         surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level, reduction, loss_options)
+        gate = as_correction(correction)
+        if gate is not None and surrogate.row.of_sampler:
+            raise ValueError(
+                f"correction={correction!r} must be None with loss={loss!r}, which compares with the sampler itself"
+            )
+        if top_entropy_quantile < 1 and loss == "gmpo":
+            raise ValueError(
+                f"top_entropy_quantile={top_entropy_quantile} must be 1 with loss='gmpo', a loss of whole completions"
+            )
         if beta == 0 and reference is not None:
             raise ValueError("reference is given but beta=0: without a KL penalty nothing would read it")
         validate_kl_placement(kl_estimator, kl_placement)
@@ -117,6 +137,7 @@ class PolicyGradientModule(ActingModule):
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
+        self.top_entropy_quantile, self.correction = top_entropy_quantile, gate
         self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
 
@@ -147,7 +168,7 @@ class PolicyGradientModule(ActingModule):
         """Chooses what a loss treats apart among all tokens of the step."""
         if not self.surrogate.row.selects:
             return pieces
-        return mark_covariant(self, self.surrogate, pieces, known=True)
+        return mark_covariant(self, self.surrogate, pieces, known=self.correction is None)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Rolls out, annotates, updates."""
@@ -155,7 +176,8 @@ class PolicyGradientModule(ActingModule):
         started = monotonic()
         self.rollout = self.annotate(self.roll_out(batch))
         self._train_meters.update({"time/rollout": Statistic(torch.tensor(monotonic() - started))})
-        self.learn(self.rollout, given="old_logprobs" in batch, first=batch_idx == 0)
+        given = "old_logprobs" in batch and not self.rescores_old
+        self.learn(self.rollout, given=given, first=batch_idx == 0)
 
     def learn(self, rollout: Rollout, *, given: bool, first: bool) -> None:
         """All optimizer steps on a rollout.
@@ -168,9 +190,8 @@ class PolicyGradientModule(ActingModule):
         self._train_meters.update(self.coefficients.statistics(self.device))
         parts = self.parts(rollout, passes=self.num_iterations, count=self.minibatches, first=first)
         for number, part in enumerate(parts):
-            if (
-                not number and not given and not self.surrogate.row.of_sampler
-            ):  # the policy is still the one that sampled
+            # The policy is still the one that sampled.
+            if not number and not given and not self.surrogate.row.of_sampler:
                 part = replace(part, old_logps=None)
             self.step(part)
         self.coefficients.step(self.reduce, len(rollout.ids), self.device)
@@ -185,7 +206,7 @@ class PolicyGradientModule(ActingModule):
         Completions without a reward, and truncated ones where `mask_truncated` says so, are left out of the loss.
         """
         self.coefficients.begin()
-        rollout, penalty = self._with_log_probs(rollout)
+        rollout, penalty, entropies = self._with_log_probs(rollout)
         trained = rollout.own & ~rollout.rewards.isnan().cpu()[:, None]
         if self.mask_truncated:
             self.require_stops("mask_truncated=True")
@@ -194,24 +215,36 @@ class PolicyGradientModule(ActingModule):
         if self.surrogate.reduced_by == "prompt_mean":  # micro-batches may cut a prompt's completions apart
             counts = rollout.trained.sum(dim=1).view(-1, rollout.group).sum(dim=1).repeat_interleave(rollout.group)
             rollout = replace(rollout, prompt_tokens=counts.to(self.device))
+        if entropies is not None:
+            weights = top_entropy(self, rollout, entropies, self.top_entropy_quantile)
+            rollout = replace(rollout, weights=weights)
         return rollout
 
-    def _with_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None]:
-        """Adds those of old policy and reference that will be read; also what the KL takes from each token's reward."""
-        in_reward, penalty = bool(self.beta) and self.kl_placement == "reward", None
+    @property
+    def rescores_old(self) -> bool:
+        """Whether the old policy is scored, because what was sampled with may differ from it."""
+        return self.correction is not None and self.correction.against == "old"
+
+    def _with_log_probs(self, rollout: Rollout) -> tuple[Rollout, Tensor | None, Tensor | None]:
+        """Adds those of old policy and reference that will be read.
+
+        Also says what the KL takes from each token's reward, and the entropies where these are read.
+        """
+        in_reward, penalty, entropies = bool(self.beta) and self.kl_placement == "reward", None, None
         of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
-        if of_sampler and bool((sampled.isnan() & rollout.own.to(sampled.device)).any()):
-            raise ValueError(
-                f"loss={self.surrogate.loss!r} compares with the probabilities that tokens were sampled with, and "
-                "these completions come without: a batch that brings responses needs old_logprobs, too"
-            )
-        now = whole = rollout.old_logps
-        if now is None and in_reward:
+        self._check_told(rollout)
+        now = whole = None if self.rescores_old else rollout.old_logps
+        if self.top_entropy_quantile < 1:
+            scores = self.scores_of(rollout, ask=["entropy", "full_logps"] if in_reward else ["entropy"])
+            entropies = scores.entropy
+            now, whole = (scores.token_logps, scores.full_logps) if now is None else (now, whole)
+        if whole is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
             whole = self.score_rollout(rollout, over_support=False)
             now = whole if rollout.support is None else None
         if now is None and self.optimizer_steps_per_batch > 1 and not of_sampler:
-            now = self.score_rollout(rollout) if bool(sampled.isnan().any()) else sampled
+            known = not self.rescores_old and not bool(sampled.isnan().any())
+            now = sampled if known else self.score_rollout(rollout)
         rollout = replace(rollout, old_logps=sampled if of_sampler else now)
         if self.beta:
             reference_logps = self.score_rollout(rollout, self.reference)
@@ -221,7 +254,17 @@ class PolicyGradientModule(ActingModule):
             divergence = kl_penalty(whole, reference_logps, estimator=self.kl_estimator)
             penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
             self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
-        return rollout, penalty
+        return rollout, penalty, entropies
+
+    def _check_told(self, rollout: Rollout) -> None:
+        """Refuses completions without the probabilities that they were sampled with, where these are read."""
+        for name, value in (("loss", self.surrogate.loss), ("correction", self.correction)):
+            read = self.surrogate.row.of_sampler if name == "loss" else self.correction is not None
+            if read and bool((rollout.sampled_logps.isnan() & rollout.own.to(rollout.sampled_logps.device)).any()):
+                raise ValueError(
+                    f"{name}={value!r} compares with the probabilities that tokens were sampled with, and these "
+                    "completions come without: a batch that brings responses needs old_logprobs, too"
+                )
 
     def require_stops(self, option: str) -> None:
         """Refuses an option that tells truncated completions from others where nothing else stops one.
@@ -260,7 +303,15 @@ class PolicyGradientModule(ActingModule):
         token_logps = scores.token_logps
         old_logps = token_logps.detach() if rollout.old_logps is None else rollout.old_logps
         values = self.surrogate(token_logps, old_logps, advantages, mask, rollout.covariant)
-        statistics = {}
+        statistics: dict[str, Statistic] = {}
+        if rollout.weights is not None:
+            values = values * rollout.weights
+        if self.correction is not None:
+            scored = old_logps if self.rescores_old else token_logps.detach()
+            weights = self.correction(rollout.sampled_logps, scored, advantages, mask)
+            values = values * weights
+            told = correction_statistics(weights, scores.mask)
+            statistics |= {name: Statistic(*share) for name, share in told.items()}
         if self.beta and self.kl_placement == "loss":
             divergence = kl_penalty(
                 scores.full_logps,  # type: ignore[arg-type]
@@ -295,9 +346,13 @@ class PolicyGradientModule(ActingModule):
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""
         kl = f"{self.kl_estimator} in the {self.kl_placement}, beta {self.beta}" if self.beta else "none (beta 0)"
+        more = {} if self.correction is None else {"correction": self.correction.describe()}
+        if self.top_entropy_quantile < 1:
+            more["tokens"] = f"the {self.top_entropy_quantile:g} of highest entropy in the rollout, on all ranks"
         entropy = {"entropy": f"weight {self.entropy_coef:g}{self.coefficients.describe('entropy')}"}
         return super().describe() | {
             "loss": self.surrogate.describe(),
+            **more,
             "normaliser": f"{self.surrogate.reduced_by} over the optimizer step, all micro-batches and ranks",
             "KL": kl + self.coefficients.describe("kl"),
             **(entropy if self.coefficients.entropy is not None else {}),
@@ -317,8 +372,8 @@ class PolicyGradientModule(ActingModule):
             self.kept_ratios.append(ratio[mask])
         if scores.entropy is not None:
             found["entropy"] = token_mean(scores.entropy, mask)
-        if rollout.old_logps is None:
-            found |= sampling_statistics(rollout.sampled_logps, token_logps, mask)
+        if rollout.old_logps is None or self.rescores_old:
+            found |= sampling_statistics(rollout.sampled_logps, old_logps, mask)
         return found
 
 

@@ -34,6 +34,7 @@ DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith(
 SCHEDULES = [c for c in subclasses([Schedule]) if c.__module__.startswith("alignment_modules.")]
 NEEDED = {
     "GRPOModule": {"rewards": "ExactMatch"},
+    "GroupModule": {"rewards": "ExactMatch"},
     "DPOModule": {"f_divergence": "alpha"},
     "SequenceClassifier": {"path": "nowhere"},
     "PatientReward": {"reward": "ExactMatch"},

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.contract.two_ranks import COUPLED
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
 FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
-FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "controllers"]
+FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "dynamic", "controllers"]
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
+FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += ["teacher"]
 
 

@@ -43,6 +43,10 @@ class Batches:
         return self.make(list(range(8)) if self.devices == 1 else [list(range(3)), list(range(3, 8))][rank])
 
 
+COUPLED = ("clip_cov", "kl_cov", "top entropy", "prompt mean")
+"""What GRPO's row varies and the rows of all ranks decide."""
+
+
 class NoTokenizer:
     """Decodes ids to text; enough for rewards."""
 
@@ -65,6 +69,13 @@ def unjudged(rows):
     batch = ROWS["grpo"].batch(rows, group=3)
     judged = torch.tensor([row >= 3 and member < row - 3 for row in rows for member in range(3)])
     return batch | {"rewards": batch["rewards"].masked_fill(~judged, torch.nan)}
+
+
+def differing(rows):
+    """Groups of which one in four differs, none of them on the first rank."""
+    batch = ROWS["grpo"].batch(rows)
+    keep = torch.tensor([row in (3, 6) for row in rows for _ in range(4)])
+    return batch | {"rewards": torch.where(keep, batch["rewards"], 1.0)}
 
 
 def sampled(rows):
@@ -116,9 +127,17 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
+    yield (
+        "dynamic",
+        lambda: make("grpo", dynamic_sampling=1, scale_rewards="batch", beta=0.0, reference=None),
+        differing,
+    )
     control: dict[str, Any] = {"kl_target": 0.001, "kl_horizon": 40, "entropy_target": 3.0, "num_iterations": 2}
     control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
     yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
+    for label in COUPLED:
+        options = ROWS["grpo"].variants[label]
+        yield f"grpo {label}", lambda options=options: make("grpo", **options), ROWS["grpo"].batch
     taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
     yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
@@ -145,10 +164,11 @@ def main(folder: Path, devices: int) -> None:
             log_every_n_steps=1,
         )
         trainer.fit(module, DataLoader(Batches(batch, devices), batch_size=None))
+        extra = module.extra_state()  # which ranks may put together
         if trainer.is_global_zero:
             change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            saved = {"change": change, "metrics": metrics, "extra": module.extra_state()}
+            saved = {"change": change, "metrics": metrics, "extra": extra}
             torch.save(saved, folder / f"{name}_{devices}.pt")
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from alignment_modules.functional import (
+    CORRECTIONS,
     LOSS_REDUCTIONS,
     aggregate,
     kl_penalty,
     length_desensitized_logps,
     policy_gradient_loss,
     preference_loss,
+    top_quantile,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PREFERENCE = json.loads((GOLDEN / "preference.json").read_text())
 POLICY_GRADIENT = json.loads((GOLDEN / "policy_gradient.json").read_text())
+POLICY_LOSSES = json.loads((GOLDEN / "policy_losses.json").read_text())  # of the inputs of POLICY_GRADIENT
 DIVERGENCES = {"js_divergence": "js"}
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -88,4 +92,30 @@ def test_policy_gradient(name):
         reference = torch.tensor(inputs["ref_per_token_logps"])
         values = values + options["beta"] * kl_penalty(policy, reference, estimator=estimator, old_token_logps=old)
     total, weight = aggregate(values, mask, reduction=LOSS_REDUCTIONS[options["loss_type"]], max_length=8)
+    check(total / weight, policy, mask, case)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_policy_losses(name):
+    case, inputs = POLICY_LOSSES[name], POLICY_GRADIENT["inputs"]
+    options = case["kw"]
+    loss, mask, advantages = options["loss_type"], torch.tensor(inputs["completion_mask"]), inputs["advantages"]
+    policy, advantages = torch.tensor(inputs["per_token_logps"]).requires_grad_(), torch.tensor(advantages)
+    high = options["eps_high"] - (loss == "cispo")
+    clip = {"epsilon_high": high} if loss == "cispo" else {"epsilon": options["eps"], "epsilon_high": high}
+    level = {"importance_level": options["level"]} if loss not in ("gmpo", "vespo") else {}
+    clip = {} if loss in ("sapo", "vespo") else clip
+    old = torch.tensor(inputs["old_per_token_logps"])
+    values = policy_gradient_loss(policy, old, advantages, mask, loss=loss, **level, **clip)
+    if "off_policy_mask_threshold" in options:
+        gate = replace(CORRECTIONS["opsm"], high=options["off_policy_mask_threshold"])
+        weights = gate(torch.tensor(inputs["sampling_per_token_logps"]), policy, advantages, mask)
+        assert 0 < (weights == 0)[mask.bool()].double().mean() < 1
+        values = values * weights
+    if "top_entropy_quantile" in options:
+        kept = torch.zeros_like(mask, dtype=torch.bool)
+        entropies = torch.tensor(inputs["entropies"])[mask.bool()]
+        kept[mask.bool()] = top_quantile(entropies, options["top_entropy_quantile"])
+        values = values * kept
+    total, weight = aggregate(values, mask, reduction=LOSS_REDUCTIONS[loss], max_length=8)
     check(total / weight, policy, mask, case)

@@ -27,13 +27,13 @@ class Ids:
 class Calculator(Actor):
     """Answers two of three completions by the count of their tokens, once."""
 
-    def complete(self, policy, batch, step, *, greedy=False):
+    def complete(self, policy, batch, step, *, draw=0, greedy=False):
         self.engine.push(policy)
         session = self.engine.open(
             Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
             self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids),
             num_samples=1 if greedy else self.num_generations,
-            seeds=Seeds(prompt_indices(batch), self.seed, step),
+            seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
         )
         lengths = [len(row) for row in real_tokens(session.turn.ids, session.turn.mask)]
         asking = [row for row in range(len(lengths)) if row % 3]

@@ -58,13 +58,13 @@ def test_temperature_divides_logits_in_float32():
 def brute_force(row, top_k, top_p, min_p):
     order = sorted(range(len(row)), key=lambda token: -row[token])
     kept = order[: top_k or None]
-    mass, total, nucleus = 0.0, sum(row[token] for token in kept), []
+    mass, total, most, nucleus = 0.0, sum(row[token] for token in kept), max(row), []
     for token in kept:
         if nucleus and mass >= top_p * total:
             break
         nucleus.append(token)
         mass += row[token]
-    return {token for token in nucleus if row[token] >= min_p * max(row)}
+    return {token for token in nucleus if row[token] >= min_p * most}
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 50])
@@ -79,6 +79,23 @@ def test_support_is_exactly_the_filters(top_k, top_p, min_p):
     for row, kept_row in zip(probabilities.tolist(), kept, strict=True):
         assert set(kept_row.nonzero().flatten().tolist()) == brute_force(row, top_k, top_p, min_p)
     assert torch.equal(kept[kept > 0], probabilities[kept > 0])
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.5003}, {"top_p": 0.9007}, {"top_k": 40}, {"top_k": 700, "top_p": 0.8003}], ids=str
+)
+def test_a_large_vocabulary_is_cut_as_a_small_one(filters):
+    """Nuclei of a few tokens and of most, in one batch, with equal probabilities at the cut."""
+    generator = torch.Generator().manual_seed(4)
+    scales = torch.tensor([[0.0], [0.3], [2.0], [6.0]], dtype=torch.float64)
+    logits = scales * torch.randn(4, 9001, dtype=torch.float64, generator=generator)
+    probabilities = torch.softmax((4 * logits).round() / 4, -1)  # many are equal
+    kept = truncate_support(probabilities, **filters)
+    sizes = [len(row.nonzero()) for row in kept]
+    assert "top_p" not in filters or (max(sizes) > 256 > min(sizes))
+    for row, kept_row in zip(probabilities.tolist(), kept, strict=True):
+        wanted = brute_force(row, filters.get("top_k", 0), filters.get("top_p", 1.0), 0.0)
+        assert set(kept_row.nonzero().flatten().tolist()) == wanted
 
 
 def test_support_equals_transformers():

@@ -149,6 +149,7 @@ def test_a_step_of_ties_moves_nothing_and_is_no_error(make, train):
         train(make(), [judged([1.0, nan, nan, nan] * 4)])
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8, "min_p": 0.02}], ids=["all", "kept"])
 @pytest.mark.parametrize("policy", [lambda policy: policy, adapted], ids=["whole", "lora"])
 def test_the_first_loss_is_ln_2_of_what_it_samples(make, train, tiny_llama, policy, filters):
     batch = {key: value for key, value in rollouts(range(6)).items() if key.startswith("prompt")}

@@ -339,9 +339,22 @@ def test_truncated_completions_are_in_the_baseline_where_they_are_to_be(make, tr
     assert equal.waiting.found == 0 if not stays else equal.global_step == 1
 
 
+def test_rewards_that_are_normalised_alone_may_differ_where_their_sum_does_not(make, train):
+    """GDPO: the second group is of use, though its completions have one reward in all."""
+    options = {"rewards": [rare, never_called], "dynamic_sampling": 4}
+    batch = judged([0, 1], DULL, DULL)
+    batch["rewards"] = torch.tensor([[1.0, 1.0]] * 4 + [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    alone = make(**options, multi_objective_aggregation="normalize_then_sum")
+    together = make(**options)
+    for module in (alone, together):
+        train(module, [batch])
+    assert (alone.waiting.found, together.waiting.found) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dynamic_sampling": 2, "baseline": "none"}, "dynamic_sampling=2 replaces groups of equal rewards"),
         ({"dynamic_sampling": 0}, "dynamic_sampling=0 must be an integer from 1"),
         ({"truncated_in_baseline": False}, "truncated_in_baseline=False needs mask_truncated=True"),
         ({"dynamic_sampling": 2, "num_generations": 1}, "num_generations=1 must be at least 2"),

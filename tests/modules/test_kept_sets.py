@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from alignment_modules import GRPOModule
+from alignment_modules import GRPOModule, PPOModule
 from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.lora import add_lora
 from tests.paradigms import Plain
@@ -200,6 +200,28 @@ def test_the_first_ratio_of_each_pass_counts_what_was_kept(make, train):
     assert float(metrics["train/importance_ratio/mean"]) == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("critic", [None, "shared"])
+def test_ppo_is_over_the_kept_set_too(train, tiny_llama, critic):
+    """The first ratio is 1, and a policy that equals its reference owes nothing in the reward."""
+    slow = {} if critic else {"critic_optimizer": lambda groups: torch.optim.SGD(groups, lr=1e-3)}
+    module = PPOModule(
+        policy=copy.deepcopy(tiny_llama),
+        critic=critic,
+        rewards=threes,
+        tokenizer=Ids(),
+        max_completion_length=6,
+        temperature=1.3,
+        top_p=0.8,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+        **slow,
+    )
+    metrics = train(module, [prompts(8)]).callback_metrics
+    assert (module.rollout.support.sizes != 0).any()
+    assert metrics["train/objective/kl"] == 0
+    assert float(metrics["train/val/ratio"]) == pytest.approx(1.0, abs=1e-5)
+    assert mean_ratio(module, module.rollout) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_given_completions_are_scored_over_the_whole_vocabulary(make):
     ids = torch.randint(8, 40, (8, 5), generator=torch.Generator().manual_seed(0))
     batch = prompts(2) | {"responses": ids, "response_mask": torch.ones_like(ids), "rewards": torch.arange(8.0)}
@@ -221,7 +243,8 @@ def test_an_engine_that_does_not_tell_what_it_kept_is_scored_over_the_whole_voca
         return replace(told, support=None, token_logps=torch.full_like(told.token_logps, torch.nan))
 
     module.actor.engine.generate = generate
-    train(module, [prompts()])
+    with pytest.warns(UserWarning, match=r"InProcessEngine does not tell what top_p=0.8, top_k=0, min_p=0 kept"):
+        train(module, [prompts()])
     assert module.rollout.support is None
     torch.testing.assert_close(
         module.rollout.old_logps, make(top_p=0.8).score_rollout(module.rollout), rtol=0, atol=1e-5

@@ -18,7 +18,8 @@ class Histograms(Callback):
 
     `histograms/reward`, `histograms/advantage` and `histograms/length` are over completions, without those that are not
     judged; `histograms/importance_ratio` is over the tokens of the logged steps: the policy over the one that the ratio
-    compares with, 1 in a rollout's first step. They are those of rank 0. Loggers without histograms get none.
+    compares with, 1 in a rollout's first step. They are those of rank 0, and with `dynamic_sampling` those of the last
+    batch drawn. Loggers without histograms get none.
 
     Args:
         enabled: False sends nothing.

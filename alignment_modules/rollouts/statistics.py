@@ -54,7 +54,7 @@ def reward_statistics(names: Sequence[str], values: Tensor, total: Tensor) -> di
 
 
 def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
-    """Mean and spread of the groups' rewards.
+    """Mean and spread of the groups' rewards; of single completions the mean alone.
 
     Args:
         rewards: [prompts, group] float; NaN stands for a reward that does not apply.

@@ -335,8 +335,10 @@ class ActingModule(UpdateModule):
             compute: From a piece of n completions to tensors [n, ...], float32 where they are not integers.
         """
         size = max((self.micro_batch_size or len(rollout.ids)) // rollout.group, 1)
+        # At least one piece, which has the shapes; as many on each rank, since sharded weights are gathered together.
+        count = int(self.reduce(torch.tensor(max(-(-len(rollout) // size), 1), device=self.device), "max"))
         found = []
-        for start in range(0, max(len(rollout), 1), size):  # at least one piece, which has the shapes
+        for start in range(0, count * size, size):
             tell("scoring", start * rollout.group, len(rollout.ids))
             found.append(compute(rollout.select(slice(start, start + size))))
         return [torch.cat(parts).float() for parts in zip(*found, strict=True)]

@@ -192,7 +192,7 @@ class TestPretraining:
     def test_takes_no_seed_of_a_later_rollout(self, make, train):
         module, seeds = make(critic_pretrain_steps=2), []
         roll_out = module.actor.roll_out
-        module.actor.roll_out = lambda *given, step: seeds.append(step) or roll_out(*given, step=step)
+        module.actor.roll_out = lambda *given, step, **more: seeds.append(step) or roll_out(*given, step=step, **more)
         train(module, [rollouts(range(4))] * 4)
         assert seeds == [0, 1, 2, 3]
 

@@ -81,3 +81,7 @@ def test_groups_with_signal_are_those_that_differ():
     rewards = torch.tensor([[1.0, 0.0, 1.0], [2.0, 2.0, 2.0 + 1e-7], [nan, 1.0, 0.0], [nan, nan, 1.0], [nan] * 3])
     found = computed(group_statistics(rewards))
     assert (found["groups_with_signal"], found["frac_reward_zero_std"]) == (0.5, 0.5)
+
+
+def test_single_completions_have_no_spread():
+    assert computed(group_statistics(torch.tensor([[1.0], [0.0], [torch.nan]]))) == {"reward": 0.5}

@@ -150,8 +150,8 @@ class Actor:
             warnings.warn(
                 f"{type(self.engine).__name__} does not tell what top_p={parameters.top_p:g}, "
                 f"top_k={parameters.top_k}, min_p={parameters.min_p:g} kept: the policy is scored over the whole "
-                "vocabulary, which these completions were not drawn from, and its ratio to them is off by the mass that "
-                "was kept",
+                "vocabulary, which these completions were not drawn from, and its ratio to them is off by the mass "
+                "that was kept",
                 stacklevel=2,
             )
         return completions

@@ -5,13 +5,17 @@
 
 Every measurement is a process of its own (`run_trl.py`, `run_ours.py`). In each round every variant runs once, TRL's
 and ours in turn; printed are medians over the rounds with their ranges, ratios within each round, and losses side by
-side. GRPO samples, and its samples differ between libraries, so its numbers are compared on given completions.
+side. GRPO, RLOO and online DPO sample, and samples differ between libraries, so their numbers are compared on given
+completions.
 
-Where definitions differ: TRL's ORPO has a likelihood over the tokens of prompt and chosen completion, so ours is given
-`nll_on_prompt=True, nll_unit="tokens"`. KTO's mismatched pairs are the same in both, since every prompt of the workload
-occurs once and a step is one batch; where prompts repeat, TRL pairs some with a completion of their own, and under
-accumulation it estimates the divergence for each micro-batch. What both libraries would draw for themselves, a reward
-model's head and LoRA's first factors, is drawn for both in the same way.
+Where definitions differ: TRL's RLOO has one ratio for a completion, the product of its tokens', so its loss is minus
+the mean advantage; ours sums over tokens (`reduction="sequence_mean_token_sum"`). In the one update of a rollout both
+have REINFORCE's gradient, so gradient norms alone are compared. TRL's ORPO has a likelihood over the tokens of prompt
+and chosen completion, so ours is given `nll_on_prompt=True, nll_unit="tokens"`. KTO's mismatched pairs are the same
+in both, since every prompt of the workload occurs once and a step is one batch; where prompts repeat, TRL pairs some
+with a completion of their own, and under accumulation it estimates the divergence for each micro-batch. What both
+libraries would draw for themselves, a reward model's head and LoRA's first factors, is drawn for both in the same
+way.
 
 Memory is compared at the same checkpointing setting: our default, which does not checkpoint, with TRL's
 `no_checkpointing`, and our `checkpointing` with TRL's default, which does. Our default beside TRL's default is shown,
@@ -35,8 +39,10 @@ import floor
 import measure
 import workload
 
-TOLERANCE = 1e-4  # of losses, absolute
+TOLERANCE = 1e-4  # absolute; of what is above 1 relative
+COMPARED = {"loss": "losses", "gradient norm": "grad_norms"}
 HERE = Path(__file__).parent
+OF_BETAS = ("grpo", "rloo")  # measured with each of `--betas`
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class Entry:
 
     @property
     def case(self) -> str:
-        """The method, with its KL coefficient where it has one."""
-        return f"grpo beta={self.beta:g}" if self.method == "grpo" else self.method
+        """The method, with its KL coefficient where there are several."""
+        return f"{self.method} beta={self.beta:g}" if self.method in OF_BETAS else self.method
 
     def command(self, options: argparse.Namespace, *extra: str) -> list[str]:
         """The command line of a measured process."""
@@ -68,7 +74,7 @@ def plan(options: argparse.Namespace) -> list[Entry]:
     """What one round measures, TRL's variants and ours in turn."""
     entries = []
     for method in options.methods:
-        for beta in options.betas if method == "grpo" else [0.0]:
+        for beta in options.betas if method in OF_BETAS else [0.0]:
             theirs = [Entry("trl", method, name, beta) for name in measure.variants("trl", method)]
             own = [Entry("ours", method, name, beta) for name in measure.variants("ours", method)]
             own += [Entry("bare", method, "default", beta)] if options.bare else []
@@ -147,13 +153,14 @@ def floor_shares(entry: Entry, runs: Sequence[dict[str, Any]], options: argparse
     rows = workload.load_rows(measure.rows_folder(options), entry.method, options.warmup + options.steps)
     shares = []
     for run in runs:
-        lengths = [count / (batch * workload.GROUP) for count in run["completion_tokens"][options.warmup :]]
+        samples = batch * workload.GROUPS.get(entry.method, 1)
+        lengths = [count / samples for count in run["completion_tokens"][options.warmup :]]
         operations = floor.step_operations(
             entry.method,
             rows[options.warmup * batch :],
             options.size,
             lora=options.lora,
-            beta=entry.beta,
+            beta=workload.BETA if entry.method == "online_dpo" else entry.beta,
             cached=entry.variant in ("cached", "precomputed"),
             sampled=statistics.mean(lengths) if lengths else 0.0,
         )
@@ -184,33 +191,37 @@ def comparable(own: str, other: str) -> bool:
     return like[own] == other if own in like else other != "precomputed"
 
 
-def compare_losses(title: str, theirs: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Print losses (and gradient norms where both have them) side by side; whether all agree to the tolerance."""
-    difference = max(abs(a - b) for a, b in zip(theirs["losses"], own["losses"], strict=True))
-    good = difference <= TOLERANCE
-    print(
-        f"\n{title}: largest loss difference {difference:.1e}, allowed {TOLERANCE:.0e}: {'agree' if good else 'DIFFER'}"
-    )
-    columns = [("loss", theirs["losses"], own["losses"])]
-    if theirs["grad_norms"] and len(theirs["grad_norms"]) == len(own["grad_norms"]):
-        columns.append(("gradient norm", theirs["grad_norms"], own["grad_norms"]))
-    for name, left, right in columns:
+def compare_numbers(title: str, theirs: dict[str, Any], own: dict[str, Any], names: Sequence[str]) -> bool:
+    """Print losses and gradient norms side by side, where both have them; whether those named agree."""
+    good = True
+    for name, key in COMPARED.items():
+        left, right = theirs[key], own[key]
+        if not left or len(left) != len(right):
+            continue
+        difference = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(left, right, strict=True))
+        held = difference <= TOLERANCE
+        if name in names:
+            good &= held
+            verdict = "agree" if held else "DIFFER"
+            print(f"\n{title}: largest difference of the {name} {difference:.1e}, allowed {TOLERANCE:.0e}: {verdict}")
         print(f"  {name:<13} TRL  {' '.join(f'{value:10.6f}' for value in left)}")
         print(f"  {'':<13} ours {' '.join(f'{value:10.6f}' for value in right)}")
     return good
 
 
 def check(options: argparse.Namespace) -> bool:
-    """Losses and gradient norms of both libraries on the same batches and, for GRPO, the same completions."""
+    """Losses and gradient norms of both libraries on the same batches and, where they sample, the same completions."""
     good = True
     steps = ["--check", "--warmup", "0", "--steps", str(options.check_steps)]
     for method in options.methods:
-        for beta in options.betas if method == "grpo" else [0.0]:
+        for beta in options.betas if method in OF_BETAS else [0.0]:
             theirs, own = (
                 execute(entry.command(options, *steps), options)
                 for entry in (Entry("trl", method, "no_checkpointing", beta), Entry("ours", method, "default", beta))
             )
-            good &= compare_losses(f"check {Entry('ours', method, beta=beta).case}", theirs, own)
+            names = ["gradient norm"] if method in workload.GROUPS else []
+            names += ["loss"] if method != "rloo" else []
+            good &= compare_numbers(f"check {Entry('ours', method, beta=beta).case}", theirs, own, names)
     return good
 
 
@@ -232,7 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=workload.METHODS, default=list(workload.METHODS))
     measure.add_workload(parser)
     parser.add_argument("--lora", action="store_true", help=measure.LORA_HELP)
-    parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04], help="GRPO's KL coefficients")
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.0, 0.04], help="KL coefficients of GRPO and RLOO")
     parser.add_argument("--rounds", type=int, default=3, help="0: only compare numbers")
     parser.add_argument("--steps", type=int, default=6, help="measured optimizer steps of each process")
     parser.add_argument("--warmup", type=int, default=2)
@@ -267,9 +278,10 @@ def main() -> None:
                 flush=True,
             )
     for entry, runs in results.items():
-        if entry.library == "ours" and entry.variant == "default" and entry.method != "grpo":
+        if entry.library == "ours" and entry.variant == "default" and entry.method not in workload.GROUPS:
             for other in [e for e in results if e.library == "trl" and e.case == entry.case and e.variant != "packing"]:
-                good &= compare_losses(f"timed {entry.case}, TRL {other.variant}", results[other][0], runs[0])
+                title = f"timed {entry.case}, TRL {other.variant}"
+                good &= compare_numbers(title, results[other][0], runs[0], ["loss"])
     if results:
         title = f"{options.size}, {'LoRA' if options.lora else 'all weights'}, {options.rounds} rounds"
         print(f"\n{title} of {options.steps} steps after {options.warmup}: median [smallest, largest]\n")

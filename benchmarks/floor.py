@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import workload
-from workload import GROUP, SIZES
+from workload import GROUPS, SIZES
 
 
 def matrix_speed(timer: Callable[[], float] = time.perf_counter, size: int = 1024, repeats: int = 12) -> float:
@@ -90,7 +90,7 @@ def row_operations(
     scored = {"reward": 0.0, "orpo": prompt - 1 + sum(completions)}.get(method, sum(completions))
     whole = work(model, *tree(prompt, completions), scored)
     total = whole.train(lora=lora)
-    if method == "grpo":
+    if method in GROUPS:
         total += whole.forward(lora=lora) + (whole.forward() if beta else 0)  # sampling, and the reference
     return total
 
@@ -126,9 +126,9 @@ def step_operations(
         rows: the rows of the measured steps.
         size: one of `workload.SIZES`.
         lora: adapters alone are trained.
-        beta: GRPO's KL coefficient; not 0: the reference scores too.
+        beta: KL coefficient of what samples; not 0: the reference scores too.
         cached: DPO's reference is not computed.
-        sampled: GRPO: mean length of the samples, tokens.
+        sampled: mean length of the samples, tokens.
     """
     model, batch = SIZES[size].model, SIZES[size].batch[method]
     total = 0.0
@@ -136,9 +136,8 @@ def step_operations(
     for number, count in enumerate(counts):
         prompt = count["prompt"]
         completions = [length + 1 for name, length in count.items() if name != "prompt"]
-        total += row_operations(
-            method, model, prompt, [sampled] * GROUP if method == "grpo" else completions, lora=lora, beta=beta
-        )
+        lengths = [sampled] * GROUPS[method] if method in GROUPS else completions
+        total += row_operations(method, model, prompt, lengths, lora=lora, beta=beta)
         if method == "dpo" and not cached:
             total += reference_operations(model, prompt, completions)
         if method == "kto":

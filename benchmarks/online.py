@@ -2,11 +2,11 @@
 
     python benchmarks/online.py --seeds 0 1 2
 
-Pretrains, fine-tunes and trains the GRPO policy that is to be the teacher, all as the quickstart does, or takes what
-lies below the root (`benchmarks/accuracy.py` leaves it there with the same `--root`). Each method then starts from the
-same policy and draws 25,600 samples. The controls are GRPO with learning rate 0 and with shuffled rewards, and
-fine-tuning on as many new demonstrations. A method that has finished below the root is read from `online.json`, not
-run again. Prints a table in Markdown; exits with 1 where a bar is missed.
+Runs the quickstart's chain with the controls of `benchmarks/accuracy.py` (GRPO with learning rate 0 and with shuffled
+rewards), or takes what that left below the same root. Each method then starts from the chain's fine-tuned policy and
+draws 25,600 samples; the third control is fine-tuning on as many new demonstrations. The chain's GRPO policy is the
+teacher. A method that has finished below the root is read from `online.json`, not run again. Prints a table in
+Markdown; exits with 1 where a bar is missed.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from accuracy import same_weights, table, wilson
-from methods import Methods, report, slug
+from accuracy import TRIALS, same_weights, table, wilson
+from accuracy import run_seed as run_chain
+from methods import Methods, report
 from quickstart import Measured
 
 PROBLEMS = 1000  # of the test set in configs/quickstart
@@ -35,29 +36,22 @@ METHODS: dict[str, tuple[str, ...]] = {
         *("--model.loss", "grpo", "--model.importance_level", "sequence", *SEVERAL_STEPS),
         *("--model.epsilon", "3e-4", "--model.epsilon_high", "4e-4"),
     ),
-    "CISPO": ("--model.loss", "cispo", *SEVERAL_STEPS),
+    "CISPO": ("--model.loss", "cispo", "--model.epsilon", "null", *SEVERAL_STEPS),
     "RLOO": ("--model.scale_rewards", "leave_one_out"),
     "GRPO + teacher": ("--model.teacher", "{teacher}", "--model.teacher_coef", "0.1"),
     "online DPO": ("--model", "OnlineDPOModule", "--model.loss", "sigmoid", "--model.beta", "0.1", *PAIRS),
 }
 # The same, by `align fit --config configs/quickstart/sft.yaml`.
 ROWS = ("--data.train.init_args.size", "25600", "--data.batch_size", "256", "--trainer.max_epochs", "1")
+STUDENT = ("--model", "DistillationModule", "--model.teacher", "{teacher}")
 WRITES = ("--model.on_policy_share", "1", "--model.max_completion_length", "6")
 OF_ROWS: dict[str, tuple[str, ...]] = {
-    "on-policy distillation from GRPO": (
-        "--model",
-        "DistillationModule",
-        "--model.teacher",
-        "{teacher}",
-        *WRITES,
-        *ROWS,
-    ),
+    "on-policy distillation from GRPO": (*STUDENT, *WRITES, *ROWS),
     "control: continued SFT": ROWS,
 }
-CONTROLS: dict[str, tuple[str, ...]] = {
-    "control: GRPO with learning rate 0": ("--model.optimizer.init_args.lr", "0.0", "--trainer.max_steps", "10"),
-    "control: GRPO with shuffled rewards": ("--model.rewards", "shuffled_reward.shuffled_exact_match"),
-}
+# With a configuration of their own.
+CONFIGURED: dict[str, str] = {"PPO": "ppo"}
+CONTROLS = {f"control: {words}": name for name, words in TRIALS.items()}  # of the chain
 FROZEN, SHUFFLED = CONTROLS
 
 
@@ -68,27 +62,28 @@ class Online(Methods):
         """Trains by one method and tests on a split's held-out problems.
 
         Args:
-            name: Of `METHODS`, `OF_ROWS` or `CONTROLS`.
+            name: Of `METHODS`, `CONFIGURED` or `OF_ROWS`.
             split: Of the problems.
             options: In place of the method's own.
         """
-        given = (METHODS | OF_ROWS | CONTROLS)[name] if options is None else options
+        given = (METHODS | OF_ROWS).get(name, ()) if options is None else options
         # New problems, of no other stage and no other seed.
         problems = ["--data.train.init_args.seed", str(1000 + self.seed)]
-        return self.train(name, "sft" if name in OF_ROWS else "grpo", [*problems, *given], split)
+        config = CONFIGURED.get(name, "sft" if name in OF_ROWS else "grpo")
+        return self.train(name, config, [*problems, *given], split)
 
 
 def run_seed(root: Path, seed: int, names: Sequence[str]) -> dict[str, Measured]:
     """Everything of one seed but what an earlier run of it found."""
+    chain = run_chain(root, seed)
     online, file = Online(root / f"seed{seed}", seed), root / f"seed{seed}" / "online.json"
-    online.prepare()
     found: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         if name not in found:
-            measured = online.test(name, online.root / "sft") if name == "SFT" else online.measure(name)
-            found[name] = asdict(measured)
+            found[name] = asdict(online.measure(name))
             file.write_text(json.dumps(found, indent=2))
-    return {name: Measured(**found[name]) for name in names}
+    measured = {name: Measured(**found[name]) for name in names}
+    return {"SFT": chain["sft"]} | measured | {name: chain[trial] for name, trial in CONTROLS.items()}
 
 
 def bars(found: dict[int, dict[str, Measured]], root: Path) -> dict[str, list[bool]]:
@@ -99,21 +94,19 @@ def bars(found: dict[int, dict[str, Measured]], root: Path) -> dict[str, list[bo
         for name in found[next(iter(found))]
         if name != "SFT" and not name.startswith("control")
     }
-    if FROZEN in exact[0]:
-        folders = [root / f"seed{seed}" for seed in found]
-        held["learning rate 0 changes no weight"] = [
-            same_weights(folder / "sft" / "export", folder / slug(FROZEN) / "export") for folder in folders
-        ]
-    if SHUFFLED in exact[0]:
-        held["shuffled rewards not above SFT's 95 % interval"] = [
-            row[SHUFFLED] <= wilson(row["SFT"], PROBLEMS)[1] for row in exact
-        ]
+    folders = [root / f"seed{seed}" for seed in found]
+    held["learning rate 0 changes no weight"] = [
+        same_weights(folder / "sft" / "export", folder / CONTROLS[FROZEN] / "export") for folder in folders
+    ]
+    held["shuffled rewards not above SFT's 95 % interval"] = [
+        row[SHUFFLED] <= wilson(row["SFT"], PROBLEMS)[1] for row in exact
+    ]
     return held
 
 
 def main() -> None:
     """Runs all seeds, prints the table and the bars."""
-    every = ["SFT", *METHODS, *OF_ROWS, *CONTROLS]
+    every = [*METHODS, *CONFIGURED, *OF_ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--root", type=Path, default=Path("runs/accuracy"), help="default: %(default)s")
@@ -121,8 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.argv[1:] = []  # Lightning would take them for the arguments of its own commands
 
-    names = list(dict.fromkeys(["SFT", *arguments.methods]))
-    found = {seed: run_seed(arguments.root, seed, names) for seed in arguments.seeds}
+    found = {seed: run_seed(arguments.root, seed, arguments.methods) for seed in arguments.seeds}
     print(f"\nExact match on {PROBLEMS} held-out problems; mean and 95 % interval over seeds\n\n{table(found)}\n")
     sys.exit(not report(bars(found, arguments.root)))
 

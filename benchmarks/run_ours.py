@@ -41,7 +41,8 @@ def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = Fals
     import alignment_modules
     from alignment_modules.policies import LoraConfig, PolicyConfig
 
-    base, method = alignment_modules.get_module_class(options.method), options.method
+    method = options.method
+    base = alignment_modules.get_module_class("grpo" if method == "rloo" else method)
     policy = PolicyConfig(
         path=str(folder / "model"),
         lora=LoraConfig(**workload.LORA) if options.lora else None,
@@ -49,19 +50,22 @@ def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = Fals
         head=base.head,
     )
     common = {"policy": policy, "optimizer": make_optimizer(method), "tokenizer": str(folder / "model")}
-    if method in ("dpo", "kto", "orpo"):
+    if method in ("dpo", "kto", "orpo", "online_dpo"):
         common["beta"] = workload.BETA
-    if method in ("grpo", "kto", "orpo"):  # these clip by themselves
+    if method in ("kto", "orpo", *workload.GROUPS):  # these clip by themselves
         common["max_grad_norm"] = workload.MAX_GRAD_NORM
     if method == "dpo":
         common["cache_reference"] = options.variant == "cached"
     if method == "orpo":  # TRL's likelihood is the mean over the tokens of prompt and chosen completion
         common |= {"nll_on_prompt": True, "nll_unit": "tokens"}
-    if method == "grpo":
-        common |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
+    if method in workload.GROUPS:
+        common |= {"num_generations": workload.GROUPS[method], "max_completion_length": workload.MAX_COMPLETION}
         common |= {"rewards": workload.even_words, "seed": workload.SEED}
-        # TRL's KL term is the k3 estimator times the ratio
+    if method == "grpo":  # TRL's KL term is the k3 estimator times the ratio
         common |= {"beta": options.beta, "kl_estimator": "k3+score"}
+    if method == "rloo":
+        common |= {"scale_rewards": "leave_one_out", "reduction": "sequence_mean_token_sum", "beta": options.beta}
+        common |= {"kl_estimator": "k1", "kl_placement": "reward"} if options.beta else {}
 
     class Measured(base):  # type: ignore[misc,valid-type]
         """Keeps losses and gradient norms through the hooks that the library offers."""
@@ -97,7 +101,8 @@ def build_data(options: argparse.Namespace, folder: Path) -> Any:
     """The datamodule of a method, reading the workload's file in its order."""
     import datamodules
 
-    classes = {"sft": "SFTDataModule", "kto": "UnpairedDataModule", "grpo": "PromptDataModule"}
+    classes = {"sft": "SFTDataModule", "kto": "UnpairedDataModule"}
+    classes |= dict.fromkeys(workload.GROUPS, "PromptDataModule")
     return getattr(datamodules, classes.get(options.method, "PreferenceDataModule"))(
         train=str(workload.rows_file(folder, options.method)),
         tokenizer=str(folder / "model"),
@@ -108,29 +113,29 @@ def build_data(options: argparse.Namespace, folder: Path) -> Any:
 
 
 def fixed_batches(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """GRPO batches that bring the workload's completions and rewards, for a check."""
+    """Batches of prompts that bring the workload's completions and rewards, for a check."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    steps, size = options.warmup + options.steps, workload.SIZES[options.size].batch["grpo"]
-    rows = workload.load_rows(folder, "grpo", steps)
+    steps, method = options.warmup + options.steps, options.method
+    size, rows = workload.SIZES[options.size].batch[method], workload.load_rows(folder, method, steps)
     for step in range(steps):
         prompts = [row["prompt"] for row in rows[step * size : (step + 1) * size]]
         encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        completions = [torch.tensor(ids) for ids in workload.fixed_completions(step, options.size)]
+        completions = [torch.tensor(ids) for ids in workload.fixed_completions(step, options.size, method)]
         yield {
             "prompts": encoded["input_ids"],
             "prompt_attention_mask": encoded["attention_mask"],
             "responses": pad_sequence(completions, batch_first=True, padding_value=workload.PAD),
             "response_mask": pad_sequence([torch.ones_like(ids) for ids in completions], batch_first=True),
-            "rewards": torch.tensor(workload.fixed_rewards(step, options.size)),
+            "rewards": torch.tensor(workload.fixed_rewards(step, options.size, method)),
         }
 
 
-def batch_tokens(batch: dict[str, Any]) -> int:
-    """Real tokens of a batch by the workload's rule; of GRPO's batches the prompts' part."""
+def batch_tokens(batch: dict[str, Any], method: str) -> int:
+    """Real tokens of a batch by the workload's rule; of batches of prompts the prompts' part."""
     if "prompts" in batch:
-        return workload.GROUP * int(batch["prompt_attention_mask"].sum())
+        return workload.GROUPS[method] * int(batch["prompt_attention_mask"].sum())
     if "chosen_input_ids" in batch:
         counts = {name: int(batch[f"{name}_attention_mask"].sum()) for name in ("prompt", "chosen", "rejected")}
         return 2 * counts["prompt"] + counts["chosen"] + counts["rejected"]
@@ -144,6 +149,7 @@ class Watch(L.Callback):
     def __init__(self, options: argparse.Namespace, clock: measure.StepClock, profile: measure.Profile) -> None:
         self.options, self.clock, self.profile = options, clock, profile
         self.tokens: list[int] = []
+        self.completion_tokens: list[int] = []
         self.fill_seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -158,13 +164,19 @@ class Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Counts what goes into the step."""
-        self.tokens.append(batch_tokens(batch))
+        self.tokens.append(batch_tokens(batch, self.options.method))
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """The step is over."""
         self.clock.tick()
+        self.count(pl_module)
         if trainer.global_step == self.options.warmup:
             self.profile.start()
+
+    def count(self, module: Any) -> None:
+        """Adds what was sampled in the step."""
+        if getattr(module, "rollout", None) is not None:
+            self.completion_tokens.append(int(module.rollout.mask.sum()))
 
 
 @torch.no_grad()
@@ -206,14 +218,17 @@ def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> N
     watch.clock.start()
     steps = options.warmup + options.steps
     for step, batch in zip(range(1, steps + 1), data, strict=False):
-        watch.tokens.append(batch_tokens(batch))
-        objective = module.objective(module.annotate(module.roll_out(batch)) if options.method == "grpo" else batch)
+        watch.tokens.append(batch_tokens(batch, options.method))
+        if options.method in workload.GROUPS:
+            batch = (module.pair if options.method == "online_dpo" else module.annotate)(module.roll_out(batch))
+        objective = module.objective(batch)
         module.extra_metrics(batch, objective)
         sum(term.scaled / term.weight for term in objective.terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         watch.clock.tick()
+        watch.count(module)
         if step == options.warmup:
             watch.profile.start()
 
@@ -238,7 +253,7 @@ def main() -> None:
     clock, profile = measure.StepClock(options.warmup, measure.CLOCKS[options.clock]), measure.Profile(options.profile)
     began = time.perf_counter()
     module = build_module(options, folder, bare=options.bare)
-    fixed = options.check and options.method == "grpo"
+    fixed = options.check and options.method in workload.GROUPS
     if fixed:
         data: Any = torch.utils.data.DataLoader(list(fixed_batches(options, folder)), batch_size=None)  # type: ignore[arg-type]
     else:
@@ -246,10 +261,9 @@ def main() -> None:
     setup = time.perf_counter() - began
     watch = Watch(options, clock, profile)
     (loop if options.bare else fit)(module, data, options, watch)
-    tokens, completion_tokens = watch.tokens, []
-    if options.method == "grpo":
-        completion_tokens = [int(weight) for _, weight in module.steps]  # the loss is a mean over completion tokens
-        tokens = [prompts + own for prompts, own in zip(tokens, completion_tokens, strict=True)]
+    tokens = watch.tokens
+    if options.method in workload.GROUPS:
+        tokens = [prompts + own for prompts, own in zip(tokens, watch.completion_tokens, strict=True)]
     measure.report(
         options,
         library="bare" if options.bare else "ours",
@@ -259,7 +273,7 @@ def main() -> None:
         baseline_mb=baseline,
         profile=profile.stop(),
         grad_norms=[values["grad_norm"] for values in module.published if "grad_norm" in values],
-        completion_tokens=completion_tokens,
+        completion_tokens=watch.completion_tokens,
         setup_seconds=setup + watch.fill_seconds,
     )
 

@@ -1,6 +1,6 @@
 """One measured TRL training run: `run_trl.py METHOD --variant V`. Prints one line of JSON.
 
-ORPO's trainer is an experimental one of TRL, the others are stable.
+ORPO's trainer and online DPO's are experimental ones of TRL, the others are stable.
 
 Variants, beside `default` (TRL's own settings: gradient checkpointing on):
 
@@ -106,7 +106,6 @@ def measured(base: type) -> type:
 
 def build(options: Any, folder: Any) -> Any:
     """The trainer of a method and variant, as TRL's documentation builds it."""
-    import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -118,13 +117,8 @@ def build(options: Any, folder: Any) -> Any:
     common = {"model": str(folder / "model"), "train_dataset": data, "processing_class": tokenizer}
     if options.lora:
         common["peft_config"] = adapters(options.method)
-    if options.method == "grpo":
-        values["per_device_train_batch_size"] *= workload.GROUP
-        values |= {"num_generations": workload.GROUP, "max_completion_length": workload.MAX_COMPLETION}
-        values |= {"beta": options.beta, "shuffle_dataset": False}
-        if options.check:
-            common["rollout_func"] = partial(fixed_rollout, size=options.size)
-        return measured(trl.GRPOTrainer)(args=trl.GRPOConfig(**values), reward_funcs=workload.even_words, **common)
+    if options.method in workload.GROUPS:
+        return build_sampling(options, values, common)
     values["train_sampling_strategy"] = "sequential"
     if options.variant == "padding_free":
         values |= {"padding_free": True, "max_length": None}
@@ -136,6 +130,78 @@ def build(options: Any, folder: Any) -> Any:
         values["beta"] = workload.BETA
     trainer, config = trainer_classes(options.method)
     return measured(trainer)(args=config(**values), **common)
+
+
+def build_sampling(options: Any, values: dict[str, Any], common: dict[str, Any]) -> Any:
+    """The trainer of a method that samples; in a check it is given the workload's completions instead."""
+    import trl
+
+    common["reward_funcs"] = workload.even_words
+    if options.method == "online_dpo":
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        values |= {"max_new_tokens": workload.MAX_COMPLETION, "max_length": workload.MAX_LENGTH, "temperature": 1.0}
+        values |= {"beta": workload.BETA, "train_sampling_strategy": "sequential"}
+        trainer = measured_online(OnlineDPOTrainer, options)
+        return trainer(args=OnlineDPOConfig(**values), **common)
+    group = workload.GROUPS[options.method]
+    values["per_device_train_batch_size"] *= group
+    values |= {"num_generations": group, "max_completion_length": workload.MAX_COMPLETION, "beta": options.beta}
+    values["shuffle_dataset"] = False
+    if options.method == "rloo":
+        trainer = measured(trl.RLOOTrainer)
+        if options.check:
+            trainer._generate_single_turn = given_completions(options)
+        return trainer(args=trl.RLOOConfig(**values), **common)
+    if options.check:
+        common["rollout_func"] = partial(fixed_rollout, size=options.size)
+    return measured(trl.GRPOTrainer)(args=trl.GRPOConfig(**values), **common)
+
+
+def given_completions(options: Any) -> Any:
+    """RLOO's sampling, replaced by the workload's completions of the step."""
+
+    def generate(self: Any, *_: Any) -> list[list[int]]:
+        return workload.fixed_completions(self.state.global_step, options.size, options.method)
+
+    return generate
+
+
+def measured_online(base: type, options: Any) -> type:
+    """`measured` for the trainer of online DPO, which takes its step without `compute_loss`."""
+
+    class Online(measured(base)):  # type: ignore[misc]
+        """Keeps the losses that the step returns, and counts what the policy is scored on."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            """The trainer's own step."""
+            self.counted = False
+            loss = super().training_step(*args, **kwargs)
+            self.losses.append(loss.detach())
+            return loss
+
+        def _generate(self, model: Any, prompts: list[str], images: Any = None) -> Any:
+            """The trainer's own samples, or those of the workload: the first of each prompt, then the second."""
+            if not options.check:
+                return super()._generate(model, prompts, images)
+            side = {"padding_side": "left", "padding": True, "return_tensors": "pt"}
+            encoded = self.processing_class(text=prompts, **side)
+            rows = workload.fixed_completions(self.state.global_step, options.size, options.method)
+            ids = [torch.tensor(row) for row in rows[0::2] + rows[1::2]]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=workload.PAD)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+            prompt = (encoded["input_ids"].repeat(2, 1), encoded["attention_mask"].repeat(2, 1))
+            return *prompt, padded, mask, None
+
+        def _forward(self, model: Any, ids: Any, mask: Any, completions: Any, written: Any, *more: Any) -> Any:
+            """The trainer's own forward pass, the first of each step counted."""
+            if not self.counted:
+                self.counted = True
+                self.completion_tokens.append(int(written.sum()))
+                self.tokens.append(int(written.sum()) + int(mask.sum()))
+            return super()._forward(model, ids, mask, completions, written, *more)
+
+    return Online
 
 
 def trainer_classes(method: str) -> tuple[type, type]:

@@ -8,7 +8,8 @@ known without a tokenizer, and one counting rule serves both libraries:
   are computed beside them, are not counted);
 - DPO, ORPO, reward model: the real tokens of both sequences of each pair, prompt + chosen + eos and prompt + rejected +
   eos;
-- GRPO: prompt + completion tokens of each of the step's samples (`num_tokens` of TRL); completions also alone.
+- GRPO, RLOO, online DPO: prompt + completion tokens of each of the step's samples (`num_tokens` of TRL); completions
+  also alone.
 
 Run `python benchmarks/workload.py FOLDER` to look at the files and at their statistics.
 """
@@ -62,21 +63,25 @@ class Size:
     batch: dict[str, int]
 
 
+ONLINE_7M = {"rloo": 4, "online_dpo": 4}
+ONLINE_135M = {"rloo": 2, "online_dpo": 2}
 SIZES = {
-    "7m": Size(MODEL, {"sft": 8, "dpo": 4, "grpo": 4, "kto": 8, "reward": 4, "orpo": 4}),
-    "135m": Size(MODEL | LARGER, {"sft": 4, "dpo": 2, "grpo": 2, "kto": 4, "reward": 2, "orpo": 2}),
+    "7m": Size(MODEL, {"sft": 8, "dpo": 4, "grpo": 4, "kto": 8, "reward": 4, "orpo": 4, **ONLINE_7M}),
+    "135m": Size(MODEL | LARGER, {"sft": 4, "dpo": 2, "grpo": 2, "kto": 4, "reward": 2, "orpo": 2, **ONLINE_135M}),
 }
 METHODS = tuple(SIZES["7m"].batch)
-ROWS = {"reward": "dpo", "orpo": "dpo"}  # methods that train on another's rows
-EOS_PROBABILITY = 1 / 64  # per token, under the initial weights: completion lengths are geometric, cut at 128
+ROWS = {"reward": "dpo", "orpo": "dpo", "rloo": "grpo", "online_dpo": "grpo"}  # methods that train on another's rows
 GROUP = 8  # GRPO samples per prompt
-MAX_COMPLETION = 128  # GRPO completion limit, tokens
+GROUPS = {"grpo": GROUP, "rloo": GROUP, "online_dpo": 2}  # of the methods that sample
+EOS_PROBABILITY = 1 / 64  # per token, under the initial weights: completion lengths are geometric, cut at 128
+MAX_COMPLETION = 128  # completion limit, tokens
 MAX_LENGTH = 1024  # longest row either library accepts, tokens; no row of the workload comes near it
 
 LEARNING_RATE = {"sft": 1e-4, "dpo": 1e-5, "grpo": 1e-5, "kto": 1e-5, "reward": 1e-5, "orpo": 1e-5}
+LEARNING_RATE |= {"rloo": 1e-5, "online_dpo": 1e-5}
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 MAX_GRAD_NORM = 1.0
-BETA = 0.1  # of DPO, KTO and ORPO
+BETA = 0.1  # of DPO, KTO, ORPO and online DPO
 LORA = {"r": 16, "alpha": 32}  # on all linear maps but the head
 SEED = 7
 
@@ -141,9 +146,9 @@ def row_tokens(row: dict[str, Any]) -> int:
 
 
 def step_tokens(rows: Sequence[dict[str, Any]], method: str, size: str) -> list[int]:
-    """Real tokens of each optimizer step; for GRPO the prompts' part alone (each prompt once per sample)."""
+    """Real tokens of each optimizer step; where it samples the prompts' part alone (each prompt once per sample)."""
     count = SIZES[size].batch[method]
-    repeat = GROUP if method == "grpo" else 1
+    repeat = GROUPS.get(method, 1)
     return [repeat * sum(map(row_tokens, rows[i : i + count])) for i in range(0, len(rows), count)]
 
 
@@ -154,7 +159,7 @@ def padding_share(rows: Sequence[dict[str, Any]], size: str) -> float:
 
 
 def even_words(completions: list[str], **_: Any) -> list[float]:
-    """The GRPO reward of both libraries: even-numbered words per thousand words; -100 for no word at all.
+    """The reward of both libraries: even-numbered words per thousand words; -100 for no word at all.
 
     Continuous, so that almost no group is without a signal and neither library can skip work. Per thousand, so that the
     1e-4 which TRL adds to a group's standard deviation is lost in rounding: advantages do not depend on the unit.
@@ -167,15 +172,15 @@ def even_words(completions: list[str], **_: Any) -> list[float]:
     return scores
 
 
-def fixed_completions(step: int, size: str) -> list[list[int]]:
-    """Token ids of a GRPO step's completions, prompt 0's first: what both libraries are given in a check.
+def fixed_completions(step: int, size: str, method: str = "grpo") -> list[list[int]]:
+    """Token ids of a step's completions, prompt 0's first: what both libraries are given in a check.
 
     Lengths are geometric and cut at `MAX_COMPLETION`; a completion that is not cut ends with the end-of-sequence token.
     """
     generator = np.random.default_rng([SEED, 1000 + step])
     vocabulary = SIZES[size].model["vocab_size"]
     completions = []
-    for _ in range(SIZES[size].batch["grpo"] * GROUP):
+    for _ in range(SIZES[size].batch[method] * GROUPS[method]):
         length = int(generator.geometric(EOS_PROBABILITY))
         ids = generator.integers(len(SPECIAL_TOKENS), vocabulary, min(length, MAX_COMPLETION)).tolist()
         if length <= MAX_COMPLETION:
@@ -184,11 +189,11 @@ def fixed_completions(step: int, size: str) -> list[list[int]]:
     return completions
 
 
-def fixed_rewards(step: int, size: str) -> list[float]:
-    """`even_words` of `fixed_completions(step, size)`, computed from the ids."""
+def fixed_rewards(step: int, size: str, method: str = "grpo") -> list[float]:
+    """`even_words` of `fixed_completions(step, size, method)`, computed from the ids."""
     texts = [
         " ".join(f"w{i - len(SPECIAL_TOKENS)}" for i in ids if i >= len(SPECIAL_TOKENS))
-        for ids in fixed_completions(step, size)
+        for ids in fixed_completions(step, size, method)
     ]
     return even_words(texts)
 

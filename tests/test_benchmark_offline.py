@@ -15,22 +15,28 @@ FEW = ("--trainer.max_epochs", "12", "--trainer.limit_test_batches", "1")
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory):
-    """One seed whose stages have run, as far as `prepare` can tell, with the samples of four problems."""
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-    import offline as benchmark
-
-    root = tmp_path_factory.mktemp("offline")
+def tiny_policy(folder):
+    """Writes an untrained model with the task's tokenizer."""
     tokenizer = character_tokenizer()
     torch.manual_seed(0)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("llama", vocab_size=len(tokenizer), **LLAMA, **ids, bos_token_id=tokenizer.bos_token_id)
     )
-    for stage in benchmark.STAGES:
-        model.save_pretrained(root / stage / "export")
-        tokenizer.save_pretrained(root / stage / "export")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """One seed whose stages have run, as far as `prepare` can tell, with the samples of four problems."""
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+    import offline as benchmark
+    from quickstart import STAGES
+
+    root = tmp_path_factory.mktemp("offline")
+    for stage in STAGES:
+        tiny_policy(root / stage / "export")
     rows = [
         {"prompt": "743+685=", "completions": ["3390", "3391"], "rewards": [1.0, 0.0]},
         {"prompt": "100+200=", "completions": ["3000", "3000"], "rewards": [1.0, 1.0]},

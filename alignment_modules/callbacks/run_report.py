@@ -44,6 +44,7 @@ _NEXT = {  # what one usually does with the exported policy
     "online_dpo": "align test --config configs/recipes/online_dpo.yaml --model.policy.path {export} --data.test "
     "QUESTIONS",
     "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
+    "ppo": "align test --config configs/recipes/ppo.yaml --model.policy.path {export} --data.test QUESTIONS",
 }
 
 
@@ -123,7 +124,8 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
     ]
     batches = trainer.num_training_batches
     total: Any = getattr(module, "total_optimizer_steps", None) or trainer.estimated_stepping_batches
-    length = f"{total} optimizer steps" if math.isfinite(total) and total > 0 else "no limit"
+    most = "at most " if getattr(module, "may_take_fewer_steps", False) else ""
+    length = f"{most}{total} optimizer steps" if math.isfinite(total) and total > 0 else "no limit"
     size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
     rows = f" of {size} rows" if size else ""
     split = f"{trainer.world_size} processes" if trainer.world_size > 1 else "one process"

@@ -50,6 +50,7 @@ class OnlineDPOModule(ActingModule):
 
     paradigm = "online_dpo"
     bar = ("reward", "rewards/margins", "ties")
+    fewest_completions = 2
 
     def __init__(
         self,
@@ -102,6 +103,8 @@ class OnlineDPOModule(ActingModule):
                 "objective/scores_margin": Statistic(margins[judged].sum(), judged.sum()),
             }
         )
+        if int(self.reduce(judged.any().to(self.device, torch.float32), "max")):
+            self.window.learnt = True  # a step of ties moves nothing, but nothing is wrong with its data
         pairs = rollout.select(slice(None), places)
         written = pairs.own.any(dim=1).view(-1, 2).all(dim=1)
         pairs = replace(pairs, trained=pairs.own & (differ & written).repeat_interleave(2)[:, None])

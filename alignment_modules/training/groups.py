@@ -59,6 +59,11 @@ class GroupModule(PolicyGradientModule):
         self.waiting = WaitingGroups()
         self._restored_waiting: dict[str, Any] | None = None
 
+    @property
+    def may_take_fewer_steps(self) -> bool:
+        """Whether `total_optimizer_steps` is a bound: several batches may make one update."""
+        return self.dynamic_sampling is not None
+
     def informative(self, rollout: Rollout) -> Tensor:
         """[P] bool, on the host: which groups have two rewards that differ, of completions that are compared."""
         return informative_groups(self.compared(rollout).rewards.view(-1, rollout.group)).cpu()

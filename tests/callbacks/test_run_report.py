@@ -60,6 +60,13 @@ def test_a_module_that_describes_itself_is_not_described_twice(boring, make_trai
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["data", "steps", "writes"]
 
 
+def test_a_number_of_steps_that_is_a_bound_is_said_to_be_one(boring, make_trainer, loader, capsys):
+    module = boring()
+    module.may_take_fewer_steps = True
+    make_trainer(RunReport()).fit(module, loader)
+    assert "steps      at most 6 optimizer steps; an epoch has" in capsys.readouterr().out
+
+
 def test_nothing_left_to_train(boring, make_trainer, loader, capsys):
     make_trainer(RunReport(), max_epochs=0).fit(boring(), loader)
     done = capsys.readouterr().out.splitlines()[0]

@@ -138,13 +138,15 @@ def test_prompts_without_a_pair_might_as_well_not_be_there(make, update, assert_
     assert [segments.tokens for segments in read[:2]] == [segments.tokens for segments in read[2:]]
 
 
-def test_a_step_of_ties_moves_nothing(make, train):
+def test_a_step_of_ties_moves_nothing_and_is_no_error(make, train):
     module = make()
     before = fingerprint(module.policy)
-    with pytest.raises(ValueError, match="nothing to learn in epoch 0"):
-        train(module, [judged([1.0, 1.0] * 4)])
-    assert module.trainer.global_step == 1
+    metrics = train(module, [judged([1.0, 1.0] * 4)]).callback_metrics
+    assert module.trainer.global_step == metrics["train/steps_without_targets"] == 1
+    assert metrics["train/ties"] == 1
     assert fingerprint(module.policy) == before
+    with pytest.raises(ValueError, match="nothing to learn in epoch 0"):
+        train(make(), [judged([1.0, nan, nan, nan] * 4)])
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8, "min_p": 0.02}], ids=["all", "kept"])

@@ -152,16 +152,20 @@ def test_the_loss_is_over_the_kept_set_and_the_kl_over_the_vocabulary(make, tiny
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
+def penalty_of(module, rollout):
+    """The annotated rollout, and what the KL takes from each token's reward."""
+    seen = []
+    module.credit = lambda rollout, penalty: seen.append(penalty) or rollout
+    return module.annotate(rollout), seen[0]
+
+
 @pytest.mark.parametrize("kind", ["llama", "lora"])
 @pytest.mark.parametrize("placement", [{"kl_placement": "loss"}, {"kl_placement": "reward", "kl_estimator": "k1"}])
 def test_a_policy_that_equals_its_reference_owes_no_divergence(make, train, kind, placement):
     module = make(kind, beta=0.1, top_p=0.8, top_k=5, num_iterations=2, **placement)
-    seen = []
-    module.advantages = lambda rewards, lengths: seen.append(rewards) or torch.zeros_like(rewards)
-    module.annotate(module.actor.roll_out(module.policy, prompts(), step=0))
     rollout = module.actor.roll_out(module.policy, prompts(), step=0)
     if placement["kl_placement"] == "reward":
-        assert torch.equal(seen[0].flatten(), rollout.rewards)
+        assert not penalty_of(module, rollout)[1].any()
     else:
         statistics = module.objective(module.annotate(rollout)).statistics
         assert float(statistics["kl"].total) == 0.0
@@ -171,13 +175,10 @@ def test_the_kl_in_the_reward_is_over_the_vocabulary_and_the_ratio_over_the_kept
     module = make(beta=0.5, kl_placement="reward", kl_estimator="k1", top_p=0.8, num_iterations=2)
     moved(module)
     rollout = module.actor.roll_out(module.policy, prompts(), step=0)
-    seen = []
-    module.advantages = lambda rewards, lengths: seen.append(rewards) or torch.zeros_like(rewards)
-    annotated = module.annotate(rollout)
+    annotated, penalty = penalty_of(module, rollout)
     full = module.score_rollout(replace(rollout, support=None))
     reference = module.score_rollout(replace(rollout, support=None), module.reference)
-    penalty = 0.5 * (full - reference).masked_fill(~rollout.own, 0.0).sum(dim=1)
-    torch.testing.assert_close(seen[0].flatten(), rollout.rewards - penalty)
+    torch.testing.assert_close(penalty, 0.5 * (full - reference).masked_fill(~rollout.own, 0.0))
     assert torch.equal(annotated.old_logps, rollout.sampled_logps)
 
 

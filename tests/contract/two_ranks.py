@@ -133,6 +133,8 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name in ("dpo", "kto", "online_dpo"):
         yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    for label in ("scaled", "shared with nll", "bootstrap", "turns"):
+        yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch

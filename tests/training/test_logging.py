@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 
 from alignment_modules import SFTModule, Statistic
-from alignment_modules.functional.statistics import Statistic
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.schedules import LinearSchedule
 
@@ -377,15 +376,15 @@ def test_hooks_of_a_subclass(make, train, tmp_path, capsys, caplog):
 
 
 def test_meters_take_in_others_of_every_kind():
-    pair, extreme = torch.tensor([3.0, 5.0], dtype=torch.float64), torch.tensor(2.0)
+    pair, end = torch.tensor([3.0, 5.0], dtype=torch.float64), torch.tensor(2.0)
     pieces = [
-        {"mean": Statistic(pair[0], 2.0), "std": Statistic(pair, 2.0, "std"), "least": Statistic(extreme, kind="min")},
+        {"mean": Statistic(pair[0], 2.0), "std": Statistic(pair, 2.0, "std"), "least": Statistic(end, kind="min")},
         {
             "mean": Statistic(pair[1], 1.0),
             "std": Statistic(2 * pair, 3.0, "std"),
-            "most": Statistic(extreme, kind="max"),
+            "most": Statistic(end, kind="max"),
         },
-        {"least": Statistic(-extreme, kind="min"), "most": Statistic(-extreme, kind="max")},
+        {"least": Statistic(-end, kind="min"), "most": Statistic(-end, kind="max")},
     ]
     whole, one, other = Meters(), Meters(), Meters()
     for piece in pieces:

@@ -81,7 +81,16 @@ def rollouts(rows: Sequence[int], extra: int = 0, side: str = "right", group: in
         "response_mask": padded([torch.ones(length).bool() for length in lengths], extra, "right"),
         "rewards": torch.tensor([float(number % 3 == 0) + 0.5 * (number % group == 0) for number in numbers]),
         "old_logprobs": padded(old, extra, "right"),
+        "greedy_rewards": torch.tensor([0.25 * (row % 4) for row in rows]),
     }
+
+
+def rollouts_of_two_rewards(rows: Sequence[int], extra: int = 0, side: str = "right", group: int = 4) -> Batch:
+    """The same with each of two rewards by itself; the second does not apply to all."""
+    batch = rollouts(rows, extra, side, group)
+    numbers = torch.tensor([group * row + member for row in rows for member in range(group)])
+    second = (numbers * 7 % 5).float().masked_fill(numbers % 6 == 5, torch.nan)
+    return batch | {"rewards": torch.stack([batch["rewards"], second], dim=1)}
 
 
 def entry(key: str, value: Any, *more: str, group: int = 1) -> Callable[[Batch, int], None]:

@@ -6,7 +6,7 @@ the other side.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.batches import (
     never_called,
     pairs,
     rollouts,
+    rollouts_of_two_rewards,
     supervised,
     unpaired,
     weighted,
@@ -53,6 +54,8 @@ class Paradigm:
         kind: Who steps: "automatic" (Lightning), "update" (the module, on batches), "acting" (the module, on rollouts).
         options: Keywords of the module, given a model to refer to: what its promises hold under.
         variants: Further keywords by name, under which its gradient is as independent.
+        variant_batches: What makes the batches of some of the variants.
+        slow_variants: Those of which `make slow` alone proves it.
         batches: Further makers of batches by name, of which the same holds under its own options.
         orders: Orders of the rows that change nothing.
         sizes: Rows of the micro-batches that one batch is cut into.
@@ -71,6 +74,8 @@ class Paradigm:
     kind: str = "automatic"
     options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    variant_batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
+    slow_variants: Collection[str] = ()
     batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
     orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
     sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
@@ -209,6 +214,7 @@ SOURCES: dict[str, list[dict[str, Any]]] = {
 
 # The table
 
+IN_REWARD = {"kl_estimator": "k1", "kl_placement": "reward"}
 OTHER = object()  # in a variant: a frozen model near the policy
 NO_REFERENCE = {"beta": 0.0, "reference": None}
 WEIGHTLESS = {"weights": entry("loss_weights", 0.0)}
@@ -411,7 +417,17 @@ ROWS: dict[str, Paradigm] = {
             "prompt mean": {"reduction": "prompt_mean"},
             "teacher": {"loss": "dr_grpo", "teacher": OTHER, "teacher_coef": 0.3, **NO_REFERENCE},
             "rloo mean": {"reduction": "sequence_mean_token_sum", "delta": 2.0},
+            **{baseline: {"baseline": baseline}
+               for baseline in ("leave_one_out", "length_weighted", "pass_at_k", "greedy", "optimal_token")},
+            **{scale: {"scale_rewards": scale} for scale in ("batch", "mean")},
+            "optimal_token whitened": {"baseline": "optimal_token", "scale_rewards": "batch_tokens"} | IN_REWARD,
+            "reinforce_pp": {"baseline": "none", "scale_rewards": "batch_tokens"} | IN_REWARD,
+            "remax": {"baseline": "greedy"} | IN_REWARD,
+            "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "rewards": [never_called] * 2},
         },
+        variant_batches={"gdpo": rollouts_of_two_rewards},
+        slow_variants=("leave_one_out", "length_weighted", "pass_at_k", "greedy", "batch", "mean",
+                       "optimal_token whitened"),
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},
         first_options={"reference": None},
@@ -477,14 +493,27 @@ OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 
 def cells() -> list[Any]:
     """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`."""
-    found = [(name, row, {}, name) for name, row in ROWS.items()]
-    found += [(name, row, more, f"{name} {key}") for name, row in ROWS.items() for key, more in row.variants.items()]
+    found = [(name, row, {}, name, False) for name, row in ROWS.items()]
     found += [
-        (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}")
+        (
+            name,
+            replace(row, batch=row.variant_batches.get(key, row.batch)),
+            more,
+            f"{name} {key}",
+            key in row.slow_variants,
+        )
+        for name, row in ROWS.items()
+        for key, more in row.variants.items()
+    ]
+    found += [
+        (name, replace(row, batch=batch, nothing=row.nothing | WEIGHTLESS), {}, f"{name} {key}", False)
         for name, row in ROWS.items()
         for key, batch in row.batches.items()
     ]
-    return [pytest.param(name, row, options, id=label.replace(" ", "_")) for name, row, options, label in found]
+    return [
+        pytest.param(name, row, options, id=label.replace(" ", "_"), marks=pytest.mark.slow if slow else ())
+        for name, row, options, label, slow in found
+    ]
 
 
 def expensive(names: Sequence[str] = tuple(ROWS)) -> list[Any]:

@@ -56,6 +56,31 @@ def test_a_measured_run_reports_every_step(options, folder):
     assert bool(result["profile"]) == ("--profile" in options)
 
 
+def test_rollouts_are_timed(folder):
+    command = [sys.executable, str(BENCHMARKS / "generation.py"), "ours", "--folder", str(folder), "--threads", "1"]
+    command += ["--group", "3", "--prompt-tokens", "20", "--prompts", "2", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.removeprefix("RESULT "))
+    assert len(result["seconds"]) == len(result["tokens"]) == 2
+    assert all(6 <= tokens <= 6 * 128 for tokens in result["tokens"])
+    assert result["peak_mb"] > 0
+
+
+def test_prompts_have_the_length_asked_for(script):
+    prompts = script("workload").make_prompts("7m", 300, 40)
+    assert sum(map(len, prompts)) / 40 == pytest.approx(300, rel=0.15)
+    assert max(map(len, prompts)) <= 600
+    assert min(min(row) for row in prompts) > 2  # words, no special token
+
+
+def test_an_option_of_one_mode_is_refused_in_the_other():
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--at-scale", "--top-p", "0.9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "--top-p has no effect with --at-scale" in done.stderr
+
+
 def test_an_unknown_variant_is_refused():
     command = [sys.executable, str(BENCHMARKS / "run_ours.py"), "sft", "--variant", "cached"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -73,10 +73,10 @@ def test_options(name):
             assert repr(ast.literal_eval(names(told[option])[0])) == repr(default), option
 
 
-def one_step(name, policy, train, *, without=(), more=None, **options):
+def one_step(name, policy, train, *, without=(), more=None, variant="", **options):
     """What one optimizer step of a paradigm logs."""
     module = build(name, policy, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), **options)
-    batch = ROWS[name].batch(range(8)) | (more or {})
+    batch = ROWS[name].variant_batches.get(variant, ROWS[name].batch)(range(8)) | (more or {})
     return set(train(module, [{key: value for key, value in batch.items() if key not in without}]).callback_metrics)
 
 
@@ -96,8 +96,9 @@ def further(name, policy, train):
         more = {"teacher": ["NAME"] * 8}
         return one_step(name, policy, train, teacher={"NAME": other_than(policy)}, more=more)
     if name in ("grpo", "ppo"):
-        rollout = ("responses", "response_mask", "rewards", "old_logprobs")
-        return one_step(name, policy, train, without=rollout, rewards=given, tokenizer=NoTokenizer())
+        rollout = ("responses", "response_mask", "rewards", "old_logprobs", "greedy_rewards")
+        options = {"rewards": given, "tokenizer": NoTokenizer()} | ({"baseline": "greedy"} if name == "grpo" else {})
+        return one_step(name, policy, train, without=rollout, **options)
     return set()
 
 
@@ -106,9 +107,10 @@ def test_metrics(tiny_llama, train, name):
     every = {metric for cell, stages, *_ in table("Metrics") if stages == "all" for metric in names(cell)} - {"loss"}
     fresh = lambda: headed(name, copy.deepcopy(tiny_llama))  # noqa: E731
     logged = further(name, fresh(), train)
-    for options in ({}, *ROWS[name].variants.values()):
-        logged |= one_step(name, fresh(), train, **options)
-    logged = {metric.removeprefix("train/").replace("rewards/given/", "rewards/NAME/") for metric in logged}
+    for variant, options in [("", {}), *ROWS[name].variants.items()]:
+        logged |= one_step(name, fresh(), train, variant=variant, **options)
+    logged = {re.sub("rewards/(given|never_called|never_called_2)/", "rewards/NAME/", metric) for metric in logged}
+    logged = {metric.removeprefix("train/") for metric in logged}
     told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged - every

@@ -56,7 +56,7 @@ from alignment_modules.functional.surrogate import (
     importance_ratio,
     policy_gradient_loss,
 )
-from alignment_modules.functional.token_baselines import optimal_token_advantages, returns_to_go
+from alignment_modules.functional.token_baselines import gradient_norms, optimal_token_advantages, returns_to_go
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 from alignment_modules.functional.value import (
     explained_variance,
@@ -104,6 +104,7 @@ __all__ = [
     "expert_counts",
     "explained_variance",
     "generalized_advantages",
+    "gradient_norms",
     "group_advantages",
     "high_covariance",
     "importance_ratio",

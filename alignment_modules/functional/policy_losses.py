@@ -241,7 +241,7 @@ LOSSES = {
         _gmpo,
         "sequence_mean_token_mean",
         {"sequence": (0.4, 0.4)},
-        "the geometric mean of its tokens', each clipped to [exp(-{low:g}), exp({high:g})]",
+        "as the geometric mean of its tokens', each clipped to [exp(-{low:g}), exp({high:g})]",
         cuts=_log_ratio_cuts,
         of_completions=True,
     ),

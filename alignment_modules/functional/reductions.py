@@ -38,7 +38,7 @@ def aggregate(
     | `sequence_mean_token_mean` (GRPO, arXiv:2402.03300) | sum over sequences of their token mean | sequences |
     | `sequence_mean_token_sum` (RLOO, arXiv:2402.14740) | sum over tokens | sequences |
     | `sequence_mean_token_sum_norm` (Dr. GRPO, arXiv:2503.20783) | sum over tokens / `max_length` | sequences |
-    | `prompt_mean` | sum over prompts of the token mean over their rows | prompts |
+    | `prompt_mean` (DAPO's equation 8) | sum over prompts of the token mean over their rows | prompts |
 
     Sequences and prompts without a single token are not counted. With nothing to count, `total` is 0 and still
     connected to the graph of `values`. What `values` holds outside the mask, NaN included, has no influence.

@@ -44,19 +44,35 @@ def returns_to_go(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) 
 
 
 @torch.no_grad()
-def optimal_token_advantages(returns: Tensor, token_logps: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
+def gradient_norms(token_logps: Tensor, collision: Tensor) -> Tensor:
+    """Squared norm of the gradient of each token's log-probability in the logits: `1 - 2 p + sum p^2`.
+
+    Args:
+        token_logps: `[batch, time]`, log-probabilities of the tokens.
+        collision: `[batch, time]`, `log sum p^2` of the distribution of each (`score(..., ask=["collision"])`).
+
+    Returns:
+        `[batch, time]`, from 0 to 2, without gradient.
+
+    >>> gradient_norms(torch.tensor([[0.25, 0.9]]).log(), torch.tensor([[0.4, 0.82]]).log())
+    tensor([[0.9000, 0.0200]])
+    """
+    check_same_shape(token_logps=token_logps, collision=collision)
+    return (1 - 2 * token_logps.exp() + collision.exp()).clamp(min=0)
+
+
+@torch.no_grad()
+def optimal_token_advantages(returns: Tensor, norms: Tensor, mask: Tensor) -> Tensor:
     """Returns less the baseline of least variance at each of a group's tokens (OTB, arXiv:2602.07078).
 
-    At the t-th own token of completion i the squared norm of the gradient of its log-probability in the logits is `1 -
-    2 p + sum p^2`, and `W_it` the sum of it up to t. The baseline is `B_t = sum_i W_it G_it / sum_i W_it` over the
-    completions that have a t-th own token, and 0 where only one has: it would be compared with itself. Where a group's
-    returns at t lie within 1e-6 of each other, their advantages are exactly 0; so are all of a group whose returns do
-    so at every token.
+    `W_it` is the sum of completion i's `gradient_norms` up to its t-th own token. The baseline is `B_t =
+    sum(W_it G_it) / sum(W_it)` over the completions i that have a t-th own token, and 0 where only one has: it would be
+    compared with itself. Where a group's returns at t lie within 1e-6 of each other, their advantages are exactly 0; so
+    are all of a group whose returns do so at every token.
 
     Args:
         returns: `[prompts, G, time]`, what is still to come (`returns_to_go`).
-        token_logps: `[prompts, G, time]`, log-probabilities of the tokens.
-        collision: `[prompts, G, time]`, `log sum p^2` of the distribution of each (`score(..., ask=["collision"])`).
+        norms: `[prompts, G, time]`, see `gradient_norms`.
         mask: `[prompts, G, time]`, bool or 0/1: own tokens of the completions with a reward.
 
     Returns:
@@ -65,25 +81,21 @@ def optimal_token_advantages(returns: Tensor, token_logps: Tensor, collision: Te
     Raises:
         ValueError: If shapes differ.
 
-    >>> p, both = torch.tensor([[[0.5, 0.5], [0.25, 0.9]]]), torch.tensor([[[0.5, 0.5], [0.4, 0.82]]]).log()
-    >>> returns = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
-    >>> optimal_token_advantages(returns, p.log(), both, torch.ones(1, 2, 2))[0, 1].float()
+    >>> returns, norms = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[0.5, 0.5], [0.9, 0.02]]])
+    >>> optimal_token_advantages(returns, norms, torch.ones(1, 2, 2))[0, 1].float()
     tensor([-0.3571, -0.5208])
     """
-    check_same_shape(returns=returns, token_logps=token_logps, collision=collision, mask=mask)
+    check_same_shape(returns=returns, norms=norms, mask=mask)
     mask = mask.bool()
     # The policy's own tokens side by side: what others wrote between them is no step of the policy.
     order = (~mask).long().argsort(dim=-1, stable=True)
     there = mask.gather(-1, order)
-    gain, logps, both = (values.double().gather(-1, order) for values in (returns, token_logps, collision))
-    norm = torch.where(there, 1 - 2 * logps.exp() + both.exp(), 0.0).clamp(min=0)
+    gain, norm = (torch.where(there, values.double().gather(-1, order), 0.0) for values in (returns, norms))
     weight = torch.where(there, norm.cumsum(dim=-1) + SMALLEST_WEIGHT, 0.0)
-    gain = torch.where(there, gain, torch.nan)
-    baseline = (weight * gain.nan_to_num()).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(
-        min=SMALLEST_WEIGHT
-    )
+    sums = (weight * gain).sum(dim=1, keepdim=True), weight.sum(dim=1, keepdim=True)
     several = there.sum(dim=1, keepdim=True) > 1
-    equal = several & nearly_equal(gain, dim=1)
-    nothing = nearly_equal(gain.flatten(1), dim=1)[..., None]
-    found = torch.where(there & ~equal & ~nothing, gain - torch.where(several, baseline, 0.0), 0.0)
+    baseline = torch.where(several, sums[0] / sums[1].clamp(min=SMALLEST_WEIGHT), 0.0)
+    known = torch.where(there, gain, torch.nan)
+    equal = (several & nearly_equal(known, dim=1)) | nearly_equal(known.flatten(1), dim=1)[..., None]
+    found = torch.where(there & ~equal, gain - baseline, 0.0)
     return torch.zeros_like(found).scatter(-1, order, found)

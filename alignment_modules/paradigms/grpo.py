@@ -1,43 +1,59 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional import ADVANTAGE_SCALES, group_advantages
-from alignment_modules.functional.checks import check_choice
-from alignment_modules.functional.ranges import Positive, check_options
+from alignment_modules.functional import AdvantageEstimator, informative_groups
+from alignment_modules.functional.ranges import NonNegative, Positive, check_options
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.crediting import add_advantages, add_gradient_norms, check_decoupled, single_rewards
 from alignment_modules.training.groups import GroupModule
+from alignment_modules.training.presets import Settings
 from alignment_modules.training.teacher_advantages import add_teacher
 
 
 class GRPOModule(GroupModule):
     r"""Online RL without a critic, on batches of prompts.
 
-    For each prompt G completions are sampled and judged; a completion's advantage is its reward compared with its
-    group's. Then `num_iterations * minibatches` optimizer steps follow on these samples, each normalised by the count
-    of its own tokens (or sequences) over all micro-batches and ranks.
+    For each prompt G completions are sampled and judged; a completion's advantage is its reward less a baseline, such
+    as its group's mean. Then `num_iterations * minibatches` optimizer steps follow on these samples, each normalised by
+    the count of its own tokens (or sequences) over all micro-batches and ranks.
 
     Args:
-        scale_rewards: "group", "batch", "batch_tokens", "none", "leave_one_out" or "mean"; see `group_advantages` for
-            the formulas.
+        preset: Settings of a paper: "grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce_pp",
+            "remax", "opo", "maxrl", "lite_ppo" or "gdpo". What is given beside it, and is not null, takes its place.
+        loss: "grpo", "dapo", "bnpo", "dr_grpo" (PPO's clip, reduced another way), "luspo", "cispo", "sapo", "gmpo",
+            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`. None: the
+            preset's, else "dapo".
+        scale_rewards: What advantages are divided by: "group", "batch", "batch_tokens", "none", "mean", or
+            "leave_one_out", short for that baseline with "none"; see `group_advantages` for the formulas. None: the
+            preset's, else the baseline's own.
+        baseline: What is subtracted from a reward: "group" (its mean), "leave_one_out", "length_weighted" (OPO),
+            "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++) or "optimal_token" (OTB). None: the preset's, else
+            "group".
+        multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
+            its group before they are summed. None: the preset's, else "sum_then_normalize".
+        beta: Strength of the KL penalty against the reference; 0: no reference is held. None: the preset's, else 0.
+        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). None: the preset's,
+            else "k3".
+        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. None: the preset's,
+            else "loss".
         teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
             a module, which is frozen in place. It must have the policy's vocabulary.
         teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,
             also in groups of equal rewards.
         **policy_gradient: Keywords of `GroupModule` (mask_truncated, truncated_in_baseline, dynamic_sampling),
-            `PolicyGradientModule` (beta, kl_estimator, kl_placement, epsilon, epsilon_high, delta, importance_level,
-            num_iterations, minibatches, loss, loss_options, reduction, top_entropy_quantile, correction, entropy_coef,
-            kl_target, kl_horizon, entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards,
-            reward_weights, num_generations, max_completion_length, temperature, top_p, top_k, min_p, stop_strings,
-            missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+            `PolicyGradientModule` (epsilon, epsilon_high, delta, importance_level, num_iterations, minibatches,
+            loss_options, reduction, top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon,
+            entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards, reward_weights, num_generations,
+            max_completion_length, temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed),
+            `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler,
+            tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -49,21 +65,57 @@ class GRPOModule(GroupModule):
     def __init__(
         self,
         *,
-        scale_rewards: str = "group",
+        preset: str | None = None,
+        loss: str | None = None,
+        scale_rewards: str | None = None,
+        baseline: str | None = None,
+        multi_objective_aggregation: str | None = None,
+        beta: NonNegative | None = None,
+        kl_estimator: str | None = None,
+        kl_placement: Literal["loss", "reward"] | None = None,
         teacher: str | PolicyConfig | nn.Module | None = None,
         teacher_coef: Positive = 1.0,
         **policy_gradient: Any,
     ) -> None:
         check_options(GRPOModule.__init__, locals())
-        if policy_gradient.get("num_generations") == 1:
-            raise ValueError("num_generations=1 must be at least 2: a group's completions are compared with each other")
-        check_choice("scale_rewards", scale_rewards, ADVANTAGE_SCALES)
         if teacher is None and teacher_coef != 1.0:
             raise ValueError(f"teacher_coef={teacher_coef} is the weight of a teacher, and teacher=None")
-        super().__init__(**policy_gradient)
-        self.scale_rewards = scale_rewards
+        compared = {
+            "scale_rewards": scale_rewards,
+            "baseline": baseline,
+            "multi_objective_aggregation": multi_objective_aggregation,
+        }
+        given = {"loss": loss, "beta": beta, "kl_estimator": kl_estimator, "kl_placement": kl_placement}
+        settings = Settings(preset, policy_gradient | given | compared)
+        with settings.told():
+            options = settings.resolved
+            estimator = AdvantageEstimator(**{name: options.pop(name) for name in compared if name in options})
+            if policy_gradient.get("num_generations") == 1 and estimator.grouped:
+                raise ValueError(
+                    f"num_generations=1 must be at least 2: with baseline={estimator.baseline!r} a group's completions "
+                    "are compared with each other"
+                )
+            if policy_gradient.get("dynamic_sampling") is not None and not estimator.grouped:
+                raise ValueError(
+                    f"dynamic_sampling={policy_gradient['dynamic_sampling']} replaces groups of equal rewards, which "
+                    f"teach something with baseline={estimator.baseline!r}: it must be null"
+                )
+            policy_gradient |= options
+            super().__init__(**policy_gradient)
+            check_decoupled(self, estimator, self.beta if self.kl_placement == "reward" else 0.0)
+        self.settings, self.estimator = settings, estimator
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
         self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
+
+    @property
+    def fewest_completions(self) -> int:
+        """2 where a prompt's completions are compared with each other, else 1."""
+        return 2 if self.estimator.grouped else 1
+
+    @property
+    def compares_with_greedy(self) -> bool:
+        """Whether a greedy completion of each prompt is the baseline."""
+        return self.estimator.baseline == "greedy"
 
     def setup(self, stage: str) -> None:
         """Also checks that the teacher's tokens are the policy's.
@@ -76,42 +128,52 @@ class GRPOModule(GroupModule):
         if self.teacher is not None:
             compared_ids(self.policy, self.teacher.module or self.policy, self.tokenizer, self._teacher_path)
 
-    def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
-        """Compares completions with their group's; groups with fewer than two that are judged are left out."""
-        rewards = rollout.rewards
-        if penalty is not None:
-            rewards = rewards - penalty.sum(dim=-1).to(rewards.device)
-        judged = ~rollout.rewards.view(-1, rollout.group).isnan()
-        compared = judged & (judged.sum(dim=1, keepdim=True) >= 2)
-        advantages = self.advantages(rewards.view(-1, rollout.group), rollout.own.sum(dim=1).view(-1, rollout.group))
-        found = replace(rollout, trained=rollout.trained & compared.view(-1, 1), advantages=advantages.flatten())
-        if self.teacher is None:
-            return found
-        found, kl = add_teacher(self, found, self.teacher, self.teacher_coef)
-        self._train_meters.update({"teacher_kl": kl})
-        return found
+    def check_batch(self, batch: Any) -> None:
+        """Also checks that each given reward is there by itself, where each is normalised.
 
-    def advantages(self, rewards: Tensor, lengths: Tensor) -> Tensor:
-        """Advantages [prompts, G] of rewards [prompts, G], 0 where NaN; scaling by the batch spans all ranks.
-
-        Args:
-            rewards: [prompts, G]; NaN: not judged.
-            lengths: [prompts, G], how many tokens the policy wrote.
+        Raises:
+            ValueError: If the batch brings their sum alone.
         """
-        if self.scale_rewards not in ("batch", "batch_tokens"):
-            return group_advantages(rewards, scale=self.scale_rewards)
+        super().check_batch(batch)
+        given = batch.get("rewards")
+        if self.estimator.decoupled and isinstance(given, Tensor) and given.dim() != 2:
+            raise ValueError(
+                "multi_objective_aggregation='normalize_then_sum' normalises each reward: the batch's rewards must be "
+                f"[completions, {len(self.rewards)}], got shape {tuple(given.shape)}"
+            )
 
-        def of_all(every: Tensor) -> Tensor:
-            tokens = every[..., 1] if self.scale_rewards == "batch_tokens" else None
-            return group_advantages(every[..., 0].to(rewards), scale=self.scale_rewards, lengths=tokens)
+    def informative(self, rollout: Rollout) -> Tensor:
+        """[P] bool, on the host: also where rewards differ that are equal in sum, if each is normalised by itself."""
+        if not self.estimator.decoupled:
+            return super().informative(rollout)
+        values = single_rewards(self, self.compared(rollout))
+        return torch.stack([informative_groups(one) for one in values.unbind(dim=2)]).any(dim=0)
 
-        return self.over_ranks(torch.stack([rewards.double(), lengths.double()], dim=-1), of_all)
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """Also adds what the optimal token baseline reads."""
+        if self.estimator.baseline == "optimal_token":
+            rollout = add_gradient_norms(self, rollout)
+        return super().annotate(rollout)
+
+    def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
+        """Compares rewards with their baseline, and adds what the teacher thinks."""
+        rollout = add_advantages(self, rollout, self.estimator, penalty)
+        if self.teacher is None:
+            return rollout
+        rollout, kl = add_teacher(self, rollout, self.teacher, self.teacher_coef)
+        self._train_meters.update({"teacher_kl": kl})
+        return rollout
 
     def describe(self) -> dict[str, str]:
-        """Adds how completions are compared."""
-        return super().describe() | {
-            "advantages": f"{self.scale_rewards}, {self.actor.num_generations} completions a prompt; 0 where a "
-            "group's rewards are equal"
-            + f"; less {self.teacher_coef:g} times each token's log-ratio to the teacher"
-            * (self.teacher is not None),
-        }
+        """Adds what rewards are compared with, and the preset that this comes from."""
+        equal = "; 0 where a group's rewards are equal" if self.estimator.grouped else ""
+        preset = {"preset": self.settings.describe()} if self.settings.preset else {}
+        return (
+            super().describe()
+            | preset
+            | {
+                "advantages": f"{self.estimator.describe()}, {self.actor.num_generations} completions a prompt{equal}"
+                + f"; less {self.teacher_coef:g} times each token's log-ratio to the teacher"
+                * (self.teacher is not None),
+            }
+        )

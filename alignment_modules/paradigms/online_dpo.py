@@ -50,6 +50,7 @@ class OnlineDPOModule(ActingModule):
 
     paradigm = "online_dpo"
     bar = ("reward", "rewards/margins", "ties")
+    fewest_completions = 2
 
     def __init__(
         self,

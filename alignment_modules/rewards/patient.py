@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from alignment_modules.functional.ranges import Count, Natural, Positive, Range, check_options
 from alignment_modules.rewards.calling import call, numbers
-from alignment_modules.rewards.protocol import RewardError
+from alignment_modules.rewards.protocol import FinalRewardError, RewardError
 from alignment_modules.rewards.reward_set import RewardSet
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class PatientReward:
 
     Args:
         reward: A callable, also an `async def` one, or the import path of one.
-        retries: How often a part that failed is asked again.
+        retries: How often a part that failed is asked again; one that raised a `FinalRewardError` is not.
         timeout: Seconds that one call may take; None: any time. A plain function that is late is left to itself, an
             `async def` one is cancelled.
         max_workers: Calls at the same time.
@@ -97,7 +97,9 @@ class PatientReward:
                 return numbers(result, self.name, count)
             except Exception as error:
                 failure = error
-        where = f"completions {part.start} to {part.stop - 1} of the batch, asked {self.retries + 1} times"
+                if isinstance(error, FinalRewardError):
+                    break
+        where = f"completions {part.start} to {part.stop - 1} of the batch, asked {attempt + 1} times"
         what = f"{type(failure).__name__}: {failure}"
         if self.on_failure == "raise":
             raise RewardError(f"no answer for {where}: {what}") from failure

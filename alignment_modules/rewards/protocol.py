@@ -13,6 +13,10 @@ class RewardError(ValueError):
     """A reward could not be computed; the message names the reward and, where one is to blame, the row."""
 
 
+class FinalRewardError(RewardError):
+    """A reward could not be computed, and would not be by asking again, such as with a wrong key."""
+
+
 class RewardFunction(Protocol):
     """Judges a batch of completions.
 

@@ -163,8 +163,24 @@ class RewardSet:
             arguments = rows.arguments(name, wanted)
             tell(f"judging: {name}")
             values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
+        return self.table(values)
+
+    def table(self, values: torch.Tensor) -> RewardTable:
+        """The table of rewards that are known, each by itself.
+
+        Args:
+            values: `[N, F]`; NaN: not applicable.
+
+        Raises:
+            ValueError: If there is another number of them.
+        """
+        if values.shape[1:] != (len(self),):
+            raise ValueError(
+                f"rewards has shape {tuple(values.shape)}: with one column a reward it must have {len(self)}, for "
+                f"{', '.join(self.names)}"
+            )
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        total = (values.nan_to_num(nan=0.0) * weights).sum(1)
+        total = (values.double().nan_to_num(nan=0.0) * weights).sum(1)
         total = total.masked_fill(values.isnan().all(1), math.nan)
         return RewardTable(self.names, values.float(), total.float())
 

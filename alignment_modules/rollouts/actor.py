@@ -1,5 +1,6 @@
 """An actor completes prompts and has the completions judged: what every online paradigm starts a step with."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Seen:
         completions: Token ids without padding.
         texts: The same as text; None where nobody needed it.
         rewards: Of each reward by name.
+        greedy_tokens: Tokens of the greedy completions that were made beside them.
     """
 
     batch: Mapping[str, Any] = field(default_factory=dict)
@@ -40,13 +42,14 @@ class Seen:
     completions: list[list[int]] = field(default_factory=list)
     texts: list[str] | None = None
     rewards: dict[str, list[float]] = field(default_factory=dict)
+    greedy_tokens: int = 0
 
 
 class Actor:
     """Completes prompts with an engine, judges the completions, and counts.
 
-    A batch may bring its own `responses` with `response_mask`, `response_loss_mask`, `rewards` and `old_logprobs`
-    (`check_given_rollout`): what it brings is neither sampled nor judged again.
+    A batch may bring its own `responses` with `response_mask`, `response_loss_mask`, `rewards`, `old_logprobs` and
+    `greedy_rewards` (`check_given_rollout`): what it brings is neither sampled nor judged again.
 
     Args:
         engine: Makes the completions.
@@ -76,7 +79,9 @@ class Actor:
         self.seen = Seen()
         self.statistics: dict[str, Statistic] = {}
 
-    def roll_out(self, policy: nn.Module, batch: Mapping[str, Any], *, step: int, draw: int = 0) -> Rollout:
+    def roll_out(
+        self, policy: nn.Module, batch: Mapping[str, Any], *, step: int, draw: int = 0, with_greedy: bool = False
+    ) -> Rollout:
         """Completions of the batch's prompts with their rewards; `statistics` and `seen` tell more of them.
 
         Args:
@@ -84,6 +89,7 @@ class Actor:
             batch: Prompts, and what else `check_given_rollout` allows.
             step: Counter of rollouts: the optimizer steps taken so far.
             draw: Which of several rollouts at this step, from 0.
+            with_greedy: Whether one greedy completion of each prompt is made and judged, too.
 
         Raises:
             RewardError: If a reward fails; it names the reward and the optimizer step.
@@ -91,14 +97,8 @@ class Actor:
         """
         completions = self._given(batch) if "responses" in batch else self.complete(policy, batch, step, draw=draw)
         ids, mask, truncated = completions.ids.cpu(), completions.mask.cpu(), completions.truncated.cpu()
-        rows, given, texts = real_tokens(ids, mask), batch.get("rewards"), None
-        if isinstance(given, Tensor):  # a list is a column of the data set
-            table = RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu())
-        else:
-            try:
-                table, texts = judge(self.rewards, self.codec, batch, rows)
-            except RewardError as error:
-                raise RewardError(f"optimizer step {step + 1}: {error}") from error
+        rows = real_tokens(ids, mask)
+        table, texts = self._judged(batch, rows, step)
         rewards, prompt_mask = self.penalised(table.total, truncated), batch["prompt_attention_mask"].bool().cpu()
         group = len(rows) // len(prompt_mask)
         # Nothing predicts the first token after an empty prompt.
@@ -111,6 +111,7 @@ class Actor:
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
         }
+        greedy_rewards = self._greedy_rewards(policy, batch, step) if with_greedy else None
         return Rollout(
             prompt_ids=batch["prompts"].cpu(),
             prompt_mask=prompt_mask,
@@ -120,6 +121,8 @@ class Actor:
             own=own,
             trained=own,
             rewards=rewards,
+            reward_values=table.values,
+            greedy_rewards=greedy_rewards,
             truncated=truncated,
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
@@ -135,15 +138,25 @@ class Actor:
             NonFiniteLogits: If the policy's logits are not finite; it names the step.
         """
         self.engine.push(policy)
+        parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
         try:
-            return self.engine.generate(
+            completions = self.engine.generate(
                 Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
-                self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids),
+                parameters,
                 num_samples=1 if greedy else self.num_generations,
                 seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
         except NonFiniteLogits as error:
             raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+        if parameters.truncates_support and completions.support is None:
+            warnings.warn(
+                f"{type(self.engine).__name__} does not tell what top_p={parameters.top_p:g}, "
+                f"top_k={parameters.top_k}, min_p={parameters.min_p:g} kept: the policy is scored over the whole "
+                "vocabulary, which these completions were not drawn from, and its ratio to them is off by the mass "
+                "that was kept",
+                stacklevel=2,
+            )
+        return completions
 
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""
@@ -209,6 +222,37 @@ class Actor:
         }
         tables = {name: None if table is None else table[:first] for name, table in values.items()}
         return cut | token_columns(self.codec, rollout.ids[:first], rollout.mask[:first], rollout.own[:first], tables)
+
+    def _judged(
+        self, batch: Mapping[str, Any], rows: list[list[int]], step: int
+    ) -> tuple[RewardTable, list[str] | None]:
+        """The rewards that the batch brings, or those of the functions and the texts that they judged."""
+        given = batch.get("rewards")
+        if isinstance(given, Tensor):  # a list is a column of the data set
+            if given.dim() == 2:
+                return self.rewards.table(given.cpu()), None
+            return RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu()), None
+        try:
+            return judge(self.rewards, self.codec, batch, rows)
+        except RewardError as error:
+            raise RewardError(f"optimizer step {step + 1}: {error}") from error
+
+    def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
+        """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""
+        given = batch.get("greedy_rewards")
+        if isinstance(given, Tensor):
+            rewards = given.float().cpu()
+        else:
+            greedy = self.complete(policy, batch, step, greedy=True)
+            try:
+                table, _ = judge(self.rewards, self.codec, batch, real_tokens(greedy.ids, greedy.mask))
+            except RewardError as error:
+                raise RewardError(f"optimizer step {step + 1}, greedy completions: {error}") from error
+            rewards, lengths = self.penalised(table.total, greedy.truncated.cpu()), greedy.mask.sum(dim=1).float()
+            self.seen.greedy_tokens = int(lengths.sum())
+            self.statistics["greedy/mean_length"] = Statistic(lengths.sum(), float(len(lengths)))
+        self.statistics["greedy/reward"] = Statistic(rewards.nansum(), (~rewards.isnan()).sum())
+        return rewards
 
     def _given(self, batch: Mapping[str, Any]) -> Completions:
         strings = StopStrings(self.sampling.stop_strings, self.codec.tokenizer) if self.sampling.stop_strings else None

@@ -14,8 +14,8 @@ from alignment_modules.rollouts.stopping import StopStrings
 def check_given_rollout(batch: Mapping[str, Any]) -> None:
     """Checks the part of a rollout that a batch brings.
 
-    That is `responses`, `response_mask` (the token exists), `response_loss_mask` (the policy wrote it), `rewards` and
-    `old_logprobs`.
+    That is `responses`, `response_mask` (the token exists), `response_loss_mask` (the policy wrote it), `rewards` of a
+    completion, one or each by itself, and `old_logprobs`; and `greedy_rewards` of a greedy completion of each prompt.
 
     Raises:
         ValueError: If a part is missing, of another shape than the responses, or too coarse to compare with; if
@@ -31,11 +31,18 @@ def check_given_rollout(batch: Mapping[str, Any]) -> None:
             f"the batch brings {' and '.join(those)} without {needs}: completions that are given come as responses "
             "and response_mask, with or without their response_loss_mask, rewards and old_logprobs"
         )
+    greedy = batch.get("greedy_rewards")
+    if isinstance(greedy, Tensor) and tuple(greedy.shape) != (len(batch["prompts"]),):
+        raise ValueError(
+            f"greedy_rewards has shape {tuple(greedy.shape)}; for {len(batch['prompts'])} prompts it must be one each"
+        )
     if not those:
         return
     rows, time = batch["responses"].shape
     grid = (rows, time)
-    shapes = {"response_mask": grid, "response_loss_mask": grid, "old_logprobs": grid, "rewards": (rows,)}
+    one = batch.get("rewards")
+    each = (rows, *one.shape[1:]) if isinstance(one, Tensor) and one.dim() == 2 else (rows,)
+    shapes = {"response_mask": grid, "response_loss_mask": grid, "old_logprobs": grid, "rewards": each}
     for name, shape in shapes.items():
         given = batch.get(name)
         if isinstance(given, Tensor) and tuple(given.shape) != shape:

@@ -30,6 +30,7 @@ class Rollout:
             and entropy take this one.
         trained: [N, T] bool, on the host: `own` less what a paradigm leaves out of its loss.
         rewards: [N] float32; NaN: not judged.
+        reward_values: [N, rewards] float32, each reward by itself, before weighting; NaN: it does not apply.
         truncated: [N] bool, on the host: the completion ends without a stop.
         sampled_logps: [N, T] float32: log-probabilities that the engine sampled with, over `support`; NaN where it told
             none.
@@ -37,6 +38,8 @@ class Rollout:
         old_logps: [N, T] float32, of the policy that the ratio compares with; None: the policy as it is, and the ratio
             is exactly 1.
         reference_logps: [N, T] float32.
+        gradient_norms: [N, T] float32, of each token's log-probability in the logits, squared.
+        greedy_rewards: [P] float32, of a greedy completion of each prompt; NaN: not judged.
         values: [N, T] float32, a critic's.
         returns: [N, T] float32, what the critic is to learn.
         weights: [N] or [N, T] float32, of the loss.
@@ -59,6 +62,9 @@ class Rollout:
     rewards: Tensor
     truncated: Tensor
     sampled_logps: Tensor
+    reward_values: Tensor | None = None
+    gradient_norms: Tensor | None = None
+    greedy_rewards: Tensor | None = field(default=None, metadata=PER_PROMPT)
     advantages: Tensor | None = None
     old_logps: Tensor | None = None
     reference_logps: Tensor | None = None

@@ -41,9 +41,10 @@ class ActingModule(UpdateModule):
     """Base of paradigms that learn from their own samples: builds their `actor`.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
-    `response_loss_mask` (the policy wrote it), `rewards` [batch * G] and `old_logprobs` [batch * G, time]: what it
-    brings is not sampled, judged or scored again. It does not say what a filter kept: given completions are scored over
-    the whole vocabulary, and so must their `old_logprobs` be, or their ratio is off by the mass that was kept.
+    `response_loss_mask` (the policy wrote it), `rewards` [batch * G] (or [batch * G, rewards], each by itself) and
+    `old_logprobs` [batch * G, time]: what it brings is not sampled, judged or scored again. It does not say what a
+    filter kept: given completions are scored over the whole vocabulary, and so must their `old_logprobs` be, or their
+    ratio is off by the mass that was kept.
 
     Args:
         rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
@@ -100,6 +101,16 @@ class ActingModule(UpdateModule):
         self._early_finite = EarlyRead(True)
 
     @property
+    def fewest_completions(self) -> int:
+        """Completions that a prompt needs at least."""
+        return 1
+
+    @property
+    def compares_with_greedy(self) -> bool:
+        """Whether a rollout also judges a greedy completion of each prompt."""
+        return False
+
+    @property
     def last_rollout(self) -> dict[str, list[Any]]:
         """The last rollout in words, for sample tables: an entry a completion in each column."""
         return self.actor.rows(self.rollout)
@@ -121,7 +132,14 @@ class ActingModule(UpdateModule):
         """
         super().check_batch(batch)
         check_given_rollout(batch)
-        if not isinstance(batch.get("rewards"), Tensor):
+        prompts, fewest = len(batch["prompts"]), self.fewest_completions
+        if "responses" in batch and len(batch["responses"]) < fewest * prompts:
+            raise ValueError(
+                f"responses has {len(batch['responses'])} rows for {prompts} prompts: {type(self).__name__} compares a "
+                f"prompt's completions with each other and needs at least {fewest} of each"
+            )
+        judged = ["rewards", "greedy_rewards"] if self.compares_with_greedy else ["rewards"]
+        if not all(isinstance(batch.get(name), Tensor) for name in judged):
             self.codec.require_tokenizer()
             self.rewards.check_columns(columns_of(batch).keys())
 
@@ -135,7 +153,7 @@ class ActingModule(UpdateModule):
         masks = (self.rollout.prompt_mask, self.rollout.mask)
         tokens = masks[0].sum() + masks[1].sum()
         return {
-            "tokens": tokens,
+            "tokens": tokens + self.actor.seen.greedy_tokens,
             "samples": len(self.rollout.ids),
             "padding": sum(mask.numel() for mask in masks) - tokens,
         }
@@ -183,7 +201,8 @@ class ActingModule(UpdateModule):
             RewardError: If no completion of any rank has a reward.
         """
         self._finite = True
-        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, draw=draw)
+        options = {"with_greedy": True} if self.compares_with_greedy else {}
+        self.rollout = self.actor.roll_out(self.policy, batch, step=self.rollout_step, draw=draw, **options)
         if not int(self.reduce((~self.rollout.rewards.isnan()).sum().to(self.device), "max")):
             given = isinstance(batch.get("rewards"), Tensor)
             whose = "the batch's rewards are" if given else f"{', '.join(map(repr, self.rewards.names))} gave"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.functional import aggregate, value_loss
@@ -163,10 +164,16 @@ class ActorCriticModule(PolicyGradientModule):
         return None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves while the critic is pretrained, every so many rollouts and after the last."""
+        """Tells how far the critic's pretraining is, and saves, every so many rollouts and after the last."""
         done, saver = self.pretraining_rollouts, self.trainer.checkpoint_callback
-        due = not self.pretraining or done % self.pretrain_save_every == 0
-        if self.global_step or not done or not due or saver is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.global_step or not done or (self.pretraining and done % self.pretrain_save_every):
+            return
+        found = self._train_meters.compute(self.reduce)
+        self._train_meters.reset()  # what is logged with the policy's first step is of that step
+        names = {"loss": "critic/loss", "explained variance": "critic/explained_variance"}
+        told = ", ".join(f"{word} {found[name]:.3g}" for word, name in names.items() if name in found)
+        rank_zero_info(f"critic pretraining: {self.pretrained} of {self.critic_pretrain_steps} steps, {told}")
+        if saver is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = getattr(saver, "dirpath", None) or Path(self.trainer.default_root_dir) / "checkpoints"
         self.trainer.save_checkpoint(Path(folder) / PRETRAINED)

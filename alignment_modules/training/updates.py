@@ -3,15 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from alignment_modules.functional.ranges import Count, Positive, check_options
+from alignment_modules.functional.ranges import Count, Positive, Range, check_options
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.value import whiten
 from alignment_modules.functional.waiting import tell
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
@@ -84,6 +85,19 @@ class UpdateModule(AlignmentModule):
         ranks = self.all_gather_ragged(rows)
         start = sum(map(len, ranks[: self.global_rank]))
         return compute(torch.cat(ranks).to(rows.device))[start : start + len(rows)]
+
+    def whiten_over_ranks(self, values: Tensor, mask: Tensor, *, ddof: Annotated[int, Range(0, 1)] = 1) -> Tensor:
+        """`whiten` over the positions of all ranks: this rank's values, `[rows, time]` as given.
+
+        Args:
+            values: [rows, time], of other shapes on other ranks.
+            mask: [rows, time] bool, on the same device.
+            ddof: As in `whiten`.
+        """
+        white = self.over_ranks(
+            values[mask], lambda every: whiten(every[None], torch.ones_like(every[None]), ddof=ddof)[0]
+        )
+        return torch.zeros_like(values).masked_scatter(mask, white)
 
     def units(self, piece: Any) -> dict[str, Tensor] | None:
         """The weight of each of the objective's terms in a piece, from masks alone; None: the objective has one term.

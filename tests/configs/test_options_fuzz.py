@@ -38,6 +38,8 @@ NEEDED = {
     "DPOModule": {"f_divergence": "alpha"},
     "SequenceClassifier": {"path": "nowhere"},
     "PatientReward": {"reward": "ExactMatch"},
+    "PPOModule": {"rewards": "ExactMatch"},
+    "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }

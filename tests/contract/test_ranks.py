@@ -12,6 +12,7 @@ from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
 FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
+FURTHER += ["ppo scaled", "ppo shared with nll", "ppo bootstrap", "ppo turns"]
 FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "dynamic", "controllers"]
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
 FURTHER += [f"grpo {label}" for label in COUPLED]

@@ -43,7 +43,16 @@ class Batches:
         return self.make(list(range(8)) if self.devices == 1 else [list(range(3)), list(range(3, 8))][rank])
 
 
-COUPLED = ("clip_cov", "kl_cov", "top entropy", "prompt mean")
+COUPLED = (
+    "clip_cov",
+    "kl_cov",
+    "top entropy",
+    "prompt mean",
+    "reinforce_pp",
+    "gdpo",
+    "optimal_token whitened",
+    "remax",
+)
 """What GRPO's row varies and the rows of all ranks decide."""
 
 
@@ -124,6 +133,8 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name in ("dpo", "kto", "online_dpo"):
         yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    for label in ("scaled", "shared with nll", "bootstrap", "turns"):
+        yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
     for name, batch, group in (("batch", lambda rows: ROWS["grpo"].batch(rows), 4), ("unjudged", unjudged, 3)):
         yield name, lambda group=group: make("grpo", scale_rewards="batch", num_generations=group, **online), batch
@@ -136,8 +147,9 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     control["optimizer"] = lambda groups: torch.optim.SGD(groups, lr=0.1)
     yield "controllers", lambda: make("grpo", **control), ROWS["grpo"].batch
     for label in COUPLED:
-        options = ROWS["grpo"].variants[label]
-        yield f"grpo {label}", lambda options=options: make("grpo", **options), ROWS["grpo"].batch
+        row = ROWS["grpo"]
+        options, batch = row.variants[label], row.variant_batches.get(label, row.batch)
+        yield f"grpo {label}", lambda options=options: make("grpo", **options), batch
     taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
     yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}

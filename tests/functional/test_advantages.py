@@ -180,7 +180,7 @@ def test_each_baseline_with_each_scale_by_loops(baseline, scale):
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 12345.678])
 def test_equal_rewards_teach_nothing_whatever_is_subtracted(baseline, scale, value):
     """Not even a rounding residue; only a reward that is compared with nothing and divided by nothing stays."""
-    rewards, greedy = torch.full((2, 6), value), torch.full((2,), value)
+    rewards, greedy = (torch.full(shape, value, dtype=torch.float64) for shape in ((2, 6), (2,)))
     for seed in range(10):
         lengths = torch.randint(1, 30, (2, 6), generator=torch.Generator().manual_seed(seed))
         found = AdvantageEstimator(scale, baseline)(rewards, lengths=lengths, greedy_rewards=greedy)

@@ -269,7 +269,7 @@ def test_cispo_has_a_cap_of_its_own():
         ),
         (
             {"loss": "gmpo", "epsilon": 0.3},
-            "gmpo, sequence-level ratio the geometric mean of its tokens', each clipped to [exp(-0.3), exp(0.3)]",
+            "gmpo, sequence-level ratio as the geometric mean of its tokens', each clipped to [exp(-0.3), exp(0.3)]",
         ),
         (
             {"loss": "dppo_tv"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment_modules.functional import optimal_token_advantages, returns_to_go
+from alignment_modules.functional import gradient_norms, optimal_token_advantages, returns_to_go
 
 
 def test_returns_to_go_by_loops():
@@ -22,6 +22,14 @@ def test_returns_to_go_by_loops():
     plain = returns_to_go(rewards, mask)
     assert (plain[:4] == torch.where(mask[:4], rewards[:4, None], 0.0)).all()
     assert returns_to_go(torch.zeros(0), torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_norms_are_those_of_the_gradient():
+    logits = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(-1)
+    logps[..., 2].sum().backward()
+    found = gradient_norms(logps[..., 2].detach(), (2 * logps.detach()).logsumexp(-1))
+    torch.testing.assert_close(found, logits.grad.square().sum(-1))
 
 
 def optimal_by_loops(returns, p, squares, mask):
@@ -52,9 +60,9 @@ def group(generator, rows=4, time=6, vocab=5):
 def test_optimal_token_baseline_constants():
     p, squares = torch.tensor([[0.5, 0.5], [0.25, 0.9]]), torch.tensor([[0.5, 0.5], [0.4, 0.82]])
     returns = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    weights = (1 - 2 * p + squares).cumsum(dim=1)
-    torch.testing.assert_close(weights, torch.tensor([[0.5, 1.0], [0.9, 0.92]]))
-    found = optimal_token_advantages(returns[None], p.log()[None], squares.log()[None], torch.ones(1, 2, 2))[0]
+    norms = gradient_norms(p.log(), squares.log())
+    torch.testing.assert_close(norms.cumsum(dim=1), torch.tensor([[0.5, 1.0], [0.9, 0.92]]))
+    found = optimal_token_advantages(returns[None], norms[None], torch.ones(1, 2, 2))[0]
     baseline = torch.tensor([0.357143, 0.520833], dtype=torch.float64)
     torch.testing.assert_close(found, returns.double() - baseline, rtol=0, atol=5e-7)
 
@@ -65,7 +73,7 @@ def test_optimal_token_baseline_by_loops():
     for _ in range(5):
         p, squares, mask = group(generator)
         returns = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-        rubbish = [torch.where(mask, x, torch.nan)[None] for x in (returns, p.log(), squares.log())]
+        rubbish = [torch.where(mask, x, torch.nan)[None] for x in (returns, gradient_norms(p.log(), squares.log()))]
         found = optimal_token_advantages(*rubbish, mask[None])[0]
         expected = optimal_by_loops(returns.tolist(), p.tolist(), squares.tolist(), mask.tolist())
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -75,18 +83,20 @@ def test_equal_returns_give_exactly_zero_beyond_the_second_longest_too():
     p, squares, mask = group(torch.Generator().manual_seed(2))
     mask[:, 4:] = False
     mask[0] = True
+    norms = gradient_norms(p.log(), squares.log())[None]
     for value in (0.3, 1 / 3, 12345.678):
-        returns = torch.full((1, 4, 6), value)
-        assert (optimal_token_advantages(returns, p.log()[None], squares.log()[None], mask[None]) == 0).all()
+        returns = torch.full((1, 4, 6), value, dtype=torch.float64)
+        assert (optimal_token_advantages(returns, norms, mask[None]) == 0).all()
     returns[0, 1] = 0.0
-    assert (
-        optimal_token_advantages(returns, p.log()[None], squares.log()[None], mask[None])[0, 0, 4:] == returns[0, 0, 4:]
-    ).all()
+    found = optimal_token_advantages(returns, norms, mask[None])
+    assert (found[0, 0, 4:] == returns[0, 0, 4:]).all()
 
 
 def test_tokens_that_were_certain_weigh_alike():
     certain, returns = torch.zeros(1, 2, 3), torch.tensor([[[1.0] * 3, [0.0] * 3]])
-    found = optimal_token_advantages(returns, certain, certain, torch.ones(1, 2, 3))
+    norms = gradient_norms(certain[0], certain[0])[None]
+    assert (norms == 0).all()
+    found = optimal_token_advantages(returns, norms, torch.ones(1, 2, 3))
     torch.testing.assert_close(found, (returns - 0.5).double())
 
 
@@ -95,7 +105,7 @@ def test_tokens_that_were_certain_weigh_alike():
     [
         (lambda: returns_to_go(torch.zeros(2), torch.zeros(3, 4)), "first_column_of_mask must have the shape"),
         (lambda: returns_to_go(torch.zeros(3), torch.zeros(3, 4), torch.zeros(3, 5)), "penalty must have the shape"),
-        (lambda: optimal_token_advantages(*[torch.zeros(1, 2, 3)] * 3, torch.zeros(1, 2, 4)), "mask must have the"),
+        (lambda: optimal_token_advantages(*[torch.zeros(1, 2, 3)] * 2, torch.zeros(1, 2, 4)), "mask must have the"),
     ],
 )
 def test_refuses(call, message):

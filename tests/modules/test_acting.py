@@ -13,6 +13,7 @@ from alignment_modules.functional import ADVANTAGE_SCALES
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rewards import ExactMatch, RewardError
 from alignment_modules.rollouts import Completions
+from alignment_modules.training.crediting import completion_advantages
 
 
 class Ids:
@@ -128,7 +129,7 @@ def test_scaling_by_the_batch_spans_the_ranks(make, monkeypatch):
     monkeypatch.setattr(type(module), "global_rank", 1)
     spread = torch.tensor([5.0, 7.0, 1.0, 2.0, 3.0]).std()
     expected = torch.tensor([[-0.5, 0.5], [0.0, 0.0]]) / spread
-    torch.testing.assert_close(module.advantages(own, torch.ones(2, 2)), expected)
+    torch.testing.assert_close(completion_advantages(module, module.estimator, own, torch.ones(2, 2)), expected)
 
 
 def test_what_was_not_judged_is_counted(make, train, tmp_path):

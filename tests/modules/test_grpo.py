@@ -11,6 +11,7 @@ from alignment_modules import GRPOModule
 from alignment_modules.functional import group_advantages
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rollouts import codec
+from alignment_modules.training.crediting import completion_advantages
 from alignment_modules.training.schedules import LinearSchedule
 
 
@@ -205,7 +206,7 @@ def test_a_whitened_advantage_spans_the_tokens_of_all_ranks(make, monkeypatch):
     monkeypatch.setattr(module, "all_gather_ragged", lambda values: [gathered, values])
     monkeypatch.setattr(type(module), "global_rank", 1)
     both = group_advantages(torch.cat([other, own]), scale="batch_tokens", lengths=torch.cat([others, lengths]))
-    torch.testing.assert_close(module.advantages(own, lengths), both[1:])
+    torch.testing.assert_close(completion_advantages(module, module.estimator, own, lengths), both[1:])
 
 
 def test_times_are_logged_with_their_step(make, train):

@@ -9,7 +9,7 @@ import torch
 from alignment_modules import PPOModule
 from alignment_modules.policies.fingerprints import fingerprint
 from tests.batches import rollouts
-from tests.paradigms import Plain, Stops, build, critic_beside, never_called, other_than
+from tests.paradigms import Plain, Stops, adapted, build, critic_beside, never_called, other_than
 
 GIVEN = {"beta": 0.1, "epsilon": 0.2, "epsilon_high": 0.3, "value_clip": 0.2}
 
@@ -263,3 +263,22 @@ def test_says_what_it_does(tiny_llama):
     white = ", whitened (ddof 1) over the rollout's tokens on all ranks"
     assert told["advantages"] == f"GAE by token, gamma 1, lambda 0.95{white}"
     assert told["returns"] == "GAE with lambda 1, before whitening"
+
+
+@pytest.mark.parametrize("kind", ["own", "shared", "lora"])
+def test_the_critic_is_exported_beside_the_policy(make, train, tiny_llama, tmp_path, kind):
+    """What is written reads the same values, as the critic of another run."""
+    options = {"critic": "shared", "value_coef": 0.5} if kind == "shared" else {}
+    module = make(policy=adapted(tiny_llama) if kind == "lora" else tiny_llama, optimizer=slow, **options)
+    train(module, [rollouts(range(4))])
+    for _ in range(2):  # also over its own former export
+        module.export(tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").exists()
+    again = make(policy=str(tmp_path / "export"), critic=str(tmp_path / "export" / "critic"))
+    rollout = module.eval().rollout
+    with torch.no_grad():
+        values, last = module.value_rollout(rollout, last=True)
+        found = again.eval().value_rollout(rollout, last=True)
+    assert values.abs().sum() > 0
+    torch.testing.assert_close(found[0], values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], last, rtol=1e-5, atol=1e-6)

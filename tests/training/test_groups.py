@@ -4,6 +4,9 @@ import copy
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -336,9 +339,22 @@ def test_truncated_completions_are_in_the_baseline_where_they_are_to_be(make, tr
     assert equal.waiting.found == 0 if not stays else equal.global_step == 1
 
 
+def test_rewards_that_are_normalised_alone_may_differ_where_their_sum_does_not(make, train):
+    """GDPO: the second group is of use, though its completions have one reward in all."""
+    options = {"rewards": [rare, never_called], "dynamic_sampling": 4}
+    batch = judged([0, 1], DULL, DULL)
+    batch["rewards"] = torch.tensor([[1.0, 1.0]] * 4 + [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    alone = make(**options, multi_objective_aggregation="normalize_then_sum")
+    together = make(**options)
+    for module in (alone, together):
+        train(module, [batch])
+    assert (alone.waiting.found, together.waiting.found) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dynamic_sampling": 2, "baseline": "none"}, "dynamic_sampling=2 replaces groups of equal rewards"),
         ({"dynamic_sampling": 0}, "dynamic_sampling=0 must be an integer from 1"),
         ({"truncated_in_baseline": False}, "truncated_in_baseline=False needs mask_truncated=True"),
         ({"dynamic_sampling": 2, "num_generations": 1}, "num_generations=1 must be at least 2"),
@@ -352,3 +368,25 @@ def test_refuses(make, options, message):
 def test_more_minibatches_than_prompts_are_refused_at_the_first_draw(make, train):
     with pytest.raises(ValueError, match="minibatches=4 is more than the 3 prompts of a batch"):
         train(make(dynamic_sampling=8, minibatches=4), BATCHES)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_are_resumed_with_what_each_has_found(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "tests.training.waiting_groups", str(tmp_path), *arguments]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    run()
+    held = {}
+    for path in tmp_path.glob("*.ckpt"):
+        ranks = torch.load(path, weights_only=True)["alignment_module"]["extra"]["waiting_groups"]
+        held[path] = [0 if rank["rollout"] is None else len(rank["rollout"]["prompt_ids"]) for rank in ranks]
+    unequal = [path for path, (one, other) in held.items() if one != other]
+    assert unequal, held
+    run(str(min(unequal, key=lambda path: int(path.stem))))
+    whole, again = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "again"))
+    assert again["metrics"] == whole["metrics"]
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, again["weights"][name]), name

@@ -39,6 +39,8 @@ def script(monkeypatch):
         ["dpo", "--variant", "cached"],
         ["grpo", "--check"],
         ["grpo", "--beta", "0.04", "--profile", "3"],
+        ["rloo", "--beta", "0.05"],
+        ["online_dpo", "--check"],
     ],
     ids=" ".join,
 )
@@ -52,6 +54,31 @@ def test_a_measured_run_reports_every_step(options, folder):
     assert result["tokens_per_second"] > 0
     assert result["peak_mb"] > result["baseline_mb"]
     assert bool(result["profile"]) == ("--profile" in options)
+
+
+def test_rollouts_are_timed(folder):
+    command = [sys.executable, str(BENCHMARKS / "generation.py"), "ours", "--folder", str(folder), "--threads", "1"]
+    command += ["--group", "3", "--prompt-tokens", "20", "--prompts", "2", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.removeprefix("RESULT "))
+    assert len(result["seconds"]) == len(result["tokens"]) == 2
+    assert all(6 <= tokens <= 6 * 128 for tokens in result["tokens"])
+    assert result["peak_mb"] > 0
+
+
+def test_prompts_have_the_length_asked_for(script):
+    prompts = script("workload").make_prompts("7m", 300, 40)
+    assert sum(map(len, prompts)) / 40 == pytest.approx(300, rel=0.15)
+    assert max(map(len, prompts)) <= 600
+    assert min(min(row) for row in prompts) > 2  # words, no special token
+
+
+def test_an_option_of_one_mode_is_refused_in_the_other():
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--at-scale", "--top-p", "0.9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "--top-p has no effect with --at-scale" in done.stderr
 
 
 def test_an_unknown_variant_is_refused():
@@ -111,6 +138,9 @@ def test_the_floor_of_a_step_shares_prompts_and_averages_steps(script):
     both, batch = scored(9, 5, 2), sizes["135m"].batch
     assert floor.step_operations("dpo", pairs, "7m") == pytest.approx(4 * (both.train() + both.forward()))
     assert floor.step_operations("dpo", pairs, "7m", cached=True) == pytest.approx(4 * both.train())
+    sampled = scored(9, 3, 3)
+    online = floor.step_operations("online_dpo", [{"prompt": "a " * 9}], "7m", beta=0.1, sampled=3.0)
+    assert online == pytest.approx(4 * (sampled.train() + 2 * sampled.forward()))
     lengths = {size: floor.step_operations("reward", pairs, size) for size in sizes}
     assert lengths["135m"] / lengths["7m"] > 8 * batch["reward"] / sizes["7m"].batch["reward"]
 

@@ -116,7 +116,7 @@ class PPOModule(ActorCriticModule):
         lam = 1.0 if self.pretraining else self.critic_lam
         returns = generalized_advantages(rewards, values, own, lam=lam, **time)[1]
         advantages = generalized_advantages(rewards, values, own, lam=self.lam_of(own), **time)[0]
-        statistics = rollout_statistics(rollout, scores, penalty, values, returns, trained)
+        statistics = rollout_statistics(rollout, scores, penalty, values, returns, trained, self.coefficients.kl)
         self._train_meters.update(statistics)
         if self.whiten_advantages:
             advantages = self.whitened(advantages, trained)

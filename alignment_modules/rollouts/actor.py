@@ -1,5 +1,6 @@
 """An actor completes prompts and has the completions judged: what every online paradigm starts a step with."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,15 +138,25 @@ class Actor:
             NonFiniteLogits: If the policy's logits are not finite; it names the step.
         """
         self.engine.push(policy)
+        parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
         try:
-            return self.engine.generate(
+            completions = self.engine.generate(
                 Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
-                self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids),
+                parameters,
                 num_samples=1 if greedy else self.num_generations,
                 seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
         except NonFiniteLogits as error:
             raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+        if parameters.truncates_support and completions.support is None:
+            warnings.warn(
+                f"{type(self.engine).__name__} does not tell what top_p={parameters.top_p:g}, "
+                f"top_k={parameters.top_k}, min_p={parameters.min_p:g} kept: the policy is scored over the whole "
+                "vocabulary, which these completions were not drawn from, and its ratio to them is off by the mass "
+                "that was kept",
+                stacklevel=2,
+            )
+        return completions
 
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""

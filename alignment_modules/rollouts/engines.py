@@ -38,7 +38,12 @@ class Engine(Protocol):
     def generate(
         self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds
     ) -> Completions:
-        """`num_samples` completions of each prompt; a prompt's are neighbours."""
+        """`num_samples` completions of each prompt; a prompt's are neighbours.
+
+        Where the parameters truncate the support, the completions tell what was kept at each token (`support`) and
+        their log-probabilities are over it. An engine that cannot tell gives log-probabilities over the whole
+        vocabulary, or none (NaN): the policy is then scored over the whole vocabulary, from which it did not sample.
+        """
 
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
         """`generate`, but the completions may be extended; they stand in the session's `turn`."""

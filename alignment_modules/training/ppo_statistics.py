@@ -13,7 +13,13 @@ from alignment_modules.training.policy_gradient import token_mean
 
 
 def rollout_statistics(
-    rollout: Rollout, scores: Tensor, penalty: Tensor | None, values: Tensor, returns: Tensor, trained: Tensor
+    rollout: Rollout,
+    scores: Tensor,
+    penalty: Tensor | None,
+    values: Tensor,
+    returns: Tensor,
+    trained: Tensor,
+    kl_coef: Tensor | float,
 ) -> dict[str, Statistic]:
     """Of a rollout: what its completions were rewarded with, and how far the critic foresaw it.
 
@@ -24,6 +30,7 @@ def rollout_statistics(
         values: [N, T], the critic's.
         returns: [N, T], what it is to learn.
         trained: [N, T] bool: what values and returns are counted of.
+        kl_coef: What the log-ratios to the reference were multiplied with in the penalty.
     """
     judged = ~scores.isnan()
     count = judged.sum()
@@ -43,7 +50,9 @@ def rollout_statistics(
     }
     old = rollout.sampled_logps if rollout.old_logps is None else rollout.old_logps
     if rollout.reference_logps is not None:
-        divergence = torch.where(own, old - rollout.reference_logps, 0.0).sum(dim=1)
+        log_ratios = torch.where(own, old - rollout.reference_logps, 0.0).sum(dim=1)
+        # the penalty is over the whole vocabulary on both sides
+        divergence = log_ratios if penalty is None else -owed / kl_coef
         found["objective/kl"] = Statistic(divergence.nansum(), (~divergence.isnan()).sum())
     return found
 

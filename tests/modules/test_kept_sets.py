@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from alignment_modules import GRPOModule
+from alignment_modules import GRPOModule, PPOModule
 from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.lora import add_lora
 from tests.paradigms import Plain
@@ -152,16 +152,20 @@ def test_the_loss_is_over_the_kept_set_and_the_kl_over_the_vocabulary(make, tiny
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
+def penalty_of(module, rollout):
+    """The annotated rollout, and what the KL takes from each token's reward."""
+    seen = []
+    module.credit = lambda rollout, penalty: seen.append(penalty) or rollout
+    return module.annotate(rollout), seen[0]
+
+
 @pytest.mark.parametrize("kind", ["llama", "lora"])
 @pytest.mark.parametrize("placement", [{"kl_placement": "loss"}, {"kl_placement": "reward", "kl_estimator": "k1"}])
 def test_a_policy_that_equals_its_reference_owes_no_divergence(make, train, kind, placement):
     module = make(kind, beta=0.1, top_p=0.8, top_k=5, num_iterations=2, **placement)
-    seen = []
-    module.advantages = lambda rewards, lengths: seen.append(rewards) or torch.zeros_like(rewards)
-    module.annotate(module.actor.roll_out(module.policy, prompts(), step=0))
     rollout = module.actor.roll_out(module.policy, prompts(), step=0)
     if placement["kl_placement"] == "reward":
-        assert torch.equal(seen[0].flatten(), rollout.rewards)
+        assert not penalty_of(module, rollout)[1].any()
     else:
         statistics = module.objective(module.annotate(rollout)).statistics
         assert float(statistics["kl"].total) == 0.0
@@ -171,13 +175,10 @@ def test_the_kl_in_the_reward_is_over_the_vocabulary_and_the_ratio_over_the_kept
     module = make(beta=0.5, kl_placement="reward", kl_estimator="k1", top_p=0.8, num_iterations=2)
     moved(module)
     rollout = module.actor.roll_out(module.policy, prompts(), step=0)
-    seen = []
-    module.advantages = lambda rewards, lengths: seen.append(rewards) or torch.zeros_like(rewards)
-    annotated = module.annotate(rollout)
+    annotated, penalty = penalty_of(module, rollout)
     full = module.score_rollout(replace(rollout, support=None))
     reference = module.score_rollout(replace(rollout, support=None), module.reference)
-    penalty = 0.5 * (full - reference).masked_fill(~rollout.own, 0.0).sum(dim=1)
-    torch.testing.assert_close(seen[0].flatten(), rollout.rewards - penalty)
+    torch.testing.assert_close(penalty, 0.5 * (full - reference).masked_fill(~rollout.own, 0.0))
     assert torch.equal(annotated.old_logps, rollout.sampled_logps)
 
 
@@ -198,6 +199,28 @@ def test_the_first_ratio_of_each_pass_counts_what_was_kept(make, train):
     still = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0)}
     metrics = train(make(top_p=0.8, num_iterations=2, **still), [prompts(8)]).callback_metrics
     assert float(metrics["train/importance_ratio/mean"]) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("critic", [None, "shared"])
+def test_ppo_is_over_the_kept_set_too(train, tiny_llama, critic):
+    """The first ratio is 1, and a policy that equals its reference owes nothing in the reward."""
+    slow = {} if critic else {"critic_optimizer": lambda groups: torch.optim.SGD(groups, lr=1e-3)}
+    module = PPOModule(
+        policy=copy.deepcopy(tiny_llama),
+        critic=critic,
+        rewards=threes,
+        tokenizer=Ids(),
+        max_completion_length=6,
+        temperature=1.3,
+        top_p=0.8,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+        **slow,
+    )
+    metrics = train(module, [prompts(8)]).callback_metrics
+    assert (module.rollout.support.sizes != 0).any()
+    assert metrics["train/objective/kl"] == 0
+    assert float(metrics["train/val/ratio"]) == pytest.approx(1.0, abs=1e-5)
+    assert mean_ratio(module, module.rollout) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_given_completions_are_scored_over_the_whole_vocabulary(make):
@@ -221,7 +244,8 @@ def test_an_engine_that_does_not_tell_what_it_kept_is_scored_over_the_whole_voca
         return replace(told, support=None, token_logps=torch.full_like(told.token_logps, torch.nan))
 
     module.actor.engine.generate = generate
-    train(module, [prompts()])
+    with pytest.warns(UserWarning, match=r"InProcessEngine does not tell what top_p=0.8, top_k=0, min_p=0 kept"):
+        train(module, [prompts()])
     assert module.rollout.support is None
     torch.testing.assert_close(
         module.rollout.old_logps, make(top_p=0.8).score_rollout(module.rollout), rtol=0, atol=1e-5

@@ -38,6 +38,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "CISPO": ("--model.loss", "cispo", "--model.epsilon", "null", *SEVERAL_STEPS),
     "RLOO": ("--model.scale_rewards", "leave_one_out"),
+    "REINFORCE++": ("--model.preset", "reinforce_pp", "--model.beta", "0"),
+    "ReMax": ("--model.preset", "remax"),
     "GRPO + teacher": ("--model.teacher", "{teacher}", "--model.teacher_coef", "0.1"),
     "online DPO": ("--model", "OnlineDPOModule", "--model.loss", "sigmoid", "--model.beta", "0.1", *PAIRS),
 }

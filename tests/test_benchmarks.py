@@ -39,6 +39,8 @@ def script(monkeypatch):
         ["dpo", "--variant", "cached"],
         ["grpo", "--check"],
         ["grpo", "--beta", "0.04", "--profile", "3"],
+        ["rloo", "--beta", "0.05"],
+        ["online_dpo", "--check"],
     ],
     ids=" ".join,
 )
@@ -136,6 +138,9 @@ def test_the_floor_of_a_step_shares_prompts_and_averages_steps(script):
     both, batch = scored(9, 5, 2), sizes["135m"].batch
     assert floor.step_operations("dpo", pairs, "7m") == pytest.approx(4 * (both.train() + both.forward()))
     assert floor.step_operations("dpo", pairs, "7m", cached=True) == pytest.approx(4 * both.train())
+    sampled = scored(9, 3, 3)
+    online = floor.step_operations("online_dpo", [{"prompt": "a " * 9}], "7m", beta=0.1, sampled=3.0)
+    assert online == pytest.approx(4 * (sampled.train() + 2 * sampled.forward()))
     lengths = {size: floor.step_operations("reward", pairs, size) for size in sizes}
     assert lengths["135m"] / lengths["7m"] > 8 * batch["reward"] / sizes["7m"].batch["reward"]
 

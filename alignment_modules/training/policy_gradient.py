@@ -14,7 +14,6 @@ from alignment_modules.functional import (
     Surrogate,
     aggregate,
     as_correction,
-    correction_statistics,
     importance_ratio,
     kl_penalty,
     validate_kl_placement,
@@ -30,6 +29,7 @@ from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.controllers import Coefficients, Delta
 from alignment_modules.training.objective import Objective
+from alignment_modules.training.off_policy import check_sampled, corrected
 from alignment_modules.training.selection import mark_covariant, top_entropy
 
 
@@ -232,11 +232,11 @@ class PolicyGradientModule(ActingModule):
         """
         in_reward, penalty, entropies = bool(self.beta) and self.kl_placement == "reward", None, None
         of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
-        self._check_told(rollout)
+        check_sampled(rollout, self.surrogate, self.correction, updates=self.optimizer_steps_per_batch)
         now = whole = None if self.rescores_old else rollout.old_logps
-        if self.top_entropy_quantile < 1:
-            scores = self.scores_of(rollout, ask=["entropy", "full_logps"] if in_reward else ["entropy"])
-            entropies = scores.entropy
+        if asked := self.asked_at_start():
+            scores = self.scores_of(rollout, ask=[*asked, "full_logps"] if in_reward else asked)
+            rollout, entropies = self.with_scores(rollout, scores), scores.entropy
             now, whole = (scores.token_logps, scores.full_logps) if now is None else (now, whole)
         if whole is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
@@ -256,15 +256,13 @@ class PolicyGradientModule(ActingModule):
             self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
         return rollout, penalty, entropies
 
-    def _check_told(self, rollout: Rollout) -> None:
-        """Refuses completions without the probabilities that they were sampled with, where these are read."""
-        for name, value in (("loss", self.surrogate.loss), ("correction", self.correction)):
-            read = self.surrogate.row.of_sampler if name == "loss" else self.correction is not None
-            if read and bool((rollout.sampled_logps.isnan() & rollout.own.to(rollout.sampled_logps.device)).any()):
-                raise ValueError(
-                    f"{name}={value!r} compares with the probabilities that tokens were sampled with, and these "
-                    "completions come without: a batch that brings responses needs old_logprobs, too"
-                )
+    def asked_at_start(self) -> list[Ask]:
+        """What is read of the policy as it is before a rollout's updates, beside log-probabilities."""
+        return ["entropy"] if self.top_entropy_quantile < 1 else []
+
+    def with_scores(self, rollout: Rollout, scores: Scores) -> Rollout:
+        """Keeps what `asked_at_start` asked for, beside entropies, in a rollout."""
+        return rollout
 
     def require_stops(self, option: str) -> None:
         """Refuses an option that tells truncated completions from others where nothing else stops one.
@@ -308,10 +306,8 @@ class PolicyGradientModule(ActingModule):
             values = values * rollout.weights
         if self.correction is not None:
             scored = old_logps if self.rescores_old else token_logps.detach()
-            weights = self.correction(rollout.sampled_logps, scored, advantages, mask)
-            values = values * weights
-            told = correction_statistics(weights, scores.mask)
-            statistics |= {name: Statistic(*share) for name, share in told.items()}
+            values, told = corrected(values, self.correction, rollout, scored, mask, scores.mask)
+            statistics |= told
         if self.beta and self.kl_placement == "loss":
             divergence = kl_penalty(
                 scores.full_logps,  # type: ignore[arg-type]

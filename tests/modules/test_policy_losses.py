@@ -287,6 +287,13 @@ def test_refuses(make, options, message):
         make(**options)
 
 
+def test_a_penalty_without_a_gradient_is_refused(make, train):
+    own = {"rewards": threes, "tokenizer": Digits(), "loss": "kl_cov"}
+    with pytest.raises(ValueError, match="loss='kl_cov' penalises a ratio that moves"):
+        train(make(**own), [OWN])
+    assert train(make(**own, num_iterations=2), [OWN]).global_step == 2
+
+
 def test_says_what_it_resolved_to(make):
     options = {"loss": "grpo", "importance_level": "sequence", "reduction": "token_mean", "correction": "tis"}
     said = make(**options, top_entropy_quantile=0.2).describe()

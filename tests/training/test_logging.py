@@ -373,3 +373,24 @@ def test_hooks_of_a_subclass(make, train, tmp_path, capsys, caplog):
     restored = make(Mine)
     restored.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
     assert restored.seen == 3
+
+
+def test_meters_take_in_others_of_every_kind():
+    pair, end = torch.tensor([3.0, 5.0], dtype=torch.float64), torch.tensor(2.0)
+    pieces = [
+        {"mean": Statistic(pair[0], 2.0), "std": Statistic(pair, 2.0, "std"), "least": Statistic(end, kind="min")},
+        {
+            "mean": Statistic(pair[1], 1.0),
+            "std": Statistic(2 * pair, 3.0, "std"),
+            "most": Statistic(end, kind="max"),
+        },
+        {"least": Statistic(-end, kind="min"), "most": Statistic(-end, kind="max")},
+    ]
+    whole, one, other = Meters(), Meters(), Meters()
+    for piece in pieces:
+        whole.update(piece)
+    one.update(pieces[0])
+    for piece in pieces[1:]:
+        other.update(piece)
+    one.absorb(other)
+    assert one.compute(lambda values, how: values) == whole.compute(lambda values, how: values)

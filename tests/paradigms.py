@@ -475,6 +475,8 @@ ROWS["ppo"] = replace(
         "masked": {"truncation": "mask", "tokenizer": Stops()},
         "adaptive": {"kl_target": 0.1, "kl_horizon": 100, "entropy_target": 5.0, "entropy_coef": 0.01},
     },
+    variant_batches={},
+    slow_variants=("copied", "positive nll", "length adaptive", "masked", "adaptive"),
     first={"train/val/ratio": 1.0, "train/objective/kl": 0.0, "train/policy/approxkl_avg": 0.0},
     recipe={
         "short": ("--model.max_completion_length=4",),

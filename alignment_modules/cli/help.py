@@ -21,6 +21,7 @@ from alignment_modules.functional import (
 from alignment_modules.functional.ranges import MAX_INT, describe
 from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.paradigms.online_dpo import OnlineLoss
+from alignment_modules.training.presets import PRESETS, Settings
 
 _WIDTH = 120
 _INDENT = 26
@@ -35,7 +36,7 @@ _COMMANDS = {
     "chat": "talk with a policy: align chat --policy runs/sft/export",
     "generate": "complete prompts, or make data of them: align generate --policy runs/sft/export '1+1='",
     "export": "a run's checkpoint as a folder in Hugging Face format: align export runs/sft OUT",
-    "list": f"what there is: align list {' | '.join([*_KINDS, 'losses'])}",
+    "list": f"what there is: align list {' | '.join([*_KINDS, 'losses', 'presets'])}",
 }
 
 
@@ -175,8 +176,10 @@ def _listing(kind: str) -> str:
             "GRPOModule": LOSS_REDUCTIONS,
         }
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())
+    if kind == "presets":
+        return "\n".join(_entry(name, Settings(name, {}).describe().partition(" ")[2]) for name in PRESETS)
     if kind not in _KINDS:
-        raise ValueError(f"{f'align list {kind}'.rstrip()}: must be one of {', '.join([*_KINDS, 'losses'])}")
+        raise ValueError(f"{f'align list {kind}'.rstrip()}: must be one of {', '.join([*_KINDS, 'losses', 'presets'])}")
     option = _KINDS[kind]
     option = f"model.{option}" if option in ("rewards", "lr_scheduler") else option
     return class_list(choices(option), f"trainer.{option}" if option == "callbacks" else option)

@@ -1,17 +1,19 @@
 """Group relative policy optimization (arXiv:2402.03300) and its variants: sample, judge, compare, update."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.functional import AdvantageEstimator, informative_groups
+from alignment_modules.functional import AdvantageEstimator, gradient_norms, informative_groups
 from alignment_modules.functional.ranges import NonNegative, Positive, check_options
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
+from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.crediting import add_advantages, add_gradient_norms, check_decoupled, single_rewards
+from alignment_modules.training.crediting import add_advantages, check_decoupled, single_rewards
 from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.presets import Settings
 from alignment_modules.training.teacher_advantages import add_teacher
@@ -149,11 +151,16 @@ class GRPOModule(GroupModule):
         values = single_rewards(self, self.compared(rollout))
         return torch.stack([informative_groups(one) for one in values.unbind(dim=2)]).any(dim=0)
 
-    def annotate(self, rollout: Rollout) -> Rollout:
-        """Also adds what the optimal token baseline reads."""
-        if self.estimator.baseline == "optimal_token":
-            rollout = add_gradient_norms(self, rollout)
-        return super().annotate(rollout)
+    def asked_at_start(self) -> list[Ask]:
+        """Adds what the optimal token baseline weighs with."""
+        more: list[Ask] = ["collision"] if self.estimator.baseline == "optimal_token" else []
+        return super().asked_at_start() + more
+
+    def with_scores(self, rollout: Rollout, scores: Scores) -> Rollout:
+        """Keeps the norms of the gradients, for the optimal token baseline."""
+        if scores.collision is None:
+            return rollout
+        return replace(rollout, gradient_norms=gradient_norms(scores.token_logps, scores.collision))
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Compares rewards with their baseline, and adds what the teacher thinks."""

@@ -9,26 +9,11 @@ from torch import Tensor
 from alignment_modules.functional import (
     AdvantageEstimator,
     decoupled_rewards,
-    gradient_norms,
     optimal_token_advantages,
     returns_to_go,
 )
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.acting import ActingModule
-
-
-def add_gradient_norms(module: ActingModule, rollout: Rollout) -> Rollout:
-    """Adds what the optimal token baseline weighs with, and the log-probabilities of the pass that it takes.
-
-    Args:
-        module: Whose policy wrote, and which scores.
-        rollout: Of the whole batch on this rank.
-    """
-    scores = module.scores_of(rollout, ask=["collision"])
-    rollout = replace(rollout, gradient_norms=gradient_norms(scores.token_logps, cast(Tensor, scores.collision)))
-    if rollout.old_logps is not None or rollout.support is not None:  # a penalty reads the whole vocabulary's
-        return rollout
-    return replace(rollout, old_logps=scores.token_logps)
 
 
 def add_advantages(

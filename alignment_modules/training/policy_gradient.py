@@ -234,9 +234,9 @@ class PolicyGradientModule(ActingModule):
         of_sampler, sampled = self.surrogate.row.of_sampler, rollout.sampled_logps
         check_sampled(rollout, self.surrogate, self.correction, updates=self.optimizer_steps_per_batch)
         now = whole = None if self.rescores_old else rollout.old_logps
-        if self.top_entropy_quantile < 1:
-            scores = self.scores_of(rollout, ask=["entropy", "full_logps"] if in_reward else ["entropy"])
-            entropies = scores.entropy
+        if asked := self.asked_at_start():
+            scores = self.scores_of(rollout, ask=[*asked, "full_logps"] if in_reward else asked)
+            rollout, entropies = self.with_scores(rollout, scores), scores.entropy
             now, whole = (scores.token_logps, scores.full_logps) if now is None else (now, whole)
         if whole is None and in_reward:
             # What is compared with the reference is computed as it is: equal policies then differ by nothing.
@@ -255,6 +255,14 @@ class PolicyGradientModule(ActingModule):
             penalty = self.coefficients.kl * divergence.masked_fill(~own, 0.0)
             self._train_meters.update({"kl": self.coefficients.measure("kl", token_mean(divergence, own))})
         return rollout, penalty, entropies
+
+    def asked_at_start(self) -> list[Ask]:
+        """What is read of the policy as it is before a rollout's updates, beside log-probabilities."""
+        return ["entropy"] if self.top_entropy_quantile < 1 else []
+
+    def with_scores(self, rollout: Rollout, scores: Scores) -> Rollout:
+        """Keeps what `asked_at_start` asked for, beside entropies, in a rollout."""
+        return rollout
 
     def require_stops(self, option: str) -> None:
         """Refuses an option that tells truncated completions from others where nothing else stops one.

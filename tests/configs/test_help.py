@@ -77,6 +77,7 @@ def test_options_of_a_module(helped, name):
         (["list", "callbacks"], ["Throughput"], []),
         (["list", "schedules"], ["LinearSchedule"], []),
         (["list", "losses"], ["sppo_hard", "cispo"], []),
+        (["list", "presets"], ["dapo", "arXiv:2503.14476", "epsilon_high 0.28"], []),
         (["list", "tasks"], ["AdditionCorpus"], []),
     ],
 )

@@ -43,7 +43,15 @@ NEEDED = {
     "RegexMatch": {"pattern": "x"},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
-CHOICES = {"loss", "f_divergence", "kl_estimator", "scale_rewards", "dtype"}  # text of a fixed set
+CHOICES = {
+    "loss",
+    "f_divergence",
+    "kl_estimator",
+    "scale_rewards",
+    "preset",
+    "baseline",
+    "dtype",
+}  # text of a fixed set
 OBJECTS = {  # options that take objects: what none of them can be
     "policy": [None, 3, [], {}, {"pth": "x"}, [1]],
     "reference": [3, [], {"pth": "x"}],

@@ -56,7 +56,9 @@ def rows(folder):
 
 
 def weights(folder):
-    return load_file(folder / "export" / "model.safetensors")
+    found, critic = load_file(folder / "export" / "model.safetensors"), folder / "export" / "critic"
+    beside = load_file(critic / "model.safetensors") if critic.exists() else {}
+    return found | {f"critic {key}": value for key, value in beside.items()}
 
 
 def equal(first, second):

@@ -1,5 +1,6 @@
 """A policy with a critic: who the critic is, what it thinks of a rollout, how it learns, and where it is kept."""
 
+from collections.abc import Collection
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,7 @@ from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, check_vocabulary, is_fresh
 from alignment_modules.policies.modes import disable_dropout, reading_mode
 from alignment_modules.policies.reading import Reading, read
-from alignment_modules.policies.scoring import Scores
+from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.policies.segments import Reads
 from alignment_modules.policies.value_head import ValueHead
 from alignment_modules.rollouts.rollout import Rollout
@@ -90,6 +91,7 @@ class ActorCriticModule(PolicyGradientModule):
         self.value_clip = value_clip
         self.value_coef = SHARED_COEF if value_coef is None else value_coef
         self.pretrained = self.pretraining_rollouts = 0
+        self._read_along: list[tuple[Tensor, Tensor]] = []
 
     # Who steps
 
@@ -267,17 +269,42 @@ class ActorCriticModule(PolicyGradientModule):
         """
         model = self.policy if self.shared else self.critic
         reads: Reads = "targets+last" if last else "targets"
+        seen, self._read_along = self._read_along, []
 
         def values_of(piece: Rollout) -> list[Tensor]:
             reading = read(model, self.segments_of(piece, piece.own, reads))
             values = self.values(reading)
             return [values, self.last_values(reading) if last else values.new_zeros(len(values))]
 
-        with reading_mode(model):
-            found = self.over_pieces(rollout, values_of)
+        if sum(len(values) for values, _ in seen) == len(rollout.ids) > 0:
+            found = [torch.cat(parts).float() for parts in zip(*seen, strict=True)]
+        else:
+            with reading_mode(model):
+                found = self.over_pieces(rollout, values_of)
         if not bool(torch.stack([part.isfinite().all() for part in found]).all()):
             raise self.not_finite("critic")
         return found[0], found[1]
+
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """Adds log-probabilities, values, returns and advantages."""
+        self._read_along = []
+        return super().annotate(rollout)
+
+    def score_piece(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        targets: Tensor,
+        *,
+        ask: Collection[Ask] = (),
+        over_support: bool = True,
+    ) -> Scores:
+        """Also reads the values of a shared trunk that is scored for the rollout, which is then not read again."""
+        if not self.shared or model is not self.policy or targets is not rollout.own or torch.is_grad_enabled():
+            return super().score_piece(model, rollout, targets, ask=ask, over_support=over_support)
+        reading = read(model, self.segments_of(rollout, targets, "targets+last"))
+        self._read_along.append((self.values(reading), self.last_values(reading)))
+        return self.score_reading(reading, rollout.support if over_support else None, ask=ask)
 
     def values(self, reading: Reading) -> Tensor:
         """The critic's values [N, T] of the targets of a reading of it, or of the trunk that it shares."""

@@ -8,6 +8,7 @@ import torch
 
 from alignment_modules import PPOModule
 from alignment_modules.policies.fingerprints import fingerprint
+from alignment_modules.policies.reading import read
 from tests.batches import rollouts
 from tests.paradigms import Plain, Stops, adapted, build, critic_beside, never_called, other_than
 
@@ -135,6 +136,30 @@ def test_a_shared_trunk_gets_the_sum_of_two_gradients(make, update, tiny_llama):
         tokens += len(completion)
     torch.testing.assert_close(head, 0.5 * expected.detach() / tokens, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(both[key], alone[key]) for key in both if key != "critic.weight")
+
+
+def test_a_shared_trunk_is_read_once_for_scores_and_values(make, train, tiny_llama, monkeypatch):
+    """Once for the rollout, though the KL in the reward asks for its log-probabilities, and once for the update."""
+    passes = []
+
+    def counted(model, *given, **options):
+        if model is module.policy:
+            passes.append(torch.is_grad_enabled())
+        return read(model, *given, **options)
+
+    for place in ("acting", "actor_critic"):
+        monkeypatch.setattr(f"alignment_modules.training.{place}.read", counted)
+    module = make(policy=tiny_llama, critic="shared", beta=0.1, truncation="bootstrap", optimizer=slow)
+    torch.nn.init.normal_(module.critic.weight)
+    batch = {key: value for key, value in rollouts(range(4)).items() if key != "old_logprobs"}
+    train(module, [batch])
+    assert passes == [False, True]
+    before = module.rollout.values
+    module.critic.weight.data.zero_()
+    assert before.abs().sum() > 0
+    values, last = module.eval().value_rollout(module.rollout, last=True)
+    assert (values == 0).all()
+    assert (last == 0).all()
 
 
 def test_only_the_steps_of_the_policy_count(make, train):

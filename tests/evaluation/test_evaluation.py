@@ -164,5 +164,6 @@ def test_modules_by_name(tiny_llama):
     module = create_module("dpo", policy=tiny_llama, beta=0.3)
     assert type(module) is DPOModule is get_module_class("dpo")
     assert module.beta == 0.3
-    with pytest.raises(ValueError, match=r"'ppo'.*pretrain, sft, reward, dpo, orpo, cpo, kto, distillation, grpo"):
-        create_module("ppo", policy=tiny_llama)
+    names = "pretrain, sft, reward, dpo, orpo, cpo, kto, distillation, online_dpo, grpo, ppo"
+    with pytest.raises(ValueError, match=f"'a2c'.*{names}"):
+        create_module("a2c", policy=tiny_llama)

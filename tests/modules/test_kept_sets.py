@@ -218,7 +218,8 @@ def test_ppo_is_over_the_kept_set_too(train, tiny_llama, critic):
     )
     metrics = train(module, [prompts(8)]).callback_metrics
     assert (module.rollout.support.sizes != 0).any()
-    assert metrics["train/objective/kl"] == 0
+    # a shared trunk is read for its values, too, in products of other shapes than the reference's
+    assert abs(float(metrics["train/objective/kl"])) <= (1e-6 if critic else 0)
     assert float(metrics["train/val/ratio"]) == pytest.approx(1.0, abs=1e-5)
     assert mean_ratio(module, module.rollout) == pytest.approx(1.0, abs=1e-5)
 

@@ -426,7 +426,7 @@ ROWS: dict[str, Paradigm] = {
             "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "rewards": [never_called] * 2},
         },
         variant_batches={"gdpo": rollouts_of_two_rewards},
-        slow_variants=("leave_one_out", "length_weighted", "pass_at_k", "greedy", "batch", "mean",
+        slow_variants=("leave_one_out", "length_weighted", "pass_at_k", "greedy", "remax", "batch", "mean",
                        "optimal_token whitened"),
         sizes=((1,), (2,), (3,), (4,), (8,), (9,)),
         first={"train/importance_ratio/mean": 1.0, "train/kl": 0.0},

@@ -470,7 +470,7 @@ ROWS["ppo"] = replace(
         "length adaptive": {"length_adaptive_alpha": 0.4, "gamma": 0.9, "critic_lam": 0.9},
         "turns": {"gae_unit": "turn", "kl_estimator": "k3", "kl_placement": "loss", "lam": 0.5},
         "corrected": {"correction": "tis"},
-        "scaled": {"scale_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
+        "scaled": {"normalize_rewards": True, "reward_clip": 1.5, "value_clip": None, "entropy_coef": 0.01},
         "bootstrap": {"truncation": "bootstrap", "missing_eos_penalty": 0.5, "tokenizer": Stops()},
         "masked": {"truncation": "mask", "tokenizer": Stops()},
         "adaptive": {"kl_target": 0.1, "kl_horizon": 100, "entropy_target": 5.0, "entropy_coef": 0.01},

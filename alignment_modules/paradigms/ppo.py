@@ -45,7 +45,7 @@ class PPOModule(ActorCriticModule):
         truncation: Completions that hit the length limit: "none", they end there; "bootstrap", the critic's value of
             their last state stands for what would have followed; "mask", neither policy nor critic learns from them.
         reward_clip: Rewards are held within plus and minus this; None: they are not.
-        scale_rewards: Whether rewards are divided by the deviation of all rewards so far, before they are clipped.
+        normalize_rewards: Whether rewards are divided by the deviation of all rewards so far, before they are clipped.
         positive_nll_coef: Weight of the negative log-likelihood of completions with a reward above 0, averaged over
             their tokens in the step (VAPO takes 0.1).
         beta: Strength of the KL penalty against the reference; 0: no reference is held.
@@ -74,7 +74,7 @@ class PPOModule(ActorCriticModule):
         whiten_advantages: bool = True,
         truncation: Literal["none", "bootstrap", "mask"] = "none",
         reward_clip: Positive | None = None,
-        scale_rewards: bool = False,
+        normalize_rewards: bool = False,
         positive_nll_coef: NonNegative = 0.0,
         beta: NonNegative = 0.05,
         kl_estimator: str = "k1",
@@ -98,7 +98,7 @@ class PPOModule(ActorCriticModule):
         self.length_adaptive_alpha, self.whiten_advantages = length_adaptive_alpha, whiten_advantages
         self.truncation, self.mask_truncated = truncation, truncation == "mask"
         self.reward_clip, self.positive_nll_coef = reward_clip, positive_nll_coef
-        self.reward_scale = RunningScale() if scale_rewards else None
+        self.reward_scale = RunningScale() if normalize_rewards else None
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Adds the critic's values, what it is to learn, and the advantages of the tokens."""

@@ -36,12 +36,17 @@ SUMS = [(a, b) for a in range(6) for b in range(4)]
 
 @dataclass(frozen=True)
 class Resume:
-    """When a run writes, from where it goes on, and where it is killed, in optimizer steps."""
+    """When a run writes, from where it goes on, and where it is killed, in optimizer steps.
+
+    Attributes:
+        inside: Whether it is killed between the steps of one batch, inside a pass over a rollout.
+    """
 
     options: tuple[str, ...]
     every: int = 2
     start: int = 4
     kill: int = 5
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -375,7 +380,7 @@ ROWS: dict[str, Paradigm] = {
         resume=Resume(
             ("--trainer.max_epochs", "2", "--model.num_iterations", "2", "--model.minibatches", "2",
              "--model.micro_batch_size", "3", "--model.max_completion_length", "6"),
-            every=4, start=16, kill=20,
+            every=4, start=16, kill=21, inside=True,
         ),
     ),
     "grpo": Paradigm(
@@ -444,7 +449,7 @@ ROWS: dict[str, Paradigm] = {
              "--model.micro_batch_size", "3", "--model.beta", "0.05", "--model.max_completion_length", "6",
              "--model.kl_target", "0.001", "--model.kl_horizon", "30", "--model.entropy_target", "9",
              "--model.top_p", "0.9"),
-            every=4, start=16, kill=20,
+            every=4, start=16, kill=21, inside=True,
         ),
     ),
 }  # fmt: skip

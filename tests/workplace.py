@@ -74,13 +74,18 @@ class Marks(Callback):
         open(os.path.join(trainer.default_root_dir, "trained"), "w").close()
 
 class KillAt(Callback):
-    """Ends its own process in the middle of an epoch."""
+    """Ends its own process in the middle of an epoch, at the start of a batch or at an optimizer step inside one."""
 
-    def __init__(self, step: int, signal: int, odd: bool = False):
-        self.step, self.signal, self.odd = step, signal, odd
+    def __init__(self, step: int, signal: int, odd: bool = False, inside: bool = False):
+        self.step, self.signal, self.odd, self.inside = step, signal, odd, inside
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if self.inside and trainer.global_step >= self.step:
+            assert trainer.current_epoch >= 1
+            os.kill(os.getpid(), self.signal)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step >= self.step and (batch_idx % 2 or not self.odd):
+        if not self.inside and trainer.global_step >= self.step and (batch_idx % 2 or not self.odd):
             assert trainer.current_epoch >= 1 and batch_idx > 0
             os.kill(os.getpid(), self.signal)
 '''

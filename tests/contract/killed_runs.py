@@ -49,7 +49,7 @@ def run(name, *options, workers=0, kill=None, odd=False, resume=None):
         {"class_path": "my_callbacks.Rows", "init_args": {"path": str(root / "rows.jsonl")}},
     ]
     if kill is not None:
-        when = {"step": WHEN.kill, "signal": int(kill), "odd": odd}
+        when = {"step": WHEN.kill, "signal": int(kill), "odd": odd, "inside": WHEN.inside}
         callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": when})
     arguments = ["fit", "--config", str(RECIPES / f"{PARADIGM}.yaml"), "--config", f"{PARADIGM}.yaml"]
     arguments += [*WHEN.options, "--data.num_workers", str(workers)]

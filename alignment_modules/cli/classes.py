@@ -24,6 +24,7 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.actor_critic import ActorCriticModule
+from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
 from alignment_modules.training.schedules import Schedule
@@ -31,7 +32,7 @@ from alignment_modules.training.updates import UpdateModule
 from datamodules import AlignmentDataModule, tasks
 
 BASES = (
-    *(AlignmentModule, UpdateModule, ActingModule, PolicyGradientModule, ActorCriticModule),
+    *(AlignmentModule, UpdateModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
     *(AlignmentDataModule, Schedule, LoggedMetrics),
 )
 """Classes that only others are made of; the command line refuses them by name."""

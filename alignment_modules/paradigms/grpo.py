@@ -30,21 +30,17 @@ class GRPOModule(GroupModule):
         preset: Settings of a paper: "grpo", "dapo", "dr_grpo", "gspo", "cispo", "sapo", "gmpo", "rloo", "reinforce_pp",
             "remax", "opo", "maxrl", "lite_ppo" or "gdpo". What is given beside it, and is not null, takes its place.
         loss: "grpo", "dapo", "bnpo", "dr_grpo" (PPO's clip, reduced another way), "luspo", "cispo", "sapo", "gmpo",
-            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`. None: the
-            preset's, else "dapo".
+            "vespo", "dppo_tv", "dppo_kl", "reinforce", "clip_cov" or "kl_cov"; see `policy_gradient_loss`. Here and
+            below, where the preset says nothing: "dapo".
         scale_rewards: What advantages are divided by: "group", "batch", "batch_tokens", "none", "mean", or
-            "leave_one_out", short for that baseline with "none"; see `group_advantages` for the formulas. None: the
-            preset's, else the baseline's own.
+            "leave_one_out", short for that baseline with "none"; see `group_advantages`. Else: the baseline's own.
         baseline: What is subtracted from a reward: "group" (its mean), "leave_one_out", "length_weighted" (OPO),
-            "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++) or "optimal_token" (OTB). None: the preset's, else
-            "group".
+            "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++), "optimal_token" (OTB). Else: "group".
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
-            its group before they are summed. None: the preset's, else "sum_then_normalize".
-        beta: Strength of the KL penalty against the reference; 0: no reference is held. None: the preset's, else 0.
-        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). None: the preset's,
-            else "k3".
-        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. None: the preset's,
-            else "loss".
+            its group before they are summed. Else: the first.
+        beta: Strength of the KL penalty against the reference; 0: no reference is held. Else: 0.
+        kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). Else: "k3".
+        kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. Else: "loss".
         teacher: Whom the policy learns from beside the rewards, token by token: a folder or hub id, a `PolicyConfig` or
             a module, which is frozen in place. It must have the policy's vocabulary.
         teacher_coef: Weight of the teacher: `-teacher_coef (log p - log p_teacher)` is added to a token's advantage,

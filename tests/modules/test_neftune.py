@@ -178,7 +178,7 @@ def test_training_validates_without_noise(make, train):
         def on_validation_end(self, trainer, module):
             validated.append(float(trainer.callback_metrics["val/loss"]))
 
-    class Data(L.LightningDataModule):
+    class Documents(L.LightningDataModule):
         def train_dataloader(self):
             return torch.utils.data.DataLoader([BATCHES["right"]] * 2, batch_size=None)
 
@@ -189,7 +189,7 @@ def test_training_validates_without_noise(make, train):
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[Watch()], num_sanity_val_steps=0,
     )  # fmt: skip
-    trainer.fit(module, Data())
+    trainer.fit(module, Documents())
     assert len(set(validated)) == 1
     assert len(set(losses)) == 4
     module.eval()

@@ -203,7 +203,10 @@ def test_a_piece_without_a_target_counts_nothing(mixtral, update, assert_same):
     empty = supervised([7])
     empty["labels"][:] = -100
     batch = supervised([0, 1, 2])
-    both = {key: torch.cat([F.pad(batch[key], (0, 3)), F.pad(empty[key], (0, 6))[:, :12]]) for key in batch}
+    both = {
+        key: torch.cat([F.pad(batch[key], (0, 3)), F.pad(empty[key], (0, 6))[:, :12]])
+        for key in ("input_ids", "labels", "attention_mask")
+    }
     both["labels"][:, 9:] = -100
     assert_same(update(make(mixtral, micro_batch_size=1), [both]), gradient(mixtral.eval(), batch))
 

@@ -43,7 +43,10 @@ CASES = {
         "sft", ["--per_device_train_batch_size=4"], ["there is no such option; use --data.batch_size\n"], PARSING
     ),
     "a base class of modules": Case(
-        "sft", ["--model", "ActingModule"], ["--model=ActingModule: only a base", "allowed: GRPOModule\n"], PARSING
+        "sft",
+        ["--model", "ActingModule"],
+        ["--model=ActingModule: only a base", "allowed: OnlineDPOModule, GRPOModule, PPOModule\n"],
+        PARSING,
     ),
     "a base class of schedules": Case(
         "sft", ["--model.lr_scheduler=Schedule"], ["--model.lr_scheduler=Schedule: only a base", "Cosine"], PARSING

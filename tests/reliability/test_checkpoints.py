@@ -53,9 +53,12 @@ class TestWritten:
 
     def test_holds_the_policy_and_no_reference(self, written, paradigm):
         checkpoint = torch.load(written[paradigm], weights_only=True)
-        assert all(key.startswith("policy.") for key in checkpoint["state_dict"])
+        trained = {"policy", "critic"} if paradigm == "ppo" else {"policy"}
+        assert {key.partition(".")[0] for key in checkpoint["state_dict"]} == trained
         companions = checkpoint["alignment_module"]["companions"]
-        held = {"dpo": {"reference"}, "kto": {"reference"}, "grpo": {"reference"}, "distillation": {"teacher"}}
+        held = {name: {"reference"} for name in ("dpo", "kto", "online_dpo", "grpo", "ppo")} | {
+            "distillation": {"teacher"}
+        }
         assert set(companions) == held.get(paradigm, set())
 
     def test_resumes(self, align, written, paradigm):

@@ -25,7 +25,7 @@ def first_is_2(completions):
     return [float(text.startswith("2")) for text in completions]
 
 
-class Data(L.LightningDataModule):
+class PairsOfPrompts(L.LightningDataModule):
     """Batches of two prompts, other ones on each rank."""
 
     def train_dataloader(self):
@@ -73,7 +73,7 @@ def main(folder, resume=None):
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    trainer.fit(module, Data(), ckpt_path=resume)
+    trainer.fit(module, PairsOfPrompts(), ckpt_path=resume)
     if trainer.is_global_zero:
         metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if "time/" not in name}
         torch.save(

@@ -108,3 +108,27 @@ def entry(key: str, value: Any, *more: str, group: int = 1) -> Callable[[Batch, 
 def never_called(completions: list[str]) -> list[float]:
     """A reward for batches that bring their own."""
     raise AssertionError("the batch brings its own rewards")
+
+
+class Digits:
+    """A tokenizer of ids: enough to decode."""
+
+    eos_token_id, pad_token_id = 7, 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Ids in words."""
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def threes(completions: Sequence[str]) -> list[float]:
+    """A reward that a policy can learn."""
+    return [float(text.count("3")) for text in completions]
+
+
+def prompts(count: int = 4) -> Batch:
+    """Prompts to be completed."""
+    ids = torch.randint(1, 40, (count, 3), generator=torch.Generator().manual_seed(count))
+    return {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids), "index": list(range(count))}

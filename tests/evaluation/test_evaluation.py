@@ -10,18 +10,7 @@ import torch
 from alignment_modules import DPOModule, EvaluationConfig, SFTModule, create_module, get_module_class
 from alignment_modules.callbacks import CompletionWriter
 from alignment_modules.rewards import reward_set
-
-
-class Ids:
-    """A tokenizer of ids: enough to decode."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
+from tests.batches import Digits
 
 
 def prompts(count, **columns):
@@ -39,7 +28,7 @@ test.__test__ = False
 
 def module_with(policy, **options):
     evaluation = EvaluationConfig(**{"max_completion_length": 4, **options})
-    return SFTModule(policy=copy.deepcopy(policy), tokenizer=Ids(), evaluation=evaluation)
+    return SFTModule(policy=copy.deepcopy(policy), tokenizer=Digits(), evaluation=evaluation)
 
 
 def test_rows_that_the_verifier_does_not_apply_to_are_not_counted(tiny_llama):
@@ -132,7 +121,7 @@ class Silent(SFTModule):
 
 
 def test_a_module_that_writes_nothing_has_no_evaluator(tiny_llama):
-    module = Silent(policy=tiny_llama, tokenizer=Ids())
+    module = Silent(policy=tiny_llama, tokenizer=Digits())
     assert module.evaluator is None
     for ask in (lambda: module.generate(prompts(1)), lambda: module.predict_step(prompts(1), 0)):
         with pytest.raises(ValueError, match="Silent writes nothing"):
@@ -146,7 +135,7 @@ def test_a_tokenizer_that_comes_later_serves_all(tiny_llama):
     with pytest.raises(ValueError, match="tokenizer=None"):
         module.generate("1 2")
     assert module.codec.stop_token_ids == (2,)
-    module.tokenizer = Ids()
+    module.tokenizer = Digits()
     assert module.codec.stop_token_ids == (2, 7)
     assert module.evaluator.decode(module.generate(prompts(2)))
 

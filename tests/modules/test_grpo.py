@@ -13,27 +13,7 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rollouts import codec
 from alignment_modules.training.crediting import completion_advantages
 from alignment_modules.training.schedules import LinearSchedule
-
-
-class Digits:
-    """A tokenizer of ids: enough to decode."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
-
-
-def threes(completions):
-    return [float(text.count("3")) for text in completions]
-
-
-def prompts(count=4):
-    ids = torch.randint(1, 40, (count, 3), generator=torch.Generator().manual_seed(count))
-    return {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids), "index": list(range(count))}
+from tests.batches import Digits, prompts, threes
 
 
 def lengths_of(module):

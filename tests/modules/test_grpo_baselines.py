@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from alignment_modules import GRPOModule
-from tests.batches import never_called, rollouts, rollouts_of_two_rewards
-
-
-class Digits:
-    """A tokenizer of ids: enough to decode."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
+from tests.batches import Digits, never_called, rollouts, rollouts_of_two_rewards
 
 
 @pytest.fixture

@@ -10,30 +10,10 @@ import torch
 from alignment_modules import GRPOModule, PPOModule
 from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.lora import add_lora
+from tests.batches import Digits, prompts, threes
 from tests.paradigms import Plain
 
 FILTERS = [{"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9, "min_p": 0.02}, {"top_p": 0.999}]
-
-
-class Ids:
-    """A tokenizer of ids: enough to decode."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
-
-
-def threes(completions):
-    return [float(text.count("3")) for text in completions]
-
-
-def prompts(count=4):
-    ids = torch.randint(1, 40, (count, 3), generator=torch.Generator().manual_seed(count))
-    return {"prompts": ids, "prompt_attention_mask": torch.ones_like(ids), "index": list(range(count))}
 
 
 def policy_of(kind, tiny_llama):
@@ -52,7 +32,7 @@ def make(tiny_llama):
             "rewards": threes,
             "num_generations": 4,
             "max_completion_length": 6,
-            "tokenizer": Ids(),
+            "tokenizer": Digits(),
             "temperature": 1.3,
             "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1),
         }
@@ -209,7 +189,7 @@ def test_ppo_is_over_the_kept_set_too(train, tiny_llama, critic):
         policy=copy.deepcopy(tiny_llama),
         critic=critic,
         rewards=threes,
-        tokenizer=Ids(),
+        tokenizer=Digits(),
         max_completion_length=6,
         temperature=1.3,
         top_p=0.8,

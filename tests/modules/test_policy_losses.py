@@ -8,7 +8,7 @@ import torch
 from alignment_modules import GRPOModule
 from alignment_modules.functional import CORRECTIONS, Correction
 from alignment_modules.rollouts.seeds import token_draws
-from tests.batches import never_called, rollouts
+from tests.batches import Digits, never_called, rollouts, threes
 from tests.paradigms import other_than
 
 GROUP, PROMPTS = 4, 5
@@ -49,22 +49,6 @@ def rows_of(model, given):
         logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double()
         logps = logits.log_softmax(-1)
         yield logps.gather(1, completion[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
-
-
-class Digits:
-    """A tokenizer of ids: enough to decode."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
-
-
-def threes(completions):
-    return [float(text.count("3")) for text in completions]
 
 
 class Step:

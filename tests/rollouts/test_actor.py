@@ -10,18 +10,7 @@ from alignment_modules.rollouts.actor import Actor
 from alignment_modules.rollouts.codec import prompt_indices, real_tokens
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
-
-
-class Ids:
-    """A tokenizer of ids."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self):
-        return 40
-
-    def batch_decode(self, rows, skip_special_tokens=False):
-        return [" ".join(map(str, row)) for row in rows]
+from tests.batches import Digits
 
 
 class Calculator(Actor):
@@ -53,7 +42,7 @@ def module(tiny_llama):
         max_completion_length=4,
         num_iterations=2,
         beta=0.1,
-        tokenizer=Ids(),
+        tokenizer=Digits(),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
     )
     actor = made.actor

@@ -28,7 +28,7 @@ GAIN = 0.15  # exact match over the fine-tuned policy's
 SEVERAL_STEPS = ("--model.minibatches", "2")  # so that the ratio is not 1 in the second
 # Two samples a problem; as many in all.
 PAIRS = ("--data.train.init_args.size", "12800", "--data.batch_size", "128", "--model.num_generations", "2")
-# Options for `align fit --config configs/quickstart/grpo.yaml`; rates were chosen on seed 0's validation split.
+# Options for `align fit --config configs/quickstart/grpo.yaml`, whose learning rate all take.
 METHODS: dict[str, tuple[str, ...]] = {
     "GRPO": (),
     "Dr. GRPO": ("--model.loss", "dr_grpo", "--model.scale_rewards", "none"),

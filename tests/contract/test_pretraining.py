@@ -20,7 +20,7 @@ class Breaks(Callback):
 def fit(align, workplace, tmp_path):
     def run(name, *more):
         pretraining = ["--model.critic_pretrain_steps=6", "--model.critic_pretrain_save_every=2"]
-        options = ["--model.num_iterations=2", "--model.scale_rewards=true", "--model.kl_target=0.1", *pretraining]
+        options = ["--model.num_iterations=2", "--model.normalize_rewards=true", "--model.kl_target=0.1", *pretraining]
         given = ["--config=ppo.yaml", "--trainer.max_epochs=3", "--data.batch_size=3", *options]
         return align("fit", *given, "--trainer.default_root_dir", tmp_path / name, *more), tmp_path / name
 

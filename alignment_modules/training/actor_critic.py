@@ -105,6 +105,11 @@ class ActorCriticModule(PolicyGradientModule):
             return super().optimizer_for(name) if name == "policy" else self.make_critic_optimizer  # type: ignore[return-value]
         return self._ten_times
 
+    def optimizer_option(self, name: str) -> str:
+        """`critic_optimizer` for a critic that was given one."""
+        own = name == "critic" and self.make_critic_optimizer is not None
+        return "critic_optimizer" if own else super().optimizer_option(name)
+
     def scheduler_for(self, name: str) -> LRSchedulerCallable | None:
         """The critic's, or the policy's."""
         own = self.make_critic_lr_scheduler if name == "critic" else None

@@ -94,7 +94,7 @@ class CheckpointContract(L.LightningModule):
         if resumes:
             self._check_companions(entry["companions"])
             self._check_batch_is_whole(entry, checkpoint["global_step"])
-            self._check_optimizer(checkpoint)
+            self._check_optimizers(checkpoint)
         if left_out := entry.get("left_out"):
             put_back(checkpoint["state_dict"], self.state_dict(), left_out, self._checkpoint_name())
         policy = self.windows["policy"]
@@ -172,27 +172,45 @@ class CheckpointContract(L.LightningModule):
                     "`policy`) as in the first run"
                 )
 
-    def _check_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """The optimizer goes on as it was saved; refuses what the command line would have it do otherwise."""
-        then, now = checkpoint.get("hyper_parameters", {}).get("optimizer"), self.hparams.get("optimizer")
+    def optimizer_option(self, name: str) -> str:
+        """The option that makes the optimizer of an entry of `trained`."""
+        return "optimizer"
+
+    def _check_optimizers(self, checkpoint: dict[str, Any]) -> None:
+        """Every optimizer goes on as it was saved; refuses what the command line would have one do otherwise."""
+        module: Any = self
+        names, then, now = list(module.trained()), checkpoint.get("hyper_parameters", {}), self.hparams
+        moved = [*zip(names, checkpoint.get("optimizer_states", ()), strict=False)]
+        scheduled = [name for name in names if module.scheduler_for(name) is not None]
+        moved += zip(scheduled, checkpoint.get("lr_schedulers", ()), strict=False)
+        for option in [key for key in now if key.endswith("_optimizer")]:
+            if (then.get(option) is None) != (now[option] is None):
+                given = "with" if now[option] is None else "without"
+                raise ValueError(f"{self._checkpoint_name()} was written {given} {option}: resume with the same")
+        for option in dict.fromkeys(map(self.optimizer_option, names)):
+            states = [state for name, state in moved if self.optimizer_option(name) == option]
+            self._check_optimizer(option, then.get(option), now.get(option), states)
+
+    def _check_optimizer(self, name: str, then: Any, now: Any, states: list[dict[str, Any]]) -> None:
+        """Compares an option with what it was; `states` are of its optimizers and their schedules."""
         if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
             return
         if then.get("class_path") != now.get("class_path"):
             raise ValueError(
-                f"{self._checkpoint_name()} holds the state of optimizer {then.get('class_path')}, but optimizer="
+                f"{self._checkpoint_name()} holds the state of optimizer {then.get('class_path')}, but {name}="
                 f"{now.get('class_path')}: resume with the same, or give the exported folder as `policy`"
             )
         old, new = then.get("init_args") or {}, now.get("init_args") or {}
         changed = [option for option in new if option in old and old[option] != new[option]]
         if self.override_lr and "lr" in changed:
             changed.remove("lr")
-            rank_zero_info(f"optimizer.lr: {new['lr']} as given now; the checkpoint had {old['lr']}")
-            for state in [*checkpoint.get("optimizer_states", ()), *checkpoint.get("lr_schedulers", ())]:
+            rank_zero_info(f"{name}.lr: {new['lr']} as given now; the checkpoint had {old['lr']}")
+            for state in states:
                 _change_rate(state, old["lr"], new["lr"])
         for option in changed:
             way = ", set override_lr=true to go on with the new one" if option == "lr" else ""
             raise ValueError(
-                f"optimizer.{option}={new[option]}, but {self._checkpoint_name()} goes on with its optimizer as it was "
+                f"{name}.{option}={new[option]}, but {self._checkpoint_name()} goes on with its optimizer as it was "
                 f"saved, with {old[option]}: give that{way}, or start a new run with the exported folder as `policy`"
             )
 

@@ -235,6 +235,31 @@ def test_an_option_that_the_saved_optimizer_would_not_take(align, written, optio
     assert ("set override_lr=true" in result.text) == (option == "lr")
 
 
+def test_the_critics_optimizer_is_one_of_its_own(align):
+    """Its options are compared with its own, and a new rate of the policy's leaves it alone."""
+    own = ("--model.critic_optimizer", "torch.optim.AdamW", "--model.lr_scheduler", SCHEDULES[1])
+    result = fit(align, "ppo", *own, "--model.critic_optimizer.lr", "0.05", "--trainer.max_steps", "2")
+    assert result.code == 0, result.text
+    path = next(result.root.rglob("*.ckpt"))
+    resumed = (*own, "--trainer.max_steps", "3", "--ckpt_path", path, "--model.critic_optimizer.lr")
+    refused = fit(align, "ppo", *resumed, "0.5")
+    assert refused.code == 1
+    assert "critic_optimizer.lr=0.5" in refused.text
+    assert "with 0.05" in refused.text
+    without = fit(align, "ppo", "--trainer.max_steps", "3", "--ckpt_path", path)
+    assert without.code == 1
+    assert "was written with critic_optimizer" in without.text
+
+    def rates(*more):
+        done = fit(align, "ppo", *resumed, "0.05", *more)
+        assert done.code == 0, done.text
+        states = torch.load(next(done.root.rglob("*.ckpt")), weights_only=True)["optimizer_states"]
+        return [state["param_groups"][0]["lr"] for state in states]
+
+    policy, critic = rates()
+    assert rates("--model.optimizer.lr", "0.02", "--model.override_lr", "true") == pytest.approx([2 * policy, critic])
+
+
 def test_another_optimizer(align, written):
     result = fit(align, "sft", "--model.optimizer", "torch.optim.SGD", "--ckpt_path", written["sft"])
     assert result.code == 1

@@ -6,20 +6,16 @@ the other side.
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignment_modules import AlignmentModule, get_module_class
-from alignment_modules.policies import LoraConfig
-from alignment_modules.policies.critic import scalar_copy
-from alignment_modules.policies.lora import add_lora
 from tests.batches import (
-    Batch,
     entry,
     judged_pairs,
     never_called,
@@ -30,177 +26,10 @@ from tests.batches import (
     unpaired,
     weighted,
 )
+from tests.models import Plain, Stops, critic_beside, flat, other_than
+from tests.row import Paradigm, Resume
 
 SUMS = [(a, b) for a in range(6) for b in range(4)]
-
-
-@dataclass(frozen=True)
-class Resume:
-    """When a run writes, from where it goes on, and where it is killed, in optimizer steps.
-
-    Attributes:
-        inside: Whether it is killed between the steps of one batch, inside a pass over a rollout.
-    """
-
-    options: tuple[str, ...]
-    every: int = 2
-    start: int = 4
-    kill: int = 5
-    inside: bool = False
-
-
-@dataclass(frozen=True)
-class Paradigm:
-    """What the contract needs to know.
-
-    Attributes:
-        batch: Makes a batch of numbered rows, with so many more columns than needed, padded on one side.
-        nothing: Ways to make one row hold nothing to learn from: each changes a batch at a row, in place.
-        kind: Who steps: "automatic" (Lightning), "update" (the module, on batches), "acting" (the module, on rollouts).
-        options: Keywords of the module, given a model to refer to: what its promises hold under.
-        variants: Further keywords by name, under which its gradient is as independent.
-        variant_batches: What makes the batches of some of the variants.
-        slow_variants: Those of which `make slow` alone proves it.
-        batches: Further makers of batches by name, of which the same holds under its own options.
-        orders: Orders of the rows that change nothing.
-        sizes: Rows of the micro-batches that one batch is cut into.
-        first: Numbers that the first optimizer step logs, exactly, with `first_options`, of a policy changed by
-            `first_policy`, on a batch without the keys `first_without`.
-        outputs: Numbers that the policy gives a token; None: one for each token of the vocabulary.
-        source: Which of `SOURCES` its recipe reads.
-        needs: Keywords without which it cannot be built, as a configuration names them (`tests/workplace.py`).
-        recipe: Options that make its recipe short, and those that it needs to log all of its metrics.
-        resume: The runs that are killed.
-    """
-
-    batch: Callable[..., Batch]
-    nothing: Mapping[str, Callable[[Batch, int], None]]
-    source: str
-    kind: str = "automatic"
-    options: Callable[[nn.Module], dict[str, Any]] = lambda other: {}
-    variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    variant_batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
-    slow_variants: Collection[str] = ()
-    batches: Mapping[str, Callable[..., Batch]] = field(default_factory=dict)
-    orders: Sequence[Sequence[int]] = ((5, 1, 7, 0, 2, 6, 3, 4), (7, 6, 5, 4, 3, 2, 1, 0))
-    sizes: Sequence[Sequence[int]] = ((4, 4), (1, 7), (3, 3, 2), (1, 5, 2), (1,) * 8)
-    first: Mapping[str, Any] = field(default_factory=dict)
-    first_without: Sequence[str] = ()
-    first_options: Mapping[str, Any] = field(default_factory=dict)
-    first_policy: Callable[[nn.Module], nn.Module] = lambda policy: policy
-    outputs: int | None = None
-    needs: Mapping[str, str] = field(default_factory=dict)
-    recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    resume: Resume = Resume(("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"))
-
-
-# Models
-
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "output_router_logits": True,
-    "router_aux_loss_coef": 0.25,
-}
-"""A mixture of experts that asks for its load to be balanced."""
-
-
-class Stops:
-    """A tokenizer of ids that ends texts with 7: enough to tell what was cut off."""
-
-    eos_token_id, pad_token_id = 7, 0
-
-    def __len__(self) -> int:
-        return 40
-
-
-class Plain(nn.Module):
-    """A causal policy without transformers: ids to logits."""
-
-    def __init__(self, outputs: int = 40) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(40, 16), nn.Linear(16, outputs)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Of a token and the mean of those before it."""
-        states = self.table(ids)
-        return self.head(states + states.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None])
-
-
-def plain(row: Paradigm) -> nn.Module:
-    """A policy that is no model of transformers."""
-    torch.manual_seed(1)
-    return Plain(row.outputs or 40)
-
-
-def headed(name: str, policy: nn.Module) -> nn.Module:
-    """A language model with the head that a paradigm reads; other policies as they are."""
-    if ROWS[name].outputs is None or not hasattr(policy, "lm_head"):
-        return policy
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(4)
-    config = copy.deepcopy(policy.config)
-    config.num_labels = ROWS[name].outputs
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.base_model.load_state_dict(policy.base_model.state_dict())
-    return model
-
-
-def adapted(policy: nn.Module) -> nn.Module:
-    """A policy with LoRA adapters that do something already."""
-    torch.manual_seed(2)
-    policy = add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4))
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0.0, 0.1)
-    return policy
-
-
-def other_than(policy: nn.Module) -> nn.Module:
-    """A frozen model near a policy."""
-    torch.manual_seed(3)
-    other = copy.deepcopy(policy)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return other
-
-
-def critic_beside(policy: nn.Module) -> nn.Module:
-    """A critic of a policy's kind, whose head is not 0."""
-    if not hasattr(policy, "lm_head"):
-        torch.manual_seed(5)
-        return Plain(1)
-    critic = scalar_copy(other_than(policy))
-    torch.nn.init.normal_(critic.score.weight, std=0.2)
-    return critic
-
-
-def flat(policy: nn.Module) -> nn.Module:
-    """A policy to which every token is as likely."""
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.zero_()
-    return policy
-
-
-def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
-    """A paradigm's module on a policy, by its row's options and more."""
-    policy = headed(name, policy)
-    other = other or other_than(policy)
-    given = ROWS[name].options(other) | options
-    given = {option: copy.deepcopy(other) if value is OTHER else value for option, value in given.items()}
-    return get_module_class(name)(policy=policy, **given)
 
 
 # Rows of data files, as a user has them
@@ -526,3 +355,32 @@ def cells() -> list[Any]:
 def expensive(names: Sequence[str] = tuple(ROWS)) -> list[Any]:
     """Names as parameters; all but one of a kind are slow."""
     return [pytest.param(name, marks=() if name in OF_A_KIND.values() else pytest.mark.slow) for name in names]
+
+
+def plain(row: Paradigm) -> nn.Module:
+    """A policy that is no model of transformers."""
+    torch.manual_seed(1)
+    return Plain(row.outputs or 40)
+
+
+def headed(name: str, policy: nn.Module) -> nn.Module:
+    """A language model with the head that a paradigm reads; other policies as they are."""
+    if ROWS[name].outputs is None or not hasattr(policy, "lm_head"):
+        return policy
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(4)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = ROWS[name].outputs
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    return model
+
+
+def build(name: str, policy: nn.Module, *, other: nn.Module | None = None, **options: Any) -> AlignmentModule:
+    """A paradigm's module on a policy, by its row's options and more."""
+    policy = headed(name, policy)
+    other = other or other_than(policy)
+    given = ROWS[name].options(other) | options
+    given = {option: copy.deepcopy(other) if value is OTHER else value for option, value in given.items()}
+    return get_module_class(name)(policy=policy, **given)

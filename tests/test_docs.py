@@ -14,7 +14,8 @@ from alignment_modules import AlignmentModule, get_module_class
 from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
-from tests.paradigms import MIXTRAL, ROWS, build, headed, other_than
+from tests.models import MIXTRAL, other_than
+from tests.paradigms import ROWS, build, headed
 from tests.test_readme import ROOT, names, table
 
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "paradigms").glob("*.md"))}

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from alignment_modules.functional import preference_loss
 from alignment_modules.policies.scoring import score
 from tests.batches import LENGTHS, tokens
-from tests.paradigms import ROWS, build, other_than
+from tests.models import other_than
+from tests.paradigms import ROWS, build
 
 ALL = tuple(range(8))
 

@@ -18,7 +18,8 @@ import pytest
 from alignment_modules.callbacks.tensorboard import tag_of
 from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.policies import PolicyConfig, build_policy
-from tests.paradigms import MIXTRAL, ROWS
+from tests.models import MIXTRAL
+from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

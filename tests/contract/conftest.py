@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from tests.paradigms import build, headed, other_than
+from tests.models import other_than
+from tests.paradigms import build, headed
 from tests.workplace import align, workplace  # noqa: F401
 
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.paradigms import ROWS, adapted, build, headed
+from tests.models import adapted
+from tests.paradigms import ROWS, build, headed
 
 EVERY = pytest.mark.parametrize("name", ROWS)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.paradigms import ROWS, adapted, cells, headed, plain
+from tests.models import adapted
+from tests.paradigms import ROWS, cells, headed, plain
 
 CELLS = pytest.mark.parametrize(("name", "row", "options"), cells())
 EVERY = pytest.mark.parametrize("name", ROWS)

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
-from tests.paradigms import MIXTRAL, ROWS, adapted, build, other_than
+from tests.models import MIXTRAL, adapted, other_than
+from tests.paradigms import ROWS, build
 
 LLAMA = {
     "model_type": "llama",

@@ -15,7 +15,7 @@ from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from datamodules import SFTDataModule
 from tests.batches import supervised
-from tests.paradigms import adapted, other_than
+from tests.models import adapted, other_than
 
 
 @pytest.fixture

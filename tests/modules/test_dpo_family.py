@@ -12,7 +12,7 @@ from alignment_modules import DPOModule, LoraConfig, PolicyConfig
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.training.reference_sync import SyncReference
 from tests.batches import pairs
-from tests.paradigms import Plain, other_than
+from tests.models import Plain, other_than
 
 STILL = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0)}
 

@@ -9,7 +9,8 @@ from alignment_modules import GRPOModule
 from alignment_modules.functional import group_advantages
 from tests.batches import rollouts
 from tests.contract.two_ranks import NoTokenizer, many_threes
-from tests.paradigms import adapted, never_called, other_than
+from tests.models import adapted, other_than
+from tests.paradigms import never_called
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from alignment_modules import GRPOModule, PPOModule
 from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.lora import add_lora
 from tests.batches import Digits, prompts, threes
-from tests.paradigms import Plain
+from tests.models import Plain
 
 FILTERS = [{"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9, "min_p": 0.02}, {"top_p": 0.999}]
 

@@ -9,7 +9,7 @@ from alignment_modules import DistillationModule, PolicyConfig, SFTModule
 from alignment_modules.functional import distribution_divergence
 from datamodules import SFTDataModule
 from tests.batches import supervised, weighted
-from tests.paradigms import MIXTRAL, other_than
+from tests.models import MIXTRAL, other_than
 
 
 @pytest.fixture

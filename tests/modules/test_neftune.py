@@ -20,7 +20,7 @@ from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
 from datamodules import SFTDataModule
 from tests.batches import supervised, weighted
-from tests.paradigms import MIXTRAL, Plain, adapted
+from tests.models import MIXTRAL, Plain, adapted
 
 ALPHA = 5.0
 

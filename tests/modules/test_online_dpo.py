@@ -14,7 +14,8 @@ from alignment_modules.policies.segments import Segments
 from alignment_modules.training.pairs import best_and_worst
 from tests.batches import rollouts
 from tests.contract.two_ranks import NoTokenizer, many_threes
-from tests.paradigms import adapted, never_called, other_than
+from tests.models import adapted, other_than
+from tests.paradigms import never_called
 
 nan = float("nan")
 

@@ -9,7 +9,7 @@ from alignment_modules import GRPOModule
 from alignment_modules.functional import CORRECTIONS, Correction
 from alignment_modules.rollouts.seeds import token_draws
 from tests.batches import Digits, never_called, rollouts, threes
-from tests.paradigms import other_than
+from tests.models import other_than
 
 GROUP, PROMPTS = 4, 5
 OWN = {"prompts": torch.tensor([[5, 6, 7], [8, 9, 10]]), "prompt_attention_mask": torch.ones(2, 3).long()}

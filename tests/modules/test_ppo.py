@@ -10,7 +10,8 @@ from alignment_modules import PPOModule
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.reading import read
 from tests.batches import rollouts
-from tests.paradigms import Plain, Stops, adapted, build, critic_beside, never_called, other_than
+from tests.models import Plain, Stops, adapted, critic_beside, other_than
+from tests.paradigms import build, never_called
 
 GIVEN = {"beta": 0.1, "epsilon": 0.2, "epsilon_high": 0.3, "value_clip": 0.2}
 

@@ -15,7 +15,7 @@ from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.router import Router, find_router
 from tests.batches import supervised
-from tests.paradigms import MIXTRAL
+from tests.models import MIXTRAL
 
 COEFFICIENT = MIXTRAL["router_aux_loss_coef"]
 QWEN = {key: value for key, value in MIXTRAL.items() if key != "num_local_experts"} | {

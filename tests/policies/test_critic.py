@@ -10,7 +10,7 @@ from alignment_modules.policies import LoraConfig, PolicyConfig, Segments, expor
 from alignment_modules.policies.critic import build_critic, last_values, read_values, scalar_copy
 from alignment_modules.policies.load import build_policy
 from tests.batches import rollouts
-from tests.paradigms import Plain, adapted
+from tests.models import Plain, adapted
 
 
 def segments(**options):

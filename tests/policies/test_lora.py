@@ -8,7 +8,7 @@ from torch import nn
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
-from tests.paradigms import MIXTRAL
+from tests.models import MIXTRAL
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
 

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from alignment_modules import GRPOModule
 from datamodules.loader import ResumableLoader, ResumableSampler
 from tests.batches import rollouts
-from tests.paradigms import never_called, other_than
+from tests.models import other_than
+from tests.paradigms import never_called
 
 PLACES = [{"kl_placement": "reward", "kl_estimator": "k1"}, {"kl_placement": "loss", "kl_estimator": "k3"}]
 KL = {"beta": 0.2, "kl_target": 0.01, "kl_horizon": 100}

@@ -52,7 +52,7 @@ class StopAndSave(Callback):
         self._signal: int | None = None
         self._since = 0.0
         self._stopping = False
-        self._step = 0
+        self._progress = self._first_progress = 0
         self._first_step: int | None = None
         self._fitting = False
 
@@ -69,7 +69,8 @@ class StopAndSave(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listens to the other signals, and notes where the fit begins."""
         self._listen()
-        self._step = self._first_step = trainer.global_step
+        self._first_step = trainer.global_step
+        self._progress = self._first_progress = _progress(trainer)
 
     def _listen(self) -> None:
         for number in _SIGNALS:
@@ -97,7 +98,8 @@ class StopAndSave(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Agrees on a signal; Lightning then ends the fit when this batch is done with."""
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        before, self._progress = self._progress, _progress(trainer)
+        stepped = self._progress != before
         if stepped or trainer.world_size == 1:
             self._agree(trainer)
 
@@ -169,7 +171,8 @@ class StopAndSave(Callback):
         for saver in whole:  # what a saver wrote last, and at which step, it says in private attributes only
             if saver._last_checkpoint_saved and saver._last_global_step_saved == step:
                 return str(saver._last_checkpoint_saved)
-        if step == self._first_step:
+        # Steps that count as none of the run are whole at the end of a batch only, where a signal is heard.
+        if step == self._first_step and (alone or _progress(trainer) == self._first_progress):
             return None
         saver = whole[0]
         if isinstance(saver, Checkpoints):
@@ -186,6 +189,11 @@ class StopAndSave(Callback):
         for saver in savers:
             saver._last_global_step_saved = step  # none of them saves this step once more
         return path
+
+
+def _progress(trainer: L.Trainer) -> int:
+    """Optimizer steps taken so far, those of a critic before the policy's first included."""
+    return getattr(trainer.lightning_module, "rollout_step", trainer.global_step)
 
 
 def _save_without_the_others(trainer: L.Trainer, path: str) -> bool:

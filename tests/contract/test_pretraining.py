@@ -1,11 +1,21 @@
 """A critic's pretraining that was broken off goes on from its own checkpoint as if it had never been."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
+
+
+class Stops(Callback):
+    """Sends a signal while the second rollout is learnt from."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if pl_module.pretrained == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Breaks(Callback):
@@ -47,4 +57,18 @@ def test_goes_on_from_its_checkpoint(fit):
     assert done.code == 0, done.text
     for first, second in zip(weights(whole), weights(resumed), strict=True):
         assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_goes_on_from_where_a_signal_stopped_it(fit):
+    done, whole = fit("whole")
+    assert done.code == 0, done.text
+    callbacks = json.dumps([{"class_path": "tests.contract.test_pretraining.Stops"}, {"class_path": "Checkpoints"}])
+    stopped, root = fit("stopped", f"--trainer.callbacks={callbacks}")
+    assert stopped.code == 128 + signal.SIGTERM, stopped.text
+    [kept] = (path for path in (root / "checkpoints").iterdir() if path.name != "critic-pretrain.ckpt")
+    assert torch.load(kept, weights_only=True)["alignment_module"]["extra"]["pretrained"] == [4, 2]
+    done, resumed = fit("resumed", f"--ckpt_path={kept}")
+    assert done.code == 0, done.text
+    for first, second in zip(weights(whole), weights(resumed), strict=True):
         assert all(torch.equal(value, second[key]) for key, value in first.items())

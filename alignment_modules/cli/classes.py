@@ -42,6 +42,8 @@ CLASSES_ONLY = {
     "data": LightningDataModule,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
+    "critic_optimizer": Optimizer,
+    "critic_lr_scheduler": LRScheduler,
     "callbacks": Callback,
 }
 """Options that take the name of a class derived from this one, and no other text."""
@@ -67,10 +69,13 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "verifier": ("rewards", lambda: REWARDS),
     "optimizer": ("optimizers of torch", lambda: subclasses([Optimizer])),
     "lr_scheduler": ("schedules", lambda: subclasses([LRScheduler])),
+    "critic_optimizer": ("optimizers of torch", lambda: subclasses([Optimizer])),
+    "critic_lr_scheduler": ("schedules", lambda: subclasses([LRScheduler])),
     "callbacks": ("callbacks", lambda: [*CALLBACKS, *(c for c in subclasses([Callback]) if c not in CALLBACKS)]),
     "policy": ("policy", lambda: [PolicyConfig]),
     "reference": ("policy", lambda: [PolicyConfig]),
     "teacher": ("policy", lambda: [PolicyConfig]),
+    "critic": ("policy", lambda: [PolicyConfig]),
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),

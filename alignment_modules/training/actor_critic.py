@@ -78,7 +78,8 @@ class ActorCriticModule(PolicyGradientModule):
         has = "shares the policy's trunk and optimizer" if shared else "has an optimizer of its own"
         for option, value in (own if shared else {"value_coef": value_coef}).items():
             if value is not None:
-                raise ValueError(f"{option}={value!r} would have no effect: the critic {has} (critic={critic!r})")
+                given = option if callable(value) else f"{option}={value!r}"
+                raise ValueError(f"{given} would have no effect: the critic {has} (critic={critic!r}); set it to null")
         if critic_optimizer is not None or critic_lr_scheduler is not None:
             check_makers(critic_optimizer or torch.optim.AdamW, critic_lr_scheduler, whose="critic_")
         super().__init__(**gradient)

@@ -1,6 +1,7 @@
 """Bad input, through the command line: the table of `bad_cases`, and what does not fit into it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from alignment_modules.callbacks import CheckpointError
 from alignment_modules.cli.failures import is_message
 from alignment_modules.rewards import RewardError
 from tests.reliability.bad_cases import CASES, FRESH, PARSING, TRAINING, Case
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path for folder in ("quickstart", "recipes") for path in (ROOT / "configs" / folder).glob("*.yaml"))
 
 MASKED = '''
 from datamodules import SFTDataModule
@@ -216,3 +220,11 @@ class TestNothingLost:
         assert resumed.code == 0, resumed.text
         (last,) = resumed.root.rglob("*.ckpt")
         assert torch.load(last, weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_typo_beside_a_shipped_configuration_is_named(align, path):
+    result = align("fit", "--config", path, "--model.no_such_option", "1")
+    assert result.code == 2
+    assert "error: --model.no_such_option=1: " in result.text
+    assert "has no option 'no_such_option'" in result.text

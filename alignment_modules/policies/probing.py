@@ -101,7 +101,8 @@ def _probe(policy: nn.Module, model: Any) -> Capabilities:
     if refusal is not None:
         return Capabilities(False, hidden, f"padded rows ({refusal}), {head}")
     limit = "" if window is None else f" up to {window} tokens of context"
-    reason = f"packed rows with shared prompts{limit} (attention implementation set from {name} to segments), {head}"
+    changed = "" if name == ATTENTION_NAME else f"set from {name} to "  # a copy of a policy has it already
+    reason = f"packed rows with shared prompts{limit} (attention implementation {changed}segments), {head}"
     return Capabilities(True, hidden, reason, window, trim)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.two_ranks import COUPLED
+from tests.contract.two_ranks import COUPLED, VARIANTS
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -19,22 +19,28 @@ FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += ["teacher"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run(folder, *more, timeout=300):
     """Runs the script with one and with two processes; a hang is a failure."""
-    folder = tmp_path_factory.mktemp("ranks")
     for devices in (1, 2):
-        command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), str(devices)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), str(devices), *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", [*ROWS, *FURTHER])
-def test_same_update_as_one_process(results, name):
-    one = torch.load(results / f"{name}_1.pt", weights_only=True)
-    two = torch.load(results / f"{name}_2.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("variants"), "variants", timeout=1200)
+
+
+def assert_same_update(folder, name):
+    one = torch.load(folder / f"{name}_1.pt", weights_only=True)
+    two = torch.load(folder / f"{name}_2.pt", weights_only=True)
     assert max(float(value.abs().max()) for value in one["change"].values()) > 1e-3
     for key, value in one["change"].items():
         torch.testing.assert_close(two["change"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -44,6 +50,20 @@ def test_same_update_as_one_process(results, name):
         assert two["metrics"].get(key) == pytest.approx(one["metrics"].get(key), abs=1e-5)
     for name, state in one["extra"].get("coefficients", {}).items():
         assert two["extra"]["coefficients"][name] == pytest.approx(state, rel=1e-5), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [*ROWS, *FURTHER])
+def test_same_update_as_one_process(results, name):
+    assert_same_update(results, name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("adapters", ["", " lora"])
+@pytest.mark.parametrize(("name", "label"), VARIANTS)
+def test_same_update_of_every_loss_and_baseline(variants, name, label, adapters):
+    assert_same_update(variants, f"{name} {label}{adapters}")
 
 
 @pytest.mark.distributed

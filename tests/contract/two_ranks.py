@@ -1,6 +1,7 @@
 """Run by test_ranks.py: every paradigm takes one optimizer step on two ranks, and the weights' changes are saved.
 
-Usage: python -m tests.contract.two_ranks FOLDER DEVICES. With DEVICES=1 the single rank gets the union of the rows.
+Usage: python -m tests.contract.two_ranks FOLDER DEVICES [variants]. With DEVICES=1 the single rank gets the union of
+the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
 """
 
 import copy
@@ -108,8 +109,12 @@ def experts() -> AlignmentModule:
     )
 
 
-def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], AlignmentModule], Callable]]:
-    """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
+Case = tuple[str, Callable[[], AlignmentModule], Callable]
+VARIANTS = [(name, label) for name, row in ROWS.items() if row.kind == "acting" for label in row.variants]
+
+
+def maker(policy: torch.nn.Module) -> Callable[..., AlignmentModule]:
+    """Makes a paradigm's module on a copy of the policy, or on one that is given."""
     other = other_than(policy)
 
     def make(name: str, **options: Any) -> AlignmentModule:
@@ -117,6 +122,26 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
         options = pieces | {"optimizer": lambda groups: torch.optim.SGD(groups, lr=1.0)} | options
         return build(name, options.pop("policy", None) or copy.deepcopy(policy), other=copy.deepcopy(other), **options)
 
+    return make
+
+
+def variants(policy: torch.nn.Module) -> Iterator[Case]:
+    """Every loss, baseline and critic of the table, with all weights and with LoRA."""
+    make = maker(policy)
+    for name, label in VARIANTS:
+        row = ROWS[name]
+        batch, given = row.variant_batches.get(label, row.batch), row.variants[label]
+        yield f"{name} {label}", lambda name=name, given=given: make(name, **given), batch
+        yield (
+            f"{name} {label} lora",
+            lambda name=name, given=given: make(name, **given | {"policy": adapted(policy), "reference": None}),
+            batch,
+        )
+
+
+def cases(policy: torch.nn.Module) -> Iterator[Case]:
+    """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
+    make, other = maker(policy), other_than(policy)
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
         for label, batch in row.batches.items():
@@ -157,12 +182,12 @@ def cases(policy: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Alignment
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
 
-def main(folder: Path, devices: int) -> None:
+def main(folder: Path, devices: int, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
     L.seed_everything(0)
     from alignment_modules.policies.load import build_policy
 
-    for name, make, batch in cases(build_policy(PolicyConfig(config=LLAMA))):
+    for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA))):
         module = make()
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         trainer = L.Trainer(
@@ -186,4 +211,4 @@ def main(folder: Path, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), variants if sys.argv[3:] == ["variants"] else cases)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
 from alignment_modules.policies.added_tokens import is_of_rows
+from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
@@ -199,7 +200,8 @@ def frozen_companion(
         model: A folder or hub id (loaded in the policy's dtype), a configuration, or a module of yours, which is frozen
             *in place*. None is the policy as it stands: a deep copy that shares nothing with it, or, where the policy
             carries fresh adapters on a frozen base, the policy itself with its adapters off, which gives the same
-            model. An adapter that was trained before is not switched off but copied with its model.
+            model. An adapter that was trained before is not switched off but copied with its model. A folder's model
+            and a copy are compiled where the policy is.
         policy: The policy, built.
         name: What the option is called in an error.
         saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy, with the adapters of a
@@ -214,14 +216,17 @@ def frozen_companion(
         off = has_adapter(policy) and adapter_is_identity(policy) and not saved
         if saved and has_adapter(policy):
             twin: Any = copy.deepcopy(policy)
-            return Frozen(twin.merge_and_unload(safe_merge=True), of=policy, saved=True)
-        return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
+            return Frozen(compile_as(policy, twin.merge_and_unload(safe_merge=True)), of=policy, saved=True)
+        return Frozen(None if off else compile_as(policy, copy.deepcopy(policy)), of=policy, saved=saved)
+    by_path = False
     if isinstance(model, (str, os.PathLike)):
-        model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
+        by_path, model = True, PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
     try:
         module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:
         raise type(error)(_renamed(str(error), name)) from error
+    if by_path:
+        compile_as(policy, module)
     ours = {id(parameter) for parameter in policy.parameters()}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in ours]
     if module is policy or shared:

@@ -19,7 +19,14 @@ import torch
 from torch import nn
 
 from alignment_modules.policies.forward import language_model
+from alignment_modules.policies.last_layer import find_feed_forward
 from alignment_modules.policies.layers import decoder_layers
+
+# How many graphs one piece of code may have, in torch 8: policy, reference, critic and teachers share their layers'
+# code, and each is read with and without gradients, with and without adapters.
+_VARIANTS = 64
+# What runs a layer that is recomputed; empty in a process that got its policy pickled, which is then not compiled.
+_COMPILED: dict[str, Callable[..., Any]] = {}
 
 
 def compile_layers(policy: nn.Module) -> None:
@@ -31,23 +38,31 @@ def compile_layers(policy: nn.Module) -> None:
     Raises:
         ValueError: If it has no layers that can be found, or there is no C++ compiler.
     """
-    layers = decoder_layers(language_model(policy))
+    layers = _compilable(policy)
     if not layers:
         raise ValueError(f"policy.compile=True: {type(policy).__name__} has no layers that can be compiled one by one")
     check_compiler()
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, _VARIANTS)
+    _COMPILED["call"] = torch.compile(_call, dynamic=True)
     for layer in layers:
         layer.compile(dynamic=True)
-        run = getattr(layer, "_gradient_checkpointing_func", None)
+        run: Any = getattr(layer, "_gradient_checkpointing_func", None)
         if run is not None:  # torch runs what it recomputes without the graphs around it
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint_compiled, run)
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint_compiled, run)  # type: ignore[assignment]
 
 
 def compile_as(policy: nn.Module, copy: nn.Module) -> nn.Module:
     """Compiles a copy of a policy, which copying leaves out, where the policy is compiled; returns the copy."""
-    if is_compiled(policy):
-        for layer in decoder_layers(language_model(copy)):
-            layer.compile(dynamic=True)
+    for layer in _compilable(copy) if is_compiled(policy) else []:
+        layer.compile(dynamic=True)
     return copy
+
+
+def _compilable(policy: nn.Module) -> list[nn.Module]:
+    """All layers but the last, where that one may leave out its feed-forward block (`feed_forward_on`)."""
+    model = language_model(policy)
+    layers = decoder_layers(model)
+    return layers[:-1] if len(layers) > 1 and find_feed_forward(model) is not None else layers
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -79,12 +94,7 @@ def check_compiler() -> None:
 
 
 def _checkpoint_compiled(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    return checkpoint(_compiled_call(), function, *args, **more)
-
-
-@functools.cache
-def _compiled_call() -> Callable[..., Any]:
-    return torch.compile(_call, dynamic=True)
+    return checkpoint(_COMPILED.get("call", _call), function, *args, **more)
 
 
 def _call(function: Callable[..., Any], *args: Any, **more: Any) -> Any:

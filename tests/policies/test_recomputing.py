@@ -20,7 +20,7 @@ def make(config, how, **options):
     return build_policy(PolicyConfig(config=config, dtype="float64", gradient_checkpointing=how, **options))
 
 
-def backward(policy, seen=None):
+def backward(policy):
     """Gradients of a scoring pass, and which operators the backward pass ran."""
     loss = score(policy, Segments.from_prompts(**prompts_batch())).token_logps.square().sum()
     with Operators() as operators:
@@ -67,7 +67,7 @@ def test_what_is_computed_again(tiny_llama_config):
     for name, how in HOWS.items():
         policy, again = make(tiny_llama_config, how), []
         for index, layer in enumerate(policy.model.layers):
-            layer.self_attn.register_forward_hook(lambda *_, index=index: again.append(index))
+            layer.self_attn.register_forward_hook(lambda *_, index=index, again=again: again.append(index))
         loss = score(policy, Segments.from_prompts(**prompts_batch())).token_logps.sum()
         again.clear()
         with Operators() as operators:

@@ -126,9 +126,8 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             )
     if policy.compile and policy.gradient_checkpointing == "selective":
         raise ValueError(
-            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: inside a compiled "
-            "layer no single product can be kept, and what is cheap is computed again anyway. Allowed with it: true, "
-            "false, or a number."
+            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
+            "shows no single product that could be kept. Allowed beside it are true, false and a number."
         )
     _check_added_tokens(policy)
     if policy.lora is not None and not trainable:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
 from alignment_modules.policies.sharded import whole
 from tests.models import MIXTRAL, adapted, other_than
-from tests.paradigms import ROWS, build
+from tests.paradigms import ROWS, build, headed
 
 LLAMA = {
     "model_type": "llama",
@@ -140,6 +140,12 @@ def variants(policy: torch.nn.Module) -> Iterator[Case]:
         )
 
 
+def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
+    """What makes a paradigm train adapters, beside a reference with the adapters as they are where it has one."""
+    given = {"policy": adapted(headed(name, policy))}
+    return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
+
+
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
@@ -158,8 +164,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     own = ROWS["distillation"].variants["half on policy"]
     yield "on policy", lambda: make("distillation", **own), ROWS["distillation"].batch
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
-    for name in ("dpo", "kto", "online_dpo"):
-        yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    for name, row in ROWS.items():
+        yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}

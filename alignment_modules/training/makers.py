@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alignment_modules.training.schedules import bind_total_steps, parameter_groups
+from alignment_modules.training.muon import MuonWithAdamW
+from alignment_modules.training.parameter_groups import parameter_groups
+from alignment_modules.training.schedules import bind_total_steps
 
 if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
@@ -85,6 +88,8 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
         fuse(optimizer)
+        if isinstance(optimizer, MuonWithAdamW):
+            rank_zero_info(f"{module.optimizer_option(name)} of the {name}: {optimizer.describe()}")
         make = module.scheduler_for(name)
         if make is None:
             made.append(optimizer)
@@ -111,14 +116,17 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
 def fuse(optimizer: Optimizer) -> None:
     """Has torch's Adam and AdamW read and write each parameter on the CPU once a step, where nothing else is asked for.
 
-    Otherwise torch takes about ten passes over memory there; on an accelerator its own choice stays. Rounding differs.
+    So does the AdamW within `MuonWithAdamW`. Otherwise torch takes about ten passes over memory there; on an accelerator
+    its own choice stays. Rounding differs.
 
     Args:
         optimizer: One whose groups leave `fused` and `foreach` at None; others stay as they are.
     """
-    if not isinstance(optimizer, Adam):
+    if not isinstance(optimizer, (Adam, MuonWithAdamW)):
         return
     for group in optimizer.param_groups:
+        if "fused" not in group:  # Muon's
+            continue
         free = group["fused"] is None and group["foreach"] is None
         free = free and not (group["capturable"] or group["differentiable"])
         if free and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):

@@ -79,14 +79,15 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         entries: Its `trained()`.
 
     Raises:
-        ValueError: If the entries are not a partition of what is trainable, an optimizer has no rate to schedule, or a
-            schedule waits for a metric and its module counts steps.
+        ValueError: If the entries are not a partition of what is trainable, an optimizer cannot step sharded weights or
+            has no rate to schedule, or a schedule waits for a metric and its module counts steps.
     """
     counts_steps = not module.automatic_optimization
     check_entries(module, entries, several=counts_steps)
     made: list[Any] = []
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
+        check_sharded(optimizer)
         fuse(optimizer)
         if isinstance(optimizer, MuonWithAdamW):
             rank_zero_info(f"{module.optimizer_option(name)} of the {name}: {optimizer.describe()}")
@@ -131,6 +132,21 @@ def fuse(optimizer: Optimizer) -> None:
         free = free and not (group["capturable"] or group["differentiable"])
         if free and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):
             group["fused"] = True
+
+
+def check_sharded(optimizer: Optimizer) -> None:
+    """Refuses an optimizer of bitsandbytes for sharded weights, of which its kernels know nothing.
+
+    Raises:
+        ValueError: If a parameter is sharded.
+    """
+    sharded = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "full_tensor")]
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} of bitsandbytes is not allowed with sharded weights (a "
+            f"{type(sharded[0]).__name__}), which its kernels would read as whole ones: use torch.optim.AdamW, whose "
+            "state is sharded with them, or strategy ddp"
+        )
 
 
 def check_rate(optimizer: Optimizer) -> None:

@@ -2,12 +2,13 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -281,10 +282,8 @@ def test_what_is_refused(sft, fit):
         ExportPolicy(unaveraged=True, which="best")
     with pytest.raises(ValueError, match="ModelCheckpoint.save_weights_only=True. is not allowed with PolicyAverage"):
         fit(sft(), more=[ModelCheckpoint(save_weights_only=True)])
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.__class__ = FSDPStrategy
-    with pytest.raises(ValueError, match="PolicyAverage is not allowed with strategy FSDPStrategy, which shards"):
-        PolicyAverage().setup(trainer, sft(), "fit")
+    with pytest.raises(ValueError, match="PolicyAverage is not allowed with strategy ModelParallelStrategy, which sha"):
+        PolicyAverage().setup(SimpleNamespace(strategy=ModelParallelStrategy()), sft(), "fit")
 
 
 def test_another_lightning_module(boring, make_trainer, loader):

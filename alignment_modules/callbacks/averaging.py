@@ -98,8 +98,8 @@ class PolicyAverage(EMAWeightAveraging):
         start = f", from step {self.update_starting_at_step}" if self.update_starting_at_step else ""
         rank_zero_info(
             f"  average   {len(held)} tensors of the policy ({sum(p.numel() for p in held.values()):,} parameters), "
-            f"decay {self.decay:g}, every {self.update_every_n_steps} optimizer steps{start}, {self.updates} updates so "
-            "far; val/..., the weights in checkpoints and the export are the average's"
+            f"decay {self.decay:g}, every {self.update_every_n_steps} optimizer steps{start}, {self.updates} updates "
+            "so far; val/..., the weights in checkpoints and the export are the average's"
         )
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -128,9 +128,8 @@ class PolicyAverage(EMAWeightAveraging):
         self._stop_listening()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forgets the average, which the policy holds."""
+        """Listens no more. The average stays, for a checkpoint that is written now."""
         self._stop_listening()
-        self._average, self._training = {}, {}
 
     @contextmanager
     def unaveraged(self, pl_module: L.LightningModule) -> Iterator[None]:
@@ -150,9 +149,7 @@ class PolicyAverage(EMAWeightAveraging):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: the whole state is loaded with the tensors."""
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Makes the average the checkpoint's weights, and keeps the training's beside it."""
         if not self._average:
             return
@@ -164,14 +161,12 @@ class PolicyAverage(EMAWeightAveraging):
             "average": dict(self._average),
             "training": dict(training),
         }
-        first = {id(own[name]): name for name in self._average}
+        values = {id(own[name]): value.to(own[name].dtype) for name, value in self._average.items()}
         for name, parameter in pl_module.named_parameters(remove_duplicate=False):  # a tied weight has two entries
-            if id(parameter) in first:
-                checkpoint["state_dict"][name] = self._average[first[id(parameter)]].to(parameter.dtype)
+            if id(parameter) in values:
+                checkpoint["state_dict"][name] = values[id(parameter)]
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes up the average, and gives the policy the weights of the training.
 
         Raises:

@@ -51,7 +51,7 @@ class ExportPolicy(Callback):
     ) -> None:
         check_options(ExportPolicy.__init__, locals())
         if unaveraged and which == "best":
-            raise ValueError("unaveraged=True with which='best' is not allowed: the best are averages; set which='last'")
+            raise ValueError("unaveraged=True is not allowed with which='best', whose weights are averages: set 'last'")
         self.directory = directory
         self.lora = lora
         self.enabled = enabled

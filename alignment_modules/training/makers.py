@@ -117,8 +117,8 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
 def fuse(optimizer: Optimizer) -> None:
     """Has torch's Adam and AdamW read and write each parameter on the CPU once a step, where nothing else is asked for.
 
-    So does the AdamW within `MuonWithAdamW`. Otherwise torch takes about ten passes over memory there; on an accelerator
-    its own choice stays. Rounding differs.
+    So does the AdamW within `MuonWithAdamW`. Otherwise torch takes about ten passes over memory there; on an
+    accelerator its own choice stays. Rounding differs.
 
     Args:
         optimizer: One whose groups leave `fused` and `foreach` at None; others stay as they are.

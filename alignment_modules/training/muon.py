@@ -60,6 +60,8 @@ class MuonWithAdamW(Optimizer):
         eps: Positive = 1e-8,
     ) -> None:
         check_options(MuonWithAdamW.__init__, locals())
+        if len(betas) != 2 or any(beta not in Range(0, 1, "[)") for beta in betas):
+            raise ValueError(f"betas={betas!r} must be two finite numbers in [0, 1)")
         groups = _split(params)
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         adamw = {"lr": lr * adamw_lr_ratio, "betas": betas, "eps": eps}
@@ -95,7 +97,7 @@ class MuonWithAdamW(Optimizer):
         return ", ".join(counts)
 
     def _parts(self) -> Iterator[Optimizer]:
-        """torch's own two over these groups and this state: they hold nothing themselves."""
+        """Torch's own two over these groups and this state: they hold nothing themselves."""
         for kind, inside in ((Muon, True), (AdamW, False)):
             groups = [group for group in self.param_groups if (group["name"] == MUON) is inside]
             if groups:

@@ -14,16 +14,16 @@ from alignment_modules.training.makers import check_sharded
 from tests.batches import supervised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-BATCHES = [supervised([row, row + 1]) for row in range(4)]
+BATCHES = [supervised([row, row + 1]) for row in range(2)]
 
 
 @pytest.fixture
 def fit(tiny_llama, tmp_path):
-    def run(optimizer, steps=4, start=None):
+    def run(optimizer, epochs=2, start=None):
         module = SFTModule(policy=copy.deepcopy(tiny_llama), optimizer=optimizer)
         settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
         trainer = L.Trainer(
-            max_steps=steps, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, **settings
+            max_epochs=epochs, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, **settings
         )
         trainer.fit(module, DataLoader(BATCHES, batch_size=None), ckpt_path=start)
         return module, trainer
@@ -50,7 +50,7 @@ def test_its_state_has_8_bits_and_its_steps_are_near_torchs(fit, tiny_llama):
 
 def test_a_run_that_resumes_is_the_same(fit, tmp_path):
     whole, _ = fit(eight)
-    _, trainer = fit(eight, steps=2)
+    _, trainer = fit(eight, epochs=1)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     held = torch.load(tmp_path / "two.ckpt", weights_only=True)["optimizer_states"][0]
     assert held["param_groups"][0]["name"] == "decay"

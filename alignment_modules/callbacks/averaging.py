@@ -81,7 +81,8 @@ class PolicyAverage(EMAWeightAveraging):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listens to the policy's optimizer."""
-        entries = list(pl_module.trained()) if hasattr(pl_module, "trained") else ["policy"]
+        trained: Any = getattr(pl_module, "trained", lambda: {"policy": pl_module})
+        entries = list(trained())
         optimizer = trainer.optimizers[entries.index("policy")]
 
         def after_step(*_: Any) -> None:

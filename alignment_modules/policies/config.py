@@ -171,8 +171,8 @@ def _check_part(policy: PolicyConfig, trainable: bool) -> None:
             raise ValueError(f"{given} has no effect: this model is never trained; leave it out.")
         if policy.lora is not None:
             raise ValueError(
-                f"{given} contradicts policy.lora, under which the adapters alone are trained: choose their places "
-                "with lora.target_modules and lora.exclude_modules, and others to train whole with lora.modules_to_save."
+                f"{given} contradicts policy.lora, under which the adapters alone are trained: choose them by "
+                "lora.target_modules and lora.exclude_modules, and what is trained whole by lora.modules_to_save."
             )
 
 

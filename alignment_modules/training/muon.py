@@ -71,7 +71,7 @@ class MuonWithAdamW(Optimizer):
             pass
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; parameters without a gradient stay as they are.
 
         Args:

@@ -266,11 +266,11 @@ def test_the_export_is_the_average(model_folder, fit, tmp_path, both):
     assert "an exponential moving average of 4 updates, decay 0.7" in (tmp_path / "export" / "README.md").read_text()
 
 
-def test_the_best_weights_are_the_average_of_their_time(model_folder, fit, tmp_path):
-    module = SFTModule(policy=model_folder, optimizer=functools.partial(torch.optim.AdamW, lr=0.01))
+def test_the_best_weights_are_the_average_of_their_time(sft, fit, tmp_path):
     best = ModelCheckpoint(tmp_path, "{step}", monitor="val/loss")
     export = ExportPolicy(directory=str(tmp_path / "export"), which="best")
-    _, _, seen = fit(module, more=[best, export], validation=BATCHES[:1], val_check_interval=1, num_sanity_val_steps=0)
+    validation = {"validation": BATCHES[:1], "val_check_interval": 2, "num_sanity_val_steps": 0}
+    _, _, seen = fit(sft(), more=[best, export], **validation)
     step = int(best.best_model_path.partition("step=")[2].partition(".")[0])
     assert step < len(seen.after)
     assert_close(load_file(tmp_path / "export" / "model.safetensors"), averaged(seen.after[:step]))

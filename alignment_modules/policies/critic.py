@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapters import check_mergeable, has_adapter
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import check_mergeable, has_adapter
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import Reading
 from alignment_modules.policies.value_head import ValueHead

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
+from alignment_modules.policies.adapters import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.added_tokens import is_of_rows
 from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
 from alignment_modules.policies.config import (
@@ -30,7 +31,7 @@ from alignment_modules.policies.config import (
 )
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size

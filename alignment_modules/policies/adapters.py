@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.added_tokens import ends, is_untrained, trains_rows
+
+START = "start"
+"""Name of the adapter that takes away what a policy's adapters start with (`adapter_start`)."""
 
 
 def adapter_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -37,6 +40,11 @@ def _every_layer(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, kinds)]
 
 
+def lora_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """Lists (name, module) of the layers with LoRA adapters, in registration order."""
+    return [(name, layer) for name, layer in _every_layer(module) if _is_lora(layer)]
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether the module holds adapters that can be switched off."""
     return bool(adapter_layers(module))
@@ -52,53 +60,128 @@ def adapter_off(policy: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The policy, which now computes what its base computes.
     """
+    with _switched(policy, lambda layer: layer.enable_adapters(False)):
+        yield policy
+
+
+@contextmanager
+def adapter_alone(policy: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Runs a block with one adapter of a policy on its base, in place of those that are on; then all is as before.
+
+    Modules that are trained whole, and rows of added tokens, are the base's inside the block.
+
+    Args:
+        policy: A model with several adapters.
+        name: The adapter's name in `policy.peft_config`.
+
+    Yields:
+        The policy, which now computes what its base with this adapter computes.
+    """
+
+    def choose(layer: Any) -> None:
+        layer.enable_adapters(_is_lora(layer))
+        if _is_lora(layer):
+            layer.set_adapter([name])
+
+    with _switched(policy, choose):
+        yield policy
+
+
+@contextmanager
+def _switched(policy: nn.Module, change: Callable[[Any], None]) -> Iterator[None]:
     layers = [layer for _, layer in _every_layer(policy)]
-    disabled = [layer.disable_adapters for layer in layers]
+    before = [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
     trainable = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
     try:
         for layer in layers:
-            layer.enable_adapters(False)
-        yield policy
+            change(layer)
+        yield
     finally:
-        for layer, was_disabled in zip(layers, disabled, strict=True):
-            layer.enable_adapters(not was_disabled)
-        for parameter, flag in trainable:  # peft's switch resets these to its own idea of them
+        for layer, (off, active) in zip(layers, before, strict=True):
+            if list(layer.active_adapters) != active:
+                layer.set_adapter(active)
+            layer.enable_adapters(not off)
+        for parameter, flag in trainable:  # peft's switches reset these to its own idea of them
             parameter.requires_grad_(flag)
 
 
-def adapter_is_identity(policy: nn.Module) -> bool:
-    """Whether switching the adapters off changes nothing now, and will restore this state after any training.
-
-    False for an adapter that was trained before (its base is not the policy as it stands) and when parameters of the
-    base are trainable too. Kinds of adapter other than LoRA count as not identical.
-    """
+def _is_lora(layer: nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
+
+    return isinstance(layer, LoraLayer)
+
+
+def adapter_is_identity(policy: nn.Module) -> bool:
+    """Whether switching the adapters off changes nothing now, and will restore this state after any training."""
+    return why_not_off(policy) is None
+
+
+def why_not_off(policy: nn.Module) -> str | None:
+    """Why the policy with its adapters off is not the policy as it stands, now or after some training.
+
+    Args:
+        policy: A model with adapters.
+
+    Returns:
+        The reason, to be read after "since"; None where switching them off changes nothing now and gives this very
+        model after any training.
+    """
     from peft.utils.other import ModulesToSaveWrapper
 
     own: set[int] = set()
-    for _, layer in _every_layer(policy):
+    for name, layer in _every_layer(policy):
         if type(layer).__name__ == "TrainableTokensLayer":  # of a wrapper, which is another of the layers
             continue
         if isinstance(layer, ModulesToSaveWrapper):
-            saved = [layer.modules_to_save[name] for name in layer.active_adapters]
+            saved = [layer.modules_to_save[adapter] for adapter in layer.active_adapters]
             if any(not _equal(layer.original_module, module) for module in saved):
-                return False
+                return f"its {name!r}, which is trained whole, was trained before"
             own.update(id(p) for module in saved for p in module.parameters())
         elif trains_rows(layer):
             if not is_untrained(layer):
-                return False
+                return "rows of its added tokens were trained before"
             own.update(id(p) for p in layer.token_adapter.trainable_tokens_delta.parameters())
-        elif isinstance(layer, LoraLayer):
-            ups = [layer.lora_B[n] for n in layer.active_adapters if n in layer.lora_B]
-            values: list[Tensor] = [p for up in ups for p in up.parameters()]
-            values += [layer.lora_embedding_B[n] for n in layer.active_adapters if n in layer.lora_embedding_B]
-            if layer.merged or any(bool(value.detach().any()) for value in values if not value.is_meta):
-                return False
+        elif _is_lora(layer):
+            if layer.merged or _changes_base(layer):
+                return "its adapters were trained before"
             base = {id(p) for p in layer.get_base_layer().parameters()}
             own.update(id(p) for p in layer.parameters() if id(p) not in base)
         else:
-            return False
-    return all(id(p) in own for p in policy.parameters() if p.requires_grad)
+            return "its adapters are of another kind than LoRA"
+    other = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in own]
+    return f"{other[0]!r} of its base is trained, too" if other else None
+
+
+def _changes_base(layer: Any) -> bool:
+    """Whether the active adapters of a LoRA layer change what its base computes."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
+    if START in names:
+        rest = [name for name in names if name != START]
+        return len(rest) != 1 or not _is_at_start(layer, rest[0])
+    values: list[Tensor] = [p for name in names if name in layer.lora_B for p in layer.lora_B[name].parameters()]
+    values += [layer.lora_embedding_B[name] for name in names if name in layer.lora_embedding_B]
+    return any(bool(value.detach().any()) for value in values if not value.is_meta) or any(
+        _changes_magnitude(layer, name) for name in names if name in layer.lora_magnitude_vector
+    )
+
+
+def _is_at_start(layer: Any, name: str) -> bool:
+    ups, downs = layer.lora_B, layer.lora_A
+    if ups[name].weight.is_meta:
+        return True
+    return torch.equal(ups[name].weight, -ups[START].weight) and torch.equal(downs[name].weight, downs[START].weight)
+
+
+def _changes_magnitude(layer: Any, name: str) -> bool:
+    """Whether an adapter of DoRA without an update scales the outputs of its base."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    magnitude = layer.lora_magnitude_vector[name]
+    if magnitude.weight.is_meta:
+        return False
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    norm = magnitude.get_weight_norm(weight, weight.new_zeros(()), layer.scaling[name])
+    return not torch.equal(magnitude.weight.detach(), norm.to(magnitude.weight))
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
@@ -151,7 +234,9 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return base, state
 
 
-def _merged_layer(name: str, layer: nn.Module) -> nn.Module:
+def _merged_layer(name: str, layer: Any) -> nn.Module:
+    if _is_lora(layer) and START in layer.active_adapters:
+        return _merged_with_start(name, layer)
     twin: Any = copy.deepcopy(layer)
     try:
         if hasattr(twin, "unload_and_optionally_merge_module"):
@@ -160,3 +245,14 @@ def _merged_layer(name: str, layer: nn.Module) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"The adapter of {name!r} cannot be merged: {error}") from error
     return twin.get_base_layer()
+
+
+def _merged_with_start(name: str, layer: Any) -> nn.Module:
+    """Adds the sum of the updates: alone each is large, and a base in 16 bits would round it."""
+    twin = copy.deepcopy(layer.get_base_layer())
+    with torch.no_grad():
+        update = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        twin.weight.add_(update.to(twin.weight.dtype))
+    if not torch.isfinite(twin.weight).all():
+        raise ValueError(f"The adapter of {name!r} cannot be merged: its update is not finite")
+    return twin

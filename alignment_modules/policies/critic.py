@@ -125,7 +125,9 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
 
     adapter = copy.deepcopy(policy.peft_config[policy.active_adapter])
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
-    return peft.get_peft_model(model, adapter)
+    adapted: Any = peft.get_peft_model(model, adapter)
+    adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    return adapted
 
 
 def shared_head(policy: nn.Module) -> ValueHead:

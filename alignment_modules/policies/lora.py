@@ -12,11 +12,12 @@ from __future__ import annotations
 import difflib
 import warnings
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
+from alignment_modules.policies.adapter_start import start_from_base, starts_from_base
 from alignment_modules.policies.added_tokens import ends, tied, token_ids
 from alignment_modules.policies.forward import classifies
 
@@ -35,6 +36,12 @@ class LoraConfig:
         modules_to_save: Name endings of modules that are trained whole beside the adapters.
         use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         use_dora: Also train each output's magnitude (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        init: What the adapters start with. "kaiming" and "gaussian" draw `A` and have `B` at 0. "pissa" starts from the
+            principal part of each weight (https://arxiv.org/abs/2404.02948), "pissa_niter_16" from an approximation of
+            it that is faster on wide layers, "olora" from a QR decomposition (https://arxiv.org/abs/2406.01775). The
+            policy starts as its base with any of them.
+        lr_ratio: The adapters' learning rate, in that of the optimizer. 10 makes of a rate that is right for all
+            weights one that is right for adapters (Schulman et al. 2025, "LoRA Without Regret").
     """
 
     r: Count = 16
@@ -45,6 +52,8 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    init: Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"] = "kaiming"
+    lr_ratio: Positive = 1.0
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -60,8 +69,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         tokens) alone.
 
     Raises:
-        ValueError: An option is out of range, names a module that does not exist, or would adapt a tied embedding or
-            one whose rows are trained.
+        ValueError: An option is out of range, names a module that does not exist, contradicts another, or would adapt a
+            tied embedding or one whose rows are trained.
     """
     _check_options(config)
     names = [name for name, _ in model.named_modules() if name]
@@ -84,6 +93,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         modules_to_save=config.modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         trainable_token_indices=rows,
     )
     try:
@@ -91,7 +101,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
             # peft sets the first right for Conv1D by itself, and makes the deprecated call of the second itself.
             for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
                 warnings.filterwarnings("ignore", message=message)
-            return peft.get_peft_model(model, adapter)  # type: ignore[arg-type,unused-ignore]
+            adapted: Any = peft.get_peft_model(model, adapter)  # type: ignore[arg-type,unused-ignore]
     except (ValueError, TypeError) as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
@@ -100,6 +110,10 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
             f"called {linear}. Allowed: 'all-linear', a regular expression over full names, or a list of endings. "
             f"({error})"
         ) from error
+    if starts_from_base(config.init):
+        start_from_base(adapted, config.init)
+    adapted.adapter_lr_ratio = config.lr_ratio
+    return adapted
 
 
 def _check_options(config: LoraConfig) -> None:
@@ -109,6 +123,16 @@ def _check_options(config: LoraConfig) -> None:
             f"lora.target_modules={config.target_modules!r} is empty. Allowed: 'all-linear', a regular expression, or "
             "a list of name endings."
         )
+    if starts_from_base(config.init):
+        for field, why in (
+            ("dropout", "would drop the start, a large part of the weights, but not what takes it away"),
+            ("use_dora", "trains the magnitudes of a base that keeps this part"),
+        ):
+            if getattr(config, field):
+                raise ValueError(
+                    f"lora.{field}={getattr(config, field)!r} with lora.init={config.init!r}: it {why}; leave one of "
+                    "the two out"
+                )
     if isinstance(config.target_modules, list):
         for field in ("exclude_modules", "modules_to_save"):
             both = set(config.target_modules) & set(getattr(config, field) or [])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alignment_modules.training.adapter_rates import set_adapter_rates, warn_of_small_rate
 from alignment_modules.training.schedules import bind_total_steps, parameter_groups
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
     made: list[Any] = []
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
+        set_adapter_rates(part, optimizer)
+        if name == "policy":
+            warn_of_small_rate(part, optimizer, module.paradigm)
         fuse(optimizer)
         make = module.scheduler_for(name)
         if make is None:

@@ -12,16 +12,19 @@ from alignment_modules.policies.adapters import adapter_layers
 from alignment_modules.policies.forward import classifies
 
 
-def attach_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
+def attach_adapter_folder(
+    base: nn.Module, folder: str, revision: str | None = None, *, trainable: bool = False
+) -> nn.Module:
     """Loads a saved adapter onto its base model, where it can be switched off (`adapter_off`).
 
     Args:
         base: The model that the adapter was trained on.
         folder: Folder or hub id that holds `adapter_config.json` and `adapter_model.safetensors`.
         revision: Branch, tag or commit of a hub id.
+        trainable: Whether the adapter, and what was trained whole beside it, is to be trained further.
 
     Returns:
-        A `peft.PeftModel`, frozen.
+        A `peft.PeftModel`, its base frozen.
 
     Raises:
         ValueError: The adapter does not fit the base, is of a kind that cannot be switched off, or is not in
@@ -39,7 +42,9 @@ def attach_adapter_folder(base: nn.Module, folder: str, revision: str | None = N
             adapter.task_type = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model: Any = peft.PeftModel.from_pretrained(base, folder, config=adapter, revision=revision)  # type: ignore[arg-type,unused-ignore]
+            model: Any = peft.PeftModel.from_pretrained(  # type: ignore[arg-type,unused-ignore]
+                base, folder, config=adapter, revision=revision, is_trainable=trainable
+            )
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
         if missing:
             raise ValueError(missing[0])

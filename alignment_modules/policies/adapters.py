@@ -128,7 +128,6 @@ def why_not_off(policy: nn.Module) -> str | None:
     """
     from peft.utils.other import ModulesToSaveWrapper
 
-    own: set[int] = set()
     for name, layer in _every_layer(policy):
         if type(layer).__name__ == "TrainableTokensLayer":  # of a wrapper, which is another of the layers
             continue
@@ -136,20 +135,24 @@ def why_not_off(policy: nn.Module) -> str | None:
             saved = [layer.modules_to_save[adapter] for adapter in layer.active_adapters]
             if any(not _equal(layer.original_module, module) for module in saved):
                 return f"its {name!r}, which is trained whole, was trained before"
-            own.update(id(p) for module in saved for p in module.parameters())
         elif trains_rows(layer):
             if not is_untrained(layer):
                 return "rows of its added tokens were trained before"
-            own.update(id(p) for p in layer.token_adapter.trainable_tokens_delta.parameters())
-        elif _is_lora(layer):
-            if layer.merged or _changes_base(layer):
-                return "its adapters were trained before"
-            base = {id(p) for p in layer.get_base_layer().parameters()}
-            own.update(id(p) for p in layer.parameters() if id(p) not in base)
-        else:
+        elif not _is_lora(layer):
             return "its adapters are of another kind than LoRA"
-    other = [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in own]
-    return f"{other[0]!r} of its base is trained, too" if other else None
+        elif layer.merged or _changes_base(layer):
+            return "its adapters were trained before"
+    moved = trained_base(policy)
+    return f"{moved[0]!r} of its base is trained, too" if moved else None
+
+
+def trained_base(policy: nn.Module) -> list[str]:
+    """Names of the trained parameters of a policy that are not of its adapters, nor of what they train whole."""
+    own: set[int] = set()
+    for _, layer in _every_layer(policy):
+        base = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
+        own |= {id(p) for p in layer.parameters()} - {id(p) for p in base.parameters()}
+    return [name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in own]
 
 
 def _changes_base(layer: Any) -> bool:
@@ -187,6 +190,15 @@ def _changes_magnitude(layer: Any, name: str) -> bool:
 def _equal(first: nn.Module, second: nn.Module) -> bool:
     left, right = first.state_dict(), second.state_dict()
     return left.keys() == right.keys() and all(left[key].is_meta or torch.equal(left[key], right[key]) for key in left)
+
+
+def adapter_weights(policy: nn.Module, name: str) -> nn.Module:
+    """The parameters of one adapter of a policy, as they are, in a module of their own."""
+    found = nn.Module()
+    for key, parameter in policy.named_parameters():
+        if f".{name}." in key and ".lora_" in key:
+            found.register_parameter(key.replace(".", "/"), parameter)
+    return found
 
 
 def check_mergeable(policy: nn.Module) -> None:

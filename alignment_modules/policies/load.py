@@ -24,6 +24,7 @@ from alignment_modules.policies.config import (
     Head,
     PolicyConfig,
     adapter_config,
+    check_holds_adapter,
     check_options,
     from_mapping,
     listing,
@@ -143,7 +144,7 @@ def _build(
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy, merge, zero_head) if policy.path is not None else _fresh(policy, zero_head)
+    model = _load(policy, merge, zero_head, trainable) if policy.path is not None else _fresh(policy, zero_head)
     if policy.added_tokens:
         tokenizer = load_tokenizer(
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
@@ -167,20 +168,22 @@ def _build(
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
+        check_holds_adapter(policy, path)
         return _from_pretrained(path, policy, policy.revision, zero_head)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
         )
-    if policy.quantization is not None:
+    merge = merge and policy.merge_adapter
+    if policy.quantization is not None and merge:
         raise ValueError(
             f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
-            "weights would round it away. "
-            "Load it without quantization, export it merged, and quantize that folder."
+            "weights would round it away. Load it without quantization, export it merged, and quantize that folder, or "
+            "train it further with policy.merge_adapter=false."
         )
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -193,7 +196,7 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
-        return attach_adapter_folder(model, path, policy.revision)
+        return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     _forget_folder(model)

@@ -77,9 +77,9 @@ def warn_of_small_rate(part: nn.Module, optimizer: Optimizer, paradigm: str) -> 
     usual = full_rate(paradigm)
     if rates and max(rates) <= 2 * usual:
         rank_zero_warn(
-            f"the learning rate of the adapters is {max(rates):g}, about that of fine-tuning all weights ({usual:g} for "
-            f"{paradigm}). Adapters learn best at about ten times as much: set policy.lora.lr_ratio=10, or the "
-            f"optimizer's lr to {10 * usual:g}"
+            f"the learning rate of the adapters is {max(rates):g}, about that of fine-tuning all weights ({usual:g} "
+            f"for {paradigm}). Adapters learn best at about ten times as much: set policy.lora.lr_ratio=10, or the lr of "
+            f"the optimizer to {10 * usual:g}"
         )
 
 
@@ -95,11 +95,12 @@ def check_ratio(then: Mapping[str, Any], now: Mapping[str, Any], where: str) -> 
         ValueError: If it is another.
     """
     for option in ("policy", "critic"):
-        old, new = (_option(_option(values.get(option), "lora"), "lr_ratio") for values in (then, now))
-        if old is not None and new is not None and old != new:
+        loras = [_option(values.get(option), "lora") for values in (then, now)]
+        old, new = (1.0 if (ratio := _option(lora, "lr_ratio")) is None else ratio for lora in loras)
+        if None not in loras and old != new:
             raise ValueError(
-                f"{option}.lora.lr_ratio={new}, but {where} goes on with its optimizer as it was saved, with {old}: give "
-                "that, or start a new run with the exported folder as `policy`"
+                f"{option}.lora.lr_ratio={new}, but {where} goes on with its optimizer as it was saved, with {old}: "
+                "give that, or start a new run with the exported folder as `policy`"
             )
 
 

@@ -255,7 +255,7 @@ def _warn_of_new_length(schedule: Any, saved: dict[str, Any]) -> None:
 
 
 def _state(companion: Frozen) -> str:
-    if companion.module is None:
+    if companion.module is None and companion.adapter is None:
         return "the policy, adapter off"
     return "saved" if companion.saved else str(companion.fingerprint())
 

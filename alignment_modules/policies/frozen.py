@@ -21,6 +21,7 @@ from alignment_modules.policies.adapters import (
     adapter_weights,
     has_adapter,
     merged_state,
+    trained_base,
     why_not_off,
 )
 from alignment_modules.policies.added_tokens import is_of_rows
@@ -107,6 +108,21 @@ class Frozen(nn.Module):
         elif self._fingerprint is None and self.adapter is not None:
             self._fingerprint = fingerprint(adapter_weights(self.of, self.adapter))
         return self._fingerprint
+
+    def check_base(self, name: str) -> None:
+        """Refuses a companion on the policy's base where that base is trained, and so would not stay as it is.
+
+        Args:
+            name: What the companion is called in an error.
+
+        Raises:
+            ValueError: Naming what is trained.
+        """
+        if self.module is None and (moved := trained_base(self.of)):
+            raise ValueError(
+                f"{name} is {self.describe()}, and {moved[0]!r} of the policy's base is trained, so that the {name} "
+                f"would move with it: freeze the base, or give {name} a folder or a module of its own"
+            )
 
     def refresh(self, alpha: Share = 1.0) -> None:
         """Moves the model towards the policy: `alpha * of + (1 - alpha) * module` (TR-DPO, arXiv:2404.09656).

@@ -78,8 +78,8 @@ def warn_of_small_rate(part: nn.Module, optimizer: Optimizer, paradigm: str) -> 
     if rates and max(rates) <= 2 * usual:
         rank_zero_warn(
             f"the learning rate of the adapters is {max(rates):g}, about that of fine-tuning all weights ({usual:g} "
-            f"for {paradigm}). Adapters learn best at about ten times as much: set policy.lora.lr_ratio=10, or the lr of "
-            f"the optimizer to {10 * usual:g}"
+            f"for {paradigm}). Adapters learn best at about ten times as much: set policy.lora.lr_ratio=10, or the lr "
+            f"of the optimizer to {10 * usual:g}"
         )
 
 

@@ -161,7 +161,7 @@ def test_contradictions(saved, options, says):
 
 
 def test_a_fresh_model_or_a_whole_one_has_no_adapter_to_keep(llama_folder, tiny_llama_config):
-    with pytest.raises(ValueError, match="policy.merge_adapter=False contradicts policy.config"):
+    with pytest.raises(ValueError, match=r"policy.merge_adapter=False contradicts policy.config"):
         build_policy(PolicyConfig(config=tiny_llama_config, merge_adapter=False))
-    with pytest.raises(ValueError, match="policy.merge_adapter=False has no effect"):
+    with pytest.raises(ValueError, match=r"policy.merge_adapter=False has no effect"):
         build_policy(beside(str(llama_folder)))

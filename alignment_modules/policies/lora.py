@@ -117,6 +117,11 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
 
 
 def _check_options(config: LoraConfig) -> None:
+    if config.init in ("eva", "corda", "lora_ga"):
+        raise ValueError(
+            f"lora.init={config.init!r} starts from activations or gradients on data, and a policy is built before its "
+            "data is read. Of those that need none, 'pissa' and 'olora' start from the weights."
+        )
     check_options(LoraConfig, vars(config), "lora.")
     if not config.target_modules:
         raise ValueError(

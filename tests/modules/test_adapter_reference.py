@@ -164,7 +164,7 @@ def test_a_base_that_trains_makes_the_reference_a_copy_that_says_so(tiny_llama, 
 
 
 def test_a_reference_that_moves_is_a_model_of_its_own(folders):
-    with pytest.raises(ValueError, match="reference.merge_adapter=False shares the policy's base"):
+    with pytest.raises(ValueError, match=r"reference.merge_adapter=False shares the policy's base"):
         module_of("dpo", folders, beside(folders), sync_reference={"every_n_steps": 1})
 
 

@@ -43,7 +43,7 @@ def put_beside(policy: nn.Module, adapter: PolicyConfig, name: str) -> str:
     _check_same_base(policy, options or {}, path, name)
     key = name.replace(".", "_")
     if key in policy.peft_config:  # type: ignore[operator]
-        raise ValueError(f"{name}: the policy already has an adapter of this name")
+        raise ValueError(f"{name}: the policy already has an adapter of this name; build it anew for another module")
     with _undisturbed(policy), building_device():
         _load(policy, path, adapter.revision, key, name)
     return key

@@ -48,7 +48,7 @@ def start_from_base(model: Any, init: str) -> None:
     config.modules_to_save = config.trainable_token_indices = None
     model.add_adapter(START, config)
     for _, layer in lora_layers(model):
-        if not layer.lora_A[name].weight.is_meta:
+        if not layer.get_base_layer().weight.is_meta:
             _factorise(layer, name, init)
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, START: ("lora_A", "lora_B")}
         layer.set_adapter([name, START])

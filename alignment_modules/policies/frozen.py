@@ -157,7 +157,8 @@ class Frozen(nn.Module):
                 that no run can build again), or has other parameters than the policy.
         """
         if self.module is None or not self.saved:
-            what = "is in no checkpoint" if self.module is not None else f"is {self.describe()}"
+            what = "is in no checkpoint" if self.module is not None else "is the policy with its adapters off"
+            what = what if self.adapter is None else f"is {self.describe()}"
             raise ValueError(f"refresh: this companion {what}; build it with saved=True, as a copy that is saved")
         mine, theirs = dict(self.module.named_parameters()), self._weights_of_policy()
         other = [name for name in {**mine, **theirs} if _shape(mine, name) != _shape(theirs, name)]

@@ -109,15 +109,15 @@ def test_the_recipes_rate_is_the_usual_one_and_small_for_adapters(tiny_llama, na
     [
         (2e-5, 1, {}),
         (2e-5, 0, {"ratio": 10.0}),
-        (2e-4, 0, {"schedule": lambda optimizer: LinearSchedule(optimizer, warmup_steps=100)}),
-        (2e-5, 1, {"schedule": lambda optimizer: LinearSchedule(optimizer, warmup_steps=100)}),
+        (2e-4, 0, {"schedule": lambda optimizer: LinearSchedule(optimizer, warmup_steps=8)}),
+        (2e-5, 1, {"schedule": lambda optimizer: LinearSchedule(optimizer, warmup_steps=8)}),
         (1e-6, 0, {"maker": torch.optim.SGD}),
     ],
 )
 def test_said_once_and_not_of_a_warm_up(tiny_llama, train, rate, times, options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(module_of(tiny_llama, rate=rate, **options), BATCHES)
+        train(module_of(tiny_llama, rate=rate, **options), BATCHES * 4)
     assert len(said(caught)) == times
 
 

@@ -63,7 +63,7 @@ def trained(module):
 def test_the_run_is_that_with_a_model_of_its_own(folders, name):
     shared, apart = module_of(name, folders, beside(folders)), module_of(name, folders, str(folders / "first"))
     logged = [fit(module, name).callback_metrics for module in (shared, apart)]
-    for metric in logged[0]:
+    for metric in (metric for metric in logged[0] if "/time/" not in metric):
         assert float(logged[0][metric]) == pytest.approx(float(logged[1][metric]), abs=2e-5, rel=1e-4), metric
     first, second = trained(shared), trained(apart)
     assert first.keys() == second.keys()

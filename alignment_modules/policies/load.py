@@ -33,10 +33,11 @@ from alignment_modules.policies.config import (
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora
+from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
-from alignment_modules.policies.weights import building_device, read_model, shapes_only
+from alignment_modules.policies.weights import building_device, read_model, shapes_only, start_head
 
 __all__ = [
     "LoraConfig",
@@ -145,6 +146,7 @@ def _build(
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
     model = _load(policy, merge, zero_head, trainable) if policy.path is not None else _fresh(policy, zero_head)
+    new_tokens: list[str] = []
     if policy.added_tokens:
         tokenizer = load_tokenizer(
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
@@ -157,6 +159,9 @@ def _build(
                     "base first (`export_policy`), without quantization, and train from its folder."
                 )
             _forget_folder(model)
+            new_tokens = policy.added_tokens
+    if policy.trainable is not None or policy.frozen is not None:
+        train_part(model, policy.trainable, policy.frozen, new_tokens=new_tokens)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:
@@ -249,7 +254,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
     if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
         report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
         report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
@@ -267,12 +272,6 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         )
     check_head(model, policy.head)
     return model
-
-
-def _start_head(model: Any, zero: bool) -> None:
-    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -338,7 +337,7 @@ def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
             f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
     if scalar:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
     return model
 
 

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from alignment_modules.training.muon import MUON
+
 FULL_RATES = {
     "pretrain": 2e-5,
     "sft": 2e-5,
@@ -38,7 +40,7 @@ def set_adapter_rates(part: nn.Module, optimizer: Optimizer) -> None:
         optimizer: Just made, before any schedule.
 
     Raises:
-        ValueError: The optimizer sets its own rate.
+        ValueError: The optimizer sets its own rate, or has one for adapters and whole matrices alike.
     """
     ratios = {id(p): ratio for model in part.modules() if (ratio := _ratio(model)) != 1 for p in _adapters(model)}
     for group in list(optimizer.param_groups):
@@ -56,6 +58,11 @@ def set_adapter_rates(part: nn.Module, optimizer: Optimizer) -> None:
         if not others:
             group["lr"] *= ratio
             continue
+        if group.get("name") == MUON:
+            raise ValueError(
+                f"lora.lr_ratio={ratio}: {type(optimizer).__name__} moves whole matrices beside the adapters, at one "
+                "rate with them: leave lr_ratio out, or those matrices out of lora.modules_to_save"
+            )
         group["params"] = others
         name = f"{group['name']}_adapters" if "name" in group else "adapters"
         optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * ratio, "name": name})

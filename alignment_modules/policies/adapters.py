@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.added_tokens import ends, is_untrained, trains_rows
+from alignment_modules.policies.sharded import whole_copy
 
 START = "start"
 """Name of the adapter that takes away what a policy's adapters start with (`adapter_start`)."""
@@ -249,7 +249,7 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 def _merged_layer(name: str, layer: Any) -> nn.Module:
     if _is_lora(layer) and START in layer.active_adapters:
         return _merged_with_start(name, layer)
-    twin: Any = copy.deepcopy(layer)
+    twin: Any = whole_copy(layer)
     try:
         if hasattr(twin, "unload_and_optionally_merge_module"):
             return twin.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
@@ -261,10 +261,11 @@ def _merged_layer(name: str, layer: Any) -> nn.Module:
 
 def _merged_with_start(name: str, layer: Any) -> nn.Module:
     """Adds the sum of the updates: alone each is large, and a base in 16 bits would round it."""
-    twin = copy.deepcopy(layer.get_base_layer())
+    twin: Any = whole_copy(layer)
+    base = twin.get_base_layer()
     with torch.no_grad():
-        update = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-        twin.weight.add_(update.to(twin.weight.dtype))
-    if not torch.isfinite(twin.weight).all():
+        update = sum(twin.get_delta_weight(adapter) for adapter in twin.active_adapters)
+        base.weight.add_(update.to(base.weight.dtype))
+    if not torch.isfinite(base.weight).all():
         raise ValueError(f"The adapter of {name!r} cannot be merged: its update is not finite")
-    return twin
+    return base

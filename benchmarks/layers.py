@@ -98,7 +98,7 @@ def compare_recomputed(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for setting, results in found.items():
             results.append(run_recomputed(options, setting))
-            print(setting, round(results[-1]["seconds_median"], 2), file=sys.stderr)
+            print(setting, *(round(results[-1][key], 2) for key in ("seconds_median", "peak_mb")), file=sys.stderr)
     print("| setting | peak memory, MB | seconds | of no checkpointing's memory, time |\n|---|---|---|---|")
     plain: tuple[float, float] | None = None
     for setting, results in found.items():

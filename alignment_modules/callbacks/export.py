@@ -15,11 +15,14 @@ from torch import nn
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
+from alignment_modules.policies.shards import is_sharded
 from alignment_modules.training.best import monitoring_callback, weights_from
 
 
 class ExportPolicy(Callback):
     """Writes the policy at the end of `fit`, by the module's `export(directory, lora=...)`, on rank 0.
+
+    A sharded module's `export` is called on all ranks, which take part in putting it together.
 
     The folder's model card (`README.md`) says what was trained on what, with the configuration and the last metrics.
     Nothing is written after an exception, nor in a `fast_dev_run`.
@@ -83,10 +86,12 @@ class ExportPolicy(Callback):
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = self._target(trainer)
-        if trainer.is_global_zero:
+        weights = None
+        if trainer.is_global_zero or is_sharded(pl_module):
             with ExitStack() as stack:
                 weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
                 pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
+        if trainer.is_global_zero:
             if read_note(directory):  # a module's own `export` may write something else
                 write_model_card(directory, self._facts(trainer, pl_module, weights))
                 note_stages(directory, [*self._stages, str(getattr(pl_module, "paradigm", type(pl_module).__name__))])

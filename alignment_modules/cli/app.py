@@ -44,8 +44,9 @@ from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
-from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
+from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_of_run, resume_command
 from alignment_modules.policies.export import stages_of
+from alignment_modules.policies.weights import is_first_process
 from alignment_modules.training.module import AlignmentModule
 from datamodules.rows.sources import check_sources
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
+from alignment_modules.policies.placing import whole
 from alignment_modules.policies.weights import without_bar
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
@@ -40,6 +41,8 @@ def export_policy(
     so that a reader never sees half an export and a failure leaves the former one as it was. The live model is not
     changed. Files that somebody added to the former export are carried over.
 
+    Of a sharded policy all processes call this: the first one puts it together, tensor by tensor, and writes it.
+
     Args:
         policy: A transformers model, a model with LoRA adapters, or a plain module, which gives `model.safetensors`
             and a note.
@@ -61,6 +64,10 @@ def export_policy(
     policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     target = Path(directory).expanduser().resolve()
     check_export(policy, target, lora=lora, tokenizer=tokenizer)
+    found = whole(policy)
+    if found is None:
+        return target
+    policy = found
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

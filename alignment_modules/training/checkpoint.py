@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from alignment_modules.policies.frozen import Frozen, companions
-from alignment_modules.training.frozen_weights import FrozenWeights, put_back
+from alignment_modules.training.frozen_weights import FrozenWeights, check_keys, put_back
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.moved import tell_moved
 from alignment_modules.training.position import settle, take_up
 from alignment_modules.training.schedules import Schedule
+from alignment_modules.training.sharded_checkpoints import ShardedCheckpoints
 from alignment_modules.training.window import Window
 
 _KEY = "alignment_module"
@@ -132,21 +133,17 @@ class CheckpointContract(L.LightningModule):
         Raises:
             RuntimeError: If `strict` and the keys differ, or shapes differ; where keys differ, nothing was loaded.
         """
-        own = self.state_dict()
-        missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
-        if strict and (missing or unknown):
-            raise RuntimeError(
-                f"{self._checkpoint_name()} does not fit {type(self).__name__}. Missing key(s) in state_dict: "
-                f"{_some(missing)}. Unexpected key(s) in state_dict: {_some(unknown)}. Build the module as in the run "
-                "that wrote the checkpoint."
-            )
+        if strict:
+            check_keys(self.state_dict(), state_dict, self._checkpoint_name(), self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
         """Takes the frozen weights out of a checkpoint, where they can be loaded again and are whole."""
-        if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        strategy = self.trainer.strategy
+        shards = isinstance(strategy, ShardedCheckpoints)  # all its processes put a fingerprint together
+        if self._frozen is None or not (shards or isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))):
             return {}
-        return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)
+        return self._frozen.leave_out(self, state, describe=shards or self.trainer.is_global_zero)
 
     def _check_batch_is_whole(self, entry: dict[str, Any], step: int) -> None:
         """Refuses to go on in the middle of a batch, whose samples are gone."""
@@ -263,10 +260,6 @@ def _describe(name: str, held: Mapping[str, str]) -> str:
     if state is None or " " in state:
         return f"no {name}" if state is None else f"{state}, as {name}"
     return f"a {name} that is saved with it" if state == "saved" else f"a {name} with fingerprint {state[:12]}"
-
-
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
 def _change_rate(state: dict[str, Any], old: float, new: float) -> None:

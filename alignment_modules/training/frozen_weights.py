@@ -1,12 +1,13 @@
 """Weights that a run does not train: left out of its checkpoints, and recognised by their bytes when it resumes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
+from alignment_modules.policies.shards import reshard
 
 
 def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -30,6 +31,7 @@ class FrozenWeights:
     """
 
     def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
+        reshard(module)
         held = tuple(f"{name}." for name in (*companions(module), *kept))
         whole = tuple(f"{name}." for name in frozen_children(module))
         frozen = [(name, p) for name, p in _parameters(module) if not p.requires_grad]
@@ -49,6 +51,7 @@ class FrozenWeights:
         Returns:
             The fingerprint of each entry left out; empty without `describe`.
         """
+        reshard(module)
         now = [*_parameters(module), *_buffers(module)]
         still = {n for n, t in now if not t.requires_grad and self._versions.get(n) == t._version}
         # a quantized weight has entries of its own below its name
@@ -84,6 +87,30 @@ def put_back(state: dict[str, Any], own: dict[str, Any], left_out: dict[str, str
             "in the run that wrote it"
         )
     state.update(present)
+
+
+def check_keys(own: Collection[str], found: Collection[str], where: str, module: nn.Module) -> None:
+    """Refuses a state dictionary that is not the module's.
+
+    Args:
+        own: The names of the module's entries.
+        found: Those of the dictionary's.
+        where: What it is called in an error.
+        module: The module.
+
+    Raises:
+        RuntimeError: If the names differ.
+    """
+    missing, unknown = [key for key in own if key not in found], [key for key in found if key not in own]
+    if missing or unknown:
+        raise RuntimeError(
+            f"{where} does not fit {type(module).__name__}. Missing key(s) in state_dict: {_some(missing)}. Unexpected "
+            f"key(s) in state_dict: {_some(unknown)}. Build the module as in the run that wrote the checkpoint."
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
 def _parameters(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
-from alignment_modules.policies.placing import whole
+from alignment_modules.policies.placing import assemble
 from alignment_modules.policies.weights import without_bar
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
@@ -64,7 +64,7 @@ def export_policy(
     policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     target = Path(directory).expanduser().resolve()
     check_export(policy, target, lora=lora, tokenizer=tokenizer)
-    found = whole(policy)
+    found = assemble(policy)
     if found is None:
         return target
     policy = found

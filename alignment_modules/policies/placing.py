@@ -70,7 +70,7 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
         adopt(module, facts.capabilities)
 
 
-def whole(module: nn.Module) -> nn.Module | None:
+def assemble(module: nn.Module) -> nn.Module | None:
     """A module of plain tensors, in the first process; all processes call this.
 
     Args:

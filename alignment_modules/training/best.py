@@ -13,10 +13,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from alignment_modules.policies.shards import is_sharded, own_state
-from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
-from alignment_modules.training.sharded_checkpoints import read_weights
-from alignment_modules.training.sharded_io import ShardedFolder
+from alignment_modules.policies.shards import own_state
+from alignment_modules.training.sharded_checkpoints import open_checkpoint, read_weights, weight_names
 
 
 @dataclass(frozen=True)
@@ -89,19 +87,10 @@ def weights_from(module: L.LightningModule, checkpoint: Path) -> Iterator[None]:
         ValueError: The file cannot be read.
         RuntimeError: The checkpoint does not fit the module.
     """
-    own, sharded = own_state(module), is_sharded(module)
-    if sharded:
-        folder = ShardedFolder(checkpoint) if checkpoint.is_dir() else None
-        saved = AtomicCheckpointIO().map_checkpoint(checkpoint) if folder is None else folder.read_rest()
-        names = {*own}
-    else:
-        saved = AtomicCheckpointIO().load_checkpoint(checkpoint)
-        names = own.keys() & saved["state_dict"].keys()
-    kept = {name: own[name].clone() if isinstance(own[name], torch.Tensor) else own[name] for name in names}
-    if sharded:
-        read_weights(module, saved, folder, f"checkpoint {str(checkpoint)!r}", strict=False)
-    else:
-        module.load_state_dict({**own, **saved["state_dict"]})
+    saved, folder = open_checkpoint(checkpoint)
+    own, found = own_state(module), weight_names(saved, folder)
+    kept = {name: own[name].clone() if isinstance(own[name], torch.Tensor) else own[name] for name in found & {*own}}
+    read_weights(module, saved, folder, f"checkpoint {str(checkpoint)!r}", strict=False)
     del saved
     try:
         yield

@@ -16,10 +16,8 @@ from alignment_modules.training.meters import Meters
 from alignment_modules.training.moved import tell_moved
 from alignment_modules.training.position import settle, take_up
 from alignment_modules.training.schedules import Schedule
-from alignment_modules.training.sharded_checkpoints import ShardedCheckpoints
+from alignment_modules.training.sharded_checkpoints import ENTRY, ShardedCheckpoints
 from alignment_modules.training.window import Window
-
-_KEY = "alignment_module"
 
 Totals = tuple[Meters, Tensor | float, int]  # what is not logged yet, tokens, and steps without targets
 
@@ -63,7 +61,7 @@ class CheckpointContract(L.LightningModule):
         if position != "whole":
             totals = dict(self._kept_totals).get(self.global_step, totals)
         meters, tokens, without_targets = totals
-        checkpoint[_KEY] = {
+        checkpoint[ENTRY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(tokens),
             "steps_without_targets": without_targets,
@@ -82,7 +80,7 @@ class CheckpointContract(L.LightningModule):
                 weights, or a fit resumes from it and a companion had other weights, the command line now names another
                 optimizer or other options of it, or `max_steps` ended that run in the middle of a batch.
         """
-        entry = checkpoint.get(_KEY, {})
+        entry = checkpoint.get(ENTRY, {})
         found = f"paradigm {entry['paradigm']!r}" if entry else "no module of this library"
         if "companions" not in entry or entry["paradigm"] != self.paradigm:
             found += ", in an earlier version" if entry and "companions" not in entry else ""

@@ -22,7 +22,7 @@ from alignment_modules.training.checkpoint_files import (
     sync_folder,
     temporary_name,
 )
-from alignment_modules.training.sharded_io import ShardedFolder, is_sharded, read_as_file
+from alignment_modules.training.sharded_io import ShardedFolder, is_checkpoint_folder, read_as_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -149,7 +149,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "for a file you trust, use Lightning's TorchCheckpointIO"
             )
         local = local_path(path)
-        if local is not None and is_sharded(local):
+        if local is not None and is_checkpoint_folder(local):
             return read_as_file(local)
         return _checked(path, lambda: super(AtomicCheckpointIO, self).load_checkpoint(path, map_location, True))
 

@@ -1,6 +1,8 @@
 """How a strategy that shards weights saves and resumes: in a folder, or in a single file."""
 
+import io
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +13,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alignment_modules.policies.shards import empty_for, fill, gather, own_state
+from alignment_modules.policies.shards import empty_for, fill, gather, is_sharded, own_state
 from alignment_modules.training.checkpoint_files import local_path
 from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
 from alignment_modules.training.frozen_weights import check_keys
-from alignment_modules.training.sharded_io import ShardedFolder, is_sharded, split, write_sharded
+from alignment_modules.training.sharded_io import ShardedFolder, is_checkpoint_folder, split, write_sharded
+
+ENTRY = "alignment_module"
+"""Under which key a checkpoint holds what this library adds to it."""
+_WEIGHT = "state_dict."
 
 
 class ShardedCheckpoints(ModelParallelStrategy):
@@ -63,7 +69,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
             return
         whole = gather(checkpoint, keep=self.is_global_zero)
         if self.is_global_zero:
-            if is_sharded(path):
+            if is_checkpoint_folder(path):
                 shutil.rmtree(path)
             self.checkpoint_io.save_checkpoint(whole, path)
 
@@ -74,12 +80,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
             FileNotFoundError: If there is none.
             CheckpointError: If it is damaged, or no Trainer wrote it.
         """
-        path = self.broadcast(checkpoint_path)
-        if not is_sharded(path):
-            self._folder = None
-            return AtomicCheckpointIO().map_checkpoint(path)
-        self._folder = ShardedFolder(path)
-        return self._folder.read_rest()
+        checkpoint, self._folder = open_checkpoint(self.broadcast(checkpoint_path))
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Reads the weights of this process.
@@ -119,10 +121,29 @@ class ShardedCheckpoints(ModelParallelStrategy):
         return {**saved, "state": state}
 
 
+def open_checkpoint(path: _PATH) -> tuple[dict[str, Any], ShardedFolder | None]:
+    """A checkpoint whose tensors are not read yet: all but those in its folder, and the folder where it is one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        CheckpointError: If it is damaged, or no Trainer wrote it.
+    """
+    if not is_checkpoint_folder(path):
+        return AtomicCheckpointIO().map_checkpoint(path), None
+    folder = ShardedFolder(path)
+    return folder.read_rest(), folder
+
+
+def weight_names(checkpoint: Mapping[str, Any], folder: ShardedFolder | None) -> set[str]:
+    """The names of the weights that an open checkpoint holds."""
+    stored = set() if folder is None else {key for key in folder.tensors if key.startswith(_WEIGHT)}
+    return {*checkpoint["state_dict"], *checkpoint.get("tied", ()), *(key.removeprefix(_WEIGHT) for key in stored)}
+
+
 def read_weights(
     module: Any, checkpoint: Mapping[str, Any], folder: ShardedFolder | None, where: str, *, strict: bool = True
 ) -> None:
-    """Reads a checkpoint's weights into a sharded module; all processes call this, and each reads its parts.
+    """Reads an open checkpoint's weights into a module; all processes call this for a sharded one.
 
     Args:
         module: The module.
@@ -135,18 +156,44 @@ def read_weights(
         RuntimeError: If the checkpoint holds what the module lacks, or the reverse where `strict`; nothing is read.
         CheckpointError: If a file is damaged, or a weight has another shape.
     """
-    own, given = own_state(module), checkpoint["state_dict"]
-    stored = {} if folder is None else {key: key.removeprefix("state_dict.") for key in folder.tensors}
-    stored = {key: name for key, name in stored.items() if key != name and name not in given}
-    found = {*given, *stored.values(), *checkpoint.get("tied", ())}
+    own, given, found = own_state(module), checkpoint["state_dict"], weight_names(checkpoint, folder)
     check_keys(own, found if strict else found | {*own}, where, module)
     others = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     for name in given.keys() - others.keys():
         fill(own[name], given[name])
     if folder is not None:
-        folder.read_into({key: own[name] for key, name in stored.items()}, together=True)
+        stored = {f"{_WEIGHT}{name}": own[name] for name in own if name not in given}
+        wanted = {key: value for key, value in stored.items() if key in folder.tensors}
+        folder.read_into(wanted, together=is_sharded(module))
     if others:  # what some layers keep beside their weights
         module.load_state_dict({**own, **others})
+
+
+def load_module(module_class: type[Any], path: Path) -> Any:
+    """A module on the CPU with the hyperparameters and weights of a checkpoint.
+
+    Args:
+        module_class: A `LightningModule`.
+        path: The file, or the folder of a sharded one.
+
+    Raises:
+        TypeError, RuntimeError: The checkpoint is another class's.
+        CheckpointError: As `read_weights`.
+    """
+    if not is_checkpoint_folder(path):
+        return module_class.load_from_checkpoint(path, map_location="cpu")
+    checkpoint, folder = open_checkpoint(path)
+    stream = io.BytesIO()  # Lightning takes a file, of which only the weights are missing
+    torch.save(checkpoint, stream)
+    stream.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
+        module = module_class.load_from_checkpoint(stream, map_location="cpu", strict=False)
+    own = own_state(module)
+    left_out = checkpoint.get(ENTRY, {}).get("left_out", ())
+    back = {name: own[name] for name in left_out if name in own}
+    read_weights(module, {**checkpoint, "state_dict": checkpoint["state_dict"] | back}, folder, f"checkpoint {path!s}")
+    return module
 
 
 def _on_disk(path: _PATH) -> Path:

@@ -58,7 +58,7 @@ _INDEX_TYPES = {
 }
 
 
-def is_sharded(path: str | os.PathLike[str]) -> bool:
+def is_checkpoint_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a checkpoint in a folder, whole or not."""
     return any((Path(path) / name).is_file() for name in (META, _INDEX))
 

@@ -48,6 +48,7 @@ from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_of_
 from alignment_modules.policies.export import stages_of
 from alignment_modules.policies.weights import is_first_process
 from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.strategies import refuse_strategy
 from datamodules.rows.sources import check_sources
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class AlignCLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         trainer = config.trainer
+        refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy))
         _check_exists(config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(Path(trainer.default_root_dir), checkpoint_folders(config)))

@@ -20,14 +20,15 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
+from alignment_modules.policies.sharded import agreed, forward_pass, local
 
 
 class Frozen(nn.Module):
     """A model that accompanies a policy and is not trained; it looks after itself wherever it is a child.
 
     It is in eval mode for ever and needs no gradients, so that no optimizer takes it. State dictionaries have no entry
-    of it and ask for none when they are loaded, unless it is `saved`. To shard it, call `fully_shard` of torch on its
-    `module` (`configure_model` is the place, as for the policy). A deep copy of it alone copies `of`, too.
+    of it and ask for none when they are loaded, unless it is `saved`. A deep copy of it
+    alone copies `of`, too.
 
     Args:
         module: The model, which is frozen *in place*. None: `of` with its adapters off.
@@ -73,6 +74,8 @@ class Frozen(nn.Module):
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
+        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
+            forward_pass(module, lambda: None)
         with reading_mode(module), adapter_off(module) if self.module is None else nullcontext():
             yield module
 
@@ -147,7 +150,8 @@ class Frozen(nn.Module):
             The tensor, of the last time that the weights were these.
         """
         self._forget_what_changed()
-        if keys and all(key in self._scores for key in keys):
+        known = bool(keys) and all(key in self._scores for key in keys)
+        if agreed(self.of if self.module is None else self.module, known):
             return torch.stack([self._scores[key] for key in keys])
         scores = compute()
         self._scores.update(zip(keys, scores.clone().unbind(), strict=True))
@@ -175,9 +179,9 @@ class Frozen(nn.Module):
         tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
         if self.module is not None:
             tensors = [*self.module.parameters(), *self.module.buffers()]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in local]
-        floats = [t.detach() for t in local if t.is_floating_point() and t.numel()]
+        own = [local(tensor) for tensor in tensors]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
+        floats = [t.detach() for t in own if t.is_floating_point() and t.numel()]
         parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
         sample = torch.cat(parts).cpu().numpy().tobytes() if parts else b""
         return hashlib.blake2b(repr(state).encode() + sample, digest_size=16).digest()

@@ -15,7 +15,7 @@ from torch import nn
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
-from alignment_modules.policies.shards import is_sharded
+from alignment_modules.policies.sharded import sharded_parts
 from alignment_modules.training.best import monitoring_callback, weights_from
 
 
@@ -87,7 +87,7 @@ class ExportPolicy(Callback):
             return
         directory = self._target(trainer)
         weights = None
-        if trainer.is_global_zero or is_sharded(pl_module):
+        if trainer.is_global_zero or sharded_parts(pl_module):
             with ExitStack() as stack:
                 weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
                 pl_module.export(directory, lora=self.lora)  # type: ignore[operator]

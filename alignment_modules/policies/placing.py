@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.probing import Capabilities, adopt, prepare
-from alignment_modules.policies.shards import gather, is_distributed, is_sharded, own_state
+from alignment_modules.policies.sharded import is_sharded
+from alignment_modules.policies.sharded_state import gather, is_distributed, own_state
 
 # By sharded module: a copy of it as it was before, without weights; in the first process.
 _SHELLS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()

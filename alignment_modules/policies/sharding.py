@@ -12,10 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
-from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.placing import place
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
-from alignment_modules.policies.weights import has_weights
 
 T = TypeVar("T")
 _SMALL = (torch.bfloat16, torch.float16)
@@ -62,13 +61,15 @@ def models_in(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = None, name: str = "policy") -> None:
     """Shards a model in place over the processes of a mesh; one that is sharded already stays as it is.
 
+    All processes get the weights of the first one, which alone needs to hold them before (`policies.placing`).
+
     Each transformer layer is gathered by itself when it is computed, and freed after. What is outside of the layers
     (embeddings, a head, tied or not, norms) is one group, which stays gathered from the forward to the backward pass,
     so that `policies.reading` may apply the head by itself. Parameters may be frozen or not, and those of a group may
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module; every process has the same weights. Its layers are the outermost list of modules that it
+        model: Any module. Its layers are the outermost list of modules that it
             runs one after the other, all of them in each forward pass; one without is a single group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
@@ -83,8 +84,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     _check(model, name)
-    if has_weights(model):
-        prepare(model)  # what it can do is found out while it is whole
     layers = find_layers(model)
 
     def apply(part: Any, is_layer: bool, dtype: torch.dtype | None) -> None:
@@ -92,11 +91,15 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
         fully_shard(part, mesh=mesh, reshard_after_forward=is_layer, mp_policy=precision)
         part.is_layer = is_layer
 
-    for layer in layers:
-        apply(layer, True, gather)
-    for part in _of_another_dtype(model, layers):
-        apply(part, False, None)
-    apply(model, False, None)
+    def apply_all(_: nn.Module) -> None:
+        for layer in layers:
+            apply(layer, True, gather)
+        for part in _of_another_dtype(model, layers):
+            apply(part, False, None)
+        apply(model, False, None)
+
+    on_gpu = mesh.device_type != "cpu"
+    place(model, apply_all, torch.device(mesh.device_type, torch.accelerator.current_device_index() if on_gpu else None))
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]  # an expert that one process did not need
     model.run_as_forward = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_as_forward")

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from alignment_modules.policies.shards import own_state
+from alignment_modules.policies.sharded_state import own_state
 from alignment_modules.training.sharded_checkpoints import open_checkpoint, read_weights, weight_names
 
 

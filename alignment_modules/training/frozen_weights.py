@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
-from alignment_modules.policies.shards import reshard
+from alignment_modules.policies.sharded_state import reshard
 
 
 def frozen_children(module: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from alignment_modules.policies.shards import empty_for, fill, gather, is_sharded, own_state
+from alignment_modules.policies.sharded import sharded_parts
+from alignment_modules.policies.sharded_state import empty_for, fill, gather, own_state
 from alignment_modules.training.checkpoint_files import local_path
 from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
 from alignment_modules.training.frozen_weights import check_keys
@@ -31,15 +32,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
     that a run without shards writes, put together tensor by tensor in the first process; each process reads its parts
     of it. What checkpoints leave out (companions, frozen weights) they leave out here, too.
 
-    Args:
-        save_distributed_checkpoint: Whether to save a folder; otherwise a single file.
-        **options: Keywords of `ModelParallelStrategy`.
     """
 
-    def __init__(self, *, save_distributed_checkpoint: bool = True, **options: Any) -> None:
-        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **options)
-        self.saves_folder = save_distributed_checkpoint
-        self._folder: ShardedFolder | None = None
+    saves_folder: bool
+    """Whether it saves a folder; otherwise a single file."""
+    _folder: ShardedFolder | None = None
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -164,7 +161,7 @@ def read_weights(
     if folder is not None:
         stored = {f"{_WEIGHT}{name}": own[name] for name in own if name not in given}
         wanted = {key: value for key, value in stored.items() if key in folder.tensors}
-        folder.read_into(wanted, together=is_sharded(module))
+        folder.read_into(wanted, together=bool(sharded_parts(module)))
     if others:  # what some layers keep beside their weights
         module.load_state_dict({**own, **others})
 

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a part: put together on one process, and filled from a whole one."""
+"""State of sharded modules: put together on one process, and filled from whole tensors part by part."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.sharded import sharded_parts, whole
+
 
 def is_distributed(value: Any) -> bool:
     """Whether a value is a tensor of which each process holds a part."""
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's weights are distributed over processes."""
-    return any(map(is_distributed, module.parameters()))
-
-
 def reshard(module: nn.Module) -> None:
     """Has a sharded module hold its parts alone, also where a forward pass has just put them together."""
-    for child in module.modules():
-        if isinstance(child, nn.Module) and hasattr(child, "reshard"):
-            child.reshard()  # type: ignore[operator]
+    for part in sharded_parts(module):
+        part.reshard()
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -61,8 +57,8 @@ def _gather(values: Any, keep: bool, seen: dict[int, Any]) -> Any:
     if not is_distributed(values):
         return values
     if id(values) not in seen:
-        whole = values.full_tensor()
-        seen[id(values)] = whole.detach().cpu() if keep else None
+        found = whole(values)
+        seen[id(values)] = found.detach().cpu() if keep else None
     return seen[id(values)]
 
 

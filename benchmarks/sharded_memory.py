@@ -96,10 +96,10 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> None:
 
     def fit(steps: int, phase: str, ckpt_path: Path | None = None) -> None:
         strategy: Any = "ddp" if way == "ddp" else FSDP2Strategy("one file" not in way)
-        with peaks.phase("build" if ckpt_path is None else phase):
-            with nullcontext() if way in ("ddp", "fsdp2, each builds") else on_first_process():
-                module_class = SFTModule if given.method == "sft" else DPOModule
-                module = module_class(policy=str(folder / "model"), optimizer=torch.optim.AdamW)
+        module_class = SFTModule if given.method == "sft" else DPOModule
+        where = nullcontext() if way in ("ddp", "fsdp2, each builds") else on_first_process()
+        with peaks.phase("build" if ckpt_path is None else phase), where:
+            module = module_class(policy=str(folder / "model"), optimizer=torch.optim.AdamW)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=given.devices,

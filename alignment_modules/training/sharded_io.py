@@ -171,7 +171,9 @@ def write_sharded(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], path: 
 
 def _begin(path: Path) -> str:
     make_room(path.parent)
-    return str(temporary_name(path))
+    folder = temporary_name(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    return str(folder)
 
 
 def _finish(rest: Mapping[str, Any], folder: Path, path: Path) -> str:

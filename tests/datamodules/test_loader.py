@@ -138,7 +138,8 @@ def test_another_number_of_ranks_takes_up_the_same_batches(size, drop_last):
         loaders = [make(size, 6 // ranks, num_replicas=ranks, rank=rank, drop_last=drop_last) for rank in range(ranks)]
         for loader in loaders:
             loader.load_state_dict(state)
-        return [sorted(sum(parts, [])) for parts in zip(*(epoch(loader, 1) for loader in loaders), strict=True)]
+        steps = zip(*(epoch(loader, 1) for loader in loaders), strict=True)
+        return [sorted(itertools.chain(*parts)) for parts in steps]
 
     state = make(size, 3, num_replicas=2, drop_last=drop_last).state_dict() | {"epoch": 1, "batches_seen": 1}
     expected = rest(2, state)
@@ -148,7 +149,7 @@ def test_another_number_of_ranks_takes_up_the_same_batches(size, drop_last):
 
 def test_a_tail_that_other_ranks_fill_up_is_refused():
     state = make(25, batch_size=6).state_dict()
-    with pytest.raises(ValueError, match="world_size was 1 .* is 2 now"):
+    with pytest.raises(ValueError, match=r"world_size was 1 .* is 2 now"):
         make(25, batch_size=3, num_replicas=2).load_state_dict(state)
 
 

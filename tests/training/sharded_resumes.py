@@ -71,7 +71,9 @@ def fit(folder: Path, name: str, strategy, devices: int, ckpt_path: Path | None 
     """Trains, from a checkpoint or from the start, and exports."""
     module = make(name)
     made = trainer(folder, strategy, devices)
-    made.fit(module, DataLoader(Batches(ROWS[name.partition(" ")[0]].batch, devices), batch_size=None), ckpt_path=ckpt_path)
+    made.fit(
+        module, DataLoader(Batches(ROWS[name.partition(" ")[0]].batch, devices), batch_size=None), ckpt_path=ckpt_path
+    )
     module.export(folder / "export")
     made.strategy.barrier()
     return module

@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 
 from alignment_modules.callbacks import AtomicCheckpointIO
-from alignment_modules.training.sharded_checkpoints import load_module
 from tests.training.sharded_resumes import fit, make
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +61,9 @@ def check_resume(folder, one):
     assert whole["global_step"] == resumed["global_step"] == 4
     assert whole["optimizer_states"][0]["state"], "an optimizer's state is in the checkpoint"
     assert_bit_equal(whole, resumed)
-    changed = [name for name, value in whole["state_dict"].items() if not torch.equal(value, before["state_dict"][name])]
+    changed = [
+        name for name, value in whole["state_dict"].items() if not torch.equal(value, before["state_dict"][name])
+    ]
     assert changed, "two steps move something"
 
 
@@ -91,7 +92,8 @@ def test_folder_and_file_hold_the_same(fast):
 @pytest.mark.distributed
 def test_adapters_are_saved_whole_and_alone(fast):
     state = read(fast, "dpo lora:folder", "whole")["state_dict"]
-    assert state and all("lora_" in name for name in state)
+    assert state
+    assert all("lora_" in name for name in state)
     expected = {f"policy.{n}": p.shape for n, p in make("dpo lora").policy.named_parameters() if p.requires_grad}
     assert {name: value.shape for name, value in state.items()} == expected
 
@@ -101,10 +103,8 @@ def test_adapters_are_saved_whole_and_alone(fast):
 def test_one_process_reads_what_two_wrote(fast, one, tmp_path):
     """Weights and exports are the same, and a run goes on from there."""
     name, _, form = one.partition(":")
-    where, module = fast / name / form / "whole", make(name)
+    where = fast / name / form / "whole"
     found = read(fast, one, "whole")["state_dict"]
-    fresh = load_module(type(module), where / "step=4.ckpt") if name == "" else None
-    assert fresh is None
     fit(tmp_path, name, SingleDeviceStrategy("cpu"), 1, where / "step=4.ckpt")
     exported, again = (load_file(path / "export" / "model.safetensors") for path in (where, tmp_path))
     assert exported.keys() == again.keys()

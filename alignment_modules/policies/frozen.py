@@ -20,7 +20,7 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, forward_pass, local
+from alignment_modules.policies.sharded import agreed, class_of, forward_pass, local
 
 
 class Frozen(nn.Module):
@@ -162,7 +162,7 @@ class Frozen(nn.Module):
         """What it is, for people."""
         if self.module is None:
             return "the policy, adapter off"
-        return f"{type(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
+        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
 
     def _forget_what_changed(self) -> None:
         if (self._scores or self._fingerprint is not None) and self._weights_mark() == self._mark:

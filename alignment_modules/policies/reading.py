@@ -7,6 +7,7 @@ and two readers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,9 @@ def read(
     noise = None if neftune_alpha is None else EmbeddingNoise(policy, segments, neftune_alpha).at
 
     def compute() -> States:
-        if head is not None and is_sharded(head.linear):  # apart from the rest: nothing else would gather it
-            head.linear.unshard()  # type: ignore[operator]
+        linear: Any = None if head is None else head.linear
+        if linear is not None and is_sharded(linear):  # apart from the rest: nothing else would gather it
+            linear.unshard()
         if ability.packed and (ability.window is None or segments.longest <= ability.window):
             trim = ability.trims_last_layer and not routers
             return packed_states(model, segments, hidden=head is not None, trim=trim, noise=noise)

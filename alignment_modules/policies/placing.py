@@ -55,7 +55,7 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
         told = [_Told(prepare(module), torch.get_rng_state(), mine, [value.dtype for value in values], absent)]
     torch.distributed.broadcast_object_list(told)
     facts: _Told = told[0]
-    _check(module, facts, mine)
+    agree(_objection(module, facts, mine))
     _empty(module, values, facts.dtypes)
     if first:
         _SHELLS[module] = copy.deepcopy(module)
@@ -120,20 +120,53 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return held + sorted((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
 
 
-def _check(module: nn.Module, facts: _Told, mine: list[tuple[str, torch.Size]]) -> None:
+def agree(objection: str | None) -> None:
+    """Has all processes go on, or none; all call this.
+
+    Args:
+        objection: Why this one cannot.
+
+    Raises:
+        ValueError: With the objection of the first process that has one.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, objection)
+    for message in filter(None, found):
+        raise ValueError(message)
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Refuses processes that are about to do different things, which would wait for each other; all call this.
+
+    Args:
+        what: What the value is, for the message.
+        value: Anything plain.
+
+    Raises:
+        ValueError: If it is not the same in all processes.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    if any(other != found[0] for other in found):
+        raise ValueError(f"{what} differ between the processes, which must all build the same module: {found}")
+
+
+def _objection(module: nn.Module, facts: _Told, mine: list[tuple[str, torch.Size]]) -> str | None:
+    """Why a module cannot take over the first process's weights; None: it can."""
     name, rank = type(module).__name__, torch.distributed.get_rank()
     if facts.absent:
-        raise ValueError(
+        return (
             f"{name} has no weights in the first process either: build it outside of `torch.device('meta')`, or in "
             "`on_first_process`, which leaves them out in the other processes alone"
         )
-    if mine != facts.entries:
-        pairs = zip(mine, facts.entries, strict=False)
-        differ = next((f"{ours} against {theirs}" for ours, theirs in pairs if ours != theirs), "the number of them")
-        raise ValueError(
-            f"{name} has {len(mine)} tensors in process {rank} and {len(facts.entries)} in the first one, which differ "
-            f"in {differ}: all processes must build the same module"
-        )
+    if mine == facts.entries:
+        return None
+    pairs = zip(mine, facts.entries, strict=False)
+    differ = next((f"{ours} against {theirs}" for ours, theirs in pairs if ours != theirs), "the number of them")
+    return (
+        f"{name} has {len(mine)} tensors in process {rank} and {len(facts.entries)} in the first one, which differ in "
+        f"{differ}: all processes must build the same module"
+    )
 
 
 def _empty(module: nn.Module, values: list[Tensor], dtypes: list[torch.dtype]) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
-from alignment_modules.policies.placing import place
+from alignment_modules.policies.placing import check_alike, place
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
 
@@ -42,7 +42,9 @@ def shard_children(module: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype |
             f"{type(module).__name__} has a parameter {own[0]!r} of its own, and what is sharded are the modules that "
             "it holds: put it into one (nn.Module), or use strategy='ddp'"
         )
-    for name, model in models_in(module):
+    models = dict(models_in(module))
+    check_alike("the models to be sharded", list(models))
+    for name, model in models.items():
         shard(model, mesh, gather=gather, name=name)
 
 

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig
 from alignment_modules.callbacks import AtomicCheckpointIO
+from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.weights import on_first_process
 from alignment_modules.training.strategies import FSDP2Strategy
 from tests.contract.two_ranks import LLAMA, Batches
-from tests.models import adapted, other_than
+from tests.models import other_than
 from tests.paradigms import ROWS, build
 
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -40,10 +41,10 @@ def make(name: str) -> AlignmentModule:
     name, _, label = name.partition(" ")
     torch.manual_seed(1)
     with on_first_process():
-        policy = build_policy(PolicyConfig(config=TIED if name == "sft" else LLAMA))
+        lora = LoraConfig(r=2, alpha=4) if label == "lora" else None
+        policy = build_policy(PolicyConfig(config=TIED if name == "sft" else LLAMA, lora=lora))
         options = {"optimizer": momentum if label == "momentum" else adamw}
-        if label == "lora":
-            policy = adapted(policy)
+        if lora is not None:
             options |= {"reference": None} if "reference" in ROWS[name].options(policy) else {}
         if label == "shared":
             options |= ROWS["ppo"].variants["shared"]

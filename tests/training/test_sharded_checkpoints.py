@@ -20,7 +20,7 @@ SLOW += ("ppo shared:folder", "kto:file")
 
 def start(folder, wanted):
     command = [sys.executable, "-m", "tests.training.sharded_resumes", str(folder), *wanted]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)  # a hang is a failure
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)  # a hang is a failure
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -20,7 +20,7 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, class_of, forward_pass, local
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
 
 
 class Frozen(nn.Module):
@@ -99,12 +99,16 @@ class Frozen(nn.Module):
             ValueError: `alpha` is out of range, or the model is not one that can be moved (`check_refreshable`).
         """
         check_options(Frozen.refresh, locals())
+        for model in (self.of, self.module):
+            if model is not None:
+                free(model)
         self.check_refreshable()
         module = cast(nn.Module, self.module)
         with torch.no_grad():
             theirs = self._weights_of_policy()
             for name, parameter in module.named_parameters():
-                parameter.lerp_(theirs[name].to(parameter), alpha)
+                mine = local(parameter)
+                mine.lerp_(local(cut_as(theirs[name], parameter)).to(mine), alpha)
             own = [name for name, _ in module.named_buffers() if not is_of_rows(name)]
             others = [buffer for name, buffer in self.of.named_buffers() if not is_of_rows(name)]
             for name, new in zip(own, others, strict=True):

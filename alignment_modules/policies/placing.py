@@ -115,7 +115,7 @@ def _slots(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """A module's own parameters, buffers and other attributes that are tensors; not those of its children."""
-    held = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+    held: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False, remove_duplicate=False)]
     held += module.named_buffers(recurse=False, remove_duplicate=False)
     return held + sorted((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
 

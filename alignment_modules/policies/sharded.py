@@ -6,6 +6,7 @@ leaves a model that is not sharded alone.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,6 +48,41 @@ def local(tensor: Any) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """A tensor gathered from all processes, which must all call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut_as(tensor: Tensor, parameter: Any) -> Tensor:
+    """A tensor in shards like those of a parameter of the same shape; as it is where the parameter has none."""
+    if not hasattr(parameter, "to_local"):
+        return tensor
+    if hasattr(tensor, "redistribute"):
+        return tensor.redistribute(parameter.device_mesh, parameter.placements)
+    from torch.distributed.tensor import distribute_tensor
+
+    # every process has the same: none has to send it
+    return distribute_tensor(tensor.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole_copy(module: nn.Module) -> nn.Module:
+    """A copy of a part of a model, its parameters gathered from all processes, which must all call this.
+
+    Args:
+        module: Whose own class is not sharded, such as a layer with adapters.
+    """
+    parts: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if hasattr(parameter, "full_tensor"):
+            parts[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    return copy.deepcopy(module, parts)
+
+
+def free(model: nn.Module) -> None:
+    """Frees what is gathered of a model: its parameters are the shards again. No graph of it may be waiting.
+
+    Args:
+        model: As it was given to `shard`, or any other.
+    """
+    for part in sharded_parts(model):
+        part.reshard()
 
 
 def forward_pass(model: nn.Module, compute: Callable[[], T]) -> T:

@@ -7,18 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.policies.sharded import sharded_parts, whole
+from alignment_modules.policies.sharded import cut_as, whole
 
 
 def is_distributed(value: Any) -> bool:
     """Whether a value is a tensor of which each process holds a part."""
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
-
-
-def reshard(module: nn.Module) -> None:
-    """Has a sharded module hold its parts alone, also where a forward pass has just put them together."""
-    for part in sharded_parts(module):
-        part.reshard()
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -71,13 +65,8 @@ def fill(target: Tensor, value: Tensor) -> None:
         value: Whole, the same in all processes (it may lie in a file: only this process's part is read), or distributed
             as the target is.
     """
-    if is_distributed(target) and not is_distributed(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     if value is not target:
-        target.copy_(value)
+        target.copy_(cut_as(value, target))
 
 
 def empty_for(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -100,8 +100,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
             apply(part, False, None)
         apply(model, False, None)
 
-    number = None if mesh.device_type == "cpu" else torch.accelerator.current_device_index()
-    place(model, apply_all, torch.device(mesh.device_type, number))
+    number = "" if mesh.device_type == "cpu" else f":{torch.accelerator.current_device_index()}"
+    place(model, apply_all, torch.device(f"{mesh.device_type}{number}"))
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]  # an expert that one process did not need
     model.run_as_forward = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_as_forward")

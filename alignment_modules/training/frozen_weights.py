@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
-from alignment_modules.policies.sharded_state import reshard
+from alignment_modules.policies.sharded import free
 
 
 def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -31,7 +31,7 @@ class FrozenWeights:
     """
 
     def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
-        reshard(module)
+        free(module)
         held = tuple(f"{name}." for name in (*companions(module), *kept))
         whole = tuple(f"{name}." for name in frozen_children(module))
         frozen = [(name, p) for name, p in _parameters(module) if not p.requires_grad]
@@ -51,7 +51,7 @@ class FrozenWeights:
         Returns:
             The fingerprint of each entry left out; empty without `describe`.
         """
-        reshard(module)
+        free(module)
         now = [*_parameters(module), *_buffers(module)]
         still = {n for n, t in now if not t.requires_grad and self._versions.get(n) == t._version}
         # a quantized weight has entries of its own below its name

@@ -86,8 +86,9 @@ class ShardedCheckpoints(ModelParallelStrategy):
         Raises:
             RuntimeError: If `strict` and their names differ from the module's; nothing is read then.
         """
-        where = f"checkpoint {str(self.lightning_module.trainer.ckpt_path)!r}"
-        read_weights(self.lightning_module, checkpoint, self._folder, where, strict=strict)
+        module = cast(Any, self.lightning_module)
+        where = f"checkpoint {str(module.trainer.ckpt_path)!r}"
+        read_weights(module, checkpoint, self._folder, where, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Reads the parts of the optimizers' state that this process holds."""

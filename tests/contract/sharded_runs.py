@@ -20,7 +20,7 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.sharded import is_sharded, local, whole
 from tests.contract.two_ranks import LLAMA, NoTokenizer, many_threes
-from tests.models import Plain, other_than
+from tests.models import Plain, adapted, other_than
 from tests.paradigms import ROWS, build
 
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -125,6 +125,8 @@ def train_and_save(run: Run, policy: torch.nn.Module) -> None:
     run.fit("checkpointed without dropout", make("dpo", tied), ROWS["dpo"].batch)
     run.fit("cached", make("dpo", cache_reference=True), seen_by_some)
     run.fit("synced", make("dpo", reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1}), ROWS["dpo"].batch)
+    lora = make("dpo", adapted(policy), reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1})
+    run.fit("synced lora", lora, ROWS["dpo"].batch)
     run.fit("plain", make("sft", Plain()), ROWS["sft"].batch)
     for name in ("sft", "kto", "ppo"):
         run.fit(f"{name} bf16-mixed", make(name), ROWS[name].batch, precision="bf16-mixed")

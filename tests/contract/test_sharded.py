@@ -11,7 +11,7 @@ from tests.rewards.test_model import write_model
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("clipped", "clipped by itself", "tied and checkpointed", "checkpointed without dropout", "cached", "synced")
-EXACT += ("plain",)
+EXACT += ("synced lora", "plain")
 ROUNDED = ("sft bf16-mixed", "kto bf16-mixed", "ppo bf16-mixed", "ppo of bf16")
 
 

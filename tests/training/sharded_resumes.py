@@ -85,7 +85,11 @@ def main(root: Path, *wanted: str) -> None:
     for one in wanted:
         name, _, form = one.partition(":")
         folder = root / name / form
-        for part, start in (("whole", None), ("resumed", folder / "whole" / "step=2.ckpt")):
+        parts = {"whole": None, "resumed": folder / "whole" / "step=2.ckpt"}
+        alone = root / "alone" / name / "step=2.ckpt"
+        if alone.exists():  # of one process
+            parts["taken up"] = alone
+        for part, start in parts.items():
             fit(folder / part, name, FSDP2Strategy(form == "folder"), 2, start)
 
 

@@ -27,7 +27,9 @@ def start(folder, wanted):
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory):
-    return start(tmp_path_factory.mktemp("fast"), FAST)
+    root = tmp_path_factory.mktemp("fast")
+    fit(root / "alone" / "sft momentum", "sft momentum", SingleDeviceStrategy("cpu"), 1)
+    return start(root, FAST)
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +120,14 @@ def test_one_process_reads_what_two_wrote(fast, one, tmp_path):
 
 
 @pytest.mark.distributed
-def test_one_process_goes_on_as_two_would(fast, tmp_path):
+def test_another_number_of_processes_goes_on_alike(fast, tmp_path):
+    """One where two began, and two where one did, as either would by itself."""
     where = fast / "sft momentum" / "folder" / "whole"
     fit(tmp_path, "sft momentum", SingleDeviceStrategy("cpu"), 1, where / "step=2.ckpt")
-    found = AtomicCheckpointIO().load_checkpoint(tmp_path / "step=4.ckpt")
     expected = read(fast, "sft momentum:folder", "whole")
-    for key, value in tensors({key: expected[key] for key in ("state_dict", "optimizer_states")}).items():
-        torch.testing.assert_close(tensors(found)[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    one, two = tmp_path / "step=4.ckpt", fast / "sft momentum" / "folder" / "taken up" / "step=4.ckpt"
+    for found in (AtomicCheckpointIO().load_checkpoint(path) for path in (one, two)):
+        for key, value in tensors({key: expected[key] for key in ("state_dict", "optimizer_states")}).items():
+            torch.testing.assert_close(
+                tensors(found)[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )

@@ -34,9 +34,9 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
     """Shards a module, and hands each process its parts of the first one's weights, tensor by tensor.
 
     All processes call this with the same module. Those but the first may have built it on the meta device
-    (`on_first_process`); whatever they hold is replaced, so that all start from the same weights. Where they held
-    nothing, they also take over the first one's random state, which drawing the weights has moved, and what was found
-    out about the module with them.
+    (`on_first_process`); whatever they hold is replaced, so that all start from the same weights. They also take over
+    what was found out about the module with them, and where they held nothing the first one's random state, which
+    drawing the weights has moved.
 
     Args:
         module: What is sharded, in place. In the first process it lies on the CPU, or where its parts are to lie.
@@ -68,6 +68,7 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
         values[number] = None
     if absent:
         torch.set_rng_state(facts.random)
+    if not first:
         adopt(module, facts.capabilities)
 
 

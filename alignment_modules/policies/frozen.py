@@ -29,7 +29,7 @@ from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, fr
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local, steady_parameters
 
 
 class Frozen(nn.Module):
@@ -223,8 +223,9 @@ class Frozen(nn.Module):
         Made of each tensor's address and version counter, and, since a write to `.data` counts no version, of a sample
         of its values.
         """
-        tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
+        tensors: list[Any] = [parameter for parameter in steady_parameters(self.of) if not parameter.requires_grad]
         if self.module is not None:
+            free(self.module)
             tensors = [*self.module.parameters(), *self.module.buffers()]
         own = [local(tensor) for tensor in tensors]
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]

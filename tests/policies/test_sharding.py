@@ -10,6 +10,8 @@ from torch import nn
 
 from alignment_modules.policies.critic import build_critic, read_values
 from alignment_modules.policies.frozen import Frozen, frozen_companion
+from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
+from alignment_modules.policies.lora import add_lora
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import score
@@ -114,8 +116,11 @@ def test_a_head_in_float32_on_a_trunk_in_bfloat16(mesh, tiny_llama):
     assert local(critic.score.weight.grad).abs().sum() > 0
 
 
-def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama):
-    policy = adapted(tiny_llama)
+def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama_config):
+    tiny_llama = build_policy(PolicyConfig(config=tiny_llama_config | {"tie_word_embeddings": False}))
+    torch.manual_seed(2)
+    # adapters in layers, and in the group of what is outside of them
+    policy = add_lora(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     reference = Frozen(None, of=policy)
     segments = label_segments(ROWS["sft"].batch([0, 1]))
     with reading_mode(tiny_llama):

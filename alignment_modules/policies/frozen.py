@@ -29,7 +29,7 @@ from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, fr
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local, steady_parameters
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, free, local, steady_parameters
 
 
 class Frozen(nn.Module):
@@ -93,8 +93,6 @@ class Frozen(nn.Module):
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
-        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
-            forward_pass(module, lambda: None)
         with reading_mode(module), self._chosen():
             yield module
 

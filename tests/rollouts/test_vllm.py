@@ -57,7 +57,8 @@ def written(engine, policy, parameters=PARAMETERS, prompts=PROMPTS, seeds=SEEDS,
 
 def assert_equal(found, wanted):
     """Tokens and ends exactly; log-probabilities to the rounding of another batch."""
-    assert torch.equal(found.ids, wanted.ids) and torch.equal(found.mask, wanted.mask)
+    assert torch.equal(found.ids, wanted.ids)
+    assert torch.equal(found.mask, wanted.mask)
     assert torch.equal(found.truncated, wanted.truncated)
     torch.testing.assert_close(found.token_logps, wanted.token_logps, atol=2e-6, rtol=0)
     assert (found.support is None) == (wanted.support is None)
@@ -86,7 +87,8 @@ def test_a_samples_seed_is_its_own_whatever_else_is_asked_for(engine, server, ti
     written(engine, tiny_llama, prompts=alone, seeds=Seeds([2], seed=3, step=1, draw=1), num_samples=1)
     *rows, last = server.asked(GENERATE)
     [same] = [row for row in rows if row["request_id"].startswith("3.1.1.2.0.0-")]
-    assert same["sampling_params"] == last["sampling_params"] and same["request_id"] != last["request_id"]
+    assert same["sampling_params"] == last["sampling_params"]
+    assert same["request_id"] != last["request_id"]
 
 
 def test_stop_strings(stand_in, model_folder, tmp_path):
@@ -99,7 +101,7 @@ def test_stop_strings(stand_in, model_folder, tmp_path):
     engine = VLLMEngine(server.url, str(tmp_path / "weights"))
     prompts = Prompts.from_rows([codec.encode("1+1=")], torch.device("cpu"))
     options = {"prompts": prompts, "seeds": Seeds([0]), "num_samples": 8}
-    with pytest.raises(ValueError, match="stop_strings=.*needs a tokenizer"):
+    with pytest.raises(ValueError, match=r"stop_strings=.*needs a tokenizer"):
         written(engine, policy, parameters, **options)
     engine.codec = codec
     found, wanted = (written(one, policy, parameters, **options) for one in (engine, InProcessEngine(codec)))
@@ -332,7 +334,8 @@ class TestAdapters:
         engine = VLLMEngine(server.url, str(tmp_path), lora="merge")
         found, wanted = (written(one, policy) for one in (engine, InProcessEngine(Codec())))
         assert torch.equal(found.ids, wanted.ids)
-        assert not server.asked("/v1/load_lora_adapter") and len(server.asked("/collective_rpc")) == 1
+        assert not server.asked("/v1/load_lora_adapter")
+        assert len(server.asked("/collective_rpc")) == 1
 
     def test_another_process_waits_for_the_adapter(self, engine, server, policy, tmp_path, monkeypatch):
         engine.push(policy)
@@ -384,7 +387,7 @@ def test_filters_without_a_bound_are_refused(tmp_path):
     assert engine.server.url == "http://localhost:8000"
     with pytest.raises(ValueError, match=r"evaluation.top_p=0.9 needs evaluation.top_k with VLLMEngine"):
         engine.check("evaluation.", SamplingParameters(top_p=0.9))
-    with pytest.raises(ValueError, match="min_p=0.1 needs top_k"):
+    with pytest.raises(ValueError, match=r"min_p=0.1 needs top_k"):
         engine.check("", SamplingParameters(min_p=0.1))
     engine.check("", SamplingParameters(top_p=0.9, top_k=20))
 

@@ -142,7 +142,7 @@ class TestAServerThatGoes:
     def fit(self, make, train, server, tmp_path):
         """Fits with a folder for checkpoints; `before` is called with the number of each batch."""
 
-        def run(server, batches, before=None, ckpt_path=None, retries=1, **options):
+        def run(server, name, before=None, ckpt_path=None, retries=1):
             import lightning as L
 
             torch.manual_seed(0)
@@ -159,41 +159,40 @@ class TestAServerThatGoes:
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                default_root_dir=tmp_path / "run",
+                default_root_dir=tmp_path / name,
                 log_every_n_steps=1,
                 callbacks=[StopAndSave(), Script()],
-                **options,
             )
-            loader = torch.utils.data.DataLoader(copy.deepcopy(batches), batch_size=None)
+            loader = torch.utils.data.DataLoader(copy.deepcopy(BATCHES), batch_size=None)
             trainer.fit(module, loader, ckpt_path=ckpt_path)
             return module, trainer
 
         return run
 
     def test_a_restart_between_steps_changes_nothing(self, fit, server):
-        whole, _ = fit(server, BATCHES)
+        whole, _ = fit(server, "whole")
 
         def restart(step):
             if step == 2:
                 server.kill()
                 server.start()
 
-        module, trainer = fit(server, BATCHES, restart)
+        module, trainer = fit(server, "restarted", restart)
         assert equal(weights(whole), weights(module))
         assert trainer.callback_metrics["train/engine/version"] == 4
 
     def test_a_run_whose_server_is_gone_ends_with_a_message_and_resumes_bit_for_bit(self, fit, server, tmp_path):
-        whole, _ = fit(server, BATCHES)
+        whole, _ = fit(server, "whole")
 
         def kill(step):
             if step == 2:
                 server.kill()
 
         with pytest.raises(EngineError, match=r"optimizer step 3: .* cannot be reached: .* The run can be resumed"):
-            fit(server, BATCHES, kill, retries=0)
-        [saved] = (tmp_path / "run").rglob("*.ckpt")
+            fit(server, "ended", kill, retries=0)
+        [saved] = (tmp_path / "ended").rglob("*.ckpt")
         server.start()
-        module, trainer = fit(server, BATCHES, ckpt_path=saved)
+        module, trainer = fit(server, "resumed", ckpt_path=saved)
         assert trainer.global_step == 4
         assert equal(weights(whole), weights(module))
         assert trainer.callback_metrics["train/engine/version"] == 4

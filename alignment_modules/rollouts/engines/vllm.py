@@ -23,7 +23,7 @@ from alignment_modules.policies.lora import has_adapter
 from alignment_modules.rollouts.codec import Codec, rank_and_world_size, real_tokens
 from alignment_modules.rollouts.engines.answers import Answer, completions_of, read_answer, sampling_params
 from alignment_modules.rollouts.engines.probe import PROBE_PARAMETERS, probe_difference, probe_prompt
-from alignment_modules.rollouts.engines.protocol import EngineError
+from alignment_modules.rollouts.engines.protocol import Engine, EngineError
 from alignment_modules.rollouts.engines.pushed import check_pushable, name_of
 from alignment_modules.rollouts.engines.server import VLLMServer
 from alignment_modules.rollouts.engines.session import Turns, rows_of
@@ -36,7 +36,7 @@ from alignment_modules.rollouts.stopping import StopStrings
 _log = logging.getLogger(__name__)
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """Samples with a vLLM server that runs in an environment of its own, over HTTP.
 
     Tokens go out and come back as ids, each sample with a seed of its own. What the policy weighs is written to a
@@ -91,7 +91,7 @@ class VLLMEngine:
         self.policy: nn.Module | None = None
         self._name = self._delivered = self._base = ""
         self._version = 0
-        self._asleep = False
+        self._asleep = sleeps  # as a former run may have left it
         self._run, self._asked = uuid.uuid4().hex[:8], 0
         self._statistics: dict[str, Statistic] = {}
 
@@ -116,17 +116,11 @@ class VLLMEngine:
             EngineError: If the server does not take it, or then computes something else.
         """
         check_pushable(policy, lora=self.lora)
-        rank, ranks = rank_and_world_size()
+        ranks = rank_and_world_size()[1]
         if self.sleeps and ranks > 1:
             raise ValueError(f"sleeps=True needs a run in one process, this one has {ranks}: others may still sample")
         self.wake()
-        name, self.policy = name_of(policy), policy
-        self._version += name != self._name
-        self._name = name
-        if rank:
-            self._wait(rank)
-        elif self._delivered != name or not self._holds():
-            self._deliver()
+        self._push(policy, again=False)
 
     def version(self) -> int:
         """How many policies were pushed, the same one in a row counted once; a run that resumes counts on."""
@@ -171,10 +165,8 @@ class VLLMEngine:
             EngineError: As in `generate`.
             NonFiniteLogits: Likewise.
         """
-        rows, turn = (
-            rows_of(prompts, num_samples),
-            self.generate(prompts, parameters, num_samples=num_samples, seeds=seeds),
-        )
+        turn = self.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+        rows = rows_of(prompts, num_samples)
         session = Turns(parameters, seeds, num_samples, rows, [], turn)
         session.add(turn, range(len(rows)))
         return session
@@ -236,8 +228,7 @@ class VLLMEngine:
                 written = [answer for answer in answers if answer is not None]
                 return completions_of(written, parameters, strings, pad_token_id=codec.pad_token_id, device=device)
             _log.warning("%s answered with the weights %r instead of %r", self.server.url, found, self._name)
-            rank = rank_and_world_size()[0]
-            self._wait(rank) if rank else self._deliver()
+            self._push(self.policy, again=True)
         raise EngineError(
             f"{self.server.url} answers with the weights {found!r} again, though {self._name!r} was pushed: another "
             "run may push to the same server"
@@ -308,11 +299,19 @@ class VLLMEngine:
                 )
             time.sleep(0.05)
 
-    def _deliver(self) -> None:
+    def _push(self, policy: nn.Module, *, again: bool) -> None:
+        """Has the server hold the policy's weights; `again`: also where they were delivered already."""
+        self.policy, name = policy, name_of(policy)
+        self._version += name != self._name
+        self._name = name
+        if rank := rank_and_world_size()[0]:
+            self._wait(rank)
+        elif again or self._delivered != name or not self._holds():
+            self._deliver(policy)
+
+    def _deliver(self, policy: nn.Module) -> None:
         """Writes the weights, has the server read them, and compares."""
-        policy, former, started = self.policy, self._delivered, time.monotonic()
-        if policy is None:
-            raise ValueError("the engine has no policy yet: push one first")
+        former, started = self._delivered, time.monotonic()
         tell("pushing")
         folder = self._folder_of(self._name)
         export_policy(policy, folder, lora="adapter" if self._is_adapter else "merge")
@@ -321,19 +320,28 @@ class VLLMEngine:
             self._base = self.server.version() or ""
         else:
             self.server.load(folder, self._name, self.update)
-        self._delivered = ""
-        params = sampling_params(PROBE_PARAMETERS) | {"seed": 0}
-        answer = self._answer(self._request("probe", probe_prompt(policy), params))
-        difference = probe_difference(policy, answer, self.probe_tolerance, self.server.url)
-        self._statistics = {
-            "engine/probe_difference": Statistic(torch.tensor(difference)),
-            "time/push": Statistic(torch.tensor(time.monotonic() - started)),
-        }
+        self._delivered = self._name
         if former and former != self._name:
             if self._is_adapter:
                 self.server.unload_adapter(former)
             shutil.rmtree(self._folder_of(former), ignore_errors=True)
-        self._delivered = self._name
+        self._probe(policy)
+        self._statistics["time/push"] = Statistic(torch.tensor(time.monotonic() - started))
+
+    def _probe(self, policy: nn.Module) -> None:
+        """Compares what server and policy say of the probe; the weights do not count as delivered where they differ.
+
+        Raises:
+            EngineError: If they do.
+        """
+        params = sampling_params(PROBE_PARAMETERS) | {"seed": 0}
+        try:
+            answer = self._answer(self._request("probe", probe_prompt(policy), params))
+            difference = probe_difference(policy, answer, self.probe_tolerance, self.server.url)
+        except EngineError:
+            self._delivered = ""
+            raise
+        self._statistics["engine/probe_difference"] = Statistic(torch.tensor(difference))
 
     def _folder_of(self, name: str) -> Path:
         return self.folder / name

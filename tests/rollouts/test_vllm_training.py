@@ -1,6 +1,10 @@
 """Training with a server over HTTP: what training in process gives, whatever happens to the server meanwhile."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from alignment_modules.rollouts.engines import EngineError, VLLMEngine
 from tests.batches import Digits, prompts, threes
 
 GENERATE = "/inference/v1/generate"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 BATCHES = [prompts(4), prompts(3), prompts(4), prompts(2)]
 
 
@@ -196,3 +202,17 @@ class TestAServerThatGoes:
         assert trainer.global_step == 4
         assert equal(weights(whole), weights(module))
         assert trainer.callback_metrics["train/engine/version"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_ask_for_their_own_prompts_and_one_pushes(server, folder, tmp_path):
+    ends = []
+    for name, url in (("process", []), ("server", [server.url])):
+        command = [sys.executable, "-m", "tests.rollouts.two_ranks", folder, str(tmp_path / name), *url]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        ends += [torch.load(tmp_path / f"{name}.{rank}", weights_only=True) for rank in (0, 1)]
+    assert all(equal(ends[0], end) for end in ends)
+    assert len(server.asked("/collective_rpc")) == 2
+    assert len(server.asked(GENERATE)) == 2 + 4 * (2 + 3 + 4 + 5)

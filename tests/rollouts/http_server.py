@@ -275,6 +275,7 @@ def main():
         _, folder, port = line.split()
         if os.fork() == 0:
             serve(folder, int(port), launcher)
+    os._exit(0)  # nothing is left to be tidied up
 
 
 if __name__ == "__main__":

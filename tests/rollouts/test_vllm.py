@@ -60,7 +60,7 @@ def assert_equal(found, wanted):
     assert torch.equal(found.ids, wanted.ids)
     assert torch.equal(found.mask, wanted.mask)
     assert torch.equal(found.truncated, wanted.truncated)
-    torch.testing.assert_close(found.token_logps, wanted.token_logps, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.token_logps, wanted.token_logps, atol=1e-5, rtol=0)
     assert (found.support is None) == (wanted.support is None)
     if found.support is not None:
         sets = [
@@ -137,7 +137,7 @@ class TestPush:
         assert server.asked("/collective_rpc")[-1]["kwargs"]["weights_path"] == str(folder)
         assert len(server.asked("/collective_rpc")) == 3
         assert not server.state()["paused"]
-        assert float(engine.statistics()["engine/probe_difference"].total) < 1e-6
+        assert float(engine.statistics()["engine/probe_difference"].total) < 1e-5
 
     def test_reload_names_the_weights_only_when_they_are_there(self, engine, server, tiny_llama):
         engine.push(tiny_llama)

@@ -115,8 +115,8 @@ def completions_of(
     ]
     filtered = parameters.truncates_support and not parameters.greedy
     support = _support(answers, shape) if filtered else None
-    rows = [value.to(device) for value in (ids, mask, token_logps)]
-    return Completions(*rows, ~torch.tensor(stopped, device=device), support=support)
+    truncated = ~torch.tensor(stopped)
+    return Completions(ids.to(device), mask.to(device), token_logps.to(device), truncated.to(device), support=support)
 
 
 def _support(answers: Sequence[Answer], shape: tuple[int, int]) -> Support:

@@ -42,7 +42,7 @@ class InProcessEngine:
     correction: str | None = None  # what samples is what is scored
 
     def __init__(self, codec: Codec) -> None:
-        self.codec: Codec = codec
+        self.codec: Codec | None = codec
         self.policy: nn.Module | None = None
         self._version = 0
 
@@ -122,7 +122,7 @@ class InProcessEngine:
                 session.parameters,
                 None if uniforms is None else uniforms[:, list(rows)].contiguous(),
                 stop_strings=self._stop_strings(session.parameters),
-                pad_token_id=self.codec.pad_token_id,
+                pad_token_id=self._codec.pad_token_id,
                 drop=False,
             )
         session.version = self._version
@@ -130,7 +130,7 @@ class InProcessEngine:
 
     def close(self, session: _Session) -> Completions:
         """All completions whole, on the host."""
-        return session.whole(self.codec.pad_token_id)
+        return session.whole(self._codec.pad_token_id)
 
     def sleep(self) -> None:
         """Nothing to give back: the weights are the policy's own."""
@@ -150,9 +150,13 @@ class InProcessEngine:
                 num_samples=num_samples,
                 seeds=seeds,
                 stop_strings=self._stop_strings(parameters),
-                pad_token_id=self.codec.pad_token_id,
+                pad_token_id=self._codec.pad_token_id,
                 drop=drop,
             )
+
+    @property
+    def _codec(self) -> Codec:
+        return self.codec or Codec()
 
     def _policy(self) -> nn.Module:
         if self.policy is None:
@@ -160,4 +164,4 @@ class InProcessEngine:
         return self.policy
 
     def _stop_strings(self, parameters: SamplingParameters) -> StopStrings | None:
-        return StopStrings(parameters.stop_strings, self.codec.tokenizer) if parameters.stop_strings else None
+        return StopStrings(parameters.stop_strings, self._codec.tokenizer) if parameters.stop_strings else None

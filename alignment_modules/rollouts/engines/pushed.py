@@ -26,7 +26,7 @@ def check_pushable(policy: nn.Module, *, lora: str) -> None:
             "VLLMEngine cannot push a policy that is sharded over processes: train with one process or with the "
             "strategy 'ddp', or sample in process (engine=None)"
         )
-    model = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
+    model: Any = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"VLLMEngine cannot push {type(model).__name__}: a server reads models of transformers; sample in process "

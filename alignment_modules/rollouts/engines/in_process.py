@@ -14,6 +14,7 @@ from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
+from alignment_modules.rollouts.engines.protocol import Engine
 from alignment_modules.rollouts.engines.session import Turns, rows_of
 from alignment_modules.rollouts.parameters import SamplingOptions, SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
@@ -30,7 +31,7 @@ class _Session(Turns):
     version: int = 0
 
 
-class InProcessEngine:
+class InProcessEngine(Engine):
     """Samples with the policy's own module, in this process, in eval mode; the policy's own modes are put back after.
 
     The rows of a session keep their keys and values from turn to turn, where the policy's decoder has some.

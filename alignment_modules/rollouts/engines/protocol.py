@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Session(Protocol):
     """What the last turn wrote, one row an open row."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Makes completions of the policy that was pushed last; they do not depend on what else is in the batch."""
 
     codec: Codec | None
@@ -34,6 +35,7 @@ class Engine(Protocol):
     correction: str | None
     """The gate (`CORRECTIONS`) that its completions need because it computes otherwise than the trainer; None: none."""
 
+    @abstractmethod
     def check(self, option: str, sampling: SamplingOptions) -> None:
         """Refuses what it cannot sample with, before anything is sampled.
 
@@ -45,24 +47,31 @@ class Engine(Protocol):
             ValueError: If it cannot.
         """
 
+    @abstractmethod
     def push(self, policy: nn.Module) -> None:
         """Makes `policy`, as it is now, what the engine samples from."""
 
+    @abstractmethod
     def version(self) -> int:
         """Which policy it samples from: a number that grows with what is pushed."""
 
+    @abstractmethod
     def statistics(self) -> dict[str, Statistic]:
         """What is logged of it with a rollout: `engine/version`, and more; nothing where there is but one policy."""
 
+    @abstractmethod
     def describe(self) -> str | None:
         """The engine in words, for the start of a run; None: nothing."""
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a run that resumes needs of it, in plain values."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
 
+    @abstractmethod
     def generate(
         self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds
     ) -> Completions:
@@ -73,9 +82,11 @@ class Engine(Protocol):
         vocabulary, or none (NaN): the policy is then scored over the whole vocabulary, from which it did not sample.
         """
 
+    @abstractmethod
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
         """`generate`, but the completions may be extended; they stand in the session's `turn`."""
 
+    @abstractmethod
     def extend(self, session: Any, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Completions:
         """Appends tokens that the policy did not write, such as a tool's result, and lets it write on.
 
@@ -88,11 +99,14 @@ class Engine(Protocol):
             What the policy wrote in this turn, one row for each of `rows`.
         """
 
+    @abstractmethod
     def close(self, session: Any) -> Completions:
         """Ends the session and gives all completions whole, `own` telling the policy's tokens from the others."""
 
+    @abstractmethod
     def sleep(self) -> None:
         """Gives the accelerator's memory back until `wake`."""
 
+    @abstractmethod
     def wake(self) -> None:
         """Takes it again."""

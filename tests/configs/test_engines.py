@@ -47,10 +47,9 @@ def test_a_run_asks_the_server_that_it_was_given(align, recipe):
         align("fit", *recipe("grpo"), *nobody)
 
 
-def test_an_option_out_of_range(align, recipe, capsys):
-    with pytest.raises(SystemExit):
+def test_an_option_out_of_range(align, recipe):
+    with pytest.raises(ValueError, match="timeout=0.0 must be a finite number > 0"):
         align("fit", *recipe("grpo"), "--model.engine.init_args.timeout=0")
-    assert "timeout" in capsys.readouterr().err
 
 
 def test_help_tells_the_options(align, capsys):

@@ -313,6 +313,7 @@ class VLLMEngine(Engine):
         """Writes the weights, has the server read them, and compares."""
         former, started = self._delivered, time.monotonic()
         tell("pushing")
+        self.server.version()  # a server that is not there is told of before the weights are written
         folder = self._folder_of(self._name)
         export_policy(policy, folder, lora="adapter" if self._is_adapter else "merge")
         if self._is_adapter:

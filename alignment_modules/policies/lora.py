@@ -9,7 +9,6 @@ switched off the model is its own base, which is why a LoRA policy needs no seco
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
 from alignment_modules.policies.added_tokens import ends, is_untrained, tied, token_ids, trains_rows
 from alignment_modules.policies.forward import classifies
+from alignment_modules.policies.sharded import whole_copy
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _merged_layer(name: str, layer: nn.Module) -> nn.Module:
-    twin: Any = copy.deepcopy(layer)
+    twin: Any = whole_copy(layer)
     try:
         if hasattr(twin, "unload_and_optionally_merge_module"):
             return twin.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)

@@ -48,7 +48,7 @@ def test_a_run_asks_the_server_that_it_was_given(align, recipe):
 
 
 def test_an_option_out_of_range(align, recipe):
-    with pytest.raises(ValueError, match="timeout=0.0 must be a finite number > 0"):
+    with pytest.raises(ValueError, match=r"timeout=0\.0 must be a finite number > 0"):
         align("fit", *recipe("grpo"), "--model.engine.init_args.timeout=0")
 
 

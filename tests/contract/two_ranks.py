@@ -1,7 +1,7 @@
 """Run by test_ranks.py: every paradigm takes one optimizer step on two ranks, and the weights' changes are saved.
 
-Usage: python -m tests.contract.two_ranks FOLDER DEVICES [variants]. With DEVICES=1 the single rank gets the union of
-the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
+Usage: python -m tests.contract.two_ranks FOLDER DEVICES STRATEGY [variants]. With DEVICES=1 the single rank gets the
+union of the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
 """
 
 import copy
@@ -16,8 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.sharded import whole
+from alignment_modules.training.muon import MuonWithAdamW
 from tests.models import MIXTRAL, adapted, other_than
-from tests.paradigms import ROWS, build
+from tests.paradigms import ROWS, build, headed
 
 LLAMA = {
     "model_type": "llama",
@@ -109,6 +111,17 @@ def experts() -> AlignmentModule:
     )
 
 
+def muon() -> AlignmentModule:
+    """SFT by Muon and AdamW, in float64: either makes a step of full size of a gradient's rounding error."""
+    torch.manual_seed(0)
+    return SFTModule(
+        policy=PolicyConfig(config=LLAMA, dtype="float64"), optimizer=lambda groups: MuonWithAdamW(groups, lr=0.01)
+    )
+
+
+WHOLE = ("muon",)
+"""What is refused in shards."""
+
 Case = tuple[str, Callable[[], AlignmentModule], Callable]
 VARIANTS = [(name, label) for name, row in ROWS.items() if row.kind == "acting" for label in row.variants]
 
@@ -139,6 +152,12 @@ def variants(policy: torch.nn.Module) -> Iterator[Case]:
         )
 
 
+def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
+    """What makes a paradigm train adapters, beside a reference with the adapters as they are where it has one."""
+    given = {"policy": adapted(headed(name, policy))}
+    return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
+
+
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
@@ -151,14 +170,15 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
         yield loss, lambda options=options: make("dpo", **options), ROWS["dpo"].batch
     for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
         yield label, experts, batch
+    yield "muon", muon, ROWS["sft"].batch
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught
     own = ROWS["distillation"].variants["half on policy"]
     yield "on policy", lambda: make("distillation", **own), ROWS["distillation"].batch
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
-    for name in ("dpo", "kto", "online_dpo"):
-        yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    for name, row in ROWS.items():
+        yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
@@ -182,19 +202,21 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
 
-def main(folder: Path, devices: int, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
+def main(folder: Path, devices: int, strategy: str, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
     L.seed_everything(0)
     from alignment_modules.policies.load import build_policy
 
     for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA))):
+        if strategy == "fsdp2" and name in WHOLE:
+            continue
         module = make()
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         trainer = L.Trainer(
             max_epochs=1,
             accelerator="cpu",
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            strategy=strategy,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -203,12 +225,13 @@ def main(folder: Path, devices: int, which: Callable[[torch.nn.Module], Iterator
         )
         trainer.fit(module, DataLoader(Batches(batch, devices), batch_size=None))
         extra = module.extra_state()  # which ranks may put together
+        after = {key: whole(p.detach()) for key, p in module.named_parameters() if key in before}
         if trainer.is_global_zero:
-            change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
+            change = {key: after[key] - value for key, value in before.items()}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
             saved = {"change": change, "metrics": metrics, "extra": extra}
-            torch.save(saved, folder / f"{name}_{devices}.pt")
+            torch.save(saved, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), variants if sys.argv[3:] == ["variants"] else cases)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], variants if sys.argv[4:] == ["variants"] else cases)

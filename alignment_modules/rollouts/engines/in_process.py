@@ -11,6 +11,7 @@ from torch import nn
 
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.modes import eval_mode
+from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
@@ -108,7 +109,7 @@ class InProcessEngine(Engine):
         device = session.turn.ids.device
         prompts = Prompts.from_rows(session.contexts(rows), device)
         uniforms = draw_uniforms(session.seeds, session.parameters, session.num_samples, device, session.turns)
-        with eval_mode(policy), without_checkpointing(policy):
+        with eval_mode(policy), gathered(policy), without_checkpointing(policy):
             factory = select_decoder(policy, prompts.longest + limit)
             former = session.decoder
             if former is not None and session.version == self._version and type(former) is factory:
@@ -143,7 +144,7 @@ class InProcessEngine(Engine):
         self, prompts: Prompts, parameters: SamplingParameters, num_samples: int, seeds: Seeds, *, drop: bool
     ) -> tuple[Completions, Decoder]:
         policy = self._policy()
-        with eval_mode(policy):
+        with eval_mode(policy), gathered(policy):
             return sample_prompts(
                 policy,
                 prompts,

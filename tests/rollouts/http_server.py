@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from alignment_modules.policies.lora import attach_adapter_folder
+from alignment_modules.policies.adapter_folders import attach_adapter_folder
 from alignment_modules.rollouts.decoders.select import select_decoder
 from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts

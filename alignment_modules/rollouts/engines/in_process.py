@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.compiling import without_graphs
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec
@@ -109,7 +110,7 @@ class InProcessEngine(Engine):
         device = session.turn.ids.device
         prompts = Prompts.from_rows(session.contexts(rows), device)
         uniforms = draw_uniforms(session.seeds, session.parameters, session.num_samples, device, session.turns)
-        with eval_mode(policy), gathered(policy), without_checkpointing(policy):
+        with eval_mode(policy), gathered(policy), without_checkpointing(policy), without_graphs(policy):
             factory = select_decoder(policy, prompts.longest + limit)
             former = session.decoder
             if former is not None and session.version == self._version and type(former) is factory:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from alignment_modules.policies.adapters import has_adapter
 from alignment_modules.policies.fingerprints import fingerprints
-from alignment_modules.policies.lora import has_adapter
 
 
 def check_pushable(policy: nn.Module, *, lora: str) -> None:

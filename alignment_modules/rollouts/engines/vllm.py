@@ -18,8 +18,8 @@ from alignment_modules.functional.http import RequestError
 from alignment_modules.functional.ranges import Natural, Positive, Range, check_options
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.functional.waiting import tell
+from alignment_modules.policies.adapters import has_adapter
 from alignment_modules.policies.export import export_policy
-from alignment_modules.policies.lora import has_adapter
 from alignment_modules.rollouts.codec import Codec, rank_and_world_size, real_tokens
 from alignment_modules.rollouts.engines.answers import Answer, completions_of, read_answer, sampling_params
 from alignment_modules.rollouts.engines.probe import PROBE_PARAMETERS, probe_difference, probe_prompt

@@ -335,7 +335,7 @@ if __name__ == "__main__":
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
     module, seen = SFTModule(policy=PolicyConfig(config=TINY_LLAMA), optimizer=optimizer), Seen()
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[PolicyAverage(decay=0.7), seen],
     )
     trainer.fit(module, DataLoader([supervised([row, row + 1]) for row in range(6)], batch_size=None))

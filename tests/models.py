@@ -1,6 +1,7 @@
 """Models and tokenizers that the tests of all paradigms share: tiny, and the same each time."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,13 @@ class Plain(nn.Module):
         return self.head(states + states.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None])
 
 
-def adapted(policy: nn.Module) -> nn.Module:
-    """A policy with LoRA adapters that do something already."""
+def adapted(policy: nn.Module, **options: Any) -> nn.Module:
+    """A policy with LoRA adapters, of these options, that do something already."""
     torch.manual_seed(2)
-    policy = add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4))
+    policy = add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, **options))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and parameter.requires_grad:
                 parameter.normal_(0.0, 0.1)
     return policy
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapters import check_mergeable, has_adapter
+from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import check_mergeable, has_adapter
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.reading import Reading
 from alignment_modules.policies.value_head import ValueHead
@@ -27,12 +28,14 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         critic: A folder or hub id of a causal language model, whose new head starts at 0, or of a reward model, which
             keeps its head (loaded in the policy's dtype); a configuration, whose `head` is taken as "scalar"; a module
             that gives `[batch, time, 1]`; or None: a copy of the policy with a head that starts at 0 (and, where the
-            policy has adapters, with fresh adapters of the same kind on its merged weights).
+            policy has adapters, with fresh adapters of the same kind on its merged weights). A folder's model and a
+            copy are compiled where the policy is.
         policy: The policy, built.
 
     Raises:
         ValueError: If it cannot be built, or None is given for a policy without hidden states.
     """
+    as_policy = critic is None or isinstance(critic, (str, os.PathLike))
     if critic is None:
         model = _adapted_as(policy, scalar_copy(policy))
     else:
@@ -47,6 +50,8 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         except (ValueError, ImportError) as error:
             raise type(error)(f"critic: {str(error).replace('policy.', 'critic.')}") from error
     prepare(model)
+    if as_policy:
+        compile_as(policy, model)
     inner = language_model(model)
     head = None if inner is None else find_head(inner)
     if head is not None and isinstance(head.linear, nn.Linear):
@@ -125,7 +130,9 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
 
     adapter = copy.deepcopy(policy.peft_config[policy.active_adapter])
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
-    return peft.get_peft_model(model, adapter)
+    adapted: Any = peft.get_peft_model(model, adapter)
+    adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    return adapted
 
 
 def shared_head(policy: nn.Module) -> ValueHead:

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
+from alignment_modules.policies.compiling import compile_layers
 from alignment_modules.policies.config import (
     DTYPES,
     Head,
     PolicyConfig,
     adapter_config,
+    check_holds_adapter,
     check_options,
     from_mapping,
     listing,
@@ -30,12 +33,13 @@ from alignment_modules.policies.config import (
 )
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.recomputing import enable_checkpointing, free_embedding_output
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
-from alignment_modules.policies.weights import building_device, read_model, shapes_only
+from alignment_modules.policies.weights import building_device, read_model, shapes_only, start_head
 
 __all__ = [
     "LoraConfig",
@@ -143,7 +147,7 @@ def _build(
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy, merge, zero_head) if policy.path is not None else _fresh(policy, zero_head)
+    model = _load(policy, merge, zero_head, trainable) if policy.path is not None else _fresh(policy, zero_head)
     new_tokens: list[str] = []
     if policy.added_tokens:
         tokenizer = load_tokenizer(
@@ -161,30 +165,34 @@ def _build(
     if policy.trainable is not None or policy.frozen is not None:
         train_part(model, policy.trainable, policy.frozen, new_tokens=new_tokens)
     if policy.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model, policy.gradient_checkpointing)
     if policy.lora is not None:
         if policy.config is not None:
             logger.warning("lora on a fresh model: the adapters are trained on top of random weights that stay frozen.")
         model = add_lora(model, policy.lora)
     if policy.gradient_checkpointing:
-        _free_embedding_output(model)
+        free_embedding_output(model)
+    if policy.compile:
+        compile_layers(model)
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
+        check_holds_adapter(policy, path)
         return _from_pretrained(path, policy, policy.revision, zero_head)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
         )
-    if policy.quantization is not None:
+    merge = merge and policy.merge_adapter
+    if policy.quantization is not None and merge:
         raise ValueError(
             f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
-            "weights would round it away. "
-            "Load it without quantization, export it merged, and quantize that folder."
+            "weights would round it away. Load it without quantization, export it merged, and quantize that folder, or "
+            "train it further with policy.merge_adapter=false."
         )
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -197,7 +205,7 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
-        return attach_adapter_folder(model, path, policy.revision)
+        return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     _forget_folder(model)
@@ -250,7 +258,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
     if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
         report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
         report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
@@ -268,12 +276,6 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         )
     check_head(model, policy.head)
     return model
-
-
-def _start_head(model: Any, zero: bool) -> None:
-    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
             f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
     if scalar:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
     return model
 
 
@@ -374,25 +376,3 @@ def _architecture(options: dict[str, Any]) -> Any:
             f"know.{hint}"
         )
     return config
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
-        model, "gradient_checkpointing_enable", None
-    )
-    try:
-        if enable is None:
-            raise ValueError("it has no switch for it")
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ValueError(
-            f"policy.gradient_checkpointing=True: {type(model).__name__} does not support it ({error})."
-        ) from error
-    _free_embedding_output(model)
-
-
-def _free_embedding_output(model: nn.Module) -> None:
-    """Undoes what transformers and peft do for reentrant checkpointing, which alone needs that gradient."""
-    disable: Any = getattr(model, "disable_input_require_grads", None)
-    if disable is not None:
-        disable()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.probing import prepare
@@ -68,8 +69,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module; every process has the same weights. Its layers are the outermost list of modules that it
-            runs one after the other, all of them in each forward pass; one without is a single group.
+        model: Any module; where processes drew other weights, the first one's count. Its layers are the outermost list
+            of modules that it runs one after the other, all of them in each forward pass; one without is a single
+            group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
             gradients are summed in float32. None: the one that they are held in.
@@ -88,6 +90,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     layers = find_layers(model)
 
     def apply(part: Any, is_layer: bool, dtype: torch.dtype | None) -> None:
+        _send_from_first(part, mesh)
         precision = MixedPrecisionPolicy(dtype, _reduced_in(part, dtype), cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=is_layer, mp_policy=precision)
         part.is_layer = is_layer
@@ -141,6 +144,17 @@ def _reduced_in(module: nn.Module, gather: torch.dtype | None) -> torch.dtype | 
     return torch.float32 if gather in _SMALL or held & {*_SMALL} else None
 
 
+def _send_from_first(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Moves what is not sharded yet to the mesh's device, and gives it the first process's values, as DDP does."""
+    kind = mesh.device_type
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+    for tensor in (*_unsharded(part), *part.buffers()):
+        if tensor.is_meta:
+            continue
+        tensor.data = tensor.data.to(device).contiguous()
+        torch.distributed.broadcast(tensor.data, group=mesh.get_group(), group_src=0)
+
+
 def _of_another_dtype(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Modules outside of the layers that train parameters of another dtype than most: a critic's head in float32."""
     inside = {id(part) for layer in layers for part in layer.modules()}
@@ -166,6 +180,11 @@ def _check(model: nn.Module, name: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"{name} is compiled as a whole, and its layers are to be sharded one by one: give it uncompiled, or use "
+            "strategy='ddp'"
+        )
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} has compiled layers, which are not sharded: leave compile out of its configuration, or use "
             "strategy='ddp'"
         )
     quantized = [key for key, parameter in model.named_parameters() if not parameter.is_floating_point()]

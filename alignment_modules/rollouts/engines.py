@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.support import Support
+from alignment_modules.policies.compiling import without_graphs
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec, real_tokens
@@ -168,7 +169,7 @@ class InProcessEngine:
         device = session.turn.ids.device
         prompts = Prompts.from_rows([session.rows[row].context for row in rows], device)
         uniforms = draw_uniforms(session.seeds, session.parameters, session.num_samples, device, session.turns)
-        with eval_mode(policy), gathered(policy), without_checkpointing(policy):
+        with eval_mode(policy), gathered(policy), without_checkpointing(policy), without_graphs(policy):
             factory = select_decoder(policy, prompts.longest + limit)
             if session.version == self._version and type(session.decoder) is factory:
                 present = torch.tensor([session.open.index(row) for row in rows], device=device)

@@ -15,6 +15,7 @@ from torch import nn
 from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.policies.recomputing import Recomputed
 
 Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -39,8 +40,11 @@ class PolicyConfig:
             `model.layers.3.*`; none: all. Not with `lora`, which trains adapters.
         frozen: Patterns of parameters that are not trained, of those that `trainable` leaves.
         quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
-        gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
-            more time.
+        gradient_checkpointing: Recompute activations in the backward pass; less memory, more time. True: those of each
+            layer, about a third more time. "selective": all but the results of each layer's matrix products and of its
+            attention. A number n of 2 or more: those of each n-th layer.
+        compile: Compile the forward pass of each layer with `torch.compile`, for training and scoring; completions are
+            drawn without it. The first steps wait for the C++ compiler, which must be there.
         head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
             by a linear map without bias, `score.weight` `[1, hidden]`. The folder of a sequence-classification model of
             one output keeps its own; any other model gets a fresh one, normal with variance 1 / (hidden + 1)
@@ -63,7 +67,8 @@ class PolicyConfig:
     trainable: list[str] | None = None
     frozen: list[str] | None = None
     quantization: Literal["4bit", "8bit"] | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputed = False
+    compile: bool = False
     head: Head = "lm"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -134,6 +139,11 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             raise ImportError(
                 f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
             )
+    if policy.compile and policy.gradient_checkpointing == "selective":
+        raise ValueError(
+            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
+            "shows no single product that could be kept. Allowed beside it are true, false and a number."
+        )
     _check_added_tokens(policy)
     if not policy.merge_adapter:
         _check_kept_adapter(policy)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
+from alignment_modules.policies.layers import decoder_layers
 from alignment_modules.policies.placing import check_alike, place
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
@@ -71,8 +73,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module. Its layers are the outermost list of modules that it
-            runs one after the other, all of them in each forward pass; one without is a single group.
+        model: Any module. Its layers are the outermost list of modules that it runs one after the other, all of them in
+            each forward pass; one without is a single group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
             gradients are summed in float32. None: the one that they are held in.
@@ -118,9 +120,9 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
         model: Any module. Of a model of transformers it is the list that its configuration counts.
     """
     inner = language_model(model)
-    expected = None if inner is None else inner.config.get_text_config().num_hidden_layers
-    lists = [found for found in _outermost_lists(model) if expected in (None, len(found))]
-    return [layer for found in lists for layer in found]
+    if inner is not None:
+        return decoder_layers(inner)
+    return [layer for found in _outermost_lists(model) for layer in found]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
@@ -171,6 +173,11 @@ def _check(model: nn.Module, name: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"{name} is compiled as a whole, and its layers are to be sharded one by one: give it uncompiled, or use "
+            "strategy='ddp'"
+        )
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} has compiled layers, which are not sharded: leave compile out of its configuration, or use "
             "strategy='ddp'"
         )
     quantized = [key for key, parameter in model.named_parameters() if not parameter.is_floating_point()]

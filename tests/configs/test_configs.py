@@ -51,7 +51,7 @@ def printed(align, *arguments):
 
 def test_there_is_a_recipe_for_every_paradigm():
     assert set(RECIPES) == set(ROWS)
-    assert {"lora", "ddp", "bf16"} <= set(OVERLAYS)
+    assert {"lora", "ddp", "fsdp2", "bf16"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("path", [*RECIPES.values(), *OVERLAYS.values()], ids=lambda path: path.stem)
@@ -93,8 +93,15 @@ def test_recipe_and_overlays_run(align, recipe, name, overlays):
     assert peak_rates(cli.model) == {part: pytest.approx(usual * times[part]) for part in trained}
     if "bf16" in overlays:
         assert cli.trainer.precision == "bf16-mixed"
-    if "ddp" in overlays:
-        assert type(cli.trainer.strategy).__name__ == "DDPStrategy"
+    strategy = type(cli.trainer.strategy).__name__
+    if {"ddp", "fsdp2"} & set(overlays):  # the later one wins
+        assert strategy == ("FSDP2Strategy" if "fsdp2" in overlays else "DDPStrategy")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"])
+def test_other_ways_to_shard_are_refused_before_anything_is_built(align, recipe, strategy):
+    with pytest.raises(ValueError, match=r"is not supported.*Use strategy='fsdp2'"):
+        align("fit", *recipe("sft"), *QUIET, f"--trainer.strategy={strategy}")
 
 
 def test_adapters_at_the_rate_of_all_weights_are_said(align, recipe):

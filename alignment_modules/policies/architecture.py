@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.quantization import count
+
 logger = logging.getLogger(__name__)
 
 _OTHER_SENSES = ("vision_config", "audio_config", "image_config", "video_config", "speech_config", "vision_tower")
@@ -159,6 +161,6 @@ def own_stop_ids(model: nn.Module, vocabulary: int | None) -> list[int]:
 
 def describe_size(model: nn.Module) -> str:
     """A model's class and numbers of parameters, for people."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(count, model.parameters()))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{type(model).__name__}, {total:,} parameters, {trained:,} of them trained"

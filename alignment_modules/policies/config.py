@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from torch import nn
 
 from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
 
 Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -34,7 +34,9 @@ class PolicyConfig:
         attn_implementation: An attention that transformers knows, such as "sdpa" or "eager"; none leaves the choice to
             transformers.
         lora: Train low-rank adapters and freeze the rest.
-        quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
+        quantization: Holds the linear layers but the head in fewer bits, for a frozen base under `lora`, or for a model
+            that is not trained: "4bit" (NF4, double quantization) or "8bit" (LLM.int8(), which also rounds activations)
+            through bitsandbytes, or "int8_weight_only" through torchao.
         gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
             more time.
         head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
@@ -53,7 +55,7 @@ class PolicyConfig:
     dtype: str = "float32"
     attn_implementation: str | None = None
     lora: LoraConfig | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     head: Head = "lm"
     revision: str | None = None
@@ -86,8 +88,10 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
 
     Raises:
         ValueError: The message names the option, its value and what is allowed.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
+    if isinstance(policy.quantization, str):
+        check_kind(policy.quantization)
     check_types(PolicyConfig, vars(policy), "policy.")
     if (policy.path is None) == (policy.config is None):
         given = "both are" if policy.path is not None else "neither is"
@@ -105,20 +109,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
     if policy.quantization is not None:
-        if policy.config is not None:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'path': a fresh model has no trained weights to "
-                "quantize."
-            )
-        if trainable and policy.lora is None:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'lora': quantized weights cannot be trained "
-                "themselves."
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
-            )
+        _check_quantization(policy, trainable)
     _check_added_tokens(policy)
     if policy.lora is not None and not trainable:
         raise ValueError(
@@ -135,6 +126,19 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
             "hub id."
         )
+
+
+def _check_quantization(policy: PolicyConfig, trainable: bool) -> None:
+    given = f"policy.quantization={policy.quantization!r}"
+    if policy.config is not None:
+        raise ValueError(f"{given} needs 'path': a fresh model has no trained weights to quantize.")
+    if trainable and policy.lora is None:
+        raise ValueError(f"{given} needs 'lora': quantized weights cannot be trained themselves.")
+    if policy.dtype == "float64":
+        raise ValueError(
+            f"{given} with policy.dtype='float64': quantized layers compute in 'float32', 'bfloat16' or 'float16'."
+        )
+    check_packages(str(policy.quantization))
 
 
 def _check_added_tokens(policy: PolicyConfig) -> None:

@@ -18,8 +18,9 @@ from alignment_modules.policies.added_tokens import is_of_rows
 from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
+from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_copy, merged_state
 from alignment_modules.policies.modes import reading_mode
+from alignment_modules.policies.quantization import quantized_entries, stored_parts
 
 
 class Frozen(nn.Module):
@@ -175,7 +176,7 @@ class Frozen(nn.Module):
         tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
         if self.module is not None:
             tensors = [*self.module.parameters(), *self.module.buffers()]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        local = [part for t in tensors for part in stored_parts(t.to_local() if hasattr(t, "to_local") else t)]
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in local]
         floats = [t.detach() for t in local if t.is_floating_point() and t.numel()]
         parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
@@ -208,13 +209,12 @@ def frozen_companion(
 
     Raises:
         ValueError: The model is the policy itself or shares a weight with it, or cannot be built.
-        ImportError: A quantized model without bitsandbytes.
+        ImportError: A quantized model without its package.
     """
     if model is None:
         off = has_adapter(policy) and adapter_is_identity(policy) and not saved
         if saved and has_adapter(policy):
-            twin: Any = copy.deepcopy(policy)
-            return Frozen(twin.merge_and_unload(safe_merge=True), of=policy, saved=True)
+            return Frozen(merged_copy(policy), of=policy, saved=True)
         return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
     if isinstance(model, (str, os.PathLike)):
         model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
@@ -257,8 +257,9 @@ def _leave_out(companion: nn.Module, state: dict[str, Any], prefix: str, _: Any)
 def _fill_in(companion: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Gives what `_leave_out` took: the companion's own weights, as they are."""
     if not companion.saved and isinstance(companion.module, nn.Module):
-        for key, value in companion.module.state_dict(keep_vars=True).items():
-            state.setdefault(f"{prefix}module.{key}", value)
+        own = companion.module.state_dict(keep_vars=True)
+        for key in own.keys() - quantized_entries(companion.module, own):  # which torch cannot load
+            state.setdefault(f"{prefix}module.{key}", own[key])
 
 
 def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:

@@ -32,6 +32,7 @@ from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, settle
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
 from alignment_modules.policies.weights import building_device, read_model, shapes_only
@@ -80,12 +81,11 @@ def build_policy(
         zero_head: Whether a scalar head that comes with no weights starts at 0, as a critic's; otherwise it is drawn.
 
     Returns:
-        The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
-        it was).
+        The module, on the CPU, in training mode as any new `nn.Module` (a module given ready stays as it was).
 
     Raises:
         ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
     with building_device():
         model = _build(policy, trainable, head, merge, zero_head)
@@ -142,7 +142,8 @@ def _build(
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy, merge, zero_head) if policy.path is not None else _fresh(policy, zero_head)
+    frozen = policy.lora is not None or not trainable
+    model = _load(policy, merge, zero_head, frozen) if policy.path is not None else _fresh(policy, zero_head)
     if policy.added_tokens:
         tokenizer = load_tokenizer(
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
@@ -166,11 +167,11 @@ def _build(
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool, frozen: bool) -> nn.Module:
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
-        return _from_pretrained(path, policy, policy.revision, zero_head)
+        return _from_pretrained(path, policy, policy.revision, zero_head, frozen)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
@@ -188,7 +189,7 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
         )
     try:
         base = resolve_folder(base, "base_model_name_or_path")
-        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head)
+        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head, frozen)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
@@ -204,12 +205,15 @@ def _forget_folder(model: Any) -> None:
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool) -> nn.Module:
+def _from_pretrained(
+    path: str, policy: PolicyConfig, revision: str | None, zero_head: bool, frozen: bool
+) -> nn.Module:
     _check_model_folder(path)
     import transformers
 
     config = _raw_config(path, revision)
     check_text_only(config, f"policy.path={path!r}")
+    check_stored(config, path, policy.quantization, frozen=frozen)
     classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
     if classifier and policy.head == "lm":
         raise ValueError(
@@ -220,7 +224,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
     if policy.quantization is not None:
-        options["quantization_config"] = _quantization(policy)
+        options |= loading_options(policy.quantization, DTYPES.get(policy.dtype))
     if policy.head == "scalar":
         auto, kind = transformers.AutoModelForSequenceClassification, "sequence-classification model"
         options |= {} if classifier else {"num_labels": 1}
@@ -262,6 +266,9 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
             sorted(report["unexpected_keys"])[:3],
         )
     check_head(model, policy.head)
+    if shapes_only() and policy.quantization is not None:
+        mark_shapes(model, policy.quantization)
+    settle(model)
     return model
 
 
@@ -303,17 +310,6 @@ def _check_model_folder(path: str) -> None:
             f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
             f"{listing(folder)}."
         )
-
-
-def _quantization(policy: PolicyConfig) -> Any:
-    import transformers
-
-    if policy.quantization == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute = DTYPES.get(policy.dtype, torch.bfloat16)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
 
 
 def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:

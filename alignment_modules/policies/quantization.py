@@ -348,4 +348,4 @@ def mark_shapes(model: nn.Module, name: str) -> None:
 def bytes_of(tensor: Any) -> int:
     """Bytes that a tensor takes; of one that `mark_shapes` marked those that it would take."""
     marked = getattr(tensor, "packed_bytes", None)
-    return tensor.numel() * tensor.element_size() if marked is None else marked
+    return sum(part.numel() * part.element_size() for part in stored_parts(tensor)) if marked is None else marked

@@ -1,10 +1,11 @@
 """Every paradigm on a quantized base: the adapters alone learn, exactly; what was trained is resumed and exported."""
 
 import copy
+import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.quantization import PACKAGES, quantized_layers
@@ -133,6 +134,21 @@ def test_frozen_companions_of_a_plain_policy(tiny_llama, train, folder, tmp_path
         assert fingerprint(resumed.policy) == fingerprint(whole.policy) != fingerprint(first.policy)
         with pytest.raises(ValueError, match=f"pass the same `{name}`"):
             train(made(base, **{name: str(folder)}), batches, max_epochs=2, ckpt=tmp_path / f"{name}.ckpt")
+
+
+@pytest.mark.parametrize("kind", PACKAGES)
+def test_the_command_line(align, workplace, tmp_path, kind):
+    """A run with its export, the adapters alone from its checkpoint, and the memory that is estimated for it."""
+    policy = json.dumps({"path": "policy", "quantization": kind, "lora": {"r": 2}})
+    given = ("--config", "sft.yaml", "--model.policy", policy, "--trainer.max_steps", "2")
+    done = align("fit", *given)
+    assert done.code == 0, done.text
+    exported = AutoModelForCausalLM.from_pretrained(done.root / "export")
+    assert not quantized_layers(exported)
+    assert AutoTokenizer.from_pretrained(done.root / "export")("1+1=").input_ids
+    written = align("export", done.root, tmp_path / "adapter", "--lora", "adapter")
+    assert written.code == 0, written.text
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_every_paradigm_is_told_of():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.two_ranks import COUPLED, VARIANTS
+from tests.contract.two_ranks import COUPLED, QUANTIZED, VARIANTS
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,7 @@ FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unju
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
 FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += ["teacher"]
+FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 
 def run(folder, *more, timeout=300):

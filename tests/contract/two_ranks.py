@@ -5,7 +5,9 @@ the rows. With `variants` it is every variant of the paradigms that act, with al
 """
 
 import copy
+import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
-from tests.models import MIXTRAL, adapted, other_than
+from tests.models import MIXTRAL, adapted, other_than, quantized
 from tests.paradigms import ROWS, build
 
 LLAMA = {
@@ -56,6 +58,15 @@ COUPLED = (
     "remax",
 )
 """What GRPO's row varies and the rows of all ranks decide."""
+
+
+PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8_weight_only": "torchao"}
+QUANTIZED = tuple(
+    (name, kind)
+    for name, kind in (("sft", "8bit"), ("sft", "int8_weight_only"), ("dpo", "4bit"), ("grpo", "4bit"))
+    if importlib.util.find_spec(PACKAGES[kind])
+)
+"""Paradigms on a quantized base, where its package is installed."""
 
 
 class NoTokenizer:
@@ -159,6 +170,16 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name in ("dpo", "kto", "online_dpo"):
         yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    with tempfile.TemporaryDirectory() as folder:  # of each rank
+        for name, kind in QUANTIZED:
+            held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
+            yield (
+                f"{name} {kind}",
+                lambda name=name, kind=kind, held=held: make(
+                    name, policy=quantized(policy, kind, Path(folder) / "base"), **held
+                ),
+                ROWS[name].batch,
+            )
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}

@@ -16,7 +16,7 @@ from alignment_modules.policies.critic import build_critic
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.lora import adapter_off, merged_copy
-from alignment_modules.policies.quantization import PACKAGES, bytes_of, count, dequantized, quantized_layers
+from alignment_modules.policies.quantization import PACKAGES, bytes_of, count, dequantized, quantized_layers, stored_parts
 from alignment_modules.policies.weights import without_weights
 from tests.models import quantized
 
@@ -44,7 +44,7 @@ def test_every_linear_layer_but_the_head_is_quantized(tiny_llama, llama_folder, 
     assert {name for name, _ in quantized_layers(model)} == names - {"lm_head"}
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     wanted = logits(tiny_llama)
-    assert 1e-3 < float((logits(model) - wanted).norm() / wanted.norm()) < 0.3
+    assert 1e-3 < float((logits(model) - wanted).norm() / wanted.norm()) < (0.8 if kind == "4bit" else 0.1)
     assert sum(map(count, model.parameters())) == sum(p.numel() for p in tiny_llama.parameters())
     assert describe_size(model).replace("all", "") == describe_size(tiny_llama.requires_grad_(False)).replace("all", "")
 
@@ -196,7 +196,7 @@ def test_a_head_of_one_number_is_not_quantized(llama_folder, kind):
     reward = build_policy(config, trainable=False)
     assert "score" not in dict(quantized_layers(reward))
     assert len(quantized_layers(reward)) == 14
-    assert reward(TOKENS).logits.shape == (2, 1)
+    assert reward(TOKENS[:1]).logits.shape == (1, 1)
 
 
 @KINDS
@@ -207,11 +207,9 @@ def test_bytes_are_estimated_without_weights(llama_folder, kind):
     linear = sum(p.numel() for n, p in shapes.named_parameters() if ".base_layer." in n)
     found = sum(bytes_of(p) for n, p in shapes.named_parameters() if ".base_layer." in n)
     assert found == pytest.approx(linear * BITS[kind] / 8, rel=0.01)
-    state = {n: p for n, p in build_policy(config).state_dict().items() if ".base_layer." in n and "quant_map" not in n}
-    real = [part for value in state.values() for part in ([value.qdata] if hasattr(value, "qdata") else [value])]
-    assert sum(p.numel() * p.element_size() for p in real if p.dtype in (torch.int8, torch.uint8)) == pytest.approx(
-        found, rel=0.2
-    )
+    held = [layer.weight for _, layer in quantized_layers(build_policy(config))]
+    small = [part for weight in held for part in stored_parts(weight) if not part.is_floating_point()]
+    assert found == pytest.approx(sum(map(bytes_of, small)), rel=0.04)  # without scales
 
 
 def test_the_cast_of_inputs_is_told_once(tiny_llama, tmp_path, caplog):

@@ -90,7 +90,12 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         def on_train_batch_end(self, *_: Any) -> None:
             ends.append(time.perf_counter())
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     L.Trainer(accelerator="cpu", max_steps=arguments.steps, callbacks=[Clock()], **quiet).fit(module, datamodule=data)  # type: ignore[arg-type]
     held = {id(part): bytes_of(part) for p in module.policy.parameters() for part in stored_parts(p)}
     return {

@@ -205,9 +205,7 @@ def _forget_folder(model: Any) -> None:
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _from_pretrained(
-    path: str, policy: PolicyConfig, revision: str | None, zero_head: bool, frozen: bool
-) -> nn.Module:
+def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool, frozen: bool) -> nn.Module:
     _check_model_folder(path)
     import transformers
 

@@ -60,9 +60,13 @@ def build(arguments: argparse.Namespace, folder: Path) -> Any:
 
 def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """One way in this process."""
+    # All that any way needs, so that the baseline is the same for each.
+    import bitsandbytes  # noqa: F401
     import lightning as L
+    import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401  (the baseline is that of the imports)
+    import torchao  # noqa: F401
+    import transformers  # noqa: F401
 
     import datamodules
     from alignment_modules.policies.quantization import bytes_of, stored_parts
@@ -70,9 +74,6 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     torch.set_num_threads(arguments.threads)
     L.seed_everything(workload.SEED)
-    forget_peak()
-    baseline = peak_rss()
-    module = build(arguments, folder)
     data = datamodules.SFTDataModule(
         train=str(workload.rows_file(folder, "sft")),
         tokenizer=str(folder / "model"),
@@ -80,6 +81,11 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         max_length=workload.MAX_LENGTH,
         shuffle=False,
     )
+    data.prepare_data()
+    data.setup("fit")
+    forget_peak()
+    baseline = peak_rss()
+    module = build(arguments, folder)
     ends: list[float] = []
 
     class Clock(L.Callback):

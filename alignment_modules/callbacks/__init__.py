@@ -1,5 +1,6 @@
 """Callbacks and the checkpoint writer that any LightningModule can use."""
 
+from alignment_modules.callbacks.averaging import PolicyAverage
 from alignment_modules.callbacks.bar import StepBar
 from alignment_modules.callbacks.checkpoints import Checkpoints
 from alignment_modules.callbacks.compare_runs import CompareRuns
@@ -27,6 +28,7 @@ __all__ = [
     "FiniteGuard",
     "Histograms",
     "LearningWatch",
+    "PolicyAverage",
     "RunReport",
     "SampleTable",
     "StepBar",

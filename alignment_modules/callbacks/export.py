@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from alignment_modules.callbacks.averaging import PolicyAverage
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
@@ -30,10 +31,13 @@ class ExportPolicy(Callback):
         enabled: False writes nothing.
         which: "last" writes the weights as training left them; "best" those of the checkpoint that the run's
             `ModelCheckpoint(monitor=...)` found the best. The module keeps its own.
+        unaveraged: With `PolicyAverage`, whose average is what is exported: also write the weights as training left
+            them, into `unaveraged` in that folder.
         license: A licence's identifier on model hubs, such as "apache-2.0", for the model card; None: it says nothing.
 
     Raises:
-        ValueError: If `lora` is neither "merge" nor "adapter", or `which` neither "last" nor "best".
+        ValueError: If `lora` is neither "merge" nor "adapter", or `which` neither "last" nor "best"; or `unaveraged` is
+            asked for beside the best weights.
     """
 
     def __init__(
@@ -42,13 +46,17 @@ class ExportPolicy(Callback):
         lora: Literal["merge", "adapter"] = "merge",
         enabled: bool = True,
         which: Literal["last", "best"] = "last",
+        unaveraged: bool = False,
         license: str | None = None,
     ) -> None:
         check_options(ExportPolicy.__init__, locals())
+        if unaveraged and which == "best":
+            raise ValueError("unaveraged=True is not allowed with which='best', whose weights are averages: set 'last'")
         self.directory = directory
         self.lora = lora
         self.enabled = enabled
         self.which = which
+        self.unaveraged = unaveraged
         self.license = license
         self._stages: list[str] = []
 
@@ -58,13 +66,15 @@ class ExportPolicy(Callback):
         Raises:
             TypeError: If the module has no `export` method.
             ValueError: If the module's `policy` cannot be written as asked for: the directory holds something else,
-                there are no adapters to write alone, their base is not on disk, or nothing says which checkpoint is
-                the best.
+                there are no adapters to write alone, their base is not on disk, nothing says which checkpoint is the
+                best, or `unaveraged` is asked for and nothing is averaged.
         """
         if stage != "fit" or not self.enabled:
             return
         if not callable(getattr(pl_module, "export", None)):
             raise TypeError(f"ExportPolicy needs {type(pl_module).__name__}.export(directory, lora=...); it has none")
+        if self.unaveraged and _averaging(trainer) is None:
+            raise ValueError("export.unaveraged=True has no effect: no callback PolicyAverage averages weights here")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.which == "best":
@@ -87,6 +97,12 @@ class ExportPolicy(Callback):
             with ExitStack() as stack:
                 weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
                 pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
+            average = _averaging(trainer)
+            if average is not None and average.updates and weights is None:
+                weights = f"an exponential moving average of {average.updates} updates, decay {average.decay:g}"
+            if average is not None and self.unaveraged:
+                with average.unaveraged(pl_module):
+                    pl_module.export(directory / "unaveraged", lora=self.lora)  # type: ignore[operator]
             if read_note(directory):  # a module's own `export` may write something else
                 write_model_card(directory, self._facts(trainer, pl_module, weights))
                 note_stages(directory, [*self._stages, str(getattr(pl_module, "paradigm", type(pl_module).__name__))])
@@ -116,6 +132,11 @@ class ExportPolicy(Callback):
             metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
             config=config.read_text(encoding="utf-8") if saves_config and config.is_file() else None,
         )
+
+
+def _averaging(trainer: L.Trainer) -> PolicyAverage | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, PolicyAverage)), None)
 
 
 def _started_from(module: L.LightningModule) -> str | None:

@@ -34,6 +34,9 @@ class PolicyConfig:
         attn_implementation: An attention that transformers knows, such as "sdpa" or "eager"; none leaves the choice to
             transformers.
         lora: Train low-rank adapters and freeze the rest.
+        trainable: Train only the parameters whose full names match one of these patterns of the shell, such as
+            `model.layers.3.*`; none: all. Not with `lora`, which trains adapters.
+        frozen: Patterns of parameters that are not trained, of those that `trainable` leaves.
         quantization: Holds the linear layers but the head in fewer bits, for a frozen base under `lora`, or for a model
             that is not trained: "4bit" (NF4, double quantization) or "8bit" (LLM.int8(), which also rounds activations)
             through bitsandbytes, or "int8_weight_only" through torchao.
@@ -55,6 +58,8 @@ class PolicyConfig:
     dtype: str = "float32"
     attn_implementation: str | None = None
     lora: LoraConfig | None = None
+    trainable: list[str] | None = None
+    frozen: list[str] | None = None
     quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     head: Head = "lm"
@@ -111,6 +116,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
     _check_added_tokens(policy)
+    _check_part(policy, trainable)
     if policy.lora is not None and not trainable:
         raise ValueError(
             "reference.lora: a fresh adapter changes nothing and a reference is never trained; leave 'lora' out."
@@ -154,6 +160,23 @@ def _check_added_tokens(policy: PolicyConfig) -> None:
         if not token.strip() or tokens.count(token) > 1:
             raise ValueError(
                 f"policy.added_tokens={tokens!r}: {token!r} is {'blank' if not token.strip() else 'named twice'}."
+            )
+
+
+def _check_part(policy: PolicyConfig, trainable: bool) -> None:
+    for name in ("trainable", "frozen"):
+        patterns = getattr(policy, name)
+        if patterns is None:
+            continue
+        given = f"policy.{name}={patterns!r}"
+        if not patterns:
+            raise ValueError(f"{given} is empty: give patterns of parameter names such as 'model.layers.3.*'.")
+        if not trainable:
+            raise ValueError(f"{given} has no effect: this model is never trained; leave it out.")
+        if policy.lora is not None:
+            raise ValueError(
+                f"{given} contradicts policy.lora, under which the adapters alone are trained: choose them by "
+                "lora.target_modules and lora.exclude_modules, and what is trained whole by lora.modules_to_save."
             )
 
 

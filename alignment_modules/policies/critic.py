@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, has_adapter, merged_copy
+from alignment_modules.policies.lora import adapter_is_identity, has_adapter
+from alignment_modules.policies.merging import merged_copy
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import check_mergeable, has_adapter, merged_state
+from alignment_modules.policies.lora import has_adapter
+from alignment_modules.policies.merging import check_mergeable, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
 from alignment_modules.policies.weights import without_bar
 

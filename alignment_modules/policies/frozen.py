@@ -18,7 +18,8 @@ from alignment_modules.policies.added_tokens import is_of_rows
 from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_copy, merged_state
+from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
+from alignment_modules.policies.merging import merged_copy, merged_state
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
 

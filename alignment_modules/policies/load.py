@@ -31,6 +31,7 @@ from alignment_modules.policies.config import (
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
+from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, settle
 from alignment_modules.policies.router import COEFFICIENT, find_router
@@ -144,6 +145,7 @@ def _build(
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
     frozen = policy.lora is not None or not trainable
     model = _load(policy, merge, zero_head, frozen) if policy.path is not None else _fresh(policy, zero_head)
+    new_tokens: list[str] = []
     if policy.added_tokens:
         tokenizer = load_tokenizer(
             str(policy.path), trust_remote_code=policy.trust_remote_code, revision=policy.revision
@@ -156,6 +158,9 @@ def _build(
                     "base first (`export_policy`), without quantization, and train from its folder."
                 )
             _forget_folder(model)
+            new_tokens = policy.added_tokens
+    if policy.trainable is not None or policy.frozen is not None:
+        train_part(model, policy.trainable, policy.frozen, new_tokens=new_tokens)
     if policy.gradient_checkpointing:
         _enable_checkpointing(model)
     if policy.lora is not None:

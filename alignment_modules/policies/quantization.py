@@ -139,7 +139,7 @@ def settle(model: nn.Module) -> None:
     for _, layer in quantized_layers(model):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # In eval mode it would repack its weights for a bfloat16 kernel that lets no gradient through.
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            layer.support_avx512bf16_for_cpu = False
         if _kind(layer.weight) == "8bit":
             layer.register_forward_pre_hook(_hold_scales)
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_once)

@@ -20,6 +20,12 @@ from alignment_modules.training.schedules import Schedule
 from alignment_modules.training.window import Window
 
 _KEY = "alignment_module"
+AVERAGE = "weight_average"
+"""A checkpoint's entry of a callback that averages weights and puts the average in the place of the weights.
+
+It holds the callback's `state_key` ("callback"), how often it updated ("updates"), and two dictionaries of weights by
+name, "average" and "training".
+"""
 
 Totals = tuple[Meters, Tensor | float, int]  # what is not logged yet, tokens, and steps without targets
 
@@ -79,7 +85,8 @@ class CheckpointContract(L.LightningModule):
 
         Raises:
             ValueError: If the checkpoint was not written by this paradigm or holds what was trained on other frozen
-                weights, or a fit resumes from it and a companion had other weights, the command line now names another
+                weights, or a fit resumes from it and a companion had other weights, another part of the policy was
+                trained, weights were averaged by a callback that is not there, the command line now names another
                 optimizer or other options of it, or `max_steps` ended that run in the middle of a batch.
         """
         entry = checkpoint.get(_KEY, {})
@@ -95,6 +102,8 @@ class CheckpointContract(L.LightningModule):
         if resumes:
             self._check_companions(entry["companions"])
             self._check_batch_is_whole(entry, checkpoint["global_step"])
+            self._check_average(checkpoint.get(AVERAGE))
+            self._check_part(checkpoint.get("hyper_parameters", {}))
             self._check_optimizers(checkpoint)
         if left_out := entry.get("left_out"):
             put_back(checkpoint["state_dict"], self.state_dict(), left_out, self._checkpoint_name())
@@ -131,8 +140,8 @@ class CheckpointContract(L.LightningModule):
         """Loads strictly, all or nothing. Quantized weights cannot be written to: they must be those that are there.
 
         Raises:
-            RuntimeError: If `strict` and the keys differ, or shapes or quantized weights differ; where keys or quantized
-                weights differ, nothing was loaded.
+            RuntimeError: If `strict` and the keys differ, or quantized weights differ, and nothing was loaded; or if
+                shapes differ.
         """
         own = self.state_dict()
         missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
@@ -180,6 +189,29 @@ class CheckpointContract(L.LightningModule):
                     f"{self._checkpoint_name()} was trained against {_describe(name, then)}, this run has "
                     f"{_describe(name, now)}: pass the same `{name}` (or, where it is a copy of the policy, the same "
                     "`policy`) as in the first run"
+                )
+
+    def _check_average(self, entry: Mapping[str, Any] | None) -> None:
+        """Refuses to train on from an average, which a run without the callback would take for the weights."""
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if entry is not None and entry["callback"] not in [callback.state_key for callback in callbacks]:
+            raise ValueError(
+                f"{self._checkpoint_name()} holds averaged weights, and those of the training beside them: resume with "
+                f"the callback that wrote it, {entry['callback']}, or start a new run with the exported folder as "
+                "`policy`"
+            )
+
+    def _check_part(self, then: Mapping[str, Any]) -> None:
+        """Compares which part of the policy is trained, as far as hyperparameters say so."""
+        before, now = then.get("policy"), self.hparams.get("policy")
+        if before is None or now is None:
+            return
+        for name in ("trainable", "frozen"):
+            old, new = _policy_option(before, name), _policy_option(now, name)
+            if old != new:
+                raise ValueError(
+                    f"policy.{name}={new!r}, but {self._checkpoint_name()} was trained with {old!r}: give that, or "
+                    "start a new run with the exported folder as `policy`"
                 )
 
     def optimizer_option(self, name: str) -> str:
@@ -260,6 +292,13 @@ def _warn_of_new_length(schedule: Any, saved: dict[str, Any]) -> None:
         f"it goes on from {rate:.3g}, where it stood at {saved['_last_lr'][0]:.3g}. A run of {now} steps from the "
         "start would have had other rates before"
     )
+
+
+def _policy_option(policy: Any, name: str) -> Any:
+    """An option of a policy, as hyperparameters hold one: a path, or its options by name."""
+    options = policy.get("init_args", policy) if isinstance(policy, Mapping) else {}
+    value = options.get(name)
+    return None if value is None else list(value)
 
 
 def _state(companion: Frozen) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from alignment_modules.training.schedules import bind_total_steps, parameter_groups
+from alignment_modules.training.muon import MuonWithAdamW
+from alignment_modules.training.parameter_groups import parameter_groups
+from alignment_modules.training.schedules import bind_total_steps
 
 if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
@@ -76,15 +79,18 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         entries: Its `trained()`.
 
     Raises:
-        ValueError: If the entries are not a partition of what is trainable, an optimizer has no rate to schedule, or a
-            schedule waits for a metric and its module counts steps.
+        ValueError: If the entries are not a partition of what is trainable, an optimizer cannot step sharded weights or
+            has no rate to schedule, or a schedule waits for a metric and its module counts steps.
     """
     counts_steps = not module.automatic_optimization
     check_entries(module, entries, several=counts_steps)
     made: list[Any] = []
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
+        check_sharded(optimizer)
         fuse(optimizer)
+        if isinstance(optimizer, MuonWithAdamW):
+            rank_zero_info(f"{module.optimizer_option(name)} of the {name}: {optimizer.describe()}")
         make = module.scheduler_for(name)
         if make is None:
             made.append(optimizer)
@@ -111,18 +117,36 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
 def fuse(optimizer: Optimizer) -> None:
     """Has torch's Adam and AdamW read and write each parameter on the CPU once a step, where nothing else is asked for.
 
-    Otherwise torch takes about ten passes over memory there; on an accelerator its own choice stays. Rounding differs.
+    So does the AdamW within `MuonWithAdamW`. Otherwise torch takes about ten passes over memory there; on an
+    accelerator its own choice stays. Rounding differs.
 
     Args:
         optimizer: One whose groups leave `fused` and `foreach` at None; others stay as they are.
     """
-    if not isinstance(optimizer, Adam):
+    if not isinstance(optimizer, (Adam, MuonWithAdamW)):
         return
     for group in optimizer.param_groups:
+        if "fused" not in group:  # Muon's
+            continue
         free = group["fused"] is None and group["foreach"] is None
         free = free and not (group["capturable"] or group["differentiable"])
         if free and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):
             group["fused"] = True
+
+
+def check_sharded(optimizer: Optimizer) -> None:
+    """Refuses an optimizer of bitsandbytes for sharded weights, of which its kernels know nothing.
+
+    Raises:
+        ValueError: If a parameter is sharded.
+    """
+    sharded = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "full_tensor")]
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes."):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} of bitsandbytes is not allowed with sharded weights (a "
+            f"{type(sharded[0]).__name__}), which its kernels would read as whole ones: use torch.optim.AdamW, whose "
+            "state is sharded with them, or strategy ddp"
+        )
 
 
 def check_rate(optimizer: Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""What the optimizer is given: parameter groups, and learning-rate schedules counted in optimizer steps.
+"""Learning-rate schedules counted in optimizer steps.
 
 Every schedule is a closed form of the number of optimizer steps already taken, so a resumed run continues exactly, and
 a checkpoint holds plain numbers only. Step `s` below counts from 0: the first optimizer step has `s = 0`.
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,59 +24,15 @@ __all__ = [
     "Schedule",
     "WarmupStableDecaySchedule",
     "bind_total_steps",
-    "parameter_groups",
 ]
 
 StartIndex = Annotated[int, Range(-1, MAX_INT)]
-_NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # those of batches have one dimension
 _FORMS: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
     "cosine": lambda left: 0.5 * (1.0 + math.cos(math.pi * (1.0 - left))),
     "sqrt": lambda left: 1.0 - math.sqrt(1.0 - left),
 }
 """What is left of a rate that falls from 1 to 0, by the share of the decay that is left."""
-
-
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Splits the trainable parameters into one group that decays and one that does not.
-
-    Norms, biases and every parameter with at most one dimension get `weight_decay = 0`; the others take the optimizer's
-    own default. Shared parameters appear once. The order is that of `module.named_parameters()`.
-
-    Args:
-        module: Whatever is trained. Parameters with `requires_grad=False` are left out.
-
-    Returns:
-        One or two parameter groups, named "decay" and "no_decay"; a group without parameters is left out.
-
-    Raises:
-        ValueError: If nothing in `module` is trainable.
-
-    Examples:
-        >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
-        >>> [(group["name"], len(group["params"])) for group in groups]
-        [('decay', 1), ('no_decay', 3)]
-    """
-    no_decay_ids: set[int] = set()
-    for child in module.modules():
-        if isinstance(child, _NORM_TYPES) or type(child).__name__.endswith("Norm"):
-            no_decay_ids.update(id(parameter) for parameter in child.parameters(recurse=False))
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_bias = name.rpartition(".")[2].endswith("bias")
-        exempt = is_bias or parameter.ndim <= 1 or id(parameter) in no_decay_ids
-        (no_decay if exempt else decay).append(parameter)
-    groups: list[dict[str, Any]] = []
-    if decay:
-        groups.append({"params": decay, "name": "decay"})
-    if no_decay:
-        groups.append({"params": no_decay, "name": "no_decay", "weight_decay": 0.0})
-    if not groups:
-        raise ValueError(f"module={type(module).__name__} has no trainable parameter: every requires_grad is False")
-    return groups
 
 
 class Schedule(LRScheduler):

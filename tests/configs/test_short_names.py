@@ -7,6 +7,7 @@ import yaml
 from alignment_modules import GRPOModule, SFTModule, callbacks, rewards
 from alignment_modules.cli.classes import import_path
 from alignment_modules.training import schedules
+from alignment_modules.training.muon import MuonWithAdamW
 from datamodules import PromptDataModule, SFTDataModule, tasks
 from tests.configs.test_configs import printed
 
@@ -57,7 +58,13 @@ def test_in_a_file(align, tmp_path):
             "model",
             lightning.pytorch.cli.ReduceLROnPlateau,
         ),
+        (["--model.optimizer=MuonWithAdamW", "--model.optimizer.lr=1e-4"], "model", MuonWithAdamW),
         (["--trainer.callbacks", "SampleTable"], "trainer", callbacks.SampleTable),
+        (
+            ["--trainer.callbacks+=PolicyAverage", "--trainer.callbacks.decay=0.9"],
+            "trainer",
+            callbacks.PolicyAverage,
+        ),
         (["--trainer.callbacks+=SampleTable", "--trainer.callbacks.rows=3"], "trainer", callbacks.SampleTable),
         (['--data.train={"class_path": "AdditionInstructions"}'], "data", tasks.AdditionInstructions),
     ],

@@ -34,6 +34,11 @@ def align(log, arguments):
         sys.exit(70)
 
 
+MUON = ("--model.optimizer=MuonWithAdamW", "--model.optimizer.lr=0.01", "--trainer.callbacks+=PolicyAverage")
+MUON += ("--trainer.callbacks.decay=0.8", "--export.unaveraged=true")
+"""Muon, and an average of its steps."""
+
+
 def run(name, *options, workers=0, kill=None, odd=False, resume=None):
     root = RESULTS / name
     root.mkdir(parents=True)
@@ -84,4 +89,8 @@ if __name__ == "__main__":
             written = (RESULTS / f"stopped_{name}" / "checkpoints").iterdir()
             last = max(written, key=lambda path: path.stat().st_mtime_ns)
             codes[f"continued_{name}"] = run(f"continued_{name}", resume=last)
+        codes["averaged"] = run("averaged", *MUON)
+        codes["averaged_killed"] = run("averaged_killed", *MUON, kill=signal.SIGKILL)
+        last = RESULTS / "averaged_killed" / "checkpoints" / f"step={WHEN.start}.ckpt"
+        codes["averaged_resumed"] = run("averaged_resumed", *MUON, resume=last)
     (RESULTS / "codes.json").write_text(json.dumps(codes))

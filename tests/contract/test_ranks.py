@@ -16,7 +16,7 @@ FURTHER += ["ppo scaled", "ppo shared with nll", "ppo bootstrap", "ppo turns"]
 FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "dynamic", "controllers"]
 FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
 FURTHER += [f"grpo {label}" for label in COUPLED]
-FURTHER += ["teacher"]
+FURTHER += ["teacher", "muon"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 

@@ -122,6 +122,16 @@ def test_the_checkpoint_that_sigterm_leaves_resumes_exactly(runs, batch):
     assert num_tokens(continued, 8) == num_tokens(runs("whole"), 8)
 
 
+def test_muon_and_an_average_after_sigkill(runs):
+    """The average, and the weights that it is one of, are those of the uninterrupted run."""
+    whole, resumed = runs("averaged"), runs("averaged_resumed")
+    assert not list((runs("averaged_killed", code=-signal.SIGKILL)).glob("export"))
+    last, own = (load_file(whole / "export" / part / "model.safetensors") for part in ("unaveraged", ""))
+    assert not any(torch.equal(value, own[name]) for name, value in last.items())
+    assert equal(own, weights(resumed))
+    assert equal(last, load_file(resumed / "export" / "unaveraged" / "model.safetensors"))
+
+
 def test_sigterm_ends_the_command_with_143(workplace, tmp_path):
     """The scheduler's signal, to the command as a user runs it."""
     noted = tmp_path / "rows.jsonl"

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.training.muon import MuonWithAdamW
 from tests.models import MIXTRAL, adapted, other_than, quantized
 from tests.paradigms import ROWS, build
 
@@ -120,6 +121,14 @@ def experts() -> AlignmentModule:
     )
 
 
+def muon() -> AlignmentModule:
+    """SFT by Muon and AdamW, in float64: either makes a step of full size of a gradient's rounding error."""
+    torch.manual_seed(0)
+    return SFTModule(
+        policy=PolicyConfig(config=LLAMA, dtype="float64"), optimizer=lambda groups: MuonWithAdamW(groups, lr=0.01)
+    )
+
+
 Case = tuple[str, Callable[[], AlignmentModule], Callable]
 VARIANTS = [(name, label) for name, row in ROWS.items() if row.kind == "acting" for label in row.variants]
 
@@ -162,6 +171,7 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
         yield loss, lambda options=options: make("dpo", **options), ROWS["dpo"].batch
     for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
         yield label, experts, batch
+    yield "muon", muon, ROWS["sft"].batch
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught

@@ -7,7 +7,8 @@ from torch import nn
 
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
+from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
+from alignment_modules.policies.merging import merged_state
 from tests.models import MIXTRAL
 
 TOKENS = torch.arange(1, 13).reshape(2, 6)
@@ -246,24 +247,3 @@ def test_an_adapter_is_not_merged_into_quantized_weights(adapter_folder, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda *a: object())
     with pytest.raises(ValueError, match=r"policy.quantization='4bit'.*adapter"):
         build_policy(PolicyConfig(path=str(adapter_folder[0]), quantization="4bit", lora=LoraConfig()))
-
-
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantized_base(tiny_llama_config, tokenizer, quantization, tmp_path):
-    pytest.importorskip("bitsandbytes")  # a development dependency on Linux
-    # Weights are quantized in blocks of 64.
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "initializer_range": 0.1}
-    folder = export_policy(build_policy(PolicyConfig(config=tiny_llama_config | wide)), tmp_path / "wide", tokenizer)
-    source = {"path": str(folder), "quantization": quantization, "dtype": "bfloat16"}
-    model = build_policy(PolicyConfig(**source, lora=LoraConfig(r=2)))
-    device = next(model.parameters()).device
-    model(TOKENS.to(device)).logits.float().square().mean().backward()
-    assert all("lora" in name for name, p in model.named_parameters() if p.grad is not None)
-    exact = logits(build_policy(str(folder)))
-    with torch.no_grad():
-        error = (model.eval()(TOKENS.to(device)).logits.float().cpu() - exact).norm() / exact.norm()
-    assert 1e-3 < error < 0.5  # quantized, and still the same model
-    with pytest.raises(ValueError, match=r"lora='merge': the base is quantized"):
-        export_policy(model, tmp_path / "export")
-    export_policy(model, tmp_path / "adapter", lora="adapter")
-    torch.testing.assert_close(logits(build_policy(str(tmp_path / "adapter"))), exact)

@@ -1,4 +1,4 @@
-"""Quantized weights: what is loaded, that they are trained through, moved and copied as any others, and what they are."""
+"""Quantized weights are read, trained through, copied and merged as what they stand for."""
 
 import copy
 import importlib.metadata
@@ -15,7 +15,8 @@ from alignment_modules.policies.architecture import describe_size
 from alignment_modules.policies.critic import build_critic
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
-from alignment_modules.policies.lora import adapter_off, merged_copy
+from alignment_modules.policies.lora import adapter_off
+from alignment_modules.policies.merging import merged_copy
 from alignment_modules.policies.quantization import (
     PACKAGES,
     bytes_of,

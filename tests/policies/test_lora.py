@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
 from alignment_modules.policies.merging import merged_state

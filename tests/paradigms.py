@@ -323,9 +323,6 @@ ROWS["ppo"] = replace(
     },
 )
 
-# On a quantized base with adapters: None where tests/contract/test_quantized.py trains it, else why it is refused.
-QUANTIZED: dict[str, str | None] = dict.fromkeys(ROWS)
-
 # What `make test` proves of the expensive promises; `make slow` proves them of every row.
 OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ TABLE = [
     ),
     (lambda: trainer().fit_loop, "_load_combined_loader_states", "the same"),
     (lambda: trainer().fit_loop, "_data_fetcher", "the same: its iterator has the former position"),
+    (ModelParallelStrategy, "_data_parallel_size", "known only once devices and nodes are"),
     (LightningModule, "_trainer", "`trainer` raises where there is none, and a module also works alone"),
     (lambda: TensorBoardLogger("."), "_experiment", "a writer whose thread has died: asking publicly makes another"),
     (ModelCheckpoint, "_last_checkpoint_saved", "the file saved last, so that none is written twice"),

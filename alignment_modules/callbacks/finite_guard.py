@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from alignment_modules.functional.ranges import check_options
+from alignment_modules.policies.sharded import local
 
 _LARGEST_IN_NORM = 1e18  # the sum of squares of many more such entries overflows float32
 
@@ -55,11 +56,12 @@ class FiniteGuard(Callback):
         if not parameters:
             return
         gradients = [_values(parameter.grad) for parameter in parameters]
+        device, sharded = pl_module.device, any(hasattr(parameter, "to_local") for parameter in parameters)
         # the largest magnitude, not the 2-norm: a sum of squares overflows on finite gradients
-        norms = torch._foreach_norm(gradients, ord=float("inf"))
-        device = pl_module.device
-        whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-        largest = torch.stack([norm.to(device, torch.float32) for norm in whole])
+        norms = torch._foreach_norm([one if one.numel() else one.new_zeros(1) for one in gradients], ord=float("inf"))
+        largest = torch.stack([norm.to(device, torch.float32) for norm in norms])
+        if sharded:  # each process has a part of each gradient
+            largest = trainer.strategy.reduce(largest, reduce_op="max")
         own = None if pl_module.automatic_optimization else getattr(pl_module, "max_grad_norm", None)
         clips = trainer.gradient_clip_val or own
         limit = _LARGEST_IN_NORM if clips else torch.finfo(torch.float32).max
@@ -110,7 +112,8 @@ class FiniteGuard(Callback):
 def _values(gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise TypeError("a parameter without gradient has none to check")
-    return gradient._values() if gradient.is_sparse else gradient
+    own = local(gradient)
+    return own._values() if own.is_sparse else own
 
 
 def _names(module: L.LightningModule, parameters: list[Any]) -> list[str]:

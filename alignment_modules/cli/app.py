@@ -47,6 +47,7 @@ from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locke
 from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
 from alignment_modules.policies.export import stages_of
 from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.strategies import refuse_strategy
 from datamodules.rows.sources import check_sources
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class AlignCLI(LightningCLI):
             return
         config = self.config[self.subcommand]
         trainer = config.trainer
+        refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy))
         _check_exists(config.get("ckpt_path"))
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(Path(trainer.default_root_dir), checkpoint_folders(config)))

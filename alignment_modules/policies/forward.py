@@ -18,6 +18,7 @@ from alignment_modules.policies.attention import plan_attention
 from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.last_layer import feed_forward_on
 from alignment_modules.policies.segments import Segments
+from alignment_modules.policies.sharded import class_of, is_sharded, is_whole
 
 # What is done to the input embeddings of a forward pass inside a block, given which token of the segments stands where
 # in the pass, `[rows, time]` int64.
@@ -105,6 +106,12 @@ def padded_states(policy: nn.Module, segments: Segments, *, hidden: bool, noise:
         inputs["attention_mask"] = attention_mask
     limit = length_limit(model)
     if limit is not None and segments.longest > limit:
+        if not is_whole(policy):
+            raise ValueError(
+                f"policy {class_of(model).__name__}: a row has {segments.longest} tokens, and beyond {limit} its "
+                "rotary embeddings depend on the row, so that rows are read one by one, and sharded processes must "
+                "read as many: shorten the rows (max_length), or use strategy='ddp'"
+            )
         rows = (model, input_ids, attention_mask, row, column)
         return _states_row_by_row(*rows, hidden=hidden, noise=noise, places=places)
     real = attention_mask.flatten() != 0
@@ -182,13 +189,13 @@ def find_head(model: Any) -> Head | None:
         if hasattr(linear, "modules_to_save"):  # trained whole beside adapters, and switched off with them
             own = linear.modules_to_save[linear.active_adapters[0]]
             linear = linear.original_module if linear.disable_adapters else own
-        return Head(linear) if type(linear) is nn.Linear and model.base_model is not model else None
+        return Head(linear) if class_of(linear) is nn.Linear and model.base_model is not model else None
     linear = model.get_output_embeddings()
     rows = trains_rows(linear)
     inside = (linear, linear.original_module) if rows else (linear,)
-    if type(inside[-1]) is not nn.Linear or model.base_model is model:
+    if class_of(inside[-1]) is not nn.Linear or model.base_model is model:
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
+    if any((module._forward_hooks or module._forward_pre_hooks) and not is_sharded(module) for module in inside):
         return None
     config = model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)

@@ -22,14 +22,15 @@ from alignment_modules.policies.lora import adapter_is_identity, adapter_off, ha
 from alignment_modules.policies.merging import merged_copy, merged_state
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
 
 
 class Frozen(nn.Module):
     """A model that accompanies a policy and is not trained; it looks after itself wherever it is a child.
 
     It is in eval mode for ever and needs no gradients, so that no optimizer takes it. State dictionaries have no entry
-    of it and ask for none when they are loaded, unless it is `saved`. To shard it, call `fully_shard` of torch on its
-    `module` (`configure_model` is the place, as for the policy). A deep copy of it alone copies `of`, too.
+    of it and ask for none when they are loaded, unless it is `saved`. A deep copy of it
+    alone copies `of`, too.
 
     Args:
         module: The model, which is frozen *in place*. None: `of` with its adapters off.
@@ -75,6 +76,8 @@ class Frozen(nn.Module):
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
+        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
+            forward_pass(module, lambda: None)
         with reading_mode(module), adapter_off(module) if self.module is None else nullcontext():
             yield module
 
@@ -98,12 +101,16 @@ class Frozen(nn.Module):
             ValueError: `alpha` is out of range, or the model is not one that can be moved (`check_refreshable`).
         """
         check_options(Frozen.refresh, locals())
+        for model in (self.of, self.module):
+            if model is not None:
+                free(model)
         self.check_refreshable()
         module = cast(nn.Module, self.module)
         with torch.no_grad():
             theirs = self._weights_of_policy()
             for name, parameter in module.named_parameters():
-                parameter.lerp_(theirs[name].to(parameter), alpha)
+                mine = local(parameter)
+                mine.lerp_(local(cut_as(theirs[name], parameter)).to(mine), alpha)
             own = [name for name, _ in module.named_buffers() if not is_of_rows(name)]
             others = [buffer for name, buffer in self.of.named_buffers() if not is_of_rows(name)]
             for name, new in zip(own, others, strict=True):
@@ -149,7 +156,8 @@ class Frozen(nn.Module):
             The tensor, of the last time that the weights were these.
         """
         self._forget_what_changed()
-        if keys and all(key in self._scores for key in keys):
+        known = bool(keys) and all(key in self._scores for key in keys)
+        if agreed(self.of if self.module is None else self.module, known):
             return torch.stack([self._scores[key] for key in keys])
         scores = compute()
         self._scores.update(zip(keys, scores.clone().unbind(), strict=True))
@@ -160,7 +168,7 @@ class Frozen(nn.Module):
         """What it is, for people."""
         if self.module is None:
             return "the policy, adapter off"
-        return f"{type(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
+        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
 
     def _forget_what_changed(self) -> None:
         if (self._scores or self._fingerprint is not None) and self._weights_mark() == self._mark:
@@ -177,9 +185,9 @@ class Frozen(nn.Module):
         tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
         if self.module is not None:
             tensors = [*self.module.parameters(), *self.module.buffers()]
-        local = [part for t in tensors for part in stored_parts(t.to_local() if hasattr(t, "to_local") else t)]
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in local]
-        floats = [t.detach() for t in local if t.is_floating_point() and t.numel()]
+        own = [part for tensor in tensors for part in stored_parts(local(tensor))]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
+        floats = [t.detach() for t in own if t.is_floating_point() and t.numel()]
         parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
         sample = torch.cat(parts).cpu().numpy().tobytes() if parts else b""
         return hashlib.blake2b(repr(state).encode() + sample, digest_size=16).digest()

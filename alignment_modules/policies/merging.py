@@ -17,6 +17,7 @@ from alignment_modules.policies.quantization import (
     plain_state,
     quantized_layers,
 )
+from alignment_modules.policies.sharded import whole_copy
 
 
 def check_mergeable(policy: nn.Module) -> None:
@@ -88,7 +89,7 @@ def _merged_layer(name: str, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     try:
         if quantized_layers(layer):
             return effective_layer(layer, dtype)
-        twin: Any = copy.deepcopy(layer)
+        twin: Any = whole_copy(layer)
         if hasattr(twin, "unload_and_optionally_merge_module"):
             return twin.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         twin.merge(safe_merge=True)

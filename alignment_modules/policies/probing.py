@@ -22,6 +22,7 @@ from alignment_modules.policies.forward import classifies, find_head, language_m
 from alignment_modules.policies.last_layer import find_feed_forward
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.policies.segments import Segments
+from alignment_modules.policies.sharded import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -190,5 +191,5 @@ def _first_line(error: Exception) -> str:
 def _quiet(policy: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and autocast; every module gets its own mode back."""
     device = next((parameter.device.type for parameter in policy.parameters()), "cpu")
-    with eval_mode(policy), torch.no_grad(), torch.autocast(device, enabled=False):
+    with eval_mode(policy), torch.no_grad(), torch.autocast(device, enabled=False), gathered(policy):
         yield

@@ -180,6 +180,23 @@ def quantized_layers(module: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
+def check_can_be_sent(module: nn.Module) -> None:
+    """Refuses torchao's weights on several processes, which torch's DDP makes alike by sending them when it starts.
+
+    Args:
+        module: A training module.
+
+    Raises:
+        ValueError: If one of its models has some; the message names it.
+    """
+    found = [name for name, layer in quantized_layers(module) if _kind(layer.weight) == "int8_weight_only"]
+    if found:
+        raise ValueError(
+            f"{found[0].partition('.')[0]}.quantization='int8_weight_only' on several processes is not possible: torchao's "
+            "weights cannot be sent to other processes, as DDP does when it starts. Use '8bit' or '4bit'."
+        )
+
+
 def quantized_entries(module: nn.Module, state: Any) -> set[str]:
     """The keys of a state dictionary that hold quantized weights or their scales.
 

@@ -7,16 +7,26 @@ and two readers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.head_chunks import upcast
 from alignment_modules.policies.context import check_length
-from alignment_modules.policies.forward import Head, classifies, find_head, language_model, packed_states, padded_states
+from alignment_modules.policies.forward import (
+    Head,
+    States,
+    classifies,
+    find_head,
+    language_model,
+    packed_states,
+    padded_states,
+)
 from alignment_modules.policies.noise import EmbeddingNoise
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.segments import Segments
+from alignment_modules.policies.sharded import forward_pass, is_sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +119,17 @@ def read(
             f"state ({ability.reason})"
         )
     noise = None if neftune_alpha is None else EmbeddingNoise(policy, segments, neftune_alpha).at
-    if ability.packed and (ability.window is None or segments.longest <= ability.window):
-        trim = ability.trims_last_layer and not routers
-        states, routed = packed_states(model, segments, hidden=head is not None, trim=trim, noise=noise)
-    else:
-        states, routed = padded_states(policy, segments, hidden=head is not None, noise=noise)
+
+    def compute() -> States:
+        linear: Any = None if head is None else head.linear
+        if linear is not None and is_sharded(linear):  # apart from the rest: nothing else would gather it
+            linear.unshard()
+        if ability.packed and (ability.window is None or segments.longest <= ability.window):
+            trim = ability.trims_last_layer and not routers
+            return packed_states(model, segments, hidden=head is not None, trim=trim, noise=noise)
+        return padded_states(policy, segments, hidden=head is not None, noise=noise)
+
+    states, routed = forward_pass(policy, compute)
     # A stand-in's token is no token.
     return Reading(states, head, segments, tuple(x[:0] if tokens == 0 else x for x in routed) if routers else ())
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from alignment_modules.functional.ranges import Count, Range, check_options
 from alignment_modules.policies.config import DTYPES, PolicyConfig
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.load import build_policy
+from alignment_modules.policies.sharded import is_sharded
+from alignment_modules.policies.sharding import shard
 from alignment_modules.policies.tokenizers import load_tokenizer
 from alignment_modules.policies.weights import read_model
 from alignment_modules.rewards.protocol import RewardError
@@ -91,8 +94,13 @@ class SequenceClassifier:
         Returns:
             This object.
         """
-        self.model.to(device)
+        if not is_sharded(self.model):  # else it lies where its processes compute
+            self.model.to(device)
         return self
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keeps the weights in shards on the processes of a mesh; `RewardSet` gathers them while it judges."""
+        shard(self.model, mesh, name=self.name)
 
     @torch.no_grad()
     def __call__(self, completions: list[str], prompts: list[Any] | None = None, **columns: Any) -> list[float]:

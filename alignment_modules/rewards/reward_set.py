@@ -8,12 +8,15 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from alignment_modules.functional.waiting import tell
+from alignment_modules.policies.sharded import gathered
 from alignment_modules.rewards import verifiers
 from alignment_modules.rewards.calling import compute
 from alignment_modules.rewards.model import SequenceClassifier
@@ -89,6 +92,20 @@ class RewardSet:
                 function.to(device)
         return self
 
+    def shard(self, mesh: DeviceMesh) -> RewardSet:
+        """Keeps the weights of sequence classifiers in shards; all processes must then judge as often.
+
+        Args:
+            mesh: One dimension, the processes that share the weights.
+
+        Returns:
+            This object.
+        """
+        for function in map(_inner, self.functions):
+            if isinstance(function, SequenceClassifier):
+                function.shard(mesh)
+        return self
+
     def limit_to(self, max_completion_length: int) -> RewardSet:
         """Tells rewards that have a method `limit_to` how long completions may get.
 
@@ -160,9 +177,11 @@ class RewardSet:
         rows = _Rows(given, count, prompt_count)
         values = torch.full((count, len(self.functions)), math.nan, dtype=torch.float64)
         for column, (function, name, wanted) in enumerate(zip(self.functions, self.names, self._wanted, strict=True)):
-            arguments = rows.arguments(name, wanted)
+            arguments, inner = rows.arguments(name, wanted), _inner(function)
             tell(f"judging: {name}")
-            values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
+            # Others may have no completion, or call their reward again: from here on nobody waits for anybody.
+            with gathered(inner.model) if isinstance(inner, SequenceClassifier) else nullcontext():
+                values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
         return self.table(values)
 
     def table(self, values: torch.Tensor) -> RewardTable:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.support import Support
 from alignment_modules.policies.modes import eval_mode
+from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec, real_tokens
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
@@ -167,7 +168,7 @@ class InProcessEngine:
         device = session.turn.ids.device
         prompts = Prompts.from_rows([session.rows[row].context for row in rows], device)
         uniforms = draw_uniforms(session.seeds, session.parameters, session.num_samples, device, session.turns)
-        with eval_mode(policy), without_checkpointing(policy):
+        with eval_mode(policy), gathered(policy), without_checkpointing(policy):
             factory = select_decoder(policy, prompts.longest + limit)
             if session.version == self._version and type(session.decoder) is factory:
                 present = torch.tensor([session.open.index(row) for row in rows], device=device)
@@ -215,7 +216,7 @@ class InProcessEngine:
         self, prompts: Prompts, parameters: SamplingParameters, num_samples: int, seeds: Seeds, *, drop: bool
     ) -> tuple[Completions, Decoder]:
         policy = self._policy()
-        with eval_mode(policy):
+        with eval_mode(policy), gathered(policy):
             return sample_prompts(
                 policy,
                 prompts,

@@ -100,6 +100,12 @@ class ActingModule(UpdateModule):
         self._finite: Tensor | bool = True
         self._early_finite = EarlyRead(True)
 
+    def configure_model(self) -> None:
+        """Also shards reward models."""
+        super().configure_model()
+        if self.device_mesh is not None:
+            self.rewards.shard(self.device_mesh["data_parallel"])
+
     @property
     def fewest_completions(self) -> int:
         """Completions that a prompt needs at least."""

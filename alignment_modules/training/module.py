@@ -49,11 +49,12 @@ from alignment_modules.training.meters import Meters
 from alignment_modules.training.objective import Objective, with_value
 from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens, reads_as_carried
 from alignment_modules.training.publishing import end_epoch, is_logged, publish, publish_evaluation, publish_training
+from alignment_modules.training.sharded import ShardedModule
 from alignment_modules.training.steps import finish_step, tell_clipped
 from alignment_modules.training.window import TINY, Window
 
 
-class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModule):
+class AlignmentModule(CheckpointContract, ShardedModule, PlainHyperparameters, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -154,8 +155,6 @@ class AlignmentModule(CheckpointContract, PlainHyperparameters, L.LightningModul
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """How much one batch holds: `tokens` (without padding), `samples` and `padding`."""
         return count_tokens(batch)
-
-    # Lightning
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [batch, time, vocabulary] of the policy."""

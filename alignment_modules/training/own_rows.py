@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from alignment_modules.functional.logprobs import IGNORED_TARGET
 from alignment_modules.functional.ranges import Seed, Share
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.parameters import SamplingOptions
@@ -95,20 +96,21 @@ class OwnRows:
         drawn = Seeds(indices, self.seed, step).uniforms(1, 1, turn=1)[:, 0]  # turn 0 is the samples'
         own = [row for row, one in enumerate(rows) if one.start and float(drawn[row]) < self.share]
         statistics: dict[str, Statistic] = {}
-        if own:
-            engine.push(policy)
-            try:
-                written = engine.generate(
-                    Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch)),
-                    self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
-                    num_samples=1,
-                    seeds=Seeds([indices[row] for row in own], self.seed, step),
-                )
-            except NonFiniteLogits as error:
-                raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
-            for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
-                rows[row] = rows[row].followed_by(completion)
-            statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
+        with gathered(policy):  # also where no row is the policy's: another process may have some
+            if own:
+                engine.push(policy)
+                try:
+                    written = engine.generate(
+                        Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch)),
+                        self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
+                        num_samples=1,
+                        seeds=Seeds([indices[row] for row in own], self.seed, step),
+                    )
+                except NonFiniteLogits as error:
+                    raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+                for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
+                    rows[row] = rows[row].followed_by(completion)
+                statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
         tensors = {
             "input_ids": _padded([row.ids for row in rows], 0),
             "labels": _padded([row.labels for row in rows], IGNORED_TARGET),

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.policies.sharded import local, whole
 
 if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
@@ -72,13 +73,14 @@ def finish_gradients(
             parameter.grad = None
         return None
     gradients: list[Any] = [p.grad for p in parameters]
-    torch._foreach_mul_(gradients, scale)
+    own = [local(gradient) for gradient in gradients]
+    torch._foreach_mul_(own, scale)
     if max_norm is None and not measure:
         return None
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_norm is not None:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        torch._foreach_mul_(own, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def tell_clipped(module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:

@@ -217,7 +217,7 @@ class UpdateModule(AlignmentModule):
         self.windows[of].open(self._count(padded, units))
         for number, piece in enumerate(padded, start=1):
             tell("updating", number, count)
-            with self._gradient_sync(entry, last=number == count):
+            with self._gradient_sync(last=number == count):
                 self.manual_backward(self.record(piece, objective(piece), of))
         wrapped: Any = self.optimizers()  # as Lightning wraps them: their steps are the run's
         optimizer: Any = wrapped[position] if isinstance(wrapped, list) else wrapped
@@ -246,11 +246,8 @@ class UpdateModule(AlignmentModule):
         weights = torch.stack([weight.to(self.device, torch.float32) for weight in sums])
         return dict(zip(names, self.reduce(weights, "sum").unbind(), strict=True))
 
-    def _gradient_sync(self, entry: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients only with the last micro-batch of a step."""
-        for part in (entry, *entry.children()):
-            if hasattr(part, "set_requires_gradient_sync"):
-                part.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDP2
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients with the last micro-batch of a step; with each where they hold shards alone."""
         # DDP waits for the gradients of all parameters; one of several optimizers averages its own.
         if (last and len(self.windows) == 1) or not hasattr(self.trainer.strategy, "block_backward_sync"):
             return nullcontext()

@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the gradients of one process on the union batch, for every paradigm."""
+"""Two processes (gloo) give the gradients of one process on the union batch, for every paradigm, whole or in shards."""
 
 import subprocess
 import sys
@@ -7,41 +7,65 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.two_ranks import COUPLED, QUANTIZED, VARIANTS
+from tests.contract.two_ranks import COUPLED, QUANTIZED, VARIANTS, WHOLE
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
 FURTHER = [f"{name} {label}" for name, row in ROWS.items() for label in row.batches]
 FURTHER += ["ppo scaled", "ppo shared with nll", "ppo bootstrap", "ppo turns"]
 FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unjudged", "dynamic", "controllers"]
-FURTHER += ["orpo tokens", "teachers", "dpo lora", "kto lora", "online_dpo lora", "on policy", "on policy lora"]
+FURTHER += ["orpo tokens", "teachers", "on policy", "on policy lora"]
+FURTHER += [f"{name} lora" for name in ROWS]
 FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += ["teacher", "muon"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 
-def run(folder, *more, timeout=300):
-    """Runs the script with one and with two processes; a hang is a failure."""
-    for devices in (1, 2):
-        command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), str(devices), *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        assert done.returncode == 0, done.stderr[-4000:]
+def run(folder, strategy, *more, timeout=300):
+    """Runs the script with one process, or with two under a strategy; a hang is a failure."""
+    folder = folder / strategy
+    folder.mkdir()
+    devices = "1" if strategy == "auto" else "2"
+    command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), devices, strategy, *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks"))
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks"), "auto")
 
 
 @pytest.fixture(scope="module")
-def variants(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("variants"), "variants", timeout=1200)
+def results(one):
+    return run(one.parent, "ddp")
+
+
+@pytest.fixture(scope="module")
+def sharded(one):
+    return run(one.parent, "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def one_of_variants(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("variants"), "auto", "variants", timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def variants(one_of_variants):
+    return run(one_of_variants.parent, "ddp", "variants", timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def sharded_variants(one_of_variants):
+    return run(one_of_variants.parent, "fsdp2", "variants", timeout=1200)
 
 
 def assert_same_update(folder, name):
-    one = torch.load(folder / f"{name}_1.pt", weights_only=True)
-    two = torch.load(folder / f"{name}_2.pt", weights_only=True)
+    one = torch.load(folder.parent / "auto" / f"{name}.pt", weights_only=True)
+    two = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert one["change"].keys() == two["change"].keys()
     assert max(float(value.abs().max()) for value in one["change"].values()) > 1e-3
     for key, value in one["change"].items():
         torch.testing.assert_close(two["change"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -59,6 +83,20 @@ def test_same_update_as_one_process(results, name):
     assert_same_update(results, name)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [name for name in (*ROWS, *FURTHER) if name not in WHOLE])
+def test_same_update_in_shards(sharded, name):
+    assert_same_update(sharded, name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("adapters", ["", " lora"])
+@pytest.mark.parametrize(("name", "label"), VARIANTS)
+def test_same_update_in_shards_of_every_loss_and_baseline(sharded_variants, name, label, adapters):
+    assert_same_update(sharded_variants, f"{name} {label}{adapters}")
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("adapters", ["", " lora"])
@@ -68,6 +106,8 @@ def test_same_update_of_every_loss_and_baseline(variants, name, label, adapters)
 
 
 @pytest.mark.distributed
-def test_sampling_ranks_of_unequal_lengths_finish(results):
+@pytest.mark.parametrize("strategy", ["results", "sharded"])
+def test_sampling_ranks_of_unequal_lengths_finish(request, strategy):
     """Ranks sample completions of different lengths and form different numbers of micro-batches."""
-    assert torch.load(results / "sampled_2.pt", weights_only=True)["metrics"]["train/reward"] >= 0
+    folder = request.getfixturevalue(strategy)
+    assert torch.load(folder / "sampled.pt", weights_only=True)["metrics"]["train/reward"] >= 0

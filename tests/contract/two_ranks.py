@@ -1,7 +1,7 @@
 """Run by test_ranks.py: every paradigm takes one optimizer step on two ranks, and the weights' changes are saved.
 
-Usage: python -m tests.contract.two_ranks FOLDER DEVICES [variants]. With DEVICES=1 the single rank gets the union of
-the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
+Usage: python -m tests.contract.two_ranks FOLDER DEVICES STRATEGY [variants]. With DEVICES=1 the single rank gets the
+union of the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
 """
 
 import copy
@@ -18,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
 from tests.models import MIXTRAL, adapted, other_than, quantized
-from tests.paradigms import ROWS, build
+from tests.paradigms import ROWS, build, headed
 
 LLAMA = {
     "model_type": "llama",
@@ -61,12 +62,7 @@ COUPLED = (
 """What GRPO's row varies and the rows of all ranks decide."""
 
 
-PACKAGES = {"4bit": "bitsandbytes", "8bit": "bitsandbytes", "int8_weight_only": "torchao"}
-QUANTIZED = tuple(
-    (name, kind)
-    for name, kind in (("sft", "8bit"), ("sft", "int8_weight_only"), ("dpo", "4bit"), ("grpo", "4bit"))
-    if importlib.util.find_spec(PACKAGES[kind])
-)
+QUANTIZED = (("sft", "8bit"), ("dpo", "4bit"), ("grpo", "4bit")) if importlib.util.find_spec("bitsandbytes") else ()
 """Paradigms on a quantized base, where its package is installed."""
 
 
@@ -129,6 +125,9 @@ def muon() -> AlignmentModule:
     )
 
 
+WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
+"""What is refused in shards."""
+
 Case = tuple[str, Callable[[], AlignmentModule], Callable]
 VARIANTS = [(name, label) for name, row in ROWS.items() if row.kind == "acting" for label in row.variants]
 
@@ -159,6 +158,12 @@ def variants(policy: torch.nn.Module) -> Iterator[Case]:
         )
 
 
+def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
+    """What makes a paradigm train adapters, beside a reference with the adapters as they are where it has one."""
+    given = {"policy": adapted(headed(name, policy))}
+    return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
+
+
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
@@ -178,8 +183,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     own = ROWS["distillation"].variants["half on policy"]
     yield "on policy", lambda: make("distillation", **own), ROWS["distillation"].batch
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
-    for name in ("dpo", "kto", "online_dpo"):
-        yield f"{name} lora", lambda name=name: make(name, policy=adapted(policy), reference=None), ROWS[name].batch
+    for name, row in ROWS.items():
+        yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
     with tempfile.TemporaryDirectory() as folder:  # of each rank
         for name, kind in QUANTIZED:
             held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
@@ -213,19 +218,21 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
 
-def main(folder: Path, devices: int, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
+def main(folder: Path, devices: int, strategy: str, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
     L.seed_everything(0)
     from alignment_modules.policies.load import build_policy
 
     for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA))):
+        if strategy == "fsdp2" and name in WHOLE:
+            continue
         module = make()
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         trainer = L.Trainer(
             max_epochs=1,
             accelerator="cpu",
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            strategy=strategy,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -234,12 +241,13 @@ def main(folder: Path, devices: int, which: Callable[[torch.nn.Module], Iterator
         )
         trainer.fit(module, DataLoader(Batches(batch, devices), batch_size=None))
         extra = module.extra_state()  # which ranks may put together
+        after = {key: whole(p.detach()) for key, p in module.named_parameters() if key in before}
         if trainer.is_global_zero:
-            change = {key: p.detach() - before[key] for key, p in module.named_parameters() if p.requires_grad}
+            change = {key: after[key] - value for key, value in before.items()}
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
             saved = {"change": change, "metrics": metrics, "extra": extra}
-            torch.save(saved, folder / f"{name}_{devices}.pt")
+            torch.save(saved, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), variants if sys.argv[3:] == ["variants"] else cases)
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], variants if sys.argv[4:] == ["variants"] else cases)

@@ -20,6 +20,7 @@ from alignment_modules.policies.merging import merged_copy
 from alignment_modules.policies.quantization import (
     PACKAGES,
     bytes_of,
+    check_can_be_sent,
     count,
     dequantized,
     quantized_layers,
@@ -258,6 +259,15 @@ def test_a_package_that_is_missing_or_too_old(monkeypatch, llama_folder, kind, p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     with pytest.raises(ImportError, match=f"'{kind}' needs the package {package}: pip install"):
         build_policy(config)
+
+
+def test_weights_that_cannot_be_sent_to_other_processes(tiny_llama, tmp_path):
+    holder = torch.nn.Module()
+    holder.policy, holder.teacher = tiny_llama, quantized(tiny_llama, "4bit", tmp_path)
+    check_can_be_sent(holder)
+    holder.teacher = quantized(None, "int8_weight_only", tmp_path)
+    with pytest.raises(ValueError, match=r"teacher\.quantization='int8_weight_only' on several processes.*'8bit'"):
+        check_can_be_sent(holder)
 
 
 def test_a_folder_that_is_stored_quantized(tiny_llama, tmp_path):

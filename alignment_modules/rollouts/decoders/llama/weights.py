@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.added_tokens import trains_rows
+from alignment_modules.policies.sharded import class_of, is_sharded, is_whole
 
 _FAMILY = {
     "transformers.models.llama.modeling_llama": "LlamaForCausalLM",
@@ -91,11 +92,15 @@ def no_fast_decoding(policy: nn.Module) -> str | None:
     if "transformers" not in sys.modules:
         return "not a transformers model"
     model = _unwrapped(policy)
-    kind = type(model)
+    kind = class_of(model)
     if _FAMILY.get(kind.__module__) != kind.__name__:
         return f"{kind.__name__} is not of the Llama family"
+    if not is_whole(policy):
+        return "its weights lie in shards"
     for module in (policy, *model.modules()):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        gathers = int(is_sharded(module))  # one hook before its forward pass and one after, which are not needed here
+        hooks = max(len(module._forward_hooks), len(module._forward_pre_hooks))
+        if hooks > gathers or "forward" in module.__dict__:
             return f"{type(module).__name__} has a hook or a replaced forward"
     for module in model.modules():
         if not _known(module, kind.__module__):
@@ -176,7 +181,7 @@ def _unwrapped(policy: nn.Module) -> nn.Module:
 
 
 def _known(module: nn.Module, modeling: str) -> bool:
-    kind = type(module)
+    kind = class_of(module)
     if kind in (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout):
         return True
     if kind.__module__ == modeling or kind is nn.SiLU:

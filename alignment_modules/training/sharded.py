@@ -1,0 +1,40 @@
+"""Training modules whose models are sharded where the Trainer's strategy does that."""
+
+from contextlib import ExitStack
+
+import lightning as L
+from torch import nn
+
+from alignment_modules.policies.sharded import gathered
+from alignment_modules.policies.sharding import compute_dtype, shard_children
+from alignment_modules.training.strategies import refuse_strategy
+
+
+class ShardedModule(L.LightningModule):
+    """Shards all models of the module, once, where the strategy has a mesh of processes (`fsdp2`)."""
+
+    policy: nn.Module
+    _held: ExitStack | None = None
+
+    def configure_model(self) -> None:
+        """Shards policy, critic, references and teachers; with a strategy that shards nothing they stay as they are.
+
+        Raises:
+            ValueError: If the strategy is one that is not supported, or a model cannot be sharded.
+        """
+        if self._trainer is not None:
+            refuse_strategy(self._trainer.strategy)
+        if self.device_mesh is not None:
+            gather = compute_dtype(str(self.trainer.precision))
+            shard_children(self, self.device_mesh["data_parallel"], gather=gather)
+
+    def on_predict_start(self) -> None:
+        """Gathers a sharded policy once: processes may have different numbers of batches to predict."""
+        self._held = ExitStack()
+        self._held.enter_context(gathered(self.policy))
+
+    def on_predict_end(self) -> None:
+        """Frees it."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +50,10 @@ class Plain(nn.Module):
         return self.head(states + states.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None])
 
 
-def adapted(policy: nn.Module) -> nn.Module:
-    """A policy with LoRA adapters that do something already."""
+def adapted(policy: nn.Module, **options: Any) -> nn.Module:
+    """A policy with LoRA adapters, of these options, that do something already."""
     torch.manual_seed(2)
-    return moved(add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4)))
+    return moved(add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, **options)))
 
 
 def quantized(policy: nn.Module, kind: str, folder: Path, head: str = "lm") -> nn.Module:
@@ -75,7 +76,7 @@ def moved(policy: nn.Module) -> nn.Module:
     """With adapters that are not 0."""
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and parameter.requires_grad:
                 parameter.normal_(0.0, 0.1)
     return policy
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from alignment_modules.functional.ranges import check_options as check_types
+from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
 
@@ -25,7 +26,7 @@ class PolicyConfig:
 
     Attributes:
         path: Folder in Hugging Face format, or a hub id. A folder that holds a PEFT adapter is loaded by merging it
-            into its base.
+            into its base, unless `merge_adapter` is off.
         config: Architecture of a fresh model: `model_type` (for example `llama`) and any key of that type's
             configuration. Weights are drawn from the global torch seed. Token ids that are not given are none,
             whatever the type's own defaults.
@@ -51,6 +52,9 @@ class PolicyConfig:
         added_tokens: Tokens that the policy is to know beside those of `path`, such as a chat template's. Each new one
             starts as the mean of the rows that are there; under `lora` the rows of all that are named are trained
             beside the adapters. The data's tokenizer must know them, too (`added_tokens` of a data module).
+        merge_adapter: Whether the adapter of a `path` that holds one is merged into its base. Off, it stays an adapter:
+            of the policy it is trained further, its base frozen; a reference or teacher shares the base of a policy
+            with adapters, which is loaded once, and has the policy's dtype and quantization.
     """
 
     path: str | None = None
@@ -66,6 +70,7 @@ class PolicyConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     added_tokens: list[str] | None = None
+    merge_adapter: bool = True
 
 
 def from_mapping(values: Mapping[str, Any]) -> PolicyConfig:
@@ -108,7 +113,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         raise ValueError(f"policy.path={policy.path!r} is empty; give a folder in Hugging Face format or a hub id.")
     if policy.dtype not in DTYPES and not (policy.dtype == "auto" and policy.path is not None):
         raise ValueError(f"policy.dtype={policy.dtype!r}: allowed are {list(DTYPES)}, and 'auto' together with 'path'.")
-    if policy.dtype == "float16" and trainable and policy.lora is None:
+    if policy.dtype == "float16" and trainable and policy.lora is None and policy.merge_adapter:
         raise ValueError(
             "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
@@ -116,6 +121,8 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
     _check_added_tokens(policy)
+    if not policy.merge_adapter:
+        _check_kept_adapter(policy)
     _check_part(policy, trainable)
     if policy.lora is not None and not trainable:
         raise ValueError(
@@ -144,7 +151,24 @@ def _check_quantization(policy: PolicyConfig, trainable: bool) -> None:
         raise ValueError(
             f"{given} with policy.dtype='float64': quantized layers compute in 'float32', 'bfloat16' or 'float16'."
         )
+    if policy.lora is not None and starts_from_base(policy.lora.init):
+        raise ValueError(
+            f"policy.lora.init={policy.lora.init!r} with {given}: it starts from weights that are not quantized; use "
+            "init='kaiming', or leave quantization out."
+        )
     check_packages(str(policy.quantization))
+
+
+def _check_kept_adapter(policy: PolicyConfig) -> None:
+    for name, why in (
+        ("config", "a fresh model has no saved adapter"),
+        ("lora", "fresh adapters would be trained beside it; leave one of the two out"),
+        ("added_tokens", "its base would be another model; train with tokens added to the merged model"),
+        ("trainable", "the adapter alone is trained"),
+        ("frozen", "the adapter alone is trained"),
+    ):
+        if getattr(policy, name) is not None:
+            raise ValueError(f"policy.merge_adapter=False contradicts policy.{name}: {why}.")
 
 
 def _check_added_tokens(policy: PolicyConfig) -> None:
@@ -234,6 +258,19 @@ def adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
         return json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+
+
+def check_holds_adapter(policy: PolicyConfig, path: str) -> None:
+    """Refuses `merge_adapter=False` for a folder or hub id without an adapter, where it would have no effect.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
+    if not policy.merge_adapter:
+        raise ValueError(
+            f"policy.merge_adapter=False has no effect: {path!r} holds no adapter (adapter_config.json). Leave it out, "
+            "or give the folder of an adapter."
+        )
 
 
 def dtype_name(policy: nn.Module) -> str:

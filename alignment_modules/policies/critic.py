@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapters import adapter_is_identity, has_adapter, merged_copy
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, has_adapter
-from alignment_modules.policies.merging import merged_copy
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading
@@ -133,7 +132,9 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
 
     adapter = copy.deepcopy(policy.peft_config[policy.active_adapter])
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
-    return peft.get_peft_model(model, adapter)
+    adapted: Any = peft.get_peft_model(model, adapter)
+    adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    return adapted
 
 
 def shared_head(policy: nn.Module) -> ValueHead:

@@ -7,19 +7,28 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
+from alignment_modules.policies.adapter_beside import put_beside
+from alignment_modules.policies.adapters import (
+    adapter_alone,
+    adapter_off,
+    adapter_weights,
+    has_adapter,
+    merged_copy,
+    merged_state,
+    trained_base,
+    why_not_off,
+)
 from alignment_modules.policies.added_tokens import is_of_rows
-from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
+from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter
-from alignment_modules.policies.merging import merged_copy, merged_state
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
 from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
@@ -33,9 +42,11 @@ class Frozen(nn.Module):
     alone copies `of`, too.
 
     Args:
-        module: The model, which is frozen *in place*. None: `of` with its adapters off.
+        module: The model, which is frozen *in place*. None: `of` with its adapters off, or with `adapter` alone.
         of: The policy that it accompanies. It is not a child of this module.
         saved: Whether checkpoints hold its weights: needed where they change in the course of a run (`refresh`).
+        adapter: Name of an adapter of `of` that is on, alone, while this companion is read.
+        why: Why it is a model of its own, for people.
 
     Raises:
         ValueError: `module` is None and `of` has no adapters.
@@ -43,7 +54,15 @@ class Frozen(nn.Module):
 
     of: nn.Module
 
-    def __init__(self, module: nn.Module | None, *, of: nn.Module, saved: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module | None,
+        *,
+        of: nn.Module,
+        saved: bool = False,
+        adapter: str | None = None,
+        why: str | None = None,
+    ) -> None:
         super().__init__()
         if module is None and not has_adapter(of):
             raise ValueError(
@@ -55,7 +74,7 @@ class Frozen(nn.Module):
             parameter.grad = None
         self.module = module
         self.__dict__["of"] = of  # as a child it would be held in eval mode
-        self.saved = saved
+        self.saved, self.adapter, self.why = saved, adapter, why
         self._mark = b""
         self._fingerprint: str | None = None
         self._scores: dict[bytes, Tensor] = {}
@@ -69,7 +88,7 @@ class Frozen(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[nn.Module]:
-        """Runs a block that reads with the model: in eval mode, without gradients, adapters off where it is that.
+        """Runs a block that reads with the model: in eval mode, without gradients, the policy's adapters off.
 
         Yields:
             The model. On leaving, also by an exception, every submodule's training flag and every parameter's
@@ -78,15 +97,37 @@ class Frozen(nn.Module):
         module = self.of if self.module is None else self.module
         if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
             forward_pass(module, lambda: None)
-        with reading_mode(module), adapter_off(module) if self.module is None else nullcontext():
+        with reading_mode(module), self._chosen():
             yield module
+
+    def _chosen(self) -> AbstractContextManager[Any]:
+        if self.module is not None:
+            return nullcontext()
+        return adapter_off(self.of) if self.adapter is None else adapter_alone(self.of, self.adapter)
 
     def fingerprint(self) -> str | None:
         """An exact hash of the weights, computed again only where they changed; None: adapters off."""
         self._forget_what_changed()
         if self._fingerprint is None and self.module is not None:
             self._fingerprint = fingerprint(self.module)
+        elif self._fingerprint is None and self.adapter is not None:
+            self._fingerprint = fingerprint(adapter_weights(self.of, self.adapter))
         return self._fingerprint
+
+    def check_base(self, name: str) -> None:
+        """Refuses a companion on the policy's base where that base is trained, and so would not stay as it is.
+
+        Args:
+            name: What the companion is called in an error.
+
+        Raises:
+            ValueError: Naming what is trained.
+        """
+        if self.module is None and (moved := trained_base(self.of)):
+            raise ValueError(
+                f"{name} is {self.describe()}, and {moved[0]!r} of the policy's base is trained, so that the {name} "
+                f"would move with it: freeze the base, or give {name} a folder or a module of its own"
+            )
 
     def refresh(self, alpha: Share = 1.0) -> None:
         """Moves the model towards the policy: `alpha * of + (1 - alpha) * module` (TR-DPO, arXiv:2404.09656).
@@ -125,7 +166,8 @@ class Frozen(nn.Module):
                 that no run can build again), or has other parameters than the policy.
         """
         if self.module is None or not self.saved:
-            what = "is the policy with its adapters off" if self.module is None else "is in no checkpoint"
+            what = "is in no checkpoint" if self.module is not None else "is the policy with its adapters off"
+            what = what if self.adapter is None else f"is {self.describe()}"
             raise ValueError(f"refresh: this companion {what}; build it with saved=True, as a copy that is saved")
         mine, theirs = dict(self.module.named_parameters()), self._weights_of_policy()
         other = [name for name in {**mine, **theirs} if _shape(mine, name) != _shape(theirs, name)]
@@ -167,8 +209,9 @@ class Frozen(nn.Module):
     def describe(self) -> str:
         """What it is, for people."""
         if self.module is None:
-            return "the policy, adapter off"
-        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
+            return "the policy, adapter off" if self.adapter is None else "another adapter on the policy's base"
+        reason = "" if self.why is None else f", a copy since {self.why}"
+        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}{reason}"
 
     def _forget_what_changed(self) -> None:
         if (self._scores or self._fingerprint is not None) and self._weights_mark() == self._mark:
@@ -207,9 +250,10 @@ def frozen_companion(
 
     Args:
         model: A folder or hub id (loaded in the policy's dtype), a configuration, or a module of yours, which is frozen
-            *in place*. None is the policy as it stands: a deep copy that shares nothing with it, or, where the policy
-            carries fresh adapters on a frozen base, the policy itself with its adapters off, which gives the same
-            model. An adapter that was trained before is not switched off but copied with its model.
+            *in place*. With `merge_adapter=False` a configuration is a second adapter on the policy's base. None is the
+            policy as it stands: a deep copy that shares nothing with it, or, where the policy carries fresh adapters on
+            a frozen base, the policy itself with its adapters off, which gives the same model. An adapter that was
+            trained before is not switched off but copied with its model.
         policy: The policy, built.
         name: What the option is called in an error.
         saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy, with the adapters of a
@@ -221,12 +265,21 @@ def frozen_companion(
         ImportError: A quantized model without its package.
     """
     if model is None:
-        off = has_adapter(policy) and adapter_is_identity(policy) and not saved
+        why = why_not_off(policy) if has_adapter(policy) else None
         if saved and has_adapter(policy):
             return Frozen(merged_copy(policy), of=policy, saved=True)
-        return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
+        off = has_adapter(policy) and why is None
+        return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved, why=why)
     if isinstance(model, (str, os.PathLike)):
         model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
+    elif isinstance(model, Mapping):
+        model = from_mapping(model)
+    if isinstance(model, PolicyConfig) and not model.merge_adapter:
+        if saved:
+            raise ValueError(
+                f"{name}.merge_adapter=False shares the policy's base, so that it cannot be moved: leave it out"
+            )
+        return Frozen(None, of=policy, adapter=put_beside(policy, model, name))
     try:
         module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
 from alignment_modules.policies.config import (
@@ -23,6 +23,7 @@ from alignment_modules.policies.config import (
     Head,
     PolicyConfig,
     adapter_config,
+    check_holds_adapter,
     check_options,
     from_mapping,
     listing,
@@ -30,13 +31,13 @@ from alignment_modules.policies.config import (
 )
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
-from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, settle
+from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, quantized_layers, settle
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
-from alignment_modules.policies.weights import building_device, read_model, shapes_only
+from alignment_modules.policies.weights import building_device, read_model, shapes_only, start_head
 
 __all__ = [
     "LoraConfig",
@@ -143,8 +144,7 @@ def _build(
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    frozen = policy.lora is not None or not trainable
-    model = _load(policy, merge, zero_head, frozen) if policy.path is not None else _fresh(policy, zero_head)
+    model = _load(policy, merge, zero_head, trainable) if policy.path is not None else _fresh(policy, zero_head)
     new_tokens: list[str] = []
     if policy.added_tokens:
         tokenizer = load_tokenizer(
@@ -172,20 +172,23 @@ def _build(
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool, zero_head: bool, frozen: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -> nn.Module:
+    frozen = policy.lora is not None or not trainable or not (merge and policy.merge_adapter)
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
+        check_holds_adapter(policy, path)
         return _from_pretrained(path, policy, policy.revision, zero_head, frozen)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
         )
-    if policy.quantization is not None:
+    merge = merge and policy.merge_adapter
+    if policy.quantization is not None and merge:
         raise ValueError(
             f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
-            "weights would round it away. "
-            "Load it without quantization, export it merged, and quantize that folder."
+            "weights would round it away. Load it without quantization, export it merged, and quantize that folder, or "
+            "train it further with policy.merge_adapter=false."
         )
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -198,7 +201,12 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool, frozen: bool) -> n
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
-        return attach_adapter_folder(model, path, policy.revision)
+        return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
+    if quantized_layers(model):
+        raise ValueError(
+            f"policy.path={path!r} holds an adapter on weights that are stored quantized, and merging would round it away: "
+            "policy.merge_adapter=false keeps it an adapter."
+        )
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     _forget_folder(model)
@@ -252,7 +260,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
     if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
         report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
         report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
@@ -273,12 +281,6 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         mark_shapes(model, policy.quantization)
     settle(model)
     return model
-
-
-def _start_head(model: Any, zero: bool) -> None:
-    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -333,7 +335,7 @@ def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
             f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
     if scalar:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
     return model
 
 

@@ -192,8 +192,8 @@ def check_can_be_sent(module: nn.Module) -> None:
     found = [name for name, layer in quantized_layers(module) if _kind(layer.weight) == "int8_weight_only"]
     if found:
         raise ValueError(
-            f"{found[0].partition('.')[0]}.quantization='int8_weight_only' on several processes is not possible: torchao's "
-            "weights cannot be sent to other processes, as DDP does when it starts. Use '8bit' or '4bit'."
+            f"{found[0].partition('.')[0]}.quantization='int8_weight_only' on several processes is not possible: "
+            "torchao's weights cannot be sent to other processes, as DDP does when it starts. Use '8bit' or '4bit'."
         )
 
 

@@ -68,8 +68,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module; every process has the same weights. Its layers are the outermost list of modules that it
-            runs one after the other, all of them in each forward pass; one without is a single group.
+        model: Any module; where processes drew other weights, the first one's count. Its layers are the outermost list
+            of modules that it runs one after the other, all of them in each forward pass; one without is a single
+            group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
             gradients are summed in float32. None: the one that they are held in.
@@ -88,6 +89,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     layers = find_layers(model)
 
     def apply(part: Any, is_layer: bool, dtype: torch.dtype | None) -> None:
+        _send_from_first(part, mesh)
         precision = MixedPrecisionPolicy(dtype, _reduced_in(part, dtype), cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=is_layer, mp_policy=precision)
         part.is_layer = is_layer
@@ -139,6 +141,17 @@ def _reduced_in(module: nn.Module, gather: torch.dtype | None) -> torch.dtype | 
     """float32 where gradients would be summed over the processes in 16 bits."""
     held = {parameter.dtype for parameter in _unsharded(module) if parameter.requires_grad}
     return torch.float32 if gather in _SMALL or held & {*_SMALL} else None
+
+
+def _send_from_first(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Moves what is not sharded yet to the mesh's device, and gives it the first process's values, as DDP does."""
+    kind = mesh.device_type
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+    for tensor in (*_unsharded(part), *part.buffers()):
+        if tensor.is_meta:
+            continue
+        tensor.data = tensor.data.to(device).contiguous()
+        torch.distributed.broadcast(tensor.data, group=mesh.get_group(), group_src=0)
 
 
 def _of_another_dtype(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:

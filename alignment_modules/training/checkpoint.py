@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignment_modules.policies.frozen import Frozen, companions
 from alignment_modules.policies.quantization import quantized_entries, quantized_layers
+from alignment_modules.training.adapter_rates import check_ratio
 from alignment_modules.training.frozen_weights import FrozenWeights, others, put_back
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.moved import tell_moved
@@ -222,6 +223,7 @@ class CheckpointContract(L.LightningModule):
         """Every optimizer goes on as it was saved; refuses what the command line would have one do otherwise."""
         module: Any = self
         names, then, now = list(module.trained()), checkpoint.get("hyper_parameters", {}), self.hparams
+        check_ratio(then, now, self._checkpoint_name())
         moved = [*zip(names, checkpoint.get("optimizer_states", ()), strict=False)]
         scheduled = [name for name in names if module.scheduler_for(name) is not None]
         moved += zip(scheduled, checkpoint.get("lr_schedulers", ()), strict=False)
@@ -302,7 +304,7 @@ def _policy_option(policy: Any, name: str) -> Any:
 
 
 def _state(companion: Frozen) -> str:
-    if companion.module is None:
+    if companion.module is None and companion.adapter is None:
         return "the policy, adapter off"
     return "saved" if companion.saved else str(companion.fingerprint())
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapter_start import is_of_start
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
@@ -23,7 +24,8 @@ def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
 class FrozenWeights:
     """The parameters of a module that are frozen at the start of a fit, and the buffers of its frozen children.
 
-    Companions (`Frozen`) look after themselves and are not among them.
+    Companions (`Frozen`) look after themselves and are not among them, nor is what adapters started with: it would have
+    to be computed again, which another machine does in another order of operations.
 
     Args:
         module: The module, as it is about to be trained.
@@ -33,7 +35,7 @@ class FrozenWeights:
     def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
         held = tuple(f"{name}." for name in (*companions(module), *kept))
         whole = tuple(f"{name}." for name in frozen_children(module))
-        frozen = [(name, p) for name, p in _parameters(module) if not p.requires_grad]
+        frozen = [(name, p) for name, p in _parameters(module) if not (p.requires_grad or is_of_start(name))]
         frozen += [(name, b) for name, b in _buffers(module) if name.startswith(whole)]
         # PyTorch counts the changes of a tensor, so that one which is thawed and frozen again is known to have moved.
         self._versions = {name: tensor._version for name, tensor in frozen if not name.startswith(held)}

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alignment_modules.policies.frozen import companions
+from alignment_modules.training.adapter_rates import set_adapter_rates, warn_of_small_rate
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import bind_total_steps
@@ -79,15 +81,21 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         entries: Its `trained()`.
 
     Raises:
-        ValueError: If the entries are not a partition of what is trainable, an optimizer cannot step sharded weights or
-            has no rate to schedule, or a schedule waits for a metric and its module counts steps.
+        ValueError: If the entries are not a partition of what is trainable, the base that a companion shares with the
+            policy is trained, an optimizer cannot step sharded weights or has no rate to schedule, or a schedule waits
+            for a metric and its module counts steps.
     """
     counts_steps = not module.automatic_optimization
     check_entries(module, entries, several=counts_steps)
+    for name, companion in companions(module).items():
+        companion.check_base(name)
     made: list[Any] = []
     for name, part in entries.items():
         optimizer = module.optimizer_for(name)(parameter_groups(part))
+        set_adapter_rates(part, optimizer)
         check_sharded(optimizer)
+        if name == "policy":
+            warn_of_small_rate(part, optimizer, module.paradigm)
         fuse(optimizer)
         if isinstance(optimizer, MuonWithAdamW):
             rank_zero_info(f"{module.optimizer_option(name)} of the {name}: {optimizer.describe()}")

@@ -82,6 +82,11 @@ class Run:
             torch.save(found, self.folder / f"{name}.pt")
 
 
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 class _EveryOther(torch.utils.data.Sampler):
     """Of batches that lie in the order of the ranks, this rank's."""
 
@@ -110,23 +115,26 @@ def train_and_save(run: Run, policy: torch.nn.Module) -> None:
     other = other_than(policy)
 
     def make(name: str, given: torch.nn.Module | None = None, **options: Any) -> AlignmentModule:
-        options = {"optimizer": adamw} | options
+        options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.3)} | options
         return build(name, copy.deepcopy(given or policy), other=copy.deepcopy(other), **options)
 
-    module = make("dpo")
+    def built(config: dict[str, Any]) -> torch.nn.Module:
+        torch.manual_seed(1 + int(not is_first()))  # the others' weights are the first one's
+        return build_policy(PolicyConfig(config=config, gradient_checkpointing=True))
+
+    module = make("dpo", optimizer=adamw)
     mark, reference = fingerprint(module.policy), module.reference.fingerprint()
     made = run.fit("clipped", module, ROWS["dpo"].batch, gradient_clip_val=0.1, accumulate_grad_batches=2, steps=4)
     found = {"moved": fingerprint(module.policy) != mark, "reference": module.reference.fingerprint() == reference}
     run.save("held", made, found | shares(module, made) | {"sharded": is_sharded(module.policy)})
     run.fit("clipped by itself", make("kto", micro_batch_size=2, max_grad_norm=0.1), ROWS["kto"].batch)
-    tied = build_policy(PolicyConfig(config=TIED, gradient_checkpointing=True))
-    run.fit("tied and checkpointed", make("sft", tied), ROWS["sft"].batch)
-    tied = build_policy(PolicyConfig(config=TIED, gradient_checkpointing=True))
-    run.fit("checkpointed without dropout", make("dpo", tied), ROWS["dpo"].batch)
+    run.fit("tied and checkpointed", make("sft", built(TIED)), ROWS["sft"].batch)
+    run.fit("checkpointed without dropout", make("dpo", built(LLAMA)), ROWS["dpo"].batch)
     run.fit("cached", make("dpo", cache_reference=True), seen_by_some)
     run.fit("synced", make("dpo", reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1}), ROWS["dpo"].batch)
     lora = make("dpo", adapted(policy), reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1})
     run.fit("synced lora", lora, ROWS["dpo"].batch)
+    torch.manual_seed(1)
     run.fit("plain", make("sft", Plain()), ROWS["sft"].batch)
     for name in ("sft", "kto", "ppo"):
         run.fit(f"{name} bf16-mixed", make(name), ROWS[name].batch, precision="bf16-mixed")

@@ -10,6 +10,7 @@ import torch
 from tests.rewards.test_model import write_model
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 EXACT = ("clipped", "clipped by itself", "tied and checkpointed", "checkpointed without dropout", "cached", "synced")
 EXACT += ("synced lora", "plain")
 ROUNDED = ("sft bf16-mixed", "kto bf16-mixed", "ppo bf16-mixed", "ppo of bf16")
@@ -31,7 +32,6 @@ def runs(tmp_path_factory):
     return read
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", EXACT)
 def test_same_steps_as_one_process(runs, name):
     one, two = runs(name)
@@ -42,16 +42,14 @@ def test_same_steps_as_one_process(runs, name):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-4)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", ROUNDED)
 def test_mixed_precision_learns_the_same(runs, name):
     one, two = runs(name)
-    assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=0.03)
+    assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=0.05, abs=0.01)
     before, after = (torch.cat([v.flatten().float() for v in found["change"].values()]) for found in (one, two))
     assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.9
 
 
-@pytest.mark.distributed
 def test_each_process_holds_its_share(runs):
     whole, shards = runs("held")
     assert whole == {"moved": True, "reference": True, "parameters": 1.0, "state": 1.0, "sharded": False}
@@ -59,7 +57,6 @@ def test_each_process_holds_its_share(runs):
     assert runs("judge")[1]["share"] == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.distributed
 def test_processes_write_and_judge_each_for_itself(runs):
     for name in ("sampled", "judged"):
         one, two = runs(name)

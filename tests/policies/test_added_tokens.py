@@ -8,12 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment_modules import LoraConfig, PolicyConfig, SFTModule
 from alignment_modules.cli import main
+from alignment_modules.policies.adapters import adapter_is_identity, adapter_off, merged_state
 from alignment_modules.policies.added_tokens import token_ids
 from alignment_modules.policies.export import check_export, export_policy
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.load import build_policy, check_vocabulary
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off
-from alignment_modules.policies.merging import merged_state
 from alignment_modules.policies.probing import prepare
 from alignment_modules.rollouts.decoders.select import select_decoder
 from datamodules import SFTDataModule

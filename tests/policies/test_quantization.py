@@ -11,12 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment_modules.policies import fingerprint, frozen_companion
+from alignment_modules.policies.adapters import adapter_off, merged_copy
 from alignment_modules.policies.architecture import describe_size
 from alignment_modules.policies.critic import build_critic
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
-from alignment_modules.policies.lora import adapter_off
-from alignment_modules.policies.merging import merged_copy
 from alignment_modules.policies.quantization import (
     PACKAGES,
     bytes_of,
@@ -287,3 +286,8 @@ def test_a_folder_that_is_stored_quantized(tiny_llama, tmp_path):
         assert torch.equal(logits(policy), logits(again))
     exported = plain(export_policy(policy, tmp_path / "export"))
     torch.testing.assert_close(logits(exported), logits(policy), rtol=1e-4, atol=1e-4)
+    adapter = export_policy(policy, tmp_path / "adapter", lora="adapter")
+    with pytest.raises(ValueError, match=r"stored quantized.*policy\.merge_adapter=false"):
+        build_policy(PolicyConfig(path=str(adapter)), trainable=False)
+    kept = build_policy(PolicyConfig(path=str(adapter), merge_adapter=False))
+    assert torch.equal(logits(kept), logits(policy))

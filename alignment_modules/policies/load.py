@@ -204,8 +204,8 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -
         return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
     if quantized_layers(model):
         raise ValueError(
-            f"policy.path={path!r} holds an adapter on weights that are stored quantized, and merging would round it away: "
-            "policy.merge_adapter=false keeps it an adapter."
+            f"policy.path={path!r} holds an adapter on weights that are stored quantized, and merging would round it "
+            "away: policy.merge_adapter=false keeps it an adapter."
         )
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)

@@ -137,7 +137,7 @@ def refuse_compiled(module: nn.Module) -> None:
         name = type(module).__name__
         raise ValueError(
             f"torch.compile({name}(...)) is not possible: a training step decides by lengths and counts. Compile the "
-            f"model alone: {name}(policy=torch.compile(model), ...)"
+            f"layers of its model: {name}(policy=PolicyConfig(..., compile=True), ...)"
         )
 
 

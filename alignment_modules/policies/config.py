@@ -15,6 +15,7 @@ from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
+from alignment_modules.policies.recomputing import Recomputed
 
 Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -41,8 +42,11 @@ class PolicyConfig:
         quantization: Holds the linear layers but the head in fewer bits, for a frozen base under `lora`, or for a model
             that is not trained: "4bit" (NF4, double quantization) or "8bit" (LLM.int8(), which also rounds activations)
             through bitsandbytes, or "int8_weight_only" through torchao.
-        gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
-            more time.
+        gradient_checkpointing: Recompute activations in the backward pass; less memory, more time. True: those of each
+            layer, about a third more time. "selective": all but the results of each layer's matrix products and of its
+            attention. A number n of 2 or more: those of each n-th layer.
+        compile: Compile the forward pass of each layer with `torch.compile`, for training and scoring; completions are
+            drawn without it. The first steps wait for the C++ compiler, which must be there.
         head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
             by a linear map without bias, `score.weight` `[1, hidden]`. The folder of a sequence-classification model of
             one output keeps its own; any other model gets a fresh one, normal with variance 1 / (hidden + 1)
@@ -65,7 +69,8 @@ class PolicyConfig:
     trainable: list[str] | None = None
     frozen: list[str] | None = None
     quantization: Quantization | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputed = False
+    compile: bool = False
     head: Head = "lm"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -120,6 +125,11 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         )
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
+    if policy.compile and policy.gradient_checkpointing == "selective":
+        raise ValueError(
+            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
+            "shows no single product that could be kept. Allowed beside it are true, false and a number."
+        )
     _check_added_tokens(policy)
     if not policy.merge_adapter:
         _check_kept_adapter(policy)

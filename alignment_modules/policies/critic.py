@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.adapters import adapter_is_identity, has_adapter, merged_copy
+from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
@@ -28,12 +29,14 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         critic: A folder or hub id of a causal language model, whose new head starts at 0, or of a reward model, which
             keeps its head (loaded in the policy's dtype); a configuration, whose `head` is taken as "scalar"; a module
             that gives `[batch, time, 1]`; or None: a copy of the policy with a head that starts at 0 (and, where the
-            policy has adapters, with fresh adapters of the same kind on its merged weights).
+            policy has adapters, with fresh adapters of the same kind on its merged weights). A folder's model and a
+            copy are compiled where the policy is.
         policy: The policy, built.
 
     Raises:
         ValueError: If it cannot be built, or None is given for a policy without hidden states.
     """
+    as_policy = critic is None or isinstance(critic, (str, os.PathLike))
     if critic is None:
         model = _adapted_as(policy, scalar_copy(policy))
     else:
@@ -48,6 +51,8 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         except (ValueError, ImportError) as error:
             raise type(error)(f"critic: {str(error).replace('policy.', 'critic.')}") from error
     prepare(model)
+    if as_policy:
+        compile_as(policy, model)
     inner = language_model(model)
     head = None if inner is None else find_head(inner)
     if head is not None and isinstance(head.linear, nn.Linear):

@@ -26,6 +26,7 @@ from alignment_modules.policies.adapters import (
     why_not_off,
 )
 from alignment_modules.policies.added_tokens import is_of_rows
+from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
@@ -253,7 +254,8 @@ def frozen_companion(
             *in place*. With `merge_adapter=False` a configuration is a second adapter on the policy's base. None is the
             policy as it stands: a deep copy that shares nothing with it, or, where the policy carries fresh adapters on
             a frozen base, the policy itself with its adapters off, which gives the same model. An adapter that was
-            trained before is not switched off but copied with its model.
+            trained before is not switched off but copied with its model. A folder's model and a copy are compiled where
+            the policy is.
         policy: The policy, built.
         name: What the option is called in an error.
         saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy, with the adapters of a
@@ -267,11 +269,12 @@ def frozen_companion(
     if model is None:
         why = why_not_off(policy) if has_adapter(policy) else None
         if saved and has_adapter(policy):
-            return Frozen(merged_copy(policy), of=policy, saved=True)
+            return Frozen(compile_as(policy, merged_copy(policy)), of=policy, saved=True)
         off = has_adapter(policy) and why is None
-        return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved, why=why)
+        return Frozen(None if off else compile_as(policy, copy.deepcopy(policy)), of=policy, saved=saved, why=why)
+    by_path = False
     if isinstance(model, (str, os.PathLike)):
-        model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
+        by_path, model = True, PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
     elif isinstance(model, Mapping):
         model = from_mapping(model)
     if isinstance(model, PolicyConfig) and not model.merge_adapter:
@@ -284,6 +287,8 @@ def frozen_companion(
         module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:
         raise type(error)(_renamed(str(error), name)) from error
+    if by_path:
+        compile_as(policy, module)
     ours = {id(parameter) for parameter in policy.parameters()}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in ours]
     if module is policy or shared:

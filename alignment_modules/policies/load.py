@@ -18,6 +18,7 @@ from torch import nn
 from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
+from alignment_modules.policies.compiling import compile_layers
 from alignment_modules.policies.config import (
     DTYPES,
     Head,
@@ -35,6 +36,7 @@ from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, quantized_layers, settle
+from alignment_modules.policies.recomputing import enable_checkpointing, free_embedding_output
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
 from alignment_modules.policies.weights import building_device, read_model, shapes_only, start_head
@@ -162,13 +164,15 @@ def _build(
     if policy.trainable is not None or policy.frozen is not None:
         train_part(model, policy.trainable, policy.frozen, new_tokens=new_tokens)
     if policy.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model, policy.gradient_checkpointing)
     if policy.lora is not None:
         if policy.config is not None:
             logger.warning("lora on a fresh model: the adapters are trained on top of random weights that stay frozen.")
         model = add_lora(model, policy.lora)
     if policy.gradient_checkpointing:
-        _free_embedding_output(model)
+        free_embedding_output(model)
+    if policy.compile:
+        compile_layers(model)
     return model.train()
 
 
@@ -370,25 +374,3 @@ def _architecture(options: dict[str, Any]) -> Any:
             f"know.{hint}"
         )
     return config
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
-        model, "gradient_checkpointing_enable", None
-    )
-    try:
-        if enable is None:
-            raise ValueError("it has no switch for it")
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ValueError(
-            f"policy.gradient_checkpointing=True: {type(model).__name__} does not support it ({error})."
-        ) from error
-    _free_embedding_output(model)
-
-
-def _free_embedding_output(model: nn.Module) -> None:
-    """Undoes what transformers and peft do for reentrant checkpointing, which alone needs that gradient."""
-    disable: Any = getattr(model, "disable_input_require_grads", None)
-    if disable is not None:
-        disable()

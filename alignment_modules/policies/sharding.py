@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.probing import prepare
@@ -179,6 +180,11 @@ def _check(model: nn.Module, name: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"{name} is compiled as a whole, and its layers are to be sharded one by one: give it uncompiled, or use "
+            "strategy='ddp'"
+        )
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} has compiled layers, which are not sharded: leave compile out of its configuration, or use "
             "strategy='ddp'"
         )
     quantized = [key for key, parameter in model.named_parameters() if not parameter.is_floating_point()]

@@ -141,6 +141,10 @@ def test_refuses_models_that_cannot_be_sharded(mesh, tiny_llama):
         shard(quantized, mesh)
     with pytest.raises(ValueError, match="policy is compiled as a whole"):
         shard(torch.compile(Blocks()), mesh)
+    compiled = copy.deepcopy(tiny_llama)
+    compiled.model.layers[0].compile()
+    with pytest.raises(ValueError, match="reference has compiled layers"):
+        shard(compiled, mesh, name="reference")
     module = nn.Module()
     module.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="parameter 'scale' of its own"):

@@ -32,7 +32,7 @@ from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
-from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, free, local, steady_parameters
 
 
 class Frozen(nn.Module):
@@ -96,8 +96,6 @@ class Frozen(nn.Module):
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
-        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
-            forward_pass(module, lambda: None)
         with reading_mode(module), self._chosen():
             yield module
 
@@ -226,8 +224,9 @@ class Frozen(nn.Module):
         Made of each tensor's address and version counter, and, since a write to `.data` counts no version, of a sample
         of its values.
         """
-        tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
+        tensors: list[Any] = [parameter for parameter in steady_parameters(self.of) if not parameter.requires_grad]
         if self.module is not None:
+            free(self.module)
             tensors = [*self.module.parameters(), *self.module.buffers()]
         own = [part for tensor in tensors for part in stored_parts(local(tensor))]
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
+from alignment_modules.policies.layers import decoder_layers
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
@@ -116,9 +117,9 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
         model: Any module. Of a model of transformers it is the list that its configuration counts.
     """
     inner = language_model(model)
-    expected = None if inner is None else inner.config.get_text_config().num_hidden_layers
-    lists = [found for found in _outermost_lists(model) if expected in (None, len(found))]
-    return [layer for found in lists for layer in found]
+    if inner is not None:
+        return decoder_layers(inner)
+    return [layer for found in _outermost_lists(model) for layer in found]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:

@@ -156,6 +156,9 @@ def read_weights(
     """
     own, given, found = own_state(module), checkpoint["state_dict"], weight_names(checkpoint, folder)
     check_keys(own, found if strict else found | {*own}, where, module)
+    if folder is None and not sharded_parts(module):
+        module.load_state_dict({**own, **given})
+        return
     others = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     for name in given.keys() - others.keys():
         fill(own[name], given[name])

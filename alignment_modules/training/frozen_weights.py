@@ -123,7 +123,8 @@ def check_keys(own: Collection[str], found: Collection[str], where: str, module:
     if missing or unknown:
         raise RuntimeError(
             f"{where} does not fit {type(module).__name__}. Missing key(s) in state_dict: {some_of(missing)}. "
-            f"Unexpected key(s) in state_dict: {some_of(unknown)}. Build the module as in the run that wrote the checkpoint."
+            f"Unexpected key(s) in state_dict: {some_of(unknown)}. Build the module as in the run that wrote the "
+            "checkpoint."
         )
 
 

@@ -123,9 +123,9 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
+    _check_compile(policy)
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
-    _check_compile(policy)
     _check_added_tokens(policy)
     if not policy.merge_adapter:
         _check_kept_adapter(policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from torch import nn
 from alignment_modules.functional.ranges import check_options as check_types
 from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
 from alignment_modules.policies.recomputing import Recomputed
 
 Head = Literal["lm", "scalar"]
@@ -39,7 +39,9 @@ class PolicyConfig:
         trainable: Train only the parameters whose full names match one of these patterns of the shell, such as
             `model.layers.3.*`; none: all. Not with `lora`, which trains adapters.
         frozen: Patterns of parameters that are not trained, of those that `trainable` leaves.
-        quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
+        quantization: Holds the linear layers but the head in fewer bits, for a frozen base under `lora`, or for a model
+            that is not trained: "4bit" (NF4, double quantization) or "8bit" (LLM.int8(), which also rounds activations)
+            through bitsandbytes, or "int8_weight_only" through torchao.
         gradient_checkpointing: Recompute activations in the backward pass; less memory, more time. True: those of each
             layer, about a third more time. "selective": all but the results of each layer's matrix products and of its
             attention. A number n of 2 or more: those of each n-th layer.
@@ -66,7 +68,7 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     trainable: list[str] | None = None
     frozen: list[str] | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: Recomputed = False
     compile: bool = False
     head: Head = "lm"
@@ -101,8 +103,10 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
 
     Raises:
         ValueError: The message names the option, its value and what is allowed.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
+    if isinstance(policy.quantization, str):
+        check_kind(policy.quantization)
     check_types(PolicyConfig, vars(policy), "policy.")
     if (policy.path is None) == (policy.config is None):
         given = "both are" if policy.path is not None else "neither is"
@@ -120,25 +124,7 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
     if policy.quantization is not None:
-        if policy.config is not None:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'path': a fresh model has no trained weights to "
-                "quantize."
-            )
-        if trainable and policy.lora is None and policy.merge_adapter:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'lora': quantized weights cannot be trained "
-                "themselves."
-            )
-        if policy.lora is not None and starts_from_base(policy.lora.init):
-            raise ValueError(
-                f"policy.lora.init={policy.lora.init!r} with policy.quantization={policy.quantization!r}: it starts "
-                "from weights that are not quantized; use init='kaiming', or leave quantization out."
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
-            )
+        _check_quantization(policy, trainable)
     if policy.compile and policy.gradient_checkpointing == "selective":
         raise ValueError(
             "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
@@ -163,6 +149,24 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
             "hub id."
         )
+
+
+def _check_quantization(policy: PolicyConfig, trainable: bool) -> None:
+    given = f"policy.quantization={policy.quantization!r}"
+    if policy.config is not None:
+        raise ValueError(f"{given} needs 'path': a fresh model has no trained weights to quantize.")
+    if trainable and policy.lora is None:
+        raise ValueError(f"{given} needs 'lora': quantized weights cannot be trained themselves.")
+    if policy.dtype == "float64":
+        raise ValueError(
+            f"{given} with policy.dtype='float64': quantized layers compute in 'float32', 'bfloat16' or 'float16'."
+        )
+    if policy.lora is not None and starts_from_base(policy.lora.init):
+        raise ValueError(
+            f"policy.lora.init={policy.lora.init!r} with {given}: it starts from weights that are not quantized; use "
+            "init='kaiming', or leave quantization out."
+        )
+    check_packages(str(policy.quantization))
 
 
 def _check_kept_adapter(policy: PolicyConfig) -> None:

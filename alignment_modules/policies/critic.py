@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.policies.adapters import check_mergeable, has_adapter
+from alignment_modules.policies.adapters import adapter_is_identity, has_adapter, merged_copy
 from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading
 from alignment_modules.policies.value_head import ValueHead
 
@@ -59,11 +60,13 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
     return model.train()
 
 
-def scalar_copy(policy: nn.Module) -> nn.Module:
+def scalar_copy(policy: nn.Module, *, dequantize: bool = False) -> nn.Module:
     """A sequence classifier of one output with a policy's trunk, copied and merged, and a head `score` that is 0.
 
     Args:
         policy: A causal language model of transformers, also with peft adapters.
+        dequantize: Whether a quantized trunk is copied in full precision, as it always is where its adapters have been
+            trained; otherwise it stays quantized.
 
     Raises:
         ValueError: If the policy is another module, has no sequence classifier of its kind, or its adapters cannot be
@@ -72,10 +75,13 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
     _head_of(policy, "critic=None is a copy of the policy with a scalar head")
     import transformers
 
-    if has_adapter(policy):
-        check_mergeable(policy)
-    twin: Any = copy.deepcopy(policy)
-    twin = twin.merge_and_unload(safe_merge=True) if has_adapter(policy) else twin
+    twin: Any
+    if not has_adapter(policy):
+        twin = copy.deepcopy(policy)
+    elif quantized_layers(policy) and not dequantize and adapter_is_identity(policy):
+        twin = copy.deepcopy(policy).unload()  # type: ignore[operator]
+    else:
+        twin = merged_copy(policy)
     config = twin.config
     config.num_labels = 1
     try:
@@ -92,6 +98,7 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
     nn.init.zeros_(shell.score.weight)
     shell.config = config  # the one that the trunk reads
     shell.name_or_path = config.name_or_path = ""  # these weights are on no disk
+    carry_marks(twin, shell)
     return shell
 
 
@@ -151,7 +158,7 @@ def as_classifier(policy: nn.Module, head: ValueHead) -> nn.Module:
         policy: The trunk.
         head: What `shared_head` gave.
     """
-    twin: Any = scalar_copy(policy)
+    twin: Any = scalar_copy(policy, dequantize=True)
     twin.score.to(head.weight.dtype)
     with torch.no_grad():
         twin.score.weight.copy_(head.weight[None])

@@ -20,6 +20,7 @@ from alignment_modules.policies.adapters import (
     adapter_off,
     adapter_weights,
     has_adapter,
+    merged_copy,
     merged_state,
     trained_base,
     why_not_off,
@@ -30,7 +31,8 @@ from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, fr
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
+from alignment_modules.policies.quantization import quantized_entries, stored_parts
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, free, local, steady_parameters
 
 
 class Frozen(nn.Module):
@@ -94,8 +96,6 @@ class Frozen(nn.Module):
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
-        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
-            forward_pass(module, lambda: None)
         with reading_mode(module), self._chosen():
             yield module
 
@@ -224,10 +224,11 @@ class Frozen(nn.Module):
         Made of each tensor's address and version counter, and, since a write to `.data` counts no version, of a sample
         of its values.
         """
-        tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
+        tensors: list[Any] = [parameter for parameter in steady_parameters(self.of) if not parameter.requires_grad]
         if self.module is not None:
+            free(self.module)
             tensors = [*self.module.parameters(), *self.module.buffers()]
-        own = [local(tensor) for tensor in tensors]
+        own = [part for tensor in tensors for part in stored_parts(local(tensor))]
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
         floats = [t.detach() for t in own if t.is_floating_point() and t.numel()]
         parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
@@ -262,13 +263,12 @@ def frozen_companion(
 
     Raises:
         ValueError: The model is the policy itself or shares a weight with it, or cannot be built.
-        ImportError: A quantized model without bitsandbytes.
+        ImportError: A quantized model without its package.
     """
     if model is None:
         why = why_not_off(policy) if has_adapter(policy) else None
         if saved and has_adapter(policy):
-            twin: Any = copy.deepcopy(policy)
-            return Frozen(compile_as(policy, twin.merge_and_unload(safe_merge=True)), of=policy, saved=True)
+            return Frozen(compile_as(policy, merged_copy(policy)), of=policy, saved=True)
         off = has_adapter(policy) and why is None
         return Frozen(None if off else compile_as(policy, copy.deepcopy(policy)), of=policy, saved=saved, why=why)
     by_path = False
@@ -323,8 +323,9 @@ def _leave_out(companion: nn.Module, state: dict[str, Any], prefix: str, _: Any)
 def _fill_in(companion: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Gives what `_leave_out` took: the companion's own weights, as they are."""
     if not companion.saved and isinstance(companion.module, nn.Module):
-        for key, value in companion.module.state_dict(keep_vars=True).items():
-            state.setdefault(f"{prefix}module.{key}", value)
+        own = companion.module.state_dict(keep_vars=True)
+        for key in own.keys() - quantized_entries(companion.module, own):  # which torch cannot load
+            state.setdefault(f"{prefix}module.{key}", own[key])
 
 
 def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
@@ -36,6 +35,7 @@ from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, quantized_layers, settle
 from alignment_modules.policies.recomputing import enable_checkpointing, free_embedding_output
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
@@ -85,12 +85,11 @@ def build_policy(
         zero_head: Whether a scalar head that comes with no weights starts at 0, as a critic's; otherwise it is drawn.
 
     Returns:
-        The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
-        it was).
+        The module, on the CPU, in training mode as any new `nn.Module` (a module given ready stays as it was).
 
     Raises:
         ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
     with building_device():
         model = _build(policy, trainable, head, merge, zero_head)
@@ -178,11 +177,12 @@ def _build(
 
 
 def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -> nn.Module:
+    frozen = policy.lora is not None or not trainable or not (merge and policy.merge_adapter)
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
         check_holds_adapter(policy, path)
-        return _from_pretrained(path, policy, policy.revision, zero_head)
+        return _from_pretrained(path, policy, policy.revision, zero_head, frozen)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
@@ -201,11 +201,16 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -
         )
     try:
         base = resolve_folder(base, "base_model_name_or_path")
-        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head)
+        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head, frozen)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
         return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
+    if quantized_layers(model):
+        raise ValueError(
+            f"policy.path={path!r} holds an adapter on weights that are stored quantized, and merging would round it "
+            "away: policy.merge_adapter=false keeps it an adapter."
+        )
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     _forget_folder(model)
@@ -217,12 +222,13 @@ def _forget_folder(model: Any) -> None:
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool) -> nn.Module:
+def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool, frozen: bool) -> nn.Module:
     _check_model_folder(path)
     import transformers
 
     config = _raw_config(path, revision)
     check_text_only(config, f"policy.path={path!r}")
+    check_stored(config, path, policy.quantization, frozen=frozen)
     classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
     if classifier and policy.head == "lm":
         raise ValueError(
@@ -233,7 +239,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
     if policy.quantization is not None:
-        options["quantization_config"] = _quantization(policy)
+        options |= loading_options(policy.quantization, DTYPES.get(policy.dtype))
     if policy.head == "scalar":
         auto, kind = transformers.AutoModelForSequenceClassification, "sequence-classification model"
         options |= {} if classifier else {"num_labels": 1}
@@ -275,6 +281,9 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
             sorted(report["unexpected_keys"])[:3],
         )
     check_head(model, policy.head)
+    if shapes_only() and policy.quantization is not None:
+        mark_shapes(model, policy.quantization)
+    settle(model)
     return model
 
 
@@ -310,17 +319,6 @@ def _check_model_folder(path: str) -> None:
             f"policy.path={path!r}: the folder has no *.safetensors (pickled weights are not loaded); it holds "
             f"{listing(folder)}."
         )
-
-
-def _quantization(policy: PolicyConfig) -> Any:
-    import transformers
-
-    if policy.quantization == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute = DTYPES.get(policy.dtype, torch.bfloat16)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
 
 
 def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, EvaluationConfig, PolicyConfig
@@ -47,7 +48,7 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
 
 
-def trainer(devices: int, strategy: str, **options: Any) -> L.Trainer:
+def trainer(devices: int, strategy: Any, **options: Any) -> L.Trainer:
     """Without files and bars."""
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     quiet |= {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "use_distributed_sampler": False}
@@ -66,11 +67,13 @@ class Run:
         sampler = range(0, len(rows)) if self.devices == 1 else _EveryOther(len(rows), self.devices)
         return DataLoader(rows, batch_size=None, sampler=sampler)
 
-    def fit(self, name: str, module: AlignmentModule, make: Any, steps: int = 3, **options: Any) -> L.Trainer:
-        """Trains, and saves the changes and what was logged."""
+    def fit(
+        self, name: str, module: AlignmentModule, make: Any, steps: int = 3, validates: bool = False, **options: Any
+    ) -> L.Trainer:
+        """Trains, and after each step validates on the same kind of rows; saves the changes and what was logged."""
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         made = trainer(self.devices, self.strategy, callbacks=[FiniteGuard()], **options)
-        made.fit(module, self.loader(make, steps))
+        made.fit(module, self.loader(make, steps), self.loader(make, 1) if validates else None)
         after = {key: whole(p.detach()) for key, p in module.named_parameters() if key in before}
         metrics = {key: float(value) for key, value in made.callback_metrics.items()}
         self.save(name, made, {"change": {k: after[k] - v for k, v in before.items()}, "metrics": metrics})
@@ -118,9 +121,9 @@ def train_and_save(run: Run, policy: torch.nn.Module) -> None:
         options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.3)} | options
         return build(name, copy.deepcopy(given or policy), other=copy.deepcopy(other), **options)
 
-    def built(config: dict[str, Any]) -> torch.nn.Module:
+    def built(config: dict[str, Any], how: Any) -> torch.nn.Module:
         torch.manual_seed(1 + int(not is_first()))  # the others' weights are the first one's
-        return build_policy(PolicyConfig(config=config, gradient_checkpointing=True))
+        return build_policy(PolicyConfig(config=config, gradient_checkpointing=how))
 
     module = make("dpo", optimizer=adamw)
     mark, reference = fingerprint(module.policy), module.reference.fingerprint()
@@ -128,8 +131,9 @@ def train_and_save(run: Run, policy: torch.nn.Module) -> None:
     found = {"moved": fingerprint(module.policy) != mark, "reference": module.reference.fingerprint() == reference}
     run.save("held", made, found | shares(module, made) | {"sharded": is_sharded(module.policy)})
     run.fit("clipped by itself", make("kto", micro_batch_size=2, max_grad_norm=0.1), ROWS["kto"].batch)
-    run.fit("tied and checkpointed", make("sft", built(TIED)), ROWS["sft"].batch)
-    run.fit("checkpointed without dropout", make("dpo", built(LLAMA)), ROWS["dpo"].batch)
+    run.fit("tied and checkpointed", make("sft", built(TIED, True)), ROWS["sft"].batch)
+    run.fit("checkpointed without dropout", make("dpo", built(LLAMA, True)), ROWS["dpo"].batch)
+    run.fit("checkpointed selectively", make("dpo", built(LLAMA, "selective")), ROWS["dpo"].batch)
     run.fit("cached", make("dpo", cache_reference=True), seen_by_some)
     run.fit("synced", make("dpo", reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1}), ROWS["dpo"].batch)
     lora = make("dpo", adapted(policy), reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1})
@@ -160,7 +164,7 @@ def write_and_judge(run: Run, policy: torch.nn.Module) -> None:
         "evaluation": EvaluationConfig(max_completion_length=9),
     }
     module = build("grpo", copy.deepcopy(policy), optimizer=adamw, baseline="greedy", micro_batch_size=4, **online)
-    run.fit("sampled", module, prompts)
+    run.fit("sampled", module, prompts, validates=True, val_check_interval=1)
     made = trainer(run.devices, run.strategy)
     # the first rank has more batches to predict than the second
     cut = [prompts([row]) for row in range(5)]
@@ -172,6 +176,17 @@ def write_and_judge(run: Run, policy: torch.nn.Module) -> None:
     made = run.fit("judged", module, prompts, steps=1)
     held = sum(local(p).numel() for p in judge.model.parameters()) / sum(p.numel() for p in judge.model.parameters())
     run.save("judge", made, {"share": held})
+
+
+def refuse(run: Run, policy: torch.nn.Module) -> None:
+    """Lightning's own strategy as it comes, which splits weights over the processes of a node."""
+    if run.devices == 1:
+        return
+    made = trainer(run.devices, ModelParallelStrategy())
+    try:
+        made.fit(build("sft", policy), run.loader(ROWS["sft"].batch, 1))
+    except ValueError as error:
+        run.save("refused", made, {"said": str(error)})
 
 
 class Listed(torch.utils.data.Dataset):
@@ -194,6 +209,7 @@ def main(folder: Path, devices: int, strategy: str) -> None:
     run = Run(folder, devices, strategy)
     train_and_save(run, copy.deepcopy(policy))
     write_and_judge(run, policy)
+    refuse(run, policy)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.rewards.test_model import write_model
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 EXACT = ("clipped", "clipped by itself", "tied and checkpointed", "checkpointed without dropout", "cached", "synced")
-EXACT += ("synced lora", "plain")
+EXACT += ("checkpointed selectively", "synced lora", "plain")
 ROUNDED = ("sft bf16-mixed", "kto bf16-mixed", "ppo bf16-mixed", "ppo of bf16")
 
 
@@ -26,8 +26,8 @@ def runs(tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)  # a hang is a failure
         assert done.returncode == 0, done.stderr[-4000:]
 
-    def read(name):
-        return [torch.load(root / strategy / f"{name}.pt", weights_only=True) for strategy in ("auto", "fsdp2")]
+    def read(name, strategies=("auto", "fsdp2")):
+        return [torch.load(root / strategy / f"{name}.pt", weights_only=True) for strategy in strategies]
 
     return read
 
@@ -61,5 +61,11 @@ def test_processes_write_and_judge_each_for_itself(runs):
     for name in ("sampled", "judged"):
         one, two = runs(name)
         assert two["metrics"]["train/reward"] == pytest.approx(one["metrics"]["train/reward"], abs=1e-5)
+        assert two["metrics"].get("val/reward") == pytest.approx(one["metrics"].get("val/reward"), abs=1e-5)
         assert two["metrics"]["train/completions/mean_length"] == one["metrics"]["train/completions/mean_length"]
     assert runs("predicted")[1]["ids"] == [0, 1, 2, 3]  # the first process's
+
+
+def test_tensor_parallelism_is_refused(runs):
+    (found,) = runs("refused", ["fsdp2"])
+    assert "splits each weight over tensor_parallel_size=2 processes" in found["said"]

@@ -5,7 +5,9 @@ union of the rows. With `variants` it is every variant of the paradigms that act
 """
 
 import copy
+import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
-from tests.models import MIXTRAL, adapted, other_than
+from tests.models import MIXTRAL, adapted, other_than, quantized
 from tests.paradigms import ROWS, build, headed
 
 LLAMA = {
@@ -58,6 +61,10 @@ COUPLED = (
     "remax",
 )
 """What GRPO's row varies and the rows of all ranks decide."""
+
+
+QUANTIZED = (("sft", "8bit"), ("dpo", "4bit"), ("grpo", "4bit")) if importlib.util.find_spec("bitsandbytes") else ()
+"""Paradigms on a quantized base, where its package is installed."""
 
 
 class NoTokenizer:
@@ -119,7 +126,14 @@ def muon() -> AlignmentModule:
     )
 
 
-WHOLE = ("muon",)
+def last_layer_of(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy of which the last layer alone is trained."""
+    policy = copy.deepcopy(policy)
+    train_part(policy, ["model.layers.1.*"], None)
+    return policy
+
+
+WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
 """What is refused in shards."""
 
 Case = tuple[str, Callable[[], AlignmentModule], Callable]
@@ -171,6 +185,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
         yield label, experts, batch
     yield "muon", muon, ROWS["sft"].batch
+    yield "sft part", lambda: make("sft", policy=last_layer_of(policy)), ROWS["sft"].batch
+    yield "dpo part", lambda: make("dpo", policy=last_layer_of(policy), reference=None), ROWS["dpo"].batch
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught
@@ -179,6 +195,16 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name, row in ROWS.items():
         yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
+    with tempfile.TemporaryDirectory() as folder:  # of each rank
+        for name, kind in QUANTIZED:
+            held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
+            yield (
+                f"{name} {kind}",
+                lambda name=name, kind=kind, held=held: make(
+                    name, policy=quantized(policy, kind, Path(folder) / "base"), **held
+                ),
+                ROWS[name].batch,
+            )
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}

@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from alignment_modules.policies.export import export_policy
-from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
-from tests.policies.carrying import TOKENS, logits, policy, train
+from tests.policies.carrying import policy, train
 
 
 def test_only_adapters_are_trainable_and_the_head_has_none(tiny_llama_config):
@@ -53,24 +51,3 @@ def test_contradictions(tiny_llama_config, options, says):
         policy(tiny_llama_config, **options)
     for part in says:
         assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantized_base(tiny_llama_config, tokenizer, quantization, tmp_path):
-    pytest.importorskip("bitsandbytes")  # a development dependency on Linux
-    # Weights are quantized in blocks of 64.
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "initializer_range": 0.1}
-    folder = export_policy(build_policy(PolicyConfig(config=tiny_llama_config | wide)), tmp_path / "wide", tokenizer)
-    source = {"path": str(folder), "quantization": quantization, "dtype": "bfloat16"}
-    model = build_policy(PolicyConfig(**source, lora=LoraConfig(r=2)))
-    device = next(model.parameters()).device
-    model(TOKENS.to(device)).logits.float().square().mean().backward()
-    assert all("lora" in name for name, p in model.named_parameters() if p.grad is not None)
-    exact = logits(build_policy(str(folder)))
-    with torch.no_grad():
-        error = (model.eval()(TOKENS.to(device)).logits.float().cpu() - exact).norm() / exact.norm()
-    assert 1e-3 < error < 0.5  # quantized, and still the same model
-    with pytest.raises(ValueError, match=r"lora='merge': the base is quantized"):
-        export_policy(model, tmp_path / "export")
-    export_policy(model, tmp_path / "adapter", lora="adapter")
-    torch.testing.assert_close(logits(build_policy(str(tmp_path / "adapter"))), exact)

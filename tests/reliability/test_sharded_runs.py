@@ -75,7 +75,7 @@ def test_a_signal_saves_in_all_processes(workplace, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_one_process_exports_tests_and_goes_on(align, whole, tmp_path):
+def test_one_process_exports_and_goes_on(align, whole, tmp_path):
     last = whole / "checkpoints" / "step=16.ckpt"
     result = align("export", str(last), str(tmp_path / "out"), "--config", str(whole / "config.yaml"))
     assert result.code == 0, result.text
@@ -92,4 +92,4 @@ def test_other_batches_of_another_number_of_processes_are_refused(align, whole):
     last, options = whole / "checkpoints" / "step=4.ckpt", (*ALONE[:-1], "2")
     result = align("fit", "-c", "sft.yaml", "--trainer.max_epochs", "3", *options, "--ckpt_path", str(last))
     assert result.code == 1
-    assert "world_size was 2 when the checkpoint was saved and is 1 now" in result.text
+    assert "world_size was 2 when the checkpoint was saved and is 1 now" in f"{result.error}{result.text}"

@@ -14,6 +14,7 @@ Variants, beside `default`:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 import warnings
@@ -36,19 +37,16 @@ def make_optimizer(method: str) -> Any:
     return lambda groups: torch.optim.AdamW(groups, lr=workload.LEARNING_RATE[method], **workload.ADAM)
 
 
-def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = False) -> Any:
-    """The module of a method, with hooks that keep every step's unrounded loss."""
+def build_module(options: argparse.Namespace, folder: Path, *, bare: bool = False, **of_policy: Any) -> Any:
+    """The module of a method, with hooks that keep every step's unrounded loss; `of_policy` goes to its policy."""
     import alignment_modules
     from alignment_modules.policies import LoraConfig, PolicyConfig
 
     method = options.method
     base = alignment_modules.get_module_class("grpo" if method == "rloo" else method)
-    policy = PolicyConfig(
-        path=str(folder / "model"),
-        lora=LoraConfig(**workload.LORA) if options.lora else None,
-        gradient_checkpointing=options.variant == "checkpointing",
-        head=base.head,
-    )
+    held = {"gradient_checkpointing": options.variant == "checkpointing"} | of_policy
+    lora = LoraConfig(**workload.LORA) if options.lora else None
+    policy = PolicyConfig(path=str(folder / "model"), lora=lora, head=base.head, **held)
     common = {"policy": policy, "optimizer": make_optimizer(method), "tokenizer": str(folder / "model")}
     if method in ("dpo", "kto", "orpo", "online_dpo"):
         common["beta"] = workload.BETA
@@ -206,8 +204,20 @@ def fit(module: Any, data: Any, options: argparse.Namespace, watch: Watch, **cha
         trainer.fit(module, data)
 
 
+def update(module: Any, optimizer: Any, parameters: list[Any], batch: Any, method: str) -> None:
+    """One optimizer step on a batch, or on what was sampled: forward, backward, clip, step."""
+    if method in workload.GROUPS:
+        batch = (module.pair if method == "online_dpo" else module.annotate)(batch)
+    objective = module.objective(batch)
+    module.extra_metrics(batch, objective)
+    sum(term.scaled / term.weight for term in objective.terms.values()).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> None:
-    """Trains in a plain loop: forward, backward, clip, step."""
+    """Trains in a plain loop, without the Trainer."""
     if isinstance(data, L.LightningDataModule):
         data.prepare_data()
         data.setup("fit")
@@ -220,13 +230,8 @@ def loop(module: Any, data: Any, options: argparse.Namespace, watch: Watch) -> N
     for step, batch in zip(range(1, steps + 1), data, strict=False):
         watch.tokens.append(batch_tokens(batch, options.method))
         if options.method in workload.GROUPS:
-            batch = (module.pair if options.method == "online_dpo" else module.annotate)(module.roll_out(batch))
-        objective = module.objective(batch)
-        module.extra_metrics(batch, objective)
-        sum(term.scaled / term.weight for term in objective.terms.values()).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+            batch = module.roll_out(batch)
+        update(module, optimizer, parameters, batch, options.method)
         watch.clock.tick()
         watch.count(module)
         if step == options.warmup:
@@ -237,6 +242,7 @@ def main() -> None:
     """Run, measure, print."""
     parser = measure.arguments(__doc__ or "", "ours")
     parser.add_argument("--bare", action="store_true", help="a plain loop in place of the Trainer")
+    parser.add_argument("--policy", type=json.loads, default={}, metavar="JSON", help="more options of PolicyConfig")
     options = parser.parse_args()
     measure.check_variant("ours", options)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -252,7 +258,7 @@ def main() -> None:
     baseline = measure.peak_rss()
     clock, profile = measure.StepClock(options.warmup, measure.CLOCKS[options.clock]), measure.Profile(options.profile)
     began = time.perf_counter()
-    module = build_module(options, folder, bare=options.bare)
+    module = build_module(options, folder, bare=options.bare, **options.policy)
     fixed = options.check and options.method in workload.GROUPS
     if fixed:
         data: Any = torch.utils.data.DataLoader(list(fixed_batches(options, folder)), batch_size=None)  # type: ignore[arg-type]

@@ -108,10 +108,10 @@ def tiny_llama_config():
 
 @pytest.fixture
 def train():
-    """Fits a module on a list of batches without files or bars; returns the Trainer."""
+    """Fits a module on a list of batches without files or bars, from a checkpoint where one is given: the Trainer."""
     import lightning as L
 
-    def fit(module, batches, **options):
+    def fit(module, batches, ckpt=None, **options):
         settings = {
             "max_epochs": 1,
             "accelerator": "cpu",
@@ -122,7 +122,7 @@ def train():
             "log_every_n_steps": 1,
         }
         trainer = L.Trainer(**(settings | options))
-        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=ckpt)
         return trainer
 
     return fit

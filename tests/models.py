@@ -1,11 +1,13 @@
 """Models and tokenizers that the tests of all paradigms share: tiny, and the same each time."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.policies import LoraConfig
+from alignment_modules.policies import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.critic import scalar_copy
 from alignment_modules.policies.lora import add_lora
 
@@ -48,13 +50,33 @@ class Plain(nn.Module):
         return self.head(states + states.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None])
 
 
-def adapted(policy: nn.Module) -> nn.Module:
-    """A policy with LoRA adapters that do something already."""
+def adapted(policy: nn.Module, **options: Any) -> nn.Module:
+    """A policy with LoRA adapters, of these options, that do something already."""
     torch.manual_seed(2)
-    policy = add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4))
+    return moved(add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, **options)))
+
+
+def quantized(policy: nn.Module, kind: str, folder: Path, head: str = "lm") -> nn.Module:
+    """A policy whose linear layers are held in fewer bits, with LoRA adapters that do something already.
+
+    Args:
+        policy: A language model of transformers.
+        kind: `PolicyConfig.quantization`.
+        folder: Where the model is written to, and read from.
+        head: As in `PolicyConfig`.
+    """
+    if not (folder / "config.json").is_file():
+        policy.save_pretrained(folder)
+    torch.manual_seed(2)
+    options = {"quantization": kind, "lora": LoraConfig(r=2, alpha=4), "head": head}
+    return moved(build_policy(PolicyConfig(path=str(folder), **options)))
+
+
+def moved(policy: nn.Module) -> nn.Module:
+    """With adapters that are not 0."""
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name and parameter.requires_grad:
                 parameter.normal_(0.0, 0.1)
     return policy
 

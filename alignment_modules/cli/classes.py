@@ -22,8 +22,10 @@ from alignment_modules.callbacks.logged_metrics import LoggedMetrics
 from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.rollouts import engines
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.actor_critic import ActorCriticModule
+from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
@@ -32,7 +34,7 @@ from alignment_modules.training.updates import UpdateModule
 from datamodules import AlignmentDataModule, tasks
 
 BASES = (
-    *(AlignmentModule, UpdateModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
+    *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
     *(AlignmentDataModule, Schedule, LoggedMetrics),
 )
 """Classes that only others are made of; the command line refuses them by name."""
@@ -78,6 +80,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "critic": ("policy", lambda: [PolicyConfig]),
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
+    "engine": ("engines", lambda: [engines.VLLMEngine]),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),
 }
 """What stands behind an option, by the last part of its name."""
@@ -181,11 +184,13 @@ def know_short_names() -> None:
     """Lets `class_path: ExactMatch` name a class of this project in any configuration that is read from now on.
 
     jsonargparse finds a class by its name where the option's type is its base, as for modules, schedules and callbacks.
-    Rewards and tasks have none; and of the two `ReduceLROnPlateau` Lightning's knows what to monitor.
+    Rewards, tasks and engines have none; and of the two `ReduceLROnPlateau` Lightning's knows what to monitor.
     """
     load = get_loader("yaml")
     short = {
-        c.__name__: f"{package.__name__}.{c.__name__}" for package in (rewards, tasks) for c in public_classes(package)
+        c.__name__: f"{package.__name__}.{c.__name__}"
+        for package in (rewards, tasks, engines)
+        for c in public_classes(package)
     }
 
     def load_short(text: Any) -> Any:

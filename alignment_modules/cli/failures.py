@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from alignment_modules.callbacks import CheckpointError
 from alignment_modules.rewards import RewardError
+from alignment_modules.rollouts.engines import EngineError
 from alignment_modules.rollouts.sampler import NonFiniteLogits
 
-_TOLD = (CheckpointError, FloatingPointError, MisconfigurationException, NonFiniteLogits, RewardError)
+_TOLD = (CheckpointError, EngineError, FloatingPointError, MisconfigurationException, NonFiniteLogits, RewardError)
 _ON_PURPOSE = (ValueError, OSError, ImportError, RuntimeError)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.adapters import adapter_off, has_adapter
 from alignment_modules.policies.architecture import own_stop_ids
 from alignment_modules.policies.load import (
     PolicyConfig,
@@ -17,7 +18,6 @@ from alignment_modules.policies.load import (
     load_tokenizer,
     vocabulary_size,
 )
-from alignment_modules.policies.lora import adapter_off, has_adapter
 from alignment_modules.policies.modes import eval_mode
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.parameters import SamplingOptions, SamplingParameters

@@ -26,6 +26,8 @@ from alignment_modules.functional.ranges import describe, fits
 from alignment_modules.training.moved import new_paths
 
 _LONGEST = 300  # characters of a value or of a list of what is allowed
+OPTIONAL = ("bitsandbytes", "torchao")
+"""Packages whose classes an option may name, and that are installed by whoever wants them."""
 
 
 def mistakes(parser: ArgumentParser, tree: dict[str, Any]) -> Iterator[str]:
@@ -155,8 +157,10 @@ def _find(option: str, path: str, known: list[type]) -> Any:
         try:
             cls = import_path(path)
         except (ImportError, AttributeError) as error:
-            there = getattr(error, "obj", None)
-            yield f"--{option}={path}: {error}{close(last(path), dir(there)) if there else ''}"
+            there, package = getattr(error, "obj", None), path.partition(".")[0]
+            absent = getattr(error, "name", None) == package and package in OPTIONAL
+            hint = f"; pip install {package}" if absent else close(last(path), dir(there)) if there else ""
+            yield f"--{option}={path}: {error}{hint}"
             return None
         if inspect.isclass(cls) and (base is None or issubclass(cls, base)):
             return cls

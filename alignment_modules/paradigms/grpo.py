@@ -50,8 +50,8 @@ class GRPOModule(GroupModule):
             loss_options, reduction, top_entropy_quantile, correction, entropy_coef, kl_target, kl_horizon,
             entropy_target, entropy_coef_delta, reference), `ActingModule` (rewards, reward_weights, num_generations,
             max_completion_length, temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed),
-            `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler,
-            tokenizer, evaluation).
+            `EngineModule` (engine), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
+            optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.

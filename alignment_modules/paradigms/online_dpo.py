@@ -41,8 +41,9 @@ class OnlineDPOModule(ActingModule):
         num_iterations: Passes over each rollout.
         minibatches: Optimizer steps in a pass.
         **acting: Keywords of `ActingModule` (rewards, reward_weights, max_completion_length, temperature, top_p, top_k,
-            min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule` (micro_batch_size, at least 2, and
-            max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+            min_p, stop_strings, missing_eos_penalty, seed), `EngineModule` (engine), `UpdateModule` (micro_batch_size,
+            at least 2, and max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer,
+            evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.

@@ -53,8 +53,8 @@ class PPOModule(ActorCriticModule):
         kl_placement: "reward" or "loss".
         num_generations: Completions of each prompt.
         **actor_critic: Keywords of `ActorCriticModule` (critic, critic_optimizer, critic_lr_scheduler,
-            critic_pretrain_steps, value_clip, value_coef), `PolicyGradientModule`, `ActingModule`, `UpdateModule` and
-            `AlignmentModule`.
+            critic_pretrain_steps, value_clip, value_coef), `PolicyGradientModule`, `ActingModule`, `EngineModule`,
+            `UpdateModule` and `AlignmentModule`.
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.

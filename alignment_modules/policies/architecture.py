@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignment_modules.policies.quantization import check_can_be_sent, count
 from alignment_modules.policies.sharded import class_of
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def check_trainable_types(module: nn.Module) -> None:
 def check_trainer(trainer: Any, stage: str) -> None:
     """Refuses to compute a training step in float16, where the sums over its tokens overflow, and to clip at NaN.
 
+    Weights that cannot be sent to other processes are refused on several.
+
     Args:
         trainer: Lightning's.
         stage: "fit", or another.
@@ -120,6 +123,8 @@ def check_trainer(trainer: Any, stage: str) -> None:
         )
     if math.isnan(clip or 0.0):
         raise ValueError(f"Trainer(gradient_clip_val={clip}) must be a number, or null")
+    if trainer.world_size > 1 and trainer.lightning_module is not None:
+        check_can_be_sent(trainer.lightning_module)
 
 
 def refuse_compiled(module: nn.Module) -> None:
@@ -132,7 +137,7 @@ def refuse_compiled(module: nn.Module) -> None:
         name = type(module).__name__
         raise ValueError(
             f"torch.compile({name}(...)) is not possible: a training step decides by lengths and counts. Compile the "
-            f"model alone: {name}(policy=torch.compile(model), ...)"
+            f"layers of its model: {name}(policy=PolicyConfig(..., compile=True), ...)"
         )
 
 
@@ -161,6 +166,6 @@ def own_stop_ids(model: nn.Module, vocabulary: int | None) -> list[int]:
 
 def describe_size(model: nn.Module) -> str:
     """A model's class and numbers of parameters, for people."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(count, model.parameters()))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{class_of(model).__name__}, {total:,} parameters, {trained:,} of them trained"

@@ -150,7 +150,8 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION_NAME, segment_attention_forward)
+    # A compiled layer leaves its graph around it: the buckets are others in each batch.
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(segment_attention_forward))
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +12,10 @@ import torch
 from torch import nn
 
 from alignment_modules.functional.ranges import check_options as check_types
+from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
+from alignment_modules.policies.recomputing import Recomputed
 
 Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -25,7 +27,7 @@ class PolicyConfig:
 
     Attributes:
         path: Folder in Hugging Face format, or a hub id. A folder that holds a PEFT adapter is loaded by merging it
-            into its base.
+            into its base, unless `merge_adapter` is off.
         config: Architecture of a fresh model: `model_type` (for example `llama`) and any key of that type's
             configuration. Weights are drawn from the global torch seed. Token ids that are not given are none,
             whatever the type's own defaults.
@@ -37,9 +39,14 @@ class PolicyConfig:
         trainable: Train only the parameters whose full names match one of these patterns of the shell, such as
             `model.layers.3.*`; none: all. Not with `lora`, which trains adapters.
         frozen: Patterns of parameters that are not trained, of those that `trainable` leaves.
-        quantization: "4bit" (NF4) or "8bit" through bitsandbytes, for a frozen base under `lora`, or for a reference.
-        gradient_checkpointing: Recompute each layer's activations in the backward pass; less memory, about a third
-            more time.
+        quantization: Holds the linear layers but the head in fewer bits, for a frozen base under `lora`, or for a model
+            that is not trained: "4bit" (NF4, double quantization) or "8bit" (LLM.int8(), which also rounds activations)
+            through bitsandbytes, or "int8_weight_only" through torchao.
+        gradient_checkpointing: Recompute activations in the backward pass; less memory, more time. True: those of each
+            layer, about a third more time. "selective": all but the results of each layer's matrix products and of its
+            attention. A number n of 2 or more: those of each n-th layer.
+        compile: Compile the forward pass of each layer with `torch.compile`, for training and scoring; completions are
+            drawn without it. The first steps wait for the C++ compiler, which must be there.
         head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
             by a linear map without bias, `score.weight` `[1, hidden]`. The folder of a sequence-classification model of
             one output keeps its own; any other model gets a fresh one, normal with variance 1 / (hidden + 1)
@@ -49,6 +56,9 @@ class PolicyConfig:
         added_tokens: Tokens that the policy is to know beside those of `path`, such as a chat template's. Each new one
             starts as the mean of the rows that are there; under `lora` the rows of all that are named are trained
             beside the adapters. The data's tokenizer must know them, too (`added_tokens` of a data module).
+        merge_adapter: Whether the adapter of a `path` that holds one is merged into its base. Off, it stays an adapter:
+            of the policy it is trained further, its base frozen; a reference or teacher shares the base of a policy
+            with adapters, which is loaded once, and has the policy's dtype and quantization.
     """
 
     path: str | None = None
@@ -58,12 +68,14 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     trainable: list[str] | None = None
     frozen: list[str] | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
-    gradient_checkpointing: bool = False
+    quantization: Quantization | None = None
+    gradient_checkpointing: Recomputed = False
+    compile: bool = False
     head: Head = "lm"
     revision: str | None = None
     trust_remote_code: bool = False
     added_tokens: list[str] | None = None
+    merge_adapter: bool = True
 
 
 def from_mapping(values: Mapping[str, Any]) -> PolicyConfig:
@@ -91,8 +103,10 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
 
     Raises:
         ValueError: The message names the option, its value and what is allowed.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
+    if isinstance(policy.quantization, str):
+        check_kind(policy.quantization)
     check_types(PolicyConfig, vars(policy), "policy.")
     if (policy.path is None) == (policy.config is None):
         given = "both are" if policy.path is not None else "neither is"
@@ -104,27 +118,21 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         raise ValueError(f"policy.path={policy.path!r} is empty; give a folder in Hugging Face format or a hub id.")
     if policy.dtype not in DTYPES and not (policy.dtype == "auto" and policy.path is not None):
         raise ValueError(f"policy.dtype={policy.dtype!r}: allowed are {list(DTYPES)}, and 'auto' together with 'path'.")
-    if policy.dtype == "float16" and trainable and policy.lora is None:
+    if policy.dtype == "float16" and trainable and policy.lora is None and policy.merge_adapter:
         raise ValueError(
             "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
     if policy.quantization is not None:
-        if policy.config is not None:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'path': a fresh model has no trained weights to "
-                "quantize."
-            )
-        if trainable and policy.lora is None:
-            raise ValueError(
-                f"policy.quantization={policy.quantization!r} needs 'lora': quantized weights cannot be trained "
-                "themselves."
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                f"policy.quantization={policy.quantization!r} needs the package bitsandbytes: pip install bitsandbytes."
-            )
+        _check_quantization(policy, trainable)
+    if policy.compile and policy.gradient_checkpointing == "selective":
+        raise ValueError(
+            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
+            "shows no single product that could be kept. Allowed beside it are true, false and a number."
+        )
     _check_added_tokens(policy)
+    if not policy.merge_adapter:
+        _check_kept_adapter(policy)
     _check_part(policy, trainable)
     if policy.lora is not None and not trainable:
         raise ValueError(
@@ -141,6 +149,36 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
             "hub id."
         )
+
+
+def _check_quantization(policy: PolicyConfig, trainable: bool) -> None:
+    given = f"policy.quantization={policy.quantization!r}"
+    if policy.config is not None:
+        raise ValueError(f"{given} needs 'path': a fresh model has no trained weights to quantize.")
+    if trainable and policy.lora is None:
+        raise ValueError(f"{given} needs 'lora': quantized weights cannot be trained themselves.")
+    if policy.dtype == "float64":
+        raise ValueError(
+            f"{given} with policy.dtype='float64': quantized layers compute in 'float32', 'bfloat16' or 'float16'."
+        )
+    if policy.lora is not None and starts_from_base(policy.lora.init):
+        raise ValueError(
+            f"policy.lora.init={policy.lora.init!r} with {given}: it starts from weights that are not quantized; use "
+            "init='kaiming', or leave quantization out."
+        )
+    check_packages(str(policy.quantization))
+
+
+def _check_kept_adapter(policy: PolicyConfig) -> None:
+    for name, why in (
+        ("config", "a fresh model has no saved adapter"),
+        ("lora", "fresh adapters would be trained beside it; leave one of the two out"),
+        ("added_tokens", "its base would be another model; train with tokens added to the merged model"),
+        ("trainable", "the adapter alone is trained"),
+        ("frozen", "the adapter alone is trained"),
+    ):
+        if getattr(policy, name) is not None:
+            raise ValueError(f"policy.merge_adapter=False contradicts policy.{name}: {why}.")
 
 
 def _check_added_tokens(policy: PolicyConfig) -> None:
@@ -230,6 +268,19 @@ def adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:
         return json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not valid JSON: {error}") from error
+
+
+def check_holds_adapter(policy: PolicyConfig, path: str) -> None:
+    """Refuses `merge_adapter=False` for a folder or hub id without an adapter, where it would have no effect.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
+    if not policy.merge_adapter:
+        raise ValueError(
+            f"policy.merge_adapter=False has no effect: {path!r} holds no adapter (adapter_config.json). Leave it out, "
+            "or give the folder of an adapter."
+        )
 
 
 def dtype_name(policy: nn.Module) -> str:

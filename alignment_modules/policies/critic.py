@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapters import adapter_is_identity, has_adapter, merged_copy
+from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import check_mergeable, has_adapter
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading
 from alignment_modules.policies.value_head import ValueHead
 
@@ -27,12 +29,14 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         critic: A folder or hub id of a causal language model, whose new head starts at 0, or of a reward model, which
             keeps its head (loaded in the policy's dtype); a configuration, whose `head` is taken as "scalar"; a module
             that gives `[batch, time, 1]`; or None: a copy of the policy with a head that starts at 0 (and, where the
-            policy has adapters, with fresh adapters of the same kind on its merged weights).
+            policy has adapters, with fresh adapters of the same kind on its merged weights). A folder's model and a
+            copy are compiled where the policy is.
         policy: The policy, built.
 
     Raises:
         ValueError: If it cannot be built, or None is given for a policy without hidden states.
     """
+    as_policy = critic is None or isinstance(critic, (str, os.PathLike))
     if critic is None:
         model = _adapted_as(policy, scalar_copy(policy))
     else:
@@ -47,6 +51,8 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
         except (ValueError, ImportError) as error:
             raise type(error)(f"critic: {str(error).replace('policy.', 'critic.')}") from error
     prepare(model)
+    if as_policy:
+        compile_as(policy, model)
     inner = language_model(model)
     head = None if inner is None else find_head(inner)
     if head is not None and isinstance(head.linear, nn.Linear):
@@ -54,11 +60,13 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
     return model.train()
 
 
-def scalar_copy(policy: nn.Module) -> nn.Module:
+def scalar_copy(policy: nn.Module, *, dequantize: bool = False) -> nn.Module:
     """A sequence classifier of one output with a policy's trunk, copied and merged, and a head `score` that is 0.
 
     Args:
         policy: A causal language model of transformers, also with peft adapters.
+        dequantize: Whether a quantized trunk is copied in full precision, as it always is where its adapters have been
+            trained; otherwise it stays quantized.
 
     Raises:
         ValueError: If the policy is another module, has no sequence classifier of its kind, or its adapters cannot be
@@ -67,10 +75,13 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
     _head_of(policy, "critic=None is a copy of the policy with a scalar head")
     import transformers
 
-    if has_adapter(policy):
-        check_mergeable(policy)
-    twin: Any = copy.deepcopy(policy)
-    twin = twin.merge_and_unload(safe_merge=True) if has_adapter(policy) else twin
+    twin: Any
+    if not has_adapter(policy):
+        twin = copy.deepcopy(policy)
+    elif quantized_layers(policy) and not dequantize and adapter_is_identity(policy):
+        twin = copy.deepcopy(policy).unload()  # type: ignore[operator]
+    else:
+        twin = merged_copy(policy)
     config = twin.config
     config.num_labels = 1
     try:
@@ -87,6 +98,7 @@ def scalar_copy(policy: nn.Module) -> nn.Module:
     nn.init.zeros_(shell.score.weight)
     shell.config = config  # the one that the trunk reads
     shell.name_or_path = config.name_or_path = ""  # these weights are on no disk
+    carry_marks(twin, shell)
     return shell
 
 
@@ -125,7 +137,9 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
 
     adapter = copy.deepcopy(policy.peft_config[policy.active_adapter])
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
-    return peft.get_peft_model(model, adapter)
+    adapted: Any = peft.get_peft_model(model, adapter)
+    adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    return adapted
 
 
 def shared_head(policy: nn.Module) -> ValueHead:
@@ -144,7 +158,7 @@ def as_classifier(policy: nn.Module, head: ValueHead) -> nn.Module:
         policy: The trunk.
         head: What `shared_head` gave.
     """
-    twin: Any = scalar_copy(policy)
+    twin: Any = scalar_copy(policy, dequantize=True)
     twin.score.to(head.weight.dtype)
     with torch.no_grad():
         twin.score.weight.copy_(head.weight[None])

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapter_start import has_start, save_as_lora
+from alignment_modules.policies.adapters import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
 from alignment_modules.policies.weights import without_bar
 
@@ -157,6 +158,8 @@ def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:
         for file in (folder / policy.active_adapter).glob("*"):  # peft puts all but "default" in a folder of its own
             file.rename(folder / file.name)
         shutil.rmtree(folder / policy.active_adapter, ignore_errors=True)
+        if has_start(policy):
+            save_as_lora(policy, folder)
         _edit_json(folder / "adapter_config.json", {"base_model_name_or_path": _base_path(policy)})
     elif has_adapter(policy):
         note["format"] = "merged"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.quantization import stored_parts
+
 
 def fingerprint(module: nn.Module) -> str:
     """An exact hash of a module's weights and persistent buffers.
@@ -48,10 +50,11 @@ def _hash_entry(entry: tuple[str, Any]) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
     if isinstance(value, Tensor):
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        tensor = whole.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for part in stored_parts(whole.detach()):
+            tensor = part.cpu().contiguous()
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            if tensor.numel():
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     else:  # quantized layers keep settings among their weights
         digest.update(f"{name}|{value!r}|".encode())
     return digest.digest()

@@ -7,20 +7,32 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.ranges import Share, check_options
+from alignment_modules.policies.adapter_beside import put_beside
+from alignment_modules.policies.adapters import (
+    adapter_alone,
+    adapter_off,
+    adapter_weights,
+    has_adapter,
+    merged_copy,
+    merged_state,
+    trained_base,
+    why_not_off,
+)
 from alignment_modules.policies.added_tokens import is_of_rows
-from alignment_modules.policies.config import Head, PolicyConfig, dtype_name
+from alignment_modules.policies.compiling import compile_as
+from alignment_modules.policies.config import Head, PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, has_adapter, merged_state
 from alignment_modules.policies.modes import reading_mode
-from alignment_modules.policies.sharded import agreed, class_of, cut_as, forward_pass, free, local
+from alignment_modules.policies.quantization import quantized_entries, stored_parts
+from alignment_modules.policies.sharded import agreed, class_of, cut_as, free, local, steady_parameters
 
 
 class Frozen(nn.Module):
@@ -31,9 +43,11 @@ class Frozen(nn.Module):
     alone copies `of`, too.
 
     Args:
-        module: The model, which is frozen *in place*. None: `of` with its adapters off.
+        module: The model, which is frozen *in place*. None: `of` with its adapters off, or with `adapter` alone.
         of: The policy that it accompanies. It is not a child of this module.
         saved: Whether checkpoints hold its weights: needed where they change in the course of a run (`refresh`).
+        adapter: Name of an adapter of `of` that is on, alone, while this companion is read.
+        why: Why it is a model of its own, for people.
 
     Raises:
         ValueError: `module` is None and `of` has no adapters.
@@ -41,7 +55,15 @@ class Frozen(nn.Module):
 
     of: nn.Module
 
-    def __init__(self, module: nn.Module | None, *, of: nn.Module, saved: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module | None,
+        *,
+        of: nn.Module,
+        saved: bool = False,
+        adapter: str | None = None,
+        why: str | None = None,
+    ) -> None:
         super().__init__()
         if module is None and not has_adapter(of):
             raise ValueError(
@@ -53,7 +75,7 @@ class Frozen(nn.Module):
             parameter.grad = None
         self.module = module
         self.__dict__["of"] = of  # as a child it would be held in eval mode
-        self.saved = saved
+        self.saved, self.adapter, self.why = saved, adapter, why
         self._mark = b""
         self._fingerprint: str | None = None
         self._scores: dict[bytes, Tensor] = {}
@@ -67,24 +89,44 @@ class Frozen(nn.Module):
 
     @contextmanager
     def reading(self) -> Iterator[nn.Module]:
-        """Runs a block that reads with the model: in eval mode, without gradients, adapters off where it is that.
+        """Runs a block that reads with the model: in eval mode, without gradients, the policy's adapters off.
 
         Yields:
             The model. On leaving, also by an exception, every submodule's training flag and every parameter's
             `requires_grad` are as they were.
         """
         module = self.of if self.module is None else self.module
-        if self.module is None:  # the parameters whose flags are put back are those that are there on leaving
-            forward_pass(module, lambda: None)
-        with reading_mode(module), adapter_off(module) if self.module is None else nullcontext():
+        with reading_mode(module), self._chosen():
             yield module
+
+    def _chosen(self) -> AbstractContextManager[Any]:
+        if self.module is not None:
+            return nullcontext()
+        return adapter_off(self.of) if self.adapter is None else adapter_alone(self.of, self.adapter)
 
     def fingerprint(self) -> str | None:
         """An exact hash of the weights, computed again only where they changed; None: adapters off."""
         self._forget_what_changed()
         if self._fingerprint is None and self.module is not None:
             self._fingerprint = fingerprint(self.module)
+        elif self._fingerprint is None and self.adapter is not None:
+            self._fingerprint = fingerprint(adapter_weights(self.of, self.adapter))
         return self._fingerprint
+
+    def check_base(self, name: str) -> None:
+        """Refuses a companion on the policy's base where that base is trained, and so would not stay as it is.
+
+        Args:
+            name: What the companion is called in an error.
+
+        Raises:
+            ValueError: Naming what is trained.
+        """
+        if self.module is None and (moved := trained_base(self.of)):
+            raise ValueError(
+                f"{name} is {self.describe()}, and {moved[0]!r} of the policy's base is trained, so that the {name} "
+                f"would move with it: freeze the base, or give {name} a folder or a module of its own"
+            )
 
     def refresh(self, alpha: Share = 1.0) -> None:
         """Moves the model towards the policy: `alpha * of + (1 - alpha) * module` (TR-DPO, arXiv:2404.09656).
@@ -123,7 +165,8 @@ class Frozen(nn.Module):
                 that no run can build again), or has other parameters than the policy.
         """
         if self.module is None or not self.saved:
-            what = "is the policy with its adapters off" if self.module is None else "is in no checkpoint"
+            what = "is in no checkpoint" if self.module is not None else "is the policy with its adapters off"
+            what = what if self.adapter is None else f"is {self.describe()}"
             raise ValueError(f"refresh: this companion {what}; build it with saved=True, as a copy that is saved")
         mine, theirs = dict(self.module.named_parameters()), self._weights_of_policy()
         other = [name for name in {**mine, **theirs} if _shape(mine, name) != _shape(theirs, name)]
@@ -165,8 +208,9 @@ class Frozen(nn.Module):
     def describe(self) -> str:
         """What it is, for people."""
         if self.module is None:
-            return "the policy, adapter off"
-        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}"
+            return "the policy, adapter off" if self.adapter is None else "another adapter on the policy's base"
+        reason = "" if self.why is None else f", a copy since {self.why}"
+        return f"{class_of(self.module).__name__}, frozen{', in the checkpoints' * self.saved}{reason}"
 
     def _forget_what_changed(self) -> None:
         if (self._scores or self._fingerprint is not None) and self._weights_mark() == self._mark:
@@ -180,10 +224,11 @@ class Frozen(nn.Module):
         Made of each tensor's address and version counter, and, since a write to `.data` counts no version, of a sample
         of its values.
         """
-        tensors: list[Any] = [parameter for parameter in self.of.parameters() if not parameter.requires_grad]
+        tensors: list[Any] = [parameter for parameter in steady_parameters(self.of) if not parameter.requires_grad]
         if self.module is not None:
+            free(self.module)
             tensors = [*self.module.parameters(), *self.module.buffers()]
-        own = [local(tensor) for tensor in tensors]
+        own = [part for tensor in tensors for part in stored_parts(local(tensor))]
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
         floats = [t.detach() for t in own if t.is_floating_point() and t.numel()]
         parts = [t.reshape(-1)[:: max(1, t.numel() // 32)].float() for t in floats[:: max(1, len(floats) // 8)]]
@@ -205,9 +250,11 @@ def frozen_companion(
 
     Args:
         model: A folder or hub id (loaded in the policy's dtype), a configuration, or a module of yours, which is frozen
-            *in place*. None is the policy as it stands: a deep copy that shares nothing with it, or, where the policy
-            carries fresh adapters on a frozen base, the policy itself with its adapters off, which gives the same
-            model. An adapter that was trained before is not switched off but copied with its model.
+            *in place*. With `merge_adapter=False` a configuration is a second adapter on the policy's base. None is the
+            policy as it stands: a deep copy that shares nothing with it, or, where the policy carries fresh adapters on
+            a frozen base, the policy itself with its adapters off, which gives the same model. An adapter that was
+            trained before is not switched off but copied with its model. A folder's model and a copy are compiled where
+            the policy is.
         policy: The policy, built.
         name: What the option is called in an error.
         saved: Whether checkpoints hold its weights (see `Frozen`); None is then always a copy, with the adapters of a
@@ -216,20 +263,31 @@ def frozen_companion(
 
     Raises:
         ValueError: The model is the policy itself or shares a weight with it, or cannot be built.
-        ImportError: A quantized model without bitsandbytes.
+        ImportError: A quantized model without its package.
     """
     if model is None:
-        off = has_adapter(policy) and adapter_is_identity(policy) and not saved
+        why = why_not_off(policy) if has_adapter(policy) else None
         if saved and has_adapter(policy):
-            twin: Any = copy.deepcopy(policy)
-            return Frozen(twin.merge_and_unload(safe_merge=True), of=policy, saved=True)
-        return Frozen(None if off else copy.deepcopy(policy), of=policy, saved=saved)
+            return Frozen(compile_as(policy, merged_copy(policy)), of=policy, saved=True)
+        off = has_adapter(policy) and why is None
+        return Frozen(None if off else compile_as(policy, copy.deepcopy(policy)), of=policy, saved=saved, why=why)
+    by_path = False
     if isinstance(model, (str, os.PathLike)):
-        model = PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
+        by_path, model = True, PolicyConfig(path=os.fspath(model), dtype=dtype_name(policy))
+    elif isinstance(model, Mapping):
+        model = from_mapping(model)
+    if isinstance(model, PolicyConfig) and not model.merge_adapter:
+        if saved:
+            raise ValueError(
+                f"{name}.merge_adapter=False shares the policy's base, so that it cannot be moved: leave it out"
+            )
+        return Frozen(None, of=policy, adapter=put_beside(policy, model, name))
     try:
         module = build_policy(model, trainable=False, head=head)
     except (ValueError, ImportError) as error:
         raise type(error)(_renamed(str(error), name)) from error
+    if by_path:
+        compile_as(policy, module)
     ours = {id(parameter) for parameter in policy.parameters()}
     shared = [key for key, parameter in module.named_parameters() if id(parameter) in ours]
     if module is policy or shared:
@@ -265,8 +323,9 @@ def _leave_out(companion: nn.Module, state: dict[str, Any], prefix: str, _: Any)
 def _fill_in(companion: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Gives what `_leave_out` took: the companion's own weights, as they are."""
     if not companion.saved and isinstance(companion.module, nn.Module):
-        for key, value in companion.module.state_dict(keep_vars=True).items():
-            state.setdefault(f"{prefix}module.{key}", value)
+        own = companion.module.state_dict(keep_vars=True)
+        for key in own.keys() - quantized_entries(companion.module, own):  # which torch cannot load
+            state.setdefault(f"{prefix}module.{key}", own[key])
 
 
 def _shape(parameters: Mapping[str, Tensor], name: str) -> torch.Size | None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.layers import decoder_layers
+
 # Leave the block alone where it would be spared fewer tokens than this share.
 _WORTHWHILE = 0.1
 
@@ -27,12 +29,9 @@ def find_feed_forward(model: Any) -> nn.Module | None:
         The last layer's `mlp`, or None if the model is not built like that. Whether the block may be given fewer tokens
         is for a comparison of numbers to say.
     """
-    for name in ("layers", "h"):
-        layers = getattr(model.base_model, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == model.config.get_text_config().num_hidden_layers:
-            block = getattr(layers[-1], "mlp", None)
-            return block if isinstance(block, nn.Module) else None
-    return None
+    layers = decoder_layers(model)
+    block = getattr(layers[-1], "mlp", None) if layers else None
+    return block if isinstance(block, nn.Module) else None
 
 
 def feed_forward_on(model: Any, rows: Tensor, tokens: int) -> AbstractContextManager[None]:
@@ -56,9 +55,7 @@ def feed_forward_on(model: Any, rows: Tensor, tokens: int) -> AbstractContextMan
 
 
 def _runs_again(model: Any) -> bool:
-    layer = next(
-        layers[-1] for name in ("layers", "h") if (layers := getattr(model.base_model, name, None)) is not None
-    )
+    layer = decoder_layers(model)[-1]
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in (model.base_model, layer))
     wrapped = type(layer).__name__ == "CheckpointWrapper"
     compiled = any(module._compiled_call_impl is not None for module in (model, model.base_model, layer))

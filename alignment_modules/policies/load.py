@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from alignment_modules.policies.adapter_folders import attach_adapter_folder, merge_adapter_folder
 from alignment_modules.policies.added_tokens import add_tokens
 from alignment_modules.policies.architecture import check_text_only, warn_of_left_out_losses
+from alignment_modules.policies.compiling import compile_layers
 from alignment_modules.policies.config import (
     DTYPES,
     Head,
     PolicyConfig,
     adapter_config,
+    check_holds_adapter,
     check_options,
     from_mapping,
     listing,
@@ -30,12 +32,14 @@ from alignment_modules.policies.config import (
 )
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
-from alignment_modules.policies.lora import LoraConfig, add_lora, attach_adapter_folder, merge_adapter_folder
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, quantized_layers, settle
+from alignment_modules.policies.recomputing import enable_checkpointing, free_embedding_output
 from alignment_modules.policies.router import COEFFICIENT, find_router
 from alignment_modules.policies.tokenizers import check_vocabulary, load_tokenizer, vocabulary_size
-from alignment_modules.policies.weights import building_device, read_model, shapes_only
+from alignment_modules.policies.weights import building_device, read_model, shapes_only, start_head
 
 __all__ = [
     "LoraConfig",
@@ -81,12 +85,11 @@ def build_policy(
         zero_head: Whether a scalar head that comes with no weights starts at 0, as a critic's; otherwise it is drawn.
 
     Returns:
-        The module, on the CPU unless quantized, in training mode as any new `nn.Module` (a module given ready stays as
-        it was).
+        The module, on the CPU, in training mode as any new `nn.Module` (a module given ready stays as it was).
 
     Raises:
         ValueError: The specification contradicts itself, or the model cannot be loaded or built from it.
-        ImportError: `quantization` without bitsandbytes.
+        ImportError: `quantization` without its package.
     """
     with building_device():
         model = _build(policy, trainable, head, merge, zero_head)
@@ -143,7 +146,7 @@ def _build(
     check_options(policy, trainable)
     if head not in (None, policy.head):
         raise ValueError(f"policy.head={policy.head!r}: {head!r} is needed here")
-    model = _load(policy, merge, zero_head) if policy.path is not None else _fresh(policy, zero_head)
+    model = _load(policy, merge, zero_head, trainable) if policy.path is not None else _fresh(policy, zero_head)
     new_tokens: list[str] = []
     if policy.added_tokens:
         tokenizer = load_tokenizer(
@@ -161,30 +164,35 @@ def _build(
     if policy.trainable is not None or policy.frozen is not None:
         train_part(model, policy.trainable, policy.frozen, new_tokens=new_tokens)
     if policy.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model, policy.gradient_checkpointing)
     if policy.lora is not None:
         if policy.config is not None:
             logger.warning("lora on a fresh model: the adapters are trained on top of random weights that stay frozen.")
         model = add_lora(model, policy.lora)
     if policy.gradient_checkpointing:
-        _free_embedding_output(model)
+        free_embedding_output(model)
+    if policy.compile:
+        compile_layers(model)
     return model.train()
 
 
-def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
+def _load(policy: PolicyConfig, merge: bool, zero_head: bool, trainable: bool) -> nn.Module:
+    frozen = policy.lora is not None or not trainable or not (merge and policy.merge_adapter)
     path = resolve_folder(str(policy.path), "policy.path")
     adapter = adapter_config(path, policy.revision)
     if adapter is None:
-        return _from_pretrained(path, policy, policy.revision, zero_head)
+        check_holds_adapter(policy, path)
+        return _from_pretrained(path, policy, policy.revision, zero_head, frozen)
     if adapter.get("task_type") == "SEQ_CLS" and policy.head == "lm":
         raise ValueError(
             f"policy.path={path!r} holds the adapter of a sequence classifier: policy.head='scalar' reads it"
         )
-    if policy.quantization is not None:
+    merge = merge and policy.merge_adapter
+    if policy.quantization is not None and merge:
         raise ValueError(
             f"policy.quantization={policy.quantization!r}: {path!r} holds an adapter, and merging it into quantized "
-            "weights would round it away. "
-            "Load it without quantization, export it merged, and quantize that folder."
+            "weights would round it away. Load it without quantization, export it merged, and quantize that folder, or "
+            "train it further with policy.merge_adapter=false."
         )
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -193,11 +201,16 @@ def _load(policy: PolicyConfig, merge: bool, zero_head: bool) -> nn.Module:
         )
     try:
         base = resolve_folder(base, "base_model_name_or_path")
-        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head)
+        model = _from_pretrained(base, policy, adapter.get("revision"), zero_head, frozen)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter in {path!r} cannot be loaded: {error}") from error
     if not merge:
-        return attach_adapter_folder(model, path, policy.revision)
+        return attach_adapter_folder(model, path, policy.revision, trainable=trainable)
+    if quantized_layers(model):
+        raise ValueError(
+            f"policy.path={path!r} holds an adapter on weights that are stored quantized, and merging would round it "
+            "away: policy.merge_adapter=false keeps it an adapter."
+        )
     if not shapes_only():  # a merged adapter leaves every shape as it was
         model = merge_adapter_folder(model, path, policy.revision)
     _forget_folder(model)
@@ -209,12 +222,13 @@ def _forget_folder(model: Any) -> None:
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool) -> nn.Module:
+def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero_head: bool, frozen: bool) -> nn.Module:
     _check_model_folder(path)
     import transformers
 
     config = _raw_config(path, revision)
     check_text_only(config, f"policy.path={path!r}")
+    check_stored(config, path, policy.quantization, frozen=frozen)
     classifier = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
     if classifier and policy.head == "lm":
         raise ValueError(
@@ -225,7 +239,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
     if policy.attn_implementation is not None:
         options["attn_implementation"] = policy.attn_implementation
     if policy.quantization is not None:
-        options["quantization_config"] = _quantization(policy)
+        options |= loading_options(policy.quantization, DTYPES.get(policy.dtype))
     if policy.head == "scalar":
         auto, kind = transformers.AutoModelForSequenceClassification, "sequence-classification model"
         options |= {} if classifier else {"num_labels": 1}
@@ -250,7 +264,7 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
         ) from error
     # transformers draws missing weights at random with a warning, and so would train a half-random model.
     if policy.head == "scalar" and "score.weight" in report["missing_keys"]:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
         report["missing_keys"] = set(report["missing_keys"]) - {"score.weight"}
         report["unexpected_keys"] = set(report["unexpected_keys"]) - {"lm_head.weight"}
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
@@ -267,13 +281,10 @@ def _from_pretrained(path: str, policy: PolicyConfig, revision: str | None, zero
             sorted(report["unexpected_keys"])[:3],
         )
     check_head(model, policy.head)
+    if shapes_only() and policy.quantization is not None:
+        mark_shapes(model, policy.quantization)
+    settle(model)
     return model
-
-
-def _start_head(model: Any, zero: bool) -> None:
-    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)
 
 
 def _raw_config(path: str, revision: str | None) -> dict[str, Any]:
@@ -310,17 +321,6 @@ def _check_model_folder(path: str) -> None:
         )
 
 
-def _quantization(policy: PolicyConfig) -> Any:
-    import transformers
-
-    if policy.quantization == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute = DTYPES.get(policy.dtype, torch.bfloat16)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
-
-
 def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
     import transformers
 
@@ -339,7 +339,7 @@ def _fresh(policy: PolicyConfig, zero_head: bool) -> nn.Module:
             f"policy.config={policy.config!r} cannot be built as a {kind} ({type(error).__name__}: {error})"
         ) from error
     if scalar:
-        _start_head(model, zero_head)
+        start_head(model, zero_head)
     return model
 
 
@@ -374,25 +374,3 @@ def _architecture(options: dict[str, Any]) -> Any:
             f"know.{hint}"
         )
     return config
-
-
-def _enable_checkpointing(model: nn.Module) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
-        model, "gradient_checkpointing_enable", None
-    )
-    try:
-        if enable is None:
-            raise ValueError("it has no switch for it")
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ValueError(
-            f"policy.gradient_checkpointing=True: {type(model).__name__} does not support it ({error})."
-        ) from error
-    _free_embedding_output(model)
-
-
-def _free_embedding_output(model: nn.Module) -> None:
-    """Undoes what transformers and peft do for reentrant checkpointing, which alone needs that gradient."""
-    disable: Any = getattr(model, "disable_input_require_grads", None)
-    if disable is not None:
-        disable()

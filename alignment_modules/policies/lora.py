@@ -1,4 +1,4 @@
-"""LoRA through `peft`: attaching adapters, switching them off, merging them.
+"""LoRA through `peft`: which adapters a policy gets.
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) replaces a frozen linear map `W x` by `W x + (alpha / r) B A x`
 with a trainable `A` of shape `[r, in]` and a trainable `B` of shape `[out, r]` that starts at zero. With the adapter
@@ -10,24 +10,16 @@ switched off the model is its own base, which is why a LoRA policy needs no seco
 from __future__ import annotations
 
 import difflib
-import logging
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
-from alignment_modules.policies.added_tokens import ends, is_untrained, tied, token_ids, trains_rows
+from alignment_modules.policies.adapter_start import start_from_base, starts_from_base
+from alignment_modules.policies.added_tokens import ends, tied, token_ids
 from alignment_modules.policies.forward import classifies
-from alignment_modules.policies.sharded import whole_copy
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +36,12 @@ class LoraConfig:
         modules_to_save: Name endings of modules that are trained whole beside the adapters.
         use_rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         use_dora: Also train each output's magnitude (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        init: What the adapters start with. "kaiming" and "gaussian" draw `A` and have `B` at 0. "pissa" starts from the
+            principal part of each weight (https://arxiv.org/abs/2404.02948), "pissa_niter_16" from an approximation of
+            it that is faster on wide layers, "olora" from a QR decomposition (https://arxiv.org/abs/2406.01775). The
+            policy starts as its base with any of them.
+        lr_ratio: The adapters' learning rate, in that of the optimizer. 10 makes of a rate that is right for all
+            weights one that is right for adapters (Schulman et al. 2025, "LoRA Without Regret").
     """
 
     r: Count = 16
@@ -54,6 +52,8 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    init: Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"] = "kaiming"
+    lr_ratio: Positive = 1.0
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -69,8 +69,8 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         tokens) alone.
 
     Raises:
-        ValueError: An option is out of range, names a module that does not exist, or would adapt a tied embedding or
-            one whose rows are trained.
+        ValueError: An option is out of range, names a module that does not exist, contradicts another, or would adapt a
+            tied embedding or one whose rows are trained.
     """
     _check_options(config)
     names = [name for name, _ in model.named_modules() if name]
@@ -93,6 +93,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         modules_to_save=config.modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         trainable_token_indices=rows,
     )
     try:
@@ -100,7 +101,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
             # peft sets the first right for Conv1D by itself, and makes the deprecated call of the second itself.
             for message in ("fan_in_fan_out is set to False", "`is_gradient_checkpointing` is deprecated"):
                 warnings.filterwarnings("ignore", message=message)
-            return peft.get_peft_model(model, adapter)  # type: ignore[arg-type,unused-ignore]
+            adapted: Any = peft.get_peft_model(model, adapter)  # type: ignore[arg-type,unused-ignore]
     except (ValueError, TypeError) as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
@@ -109,15 +110,34 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
             f"called {linear}. Allowed: 'all-linear', a regular expression over full names, or a list of endings. "
             f"({error})"
         ) from error
+    if starts_from_base(config.init):
+        start_from_base(adapted, config.init)
+    adapted.adapter_lr_ratio = config.lr_ratio
+    return adapted
 
 
 def _check_options(config: LoraConfig) -> None:
+    if config.init in ("eva", "corda", "lora_ga"):
+        raise ValueError(
+            f"lora.init={config.init!r} starts from activations or gradients on data, and a policy is built before its "
+            "data is read. Of those that need none, 'pissa' and 'olora' start from the weights."
+        )
     check_options(LoraConfig, vars(config), "lora.")
     if not config.target_modules:
         raise ValueError(
             f"lora.target_modules={config.target_modules!r} is empty. Allowed: 'all-linear', a regular expression, or "
             "a list of name endings."
         )
+    if starts_from_base(config.init):
+        for field, why in (
+            ("dropout", "would drop the start, a large part of the weights, but not what takes it away"),
+            ("use_dora", "trains the magnitudes of a base that keeps this part"),
+        ):
+            if getattr(config, field):
+                raise ValueError(
+                    f"lora.{field}={getattr(config, field)!r} with lora.init={config.init!r}: it {why}; leave one of "
+                    "the two out"
+                )
     if isinstance(config.target_modules, list):
         for field in ("exclude_modules", "modules_to_save"):
             both = set(config.target_modules) & set(getattr(config, field) or [])
@@ -182,212 +202,3 @@ def _trained_rows(model: nn.Module, config: LoraConfig) -> dict[str, list[int]] 
                 "not be trained. Train such a model whole."
             )
     return dict.fromkeys([name for name, _ in (found[:1] if tied(model) else found)], ids)
-
-
-def adapter_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Lists (name, module) of the outermost modules that `peft` put in place of others, in registration order."""
-    found: list[tuple[str, nn.Module]] = []
-    for name, child in _every_layer(module):
-        if not found or not name.startswith(f"{found[-1][0]}."):
-            found.append((name, child))
-    return found
-
-
-def _every_layer(module: nn.Module) -> list[tuple[str, Any]]:
-    """The same with those inside of others: of a module's several parameters each has a layer around the former."""
-    if "peft" not in sys.modules:  # nobody can have made an adapter
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [(name, child) for name, child in module.named_modules() if isinstance(child, kinds)]
-
-
-def has_adapter(module: nn.Module) -> bool:
-    """Whether the module holds adapters that can be switched off."""
-    return bool(adapter_layers(module))
-
-
-@contextmanager
-def adapter_off(policy: nn.Module) -> Iterator[nn.Module]:
-    """Runs a block with every adapter of the policy switched off; afterwards all `requires_grad` flags are as before.
-
-    Args:
-        policy: A model with adapters.
-
-    Yields:
-        The policy, which now computes what its base computes.
-    """
-    layers = [layer for _, layer in _every_layer(policy)]
-    disabled = [layer.disable_adapters for layer in layers]
-    trainable = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    try:
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield policy
-    finally:
-        for layer, was_disabled in zip(layers, disabled, strict=True):
-            layer.enable_adapters(not was_disabled)
-        for parameter, flag in trainable:  # peft's switch resets these to its own idea of them
-            parameter.requires_grad_(flag)
-
-
-def adapter_is_identity(policy: nn.Module) -> bool:
-    """Whether switching the adapters off changes nothing now, and will restore this state after any training.
-
-    False for an adapter that was trained before (its base is not the policy as it stands) and when parameters of the
-    base are trainable too. Kinds of adapter other than LoRA count as not identical.
-    """
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    own: set[int] = set()
-    for _, layer in _every_layer(policy):
-        if type(layer).__name__ == "TrainableTokensLayer":  # of a wrapper, which is another of the layers
-            continue
-        if isinstance(layer, ModulesToSaveWrapper):
-            saved = [layer.modules_to_save[name] for name in layer.active_adapters]
-            if any(not _equal(layer.original_module, module) for module in saved):
-                return False
-            own.update(id(p) for module in saved for p in module.parameters())
-        elif trains_rows(layer):
-            if not is_untrained(layer):
-                return False
-            own.update(id(p) for p in layer.token_adapter.trainable_tokens_delta.parameters())
-        elif isinstance(layer, LoraLayer):
-            ups = [layer.lora_B[n] for n in layer.active_adapters if n in layer.lora_B]
-            values: list[Tensor] = [p for up in ups for p in up.parameters()]
-            values += [layer.lora_embedding_B[n] for n in layer.active_adapters if n in layer.lora_embedding_B]
-            if layer.merged or any(bool(value.detach().any()) for value in values if not value.is_meta):
-                return False
-            base = {id(p) for p in layer.get_base_layer().parameters()}
-            own.update(id(p) for p in layer.parameters() if id(p) not in base)
-        else:
-            return False
-    return all(id(p) in own for p in policy.parameters() if p.requires_grad)
-
-
-def _equal(first: nn.Module, second: nn.Module) -> bool:
-    left, right = first.state_dict(), second.state_dict()
-    return left.keys() == right.keys() and all(left[key].is_meta or torch.equal(left[key], right[key]) for key in left)
-
-
-def check_mergeable(policy: nn.Module) -> None:
-    """Refuses adapters whose base would round them away.
-
-    Args:
-        policy: A model with adapters.
-
-    Raises:
-        ValueError: The base is quantized.
-    """
-    base: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "lora='merge': the base is quantized and merging would round the adapter away. Export with "
-            "lora='adapter'; loading that folder without quantization merges it into the full-precision base."
-        )
-
-
-def merged_state(policy: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The weights of the policy's base with the active adapters merged in, computed beside the live model.
-
-    One adapted layer is copied at a time, so the extra memory is the merged weights.
-
-    Args:
-        policy: A model with adapters.
-
-    Returns:
-        The base model (live, still holding its adapters) and the merged weights under the base's plain names.
-
-    Raises:
-        ValueError: A merged weight is not finite, or the base is quantized.
-    """
-    check_mergeable(policy)
-    base: Any = policy.get_base_model() if hasattr(policy, "get_base_model") else policy  # type: ignore[operator]
-    layers = adapter_layers(base)
-    prefixes = tuple(f"{name}." for name, _ in layers)
-    state = {key: value for key, value in base.state_dict().items() if not key.startswith(prefixes)}
-    for name, layer in layers:
-        for key, value in _merged_layer(name, layer).state_dict().items():
-            state[f"{name}.{key}"] = value
-    keys = [f"{name}.weight" for name, module in ends(base) if trains_rows(module)]
-    if len(keys) == 2 and base.config.tie_word_embeddings:
-        state[keys[1]] = state[keys[0]]  # merged apart, they are one matrix all the same
-    return base, state
-
-
-def _merged_layer(name: str, layer: nn.Module) -> nn.Module:
-    twin: Any = whole_copy(layer)
-    try:
-        if hasattr(twin, "unload_and_optionally_merge_module"):
-            return twin.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        twin.merge(safe_merge=True)
-    except ValueError as error:
-        raise ValueError(f"The adapter of {name!r} cannot be merged: {error}") from error
-    return twin.get_base_layer()
-
-
-def attach_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
-    """Loads a saved adapter onto its base model, where it can be switched off (`adapter_off`).
-
-    Args:
-        base: The model that the adapter was trained on.
-        folder: Folder or hub id that holds `adapter_config.json` and `adapter_model.safetensors`.
-        revision: Branch, tag or commit of a hub id.
-
-    Returns:
-        A `peft.PeftModel`, frozen.
-
-    Raises:
-        ValueError: The adapter does not fit the base, is of a kind that cannot be switched off, or is not in
-            safetensors format.
-    """
-    import peft
-
-    if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"{folder!r} holds adapter_config.json but no adapter_model.safetensors (pickled weights are not loaded)."
-        )
-    try:
-        adapter = peft.PeftConfig.from_pretrained(folder, revision=revision)
-        if classifies(base):  # a language model's adapter fits its trunk as well
-            adapter.task_type = None
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model: Any = peft.PeftModel.from_pretrained(base, folder, config=adapter, revision=revision)  # type: ignore[arg-type,unused-ignore]
-        missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-        if missing:
-            raise ValueError(missing[0])
-        if not adapter_layers(model):
-            raise ValueError("adapters of this kind cannot be merged")
-    except Exception as error:  # a truncated file raises safetensors' own error
-        raise _does_not_fit(folder, base, error) from error
-    return model
-
-
-def merge_adapter_folder(base: nn.Module, folder: str, revision: str | None = None) -> nn.Module:
-    """Loads a saved adapter onto its base model and merges it.
-
-    Args:
-        base: As in `attach_adapter_folder`, and so are the others.
-        folder: Folder or hub id.
-        revision: Branch, tag or commit of a hub id.
-
-    Returns:
-        The base with the adapter's update added to its weights, all parameters trainable.
-
-    Raises:
-        ValueError: As `attach_adapter_folder`, or the adapter cannot be merged.
-    """
-    model: Any = attach_adapter_folder(base, folder, revision)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except Exception as error:  # of whatever type each kind of layer raises
-        raise _does_not_fit(folder, base, error) from error
-    return merged.requires_grad_(True)
-
-
-def _does_not_fit(folder: str, base: nn.Module, error: Exception) -> ValueError:
-    return ValueError(f"The adapter in {folder!r} cannot be merged into its base {type(base).__name__}: {error}")

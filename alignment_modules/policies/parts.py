@@ -65,7 +65,7 @@ def _matches(
             )
         if not every & among:
             raise ValueError(f"policy.{option} names {pattern!r}, of which policy.trainable chooses nothing.")
-        found |= every & among
+        found |= every
     for own in (names[key] for key in found if len(names[key]) > 1):
         chosen = [name for name in own if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if len(chosen) < len(own):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.policies.attention import ATTENTION_NAME, plan_attention, register_attention
+from alignment_modules.policies.compiling import without_graphs
 from alignment_modules.policies.context import length_limit
 from alignment_modules.policies.forward import classifies, find_head, language_model, packed_states, padded_states
 from alignment_modules.policies.last_layer import find_feed_forward
@@ -189,7 +190,13 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet(policy: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and autocast; every module gets its own mode back."""
+    """Evaluation mode without gradients, autocast and graphs; every module gets its own mode back."""
     device = next((parameter.device.type for parameter in policy.parameters()), "cpu")
-    with eval_mode(policy), torch.no_grad(), torch.autocast(device, enabled=False), gathered(policy):
+    with (
+        eval_mode(policy),
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+        gathered(policy),
+        without_graphs(policy),
+    ):
         yield

@@ -85,6 +85,16 @@ def free(model: nn.Module) -> None:
         part.reshard()
 
 
+def steady_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that stay the same tensors from pass to pass: of a sharded model those of its layers, if it has any.
+
+    Args:
+        model: As it was given to `shard`, or any other.
+    """
+    layers = [part for part in sharded_parts(model) if part.is_layer]
+    return [parameter for part in layers or [model] for parameter in part.parameters()]
+
+
 def forward_pass(model: nn.Module, compute: Callable[[], T]) -> T:
     """Runs a computation as a forward pass of a model, within which its parts may be called one by one.
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
+from alignment_modules.policies.layers import decoder_layers
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
@@ -68,8 +70,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module; every process has the same weights. Its layers are the outermost list of modules that it
-            runs one after the other, all of them in each forward pass; one without is a single group.
+        model: Any module; where processes drew other weights, the first one's count. Its layers are the outermost list
+            of modules that it runs one after the other, all of them in each forward pass; one without is a single
+            group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
             gradients are summed in float32. None: the one that they are held in.
@@ -88,6 +91,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     layers = find_layers(model)
 
     def apply(part: Any, is_layer: bool, dtype: torch.dtype | None) -> None:
+        _send_from_first(part, mesh)
         precision = MixedPrecisionPolicy(dtype, _reduced_in(part, dtype), cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=is_layer, mp_policy=precision)
         part.is_layer = is_layer
@@ -113,9 +117,9 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
         model: Any module. Of a model of transformers it is the list that its configuration counts.
     """
     inner = language_model(model)
-    expected = None if inner is None else inner.config.get_text_config().num_hidden_layers
-    lists = [found for found in _outermost_lists(model) if expected in (None, len(found))]
-    return [layer for found in lists for layer in found]
+    if inner is not None:
+        return decoder_layers(inner)
+    return [layer for found in _outermost_lists(model) for layer in found]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[list[nn.Module]]:
@@ -139,6 +143,17 @@ def _reduced_in(module: nn.Module, gather: torch.dtype | None) -> torch.dtype | 
     """float32 where gradients would be summed over the processes in 16 bits."""
     held = {parameter.dtype for parameter in _unsharded(module) if parameter.requires_grad}
     return torch.float32 if gather in _SMALL or held & {*_SMALL} else None
+
+
+def _send_from_first(part: nn.Module, mesh: DeviceMesh) -> None:
+    """Moves what is not sharded yet to the mesh's device, and gives it the first process's values, as DDP does."""
+    kind = mesh.device_type
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+    for tensor in (*_unsharded(part), *part.buffers()):
+        if tensor.is_meta:
+            continue
+        tensor.data = tensor.data.to(device).contiguous()
+        torch.distributed.broadcast(tensor.data, group=mesh.get_group(), group_src=0)
 
 
 def _of_another_dtype(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -166,6 +181,11 @@ def _check(model: nn.Module, name: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             f"{name} is compiled as a whole, and its layers are to be sharded one by one: give it uncompiled, or use "
+            "strategy='ddp'"
+        )
+    if is_compiled(model):
+        raise ValueError(
+            f"{name} has compiled layers, which are not sharded: leave compile out of its configuration, or use "
             "strategy='ddp'"
         )
     quantized = [key for key, parameter in model.named_parameters() if not parameter.is_floating_point()]

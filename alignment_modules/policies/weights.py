@@ -93,3 +93,9 @@ def read_model(
             config, dtype=stored if dtype == "auto" else dtype, trust_remote_code=trust_remote_code, **held
         )
     return model, {"missing_keys": set(), "unexpected_keys": set()}
+
+
+def start_head(model: Any, zero: bool) -> None:
+    """A new scalar head: 0, or normal with variance 1 / (hidden + 1) from the global seed (arXiv:2009.01325)."""
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.0 if zero else (model.score.weight.shape[1] + 1) ** -0.5)

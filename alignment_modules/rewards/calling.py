@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from alignment_modules.functional.http import short
 from alignment_modules.rewards.protocol import RewardError
 
 SEARCH_SECONDS = 1.0
@@ -107,12 +108,6 @@ def numbers(result: Any, name: str, count: int) -> list[float]:
     if len(result) != count:
         raise RewardError(f"reward {name!r} returned {len(result)} values for {count} completions")
     return [_number(value, name, row) for row, value in enumerate(result)]
-
-
-def short(value: Any) -> str:
-    """A value as it stands in a message: at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

@@ -7,13 +7,11 @@ import json
 import os
 import re
 import string
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from alignment_modules.functional.http import RequestError, check_url, fetch, short
 from alignment_modules.functional.ranges import Count, Finite, Natural, NonNegative, Positive, Range, check_options
-from alignment_modules.rewards.calling import short
 from alignment_modules.rewards.patient import PatientReward
 from alignment_modules.rewards.protocol import FinalRewardError
 
@@ -28,9 +26,6 @@ Reply:
 End your answer with one line: Score: N"""
 
 SCORE = r"(?i)score\s*[:=]\s*(-?\d+(?:\.\d+)?)"
-
-# Answers that another attempt may change: too many requests, a server that is busy, restarting or slow.
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class ChatJudge:
@@ -85,8 +80,7 @@ class ChatJudge:
         on_failure: Literal["raise", "none"] = "raise",
     ) -> None:
         check_options(ChatJudge.__init__, locals())
-        if not re.match(r"https?://[^/]", url):
-            raise ValueError(f"url={url!r} must begin with http:// or https:// and a host")
+        check_url(url)
         if highest <= lowest:
             raise ValueError(f"highest={highest:g} must be above lowest={lowest:g}")
         self.pattern, self.fields = _compiled(pattern), _fields(question)
@@ -166,19 +160,15 @@ class ChatJudge:
             OSError: If there is no answer now.
             ValueError: If the answer is no chat completion.
         """
-        headers = {"Content-Type": "application/json"}
+        headers = {}
         if self.api_key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
         try:
-            call = urllib.request.Request(self.url, request.encode(), headers, method="POST")  # noqa: S310  # http or https
-            with _OPENER.open(call, timeout=self.timeout) as response:
-                text = response.read().decode("utf-8", "replace")
-        except urllib.error.HTTPError as error:
-            said = short(error.read(2000).decode("utf-8", "replace"))
-            kind = OSError if error.code in _PASSING else FinalRewardError
-            raise kind(f"{self.url} answered {error.code} {error.reason}: {said}") from None
-        except OSError as error:
-            raise OSError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from None
+            text = fetch(self.url, request.encode(), timeout=self.timeout, headers=headers)
+        except RequestError as error:
+            if error.passing:
+                raise
+            raise FinalRewardError(str(error)) from None
         try:
             return str(json.loads(text)["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError):
@@ -187,16 +177,6 @@ class ChatJudge:
     def _key(self, request: str) -> str:
         scale = f"{self.url}\n{self.pattern.pattern}\n{self.lowest}\n{self.highest}\n{request}"
         return hashlib.sha256(scale.encode()).hexdigest()
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *given: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
+from alignment_modules.functional.http import pause_before
 from alignment_modules.functional.ranges import Count, Natural, Positive, Range, check_options
 from alignment_modules.rewards.calling import call, numbers
 from alignment_modules.rewards.protocol import FinalRewardError, RewardError
@@ -91,7 +92,7 @@ class PatientReward:
         count = part.stop - part.start
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(min(0.1 * 4.0 ** (attempt - 1), 30.0))
+                time.sleep(pause_before(attempt))
             try:
                 result = call(self.__wrapped__, {key: value[part] for key, value in arguments.items()}, self.timeout)
                 return numbers(result, self.name, count)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from alignment_modules.functional.http import short
 from alignment_modules.functional.ranges import Count, NonNegative, check_options
-from alignment_modules.rewards.calling import short
 from alignment_modules.rewards.number_text import exact_number, is_missing, last_number, tail, within
 from alignment_modules.rewards.patterns import TimedPattern
 from alignment_modules.rewards.protocol import RewardError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
 from alignment_modules.rollouts.codec import Codec, columns_of, messages_of, prompt_indices, real_tokens
-from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.given import given_completions
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.prompts import Prompts
@@ -34,6 +34,7 @@ class Seen:
         texts: The same as text; None where nobody needed it.
         rewards: Of each reward by name.
         greedy_tokens: Tokens of the greedy completions that were made beside them.
+        version: Which of the policies that were pushed to the engine made it; None: the engine has but one.
     """
 
     batch: Mapping[str, Any] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Seen:
     texts: list[str] | None = None
     rewards: dict[str, list[float]] = field(default_factory=dict)
     greedy_tokens: int = 0
+    version: int | None = None
 
 
 class Actor:
@@ -105,8 +107,11 @@ class Actor:
         first = (mask.cumsum(dim=-1) == 1) & ~prompt_mask.any(dim=1).repeat_interleave(group)[:, None]
         own = (mask if completions.own is None else completions.own.cpu()) & ~first
         sampled_logps = completions.token_logps.to(batch["prompts"].device)
+        of_engine = {} if "responses" in batch else self.engine.statistics()
         self.seen = Seen(batch, step, draw, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
+        self.seen.version = self.engine.version() if of_engine else None
         self.statistics = {
+            **of_engine,
             **reward_statistics(table.names, table.values, rewards),
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
@@ -136,18 +141,19 @@ class Actor:
 
         Raises:
             NonFiniteLogits: If the policy's logits are not finite; it names the step.
+            EngineError: If the engine gives none; it names the step.
         """
-        self.engine.push(policy)
         parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
         try:
+            self.engine.push(policy)
             completions = self.engine.generate(
                 Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
                 parameters,
                 num_samples=1 if greedy else self.num_generations,
                 seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
-        except NonFiniteLogits as error:
-            raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
+        except (NonFiniteLogits, EngineError) as error:
+            raise type(error)(f"optimizer step {step + 1}: {error}") from error
         if parameters.truncates_support and completions.support is None:
             warnings.warn(
                 f"{type(self.engine).__name__} does not tell what top_p={parameters.top_p:g}, "
@@ -206,6 +212,8 @@ class Actor:
             "reward": rollout.rewards.tolist(),
             "truncated": rollout.truncated.tolist(),
         }
+        if seen.version is not None:
+            columns["engine_version"] = [seen.version] * len(rollout.ids)
         if rollout.advantages is not None and rollout.advantages.dim() == 1:
             columns["advantage"] = rollout.advantages.tolist()
         if first is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.support import Support
 from alignment_modules.functional.waiting import tell
+from alignment_modules.policies.compiling import without_graphs
 from alignment_modules.rollouts.decoders.base import Decoder
 from alignment_modules.rollouts.decoders.select import select_decoder, without_checkpointing
 from alignment_modules.rollouts.filters import inverse_cdf, token_probabilities, truncate_support
@@ -129,7 +130,7 @@ def sample_prompts(
         raise ValueError(f"prompt_indices must name each of the {prompts.count} prompts, got {len(seeds.indices)}.")
     uniforms = draw_uniforms(seeds, parameters, num_samples, prompts.ids.device)
     limit = parameters.max_completion_length
-    with without_checkpointing(policy):
+    with without_checkpointing(policy), without_graphs(policy):
         decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples
         found = draw(

@@ -36,6 +36,23 @@ class Seeds:
         """`sample_uniforms` of these seeds."""
         return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn, self.draw)
 
+    def number(self, index: int, sample: int, turn: int = 0) -> int:
+        """One sample's seed as a number, for engines that draw with a generator of their own.
+
+        Args:
+            index: The prompt's.
+            sample: Which of its samples.
+            turn: Which of the sample's turns.
+
+        Returns:
+            From 0 to 2**63 - 1.
+
+        >>> Seeds([4, 7], seed=1).number(7, 0) == Seeds([7], seed=1).number(7, 0) != Seeds([7], seed=2).number(7, 0)
+        True
+        """
+        parts = (self.seed, self.step, self.draw, index, sample, turn)
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
 
 def sample_uniforms(
     seed: int,

@@ -33,11 +33,11 @@ from alignment_modules.rollouts.codec import columns_of
 from alignment_modules.rollouts.given import check_given_rollout
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.objective import EarlyRead
-from alignment_modules.training.updates import UpdateModule
 
 
-class ActingModule(UpdateModule):
+class ActingModule(EngineModule):
     """Base of paradigms that learn from their own samples: builds their `actor`.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
@@ -59,8 +59,8 @@ class ActingModule(UpdateModule):
         missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
             step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
-        **common: Keywords of `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+        **common: Keywords of `EngineModule` (engine), `UpdateModule` (micro_batch_size, max_grad_norm) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
     """
 
     compares_log_probs = True
@@ -86,10 +86,12 @@ class ActingModule(UpdateModule):
         super().__init__(**common)
         self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
         self.rewards.limit_to(max_completion_length)
+        sampling = SamplingOptions(max_completion_length, temperature, top_p, top_k, min_p, list(stop_strings or ()))
+        self.engine.check("", sampling)
         self.actor = Actor(
             self.engine,
             self.rewards,
-            SamplingOptions(max_completion_length, temperature, top_p, top_k, min_p, list(stop_strings or ())),
+            sampling,
             num_generations,
             codec=self.codec,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
@@ -216,6 +218,7 @@ class ActingModule(UpdateModule):
                 f"optimizer step {self.global_step + 1} has nothing to learn from: {whose} None or NaN for all "
                 "completions"
             )
+        self.engine.sleep()  # all ranks have their completions
         return self.rollout
 
     def parts(self, rollout: Rollout, *, passes: int, count: int, first: bool) -> Iterator[Rollout]:

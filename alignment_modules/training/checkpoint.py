@@ -11,7 +11,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from alignment_modules.policies.frozen import Frozen, companions
-from alignment_modules.training.frozen_weights import FrozenWeights, put_back
+from alignment_modules.policies.quantization import quantized_entries, quantized_layers
+from alignment_modules.training.adapter_rates import check_ratio
+from alignment_modules.training.frozen_weights import FrozenWeights, others, put_back
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.moved import tell_moved
 from alignment_modules.training.position import settle, take_up
@@ -136,10 +138,11 @@ class CheckpointContract(L.LightningModule):
         self._kept_totals = (*self._kept_totals[-1:], (step, self._totals()))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads strictly, all or nothing.
+        """Loads strictly, all or nothing. Quantized weights cannot be written to: they must be those that are there.
 
         Raises:
-            RuntimeError: If `strict` and the keys differ, or shapes differ; where keys differ, nothing was loaded.
+            RuntimeError: If `strict` and the keys differ, or quantized weights differ, and nothing was loaded; or if
+                shapes differ.
         """
         own = self.state_dict()
         missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
@@ -149,7 +152,15 @@ class CheckpointContract(L.LightningModule):
                 f"{_some(missing)}. Unexpected key(s) in state_dict: {_some(unknown)}. Build the module as in the run "
                 "that wrote the checkpoint."
             )
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        held = quantized_entries(self, state_dict)
+        if other := others(state_dict, own, held):
+            raise RuntimeError(
+                f"{self._checkpoint_name()} holds other quantized weights than {type(self).__name__}: {_some(other)}. "
+                "Build the policy from the same base, with the same quantization"
+            )
+        rest = {key: value for key, value in state_dict.items() if key not in held}
+        # The keys are compared above; torch would miss those of quantized layers, here and in companions.
+        return super().load_state_dict(rest, strict=strict and not quantized_layers(self), assign=assign)
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
         """Takes the frozen weights out of a checkpoint, where they can be loaded again and are whole."""
@@ -212,6 +223,7 @@ class CheckpointContract(L.LightningModule):
         """Every optimizer goes on as it was saved; refuses what the command line would have one do otherwise."""
         module: Any = self
         names, then, now = list(module.trained()), checkpoint.get("hyper_parameters", {}), self.hparams
+        check_ratio(then, now, self._checkpoint_name())
         moved = [*zip(names, checkpoint.get("optimizer_states", ()), strict=False)]
         scheduled = [name for name in names if module.scheduler_for(name) is not None]
         moved += zip(scheduled, checkpoint.get("lr_schedulers", ()), strict=False)
@@ -292,7 +304,7 @@ def _policy_option(policy: Any, name: str) -> Any:
 
 
 def _state(companion: Frozen) -> str:
-    if companion.module is None:
+    if companion.module is None and companion.adapter is None:
         return "the policy, adapter off"
     return "saved" if companion.saved else str(companion.fingerprint())
 

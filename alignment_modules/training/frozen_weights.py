@@ -1,12 +1,14 @@
 """Weights that a run does not train: left out of its checkpoints, and recognised by their bytes when it resumes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from alignment_modules.policies.adapter_start import is_of_start
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
+from alignment_modules.policies.quantization import quantized_entries, stored_parts
 
 
 def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -22,7 +24,8 @@ def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
 class FrozenWeights:
     """The parameters of a module that are frozen at the start of a fit, and the buffers of its frozen children.
 
-    Companions (`Frozen`) look after themselves and are not among them.
+    Companions (`Frozen`) look after themselves and are not among them, nor is what adapters started with: it would have
+    to be computed again, which another machine does in another order of operations.
 
     Args:
         module: The module, as it is about to be trained.
@@ -32,7 +35,7 @@ class FrozenWeights:
     def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
         held = tuple(f"{name}." for name in (*companions(module), *kept))
         whole = tuple(f"{name}." for name in frozen_children(module))
-        frozen = [(name, p) for name, p in _parameters(module) if not p.requires_grad]
+        frozen = [(name, p) for name, p in _parameters(module) if not (p.requires_grad or is_of_start(name))]
         frozen += [(name, b) for name, b in _buffers(module) if name.startswith(whole)]
         # PyTorch counts the changes of a tensor, so that one which is thawed and frozen again is known to have moved.
         self._versions = {name: tensor._version for name, tensor in frozen if not name.startswith(held)}
@@ -51,14 +54,29 @@ class FrozenWeights:
         """
         now = [*_parameters(module), *_buffers(module)]
         still = {n for n, t in now if not t.requires_grad and self._versions.get(n) == t._version}
-        # a quantized weight has entries of its own below its name
         keys = [key for key in state if any(name in still for name in _prefixes(key))]
+        # a quantized weight has entries of its own below its name, or beside it
+        quantized = quantized_entries(module, state) - set(keys)
+        keys += [key for key in state if key in quantized and f"{key.rpartition('.')[0]}.weight" in still]
         if describe:
             new = [(key, state[key]) for key in keys if key not in self._fingerprints]
             self._fingerprints.update(fingerprints(new))
         for key in keys:
             del state[key]
         return {key: self._fingerprints[key] for key in keys} if describe else {}
+
+
+def others(state: Mapping[str, Any], own: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Which of some entries are in a state dictionary not as the module itself has them."""
+    apart = [key for key in keys if key in state and not (key in own and _at_one_place(state[key], own[key]))]
+    found, now = (fingerprints([(key, values.get(key)) for key in apart]) for values in (state, own))
+    return [key for key in apart if found[key] != now[key]]
+
+
+def _at_one_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, so that nothing need be read to compare them."""
+    first, second = stored_parts(one), stored_parts(other)
+    return [part.data_ptr() for part in first] == [part.data_ptr() for part in second]
 
 
 def put_back(state: dict[str, Any], own: dict[str, Any], left_out: dict[str, str], where: str) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from alignment_modules.policies.frozen import companions
+from alignment_modules.training.adapter_rates import set_adapter_rates, warn_of_small_rate
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import bind_total_steps
@@ -79,18 +81,17 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
         entries: Its `trained()`.
 
     Raises:
-        ValueError: If the entries are not a partition of what is trainable, an optimizer cannot step sharded weights or
-            has no rate to schedule, or a schedule waits for a metric and its module counts steps.
+        ValueError: If the entries are not a partition of what is trainable, the base that a companion shares with the
+            policy is trained, an optimizer cannot step what is in one or has no rate to schedule, or a schedule waits
+            for a metric and its module counts steps.
     """
     counts_steps = not module.automatic_optimization
     check_entries(module, entries, several=counts_steps)
+    for name, companion in companions(module).items():
+        companion.check_base(name)
     made: list[Any] = []
     for name, part in entries.items():
-        optimizer = module.optimizer_for(name)(parameter_groups(part))
-        check_sharded(optimizer)
-        fuse(optimizer)
-        if isinstance(optimizer, MuonWithAdamW):
-            rank_zero_info(f"{module.optimizer_option(name)} of the {name}: {optimizer.describe()}")
+        optimizer = _make_optimizer(module, name, part)
         make = module.scheduler_for(name)
         if make is None:
             made.append(optimizer)
@@ -112,6 +113,24 @@ def make_optimizers(module: AlignmentModule, entries: Mapping[str, nn.Module]) -
     if any(isinstance(one, dict) for one in made):  # Lightning takes either form, not both at once
         made = [one if isinstance(one, dict) else {"optimizer": one} for one in made]
     return made if len(made) > 1 else made[0]
+
+
+def _make_optimizer(module: AlignmentModule, name: str, part: nn.Module) -> Optimizer:
+    option = module.optimizer_option(name)
+    try:
+        optimizer = module.optimizer_for(name)(parameter_groups(part))
+    except ValueError as error:
+        if not str(error).startswith("Muon only supports 2D"):
+            raise
+        raise ValueError(f"{option}=torch.optim.Muon takes matrices alone; use MuonWithAdamW ({error})") from error
+    set_adapter_rates(part, optimizer)
+    check_sharded(optimizer)
+    if name == "policy":
+        warn_of_small_rate(part, optimizer, module.paradigm)
+    fuse(optimizer)
+    if isinstance(optimizer, MuonWithAdamW):
+        rank_zero_info(f"{option} of the {name}: {optimizer.describe()}")
+    return optimizer
 
 
 def fuse(optimizer: Optimizer) -> None:

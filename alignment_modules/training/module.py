@@ -274,6 +274,7 @@ class AlignmentModule(CheckpointContract, ShardedModule, PlainHyperparameters, L
         """Adds a micro-batch's weight and statistics to the open step; returns what is to be backpropagated."""
         more = self.extra_metrics(batch, objective) if of == "policy" else {}
         self._train_meters.update(objective.statistics | more)
+        self.free_companions()
         return self.windows[of].add(objective)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

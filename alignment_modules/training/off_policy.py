@@ -2,9 +2,35 @@
 
 from torch import Tensor
 
-from alignment_modules.functional import Correction, Surrogate, correction_statistics
+from alignment_modules.functional import Correction, Surrogate, as_correction, correction_statistics
 from alignment_modules.functional.statistics import Statistic
+from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.rollout import Rollout
+
+
+def gate(correction: str | Correction | None, surrogate: Surrogate, engine: Engine | None) -> Correction | None:
+    """The correction that holds: what is given, else what the engine needs, which cannot be left out.
+
+    Args:
+        correction: What was given.
+        surrogate: The loss.
+        engine: What samples; None: the policy itself.
+
+    Returns:
+        None with a loss that compares with the sampler itself, or where none is given and the engine needs none.
+
+    Raises:
+        ValueError: If there is none of that name, or the loss compares with the sampler itself.
+    """
+    given = as_correction(correction)
+    if surrogate.row.of_sampler:
+        if given is not None:
+            raise ValueError(
+                f"correction={correction!r} must be None with loss={surrogate.loss!r}, which compares with the "
+                "sampler itself"
+            )
+        return None
+    return as_correction(engine.correction) if given is None and engine is not None else given
 
 
 def check_sampled(rollout: Rollout, surrogate: Surrogate, correction: Correction | None, *, updates: int) -> None:

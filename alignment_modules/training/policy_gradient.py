@@ -13,7 +13,6 @@ from alignment_modules.functional import (
     Correction,
     Surrogate,
     aggregate,
-    as_correction,
     importance_ratio,
     kl_penalty,
     validate_kl_placement,
@@ -29,7 +28,7 @@ from alignment_modules.rollouts.statistics import sampling_statistics
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.controllers import Coefficients, Delta
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.off_policy import check_sampled, corrected
+from alignment_modules.training.off_policy import check_sampled, corrected, gate
 from alignment_modules.training.selection import mark_covariant, top_entropy
 
 
@@ -64,7 +63,8 @@ class PolicyGradientModule(ActingModule):
         correction: How tokens count whose sampled and scored log-probabilities differ: "tis", "tis_sequence", "icepop",
             "mis", "geo_rs", "k3_rs", "opsm", "dppo_tv", "dppo_kl", or a `Correction`. The old policy is then the one at
             the start of the rollout's updates, scored by the trainer, whatever `old_logprobs` a batch brings: these are
-            what was sampled with. None: they are the old policy.
+            what was sampled with. None: they are the old policy; with an `engine` that computes otherwise than the
+            trainer, the one that it needs ("mis").
         entropy_coef: Weight of the entropy bonus; below 0 it is a penalty.
         kl_target: Divergence in nats a token that `beta` is adapted to, from its value on (`KLController`); None: it
             stays.
@@ -74,9 +74,9 @@ class PolicyGradientModule(ActingModule):
         entropy_coef_delta: By how much `entropy_coef` then changes after a rollout; None: 0.005.
         reference: What the KL penalty refers to; None: a frozen copy of the policy as it is now (LoRA: adapter off).
         **acting: Keywords of `ActingModule` (rewards, reward_weights, num_generations, max_completion_length,
-            temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `UpdateModule`
-            (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer,
-            evaluation).
+            temperature, top_p, top_k, min_p, stop_strings, missing_eos_penalty, seed), `EngineModule` (engine),
+            `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy, optimizer, lr_scheduler,
+            tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or options contradict each other.
@@ -113,11 +113,7 @@ class PolicyGradientModule(ActingModule):
         check_options(PolicyGradientModule.__init__, locals())
         check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
         surrogate = Surrogate(loss, epsilon, epsilon_high, delta, importance_level, reduction, loss_options)
-        gate = as_correction(correction)
-        if gate is not None and surrogate.row.of_sampler:
-            raise ValueError(
-                f"correction={correction!r} must be None with loss={loss!r}, which compares with the sampler itself"
-            )
+        correction = gate(correction, surrogate, acting.get("engine"))
         if top_entropy_quantile < 1 and loss == "gmpo":
             raise ValueError(
                 f"top_entropy_quantile={top_entropy_quantile} must be 1 with loss='gmpo', a loss of whole completions"
@@ -137,7 +133,7 @@ class PolicyGradientModule(ActingModule):
         self.beta, self.kl_estimator, self.kl_placement = beta, kl_estimator, kl_placement
         self.surrogate, self.entropy_coef = surrogate, entropy_coef
         self.num_iterations, self.minibatches = num_iterations, minibatches
-        self.top_entropy_quantile, self.correction = top_entropy_quantile, gate
+        self.top_entropy_quantile, self.correction = top_entropy_quantile, correction
         self.coefficients = coefficients
         self.reference = frozen_companion(reference, self.policy) if beta else None
 

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import lightning as L
 from torch import nn
 
-from alignment_modules.policies.sharded import gathered
+from alignment_modules.policies.frozen import companions
+from alignment_modules.policies.sharded import free, gathered
 from alignment_modules.policies.sharding import compute_dtype, shard_children
 from alignment_modules.training.strategies import refuse_strategy
 
@@ -27,6 +28,12 @@ class ShardedModule(L.LightningModule):
         if self.device_mesh is not None:
             gather = compute_dtype(str(self.trainer.precision))
             shard_children(self, self.device_mesh["data_parallel"], gather=gather)
+
+    def free_companions(self) -> None:
+        """Frees what is gathered of frozen models, once an objective has read them: a backward pass needs the room."""
+        for companion in companions(self).values() if self.device_mesh is not None else ():
+            if companion.module is not None:
+                free(companion.module)
 
     def on_predict_start(self) -> None:
         """Gathers a sharded policy once: processes may have different numbers of batches to predict."""

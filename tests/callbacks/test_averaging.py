@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -310,3 +314,49 @@ def test_a_policy_from_a_configuration_is_averaged_in_its_trained_part(tiny_llam
     module = SFTModule(policy=policy, optimizer=functools.partial(torch.optim.AdamW, lr=0.01))
     _, _, seen = fit(module)
     assert_close(weights(module), averaged(seen.after))
+
+
+RANKS = """
+import functools, sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from alignment_modules import PolicyConfig, SFTModule
+from alignment_modules.callbacks import PolicyAverage
+from tests.batches import supervised
+from tests.callbacks.test_averaging import Seen, weights
+from tests.conftest import TINY_LLAMA
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    module, seen = SFTModule(policy=PolicyConfig(config=TINY_LLAMA), optimizer=optimizer), Seen()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[PolicyAverage(decay=0.7), seen],
+    )
+    trainer.fit(module, DataLoader([supervised([row, row + 1]) for row in range(6)], batch_size=None))
+    trainer.save_checkpoint(Path(sys.argv[1]) / "end.ckpt")
+    torch.save((seen.after, weights(module)), Path(sys.argv[1]) / f"{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.distributed
+def test_every_process_has_the_same(tmp_path):
+    (tmp_path / "script.py").write_text(RANKS)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, tmp_path / "script.py", tmp_path]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(steps) == 3
+    assert equal(first, second)
+    assert_close(first, averaged(steps))
+    held = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert equal(first, {name: held["state_dict"][f"policy.{name}"] for name in first})
+    assert equal(steps[-1], {name: held["weight_average"]["training"][f"policy.{name}"] for name in first})

@@ -51,7 +51,7 @@ def printed(align, *arguments):
 
 def test_there_is_a_recipe_for_every_paradigm():
     assert set(RECIPES) == set(ROWS)
-    assert {"lora", "ddp", "bf16"} <= set(OVERLAYS)
+    assert {"lora", "ddp", "fsdp2", "bf16"} <= set(OVERLAYS)
 
 
 @pytest.mark.parametrize("path", [*RECIPES.values(), *OVERLAYS.values()], ids=lambda path: path.stem)
@@ -72,6 +72,14 @@ def test_every_option_of_a_recipe_is_explained(name):
             assert "#" in option, f"{name}.yaml: no comment on {option!r}"
 
 
+def peak_rates(module):
+    """The learning rate of each trained parameter of the policy, before any schedule."""
+    names = {id(p): part for part, p in module.policy.named_parameters()}
+    groups = [group for optimizer in module.trainer.optimizers for group in optimizer.param_groups]
+    found = [(names.get(id(p)), group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]]
+    return {part: rate for part, rate in found if part is not None}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("overlays", [(), *((overlay,) for overlay in OVERLAYS), tuple(OVERLAYS)], ids="+".join)
 def test_recipe_and_overlays_run(align, recipe, name, overlays):
@@ -80,10 +88,42 @@ def test_recipe_and_overlays_run(align, recipe, name, overlays):
     trained = [name for name, p in cli.model.policy.named_parameters() if p.requires_grad]
     adapters = all("lora" in part or "modules_to_save" in part for part in trained)  # a fresh head is trained whole
     assert adapters == ("lora" in overlays)
+    usual = yaml.safe_load(RECIPES[name].read_text())["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    times = {part: 10 if "lora" in overlays and ".lora_" in part else 1 for part in trained}
+    assert peak_rates(cli.model) == {part: pytest.approx(usual * times[part]) for part in trained}
     if "bf16" in overlays:
         assert cli.trainer.precision == "bf16-mixed"
-    if "ddp" in overlays:
-        assert type(cli.trainer.strategy).__name__ == "DDPStrategy"
+    strategy = type(cli.trainer.strategy).__name__
+    if {"ddp", "fsdp2"} & set(overlays):  # the later one wins
+        assert strategy == ("FSDP2Strategy" if "fsdp2" in overlays else "DDPStrategy")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.FSDPStrategy"])
+def test_other_ways_to_shard_are_refused_before_anything_is_built(align, recipe, strategy):
+    with pytest.raises(ValueError, match=r"is not supported.*Use strategy='fsdp2'"):
+        align("fit", *recipe("sft"), *QUIET, f"--trainer.strategy={strategy}")
+
+
+def test_adapters_at_the_rate_of_all_weights_are_said(align, recipe):
+    short = (*QUIET, "--trainer.fast_dev_run=1", "--model.policy.lora.lr_ratio=1")
+    with pytest.warns(UserWarning, match="learning rate of the adapters is 1e-06, about that of fine-tuning all"):
+        align("fit", *recipe("dpo", "lora"), *short)
+
+
+def test_a_saved_adapter_is_trained_further_held_to_what_it_was(align, recipe, tmp_path):
+    """The chain of two stages on one base, whose first exports its adapter alone."""
+    few = (*QUIET, "--trainer.max_steps=1", "--export.lora=adapter")
+    align("fit", *recipe("sft", "lora"), *few, f"--trainer.default_root_dir={tmp_path / 'sft'}")
+    options = [option for option in recipe("dpo") if not option.startswith("--model.policy")]
+    for part in ("policy", "reference"):
+        options += [f"--model.{part}.path={tmp_path / 'sft' / 'export'}", f"--model.{part}.merge_adapter=false"]
+    cli = align("fit", *options, *few, f"--trainer.default_root_dir={tmp_path / 'dpo'}")
+    assert cli.model.reference.adapter == "reference"
+    assert float(cli.trainer.callback_metrics["train/rewards/margins"]) == 0
+    named = [json.loads((tmp_path / stage / "export" / "adapter_config.json").read_text()) for stage in ("sft", "dpo")]
+    assert named[0]["base_model_name_or_path"] == named[1]["base_model_name_or_path"]
+    again = align("fit", f"--config={tmp_path / 'dpo' / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path / 'b'}")
+    assert again.model.reference.adapter == "reference"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, EvaluationConfig, PolicyConfig
@@ -47,7 +48,7 @@ def adamw(groups):
     return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
 
 
-def trainer(devices: int, strategy: str, **options: Any) -> L.Trainer:
+def trainer(devices: int, strategy: Any, **options: Any) -> L.Trainer:
     """Without files and bars."""
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     quiet |= {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "use_distributed_sampler": False}
@@ -82,6 +83,11 @@ class Run:
             torch.save(found, self.folder / f"{name}.pt")
 
 
+def is_first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 class _EveryOther(torch.utils.data.Sampler):
     """Of batches that lie in the order of the ranks, this rank's."""
 
@@ -110,23 +116,27 @@ def train_and_save(run: Run, policy: torch.nn.Module) -> None:
     other = other_than(policy)
 
     def make(name: str, given: torch.nn.Module | None = None, **options: Any) -> AlignmentModule:
-        options = {"optimizer": adamw} | options
+        options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.3)} | options
         return build(name, copy.deepcopy(given or policy), other=copy.deepcopy(other), **options)
 
-    module = make("dpo")
+    def built(config: dict[str, Any], how: Any) -> torch.nn.Module:
+        torch.manual_seed(1 + int(not is_first()))  # the others' weights are the first one's
+        return build_policy(PolicyConfig(config=config, gradient_checkpointing=how))
+
+    module = make("dpo", optimizer=adamw)
     mark, reference = fingerprint(module.policy), module.reference.fingerprint()
     made = run.fit("clipped", module, ROWS["dpo"].batch, gradient_clip_val=0.1, accumulate_grad_batches=2, steps=4)
     found = {"moved": fingerprint(module.policy) != mark, "reference": module.reference.fingerprint() == reference}
     run.save("held", made, found | shares(module, made) | {"sharded": is_sharded(module.policy)})
     run.fit("clipped by itself", make("kto", micro_batch_size=2, max_grad_norm=0.1), ROWS["kto"].batch)
-    tied = build_policy(PolicyConfig(config=TIED, gradient_checkpointing=True))
-    run.fit("tied and checkpointed", make("sft", tied), ROWS["sft"].batch)
-    tied = build_policy(PolicyConfig(config=TIED, gradient_checkpointing=True))
-    run.fit("checkpointed without dropout", make("dpo", tied), ROWS["dpo"].batch)
+    run.fit("tied and checkpointed", make("sft", built(TIED, True)), ROWS["sft"].batch)
+    run.fit("checkpointed without dropout", make("dpo", built(LLAMA, True)), ROWS["dpo"].batch)
+    run.fit("checkpointed selectively", make("dpo", built(LLAMA, "selective")), ROWS["dpo"].batch)
     run.fit("cached", make("dpo", cache_reference=True), seen_by_some)
     run.fit("synced", make("dpo", reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1}), ROWS["dpo"].batch)
     lora = make("dpo", adapted(policy), reference=None, sync_reference={"alpha": 0.6, "every_n_steps": 1})
     run.fit("synced lora", lora, ROWS["dpo"].batch)
+    torch.manual_seed(1)
     run.fit("plain", make("sft", Plain()), ROWS["sft"].batch)
     for name in ("sft", "kto", "ppo"):
         run.fit(f"{name} bf16-mixed", make(name), ROWS[name].batch, precision="bf16-mixed")
@@ -166,6 +176,17 @@ def write_and_judge(run: Run, policy: torch.nn.Module) -> None:
     run.save("judge", made, {"share": held})
 
 
+def refuse(run: Run, policy: torch.nn.Module) -> None:
+    """Lightning's own strategy as it comes, which splits weights over the processes of a node."""
+    if run.devices == 1:
+        return
+    made = trainer(run.devices, ModelParallelStrategy())
+    try:
+        made.fit(build("sft", policy), run.loader(ROWS["sft"].batch, 1))
+    except ValueError as error:
+        run.save("refused", made, {"said": str(error)})
+
+
 class Listed(torch.utils.data.Dataset):
     """A list."""
 
@@ -186,6 +207,7 @@ def main(folder: Path, devices: int, strategy: str) -> None:
     run = Run(folder, devices, strategy)
     train_and_save(run, copy.deepcopy(policy))
     write_and_judge(run, policy)
+    refuse(run, policy)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,14 @@ def test_is_strict_in_every_other_key(written, tiny_llama, name):
     assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in module.state_dict().items())
 
 
-@EVERY
-def test_of_adapters_holds_no_frozen_base(written, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, {}) for name in ROWS), ("dpo", {"use_dora": True}), ("dpo", {"init": "pissa"})]
+)
+def test_of_adapters_holds_no_frozen_base(written, name, kind):
     own = {"reference": None} if "reference" in ROWS[name].options(torch.nn.Linear(1, 1)) else {}
-    module, checkpoint = written(name, adapted, **own)
+    module, checkpoint = written(name, lambda policy: adapted(policy, **kind), **own)
     trained = {key for key, p in module.named_parameters() if p.requires_grad}
+    start = {key for key, _ in module.policy.named_parameters(prefix="policy") if ".start." in key}
     assert any(key.startswith("policy.") for key in trained)
-    assert checkpoint["state_dict"].keys() == trained
+    assert bool(start) == ("init" in kind)
+    assert checkpoint["state_dict"].keys() == trained | start

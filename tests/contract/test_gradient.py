@@ -8,6 +8,8 @@ from tests.paradigms import ROWS, cells, headed, plain
 
 CELLS = pytest.mark.parametrize(("name", "row", "options"), cells())
 EVERY = pytest.mark.parametrize("name", ROWS)
+ADAPTED = ("sft", "dpo", "grpo")
+ADAPTERS = ({"use_rslora": True}, {"use_dora": True}, {"init": "pissa"})
 ALL = tuple(range(8))
 
 
@@ -70,11 +72,13 @@ def test_recomputed_activations_change_nothing(make, update, assert_same, name):
     assert_same(update(make(name), [row.batch(ALL)]), update(checkpointed, [row.batch(ALL)]))
 
 
-@EVERY
-def test_adapters(make, update, cut_update, assert_same, tiny_llama, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, {}) for name in ROWS), *((name, kind) for name in ADAPTED for kind in ADAPTERS)]
+)
+def test_adapters(make, update, cut_update, assert_same, tiny_llama, name, kind):
     """LoRA: the adapters alone learn, the reference is the policy as it was, and no split changes that."""
     row = ROWS[name]
-    policy = adapted(headed(name, tiny_llama))
+    policy = adapted(headed(name, tiny_llama), **kind)
     options = {"policy": policy} | ({"reference": None} if "reference" in row.options(policy) else {})
     whole = update(make(name, **options), [row.batch(ALL)])
     assert all("lora_" in key or "score" in key for key in whole if key.startswith("policy."))

@@ -10,8 +10,9 @@ import torch
 from tests.rewards.test_model import write_model
 
 ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 EXACT = ("clipped", "clipped by itself", "tied and checkpointed", "checkpointed without dropout", "cached", "synced")
-EXACT += ("synced lora", "plain")
+EXACT += ("checkpointed selectively", "synced lora", "plain")
 ROUNDED = ("sft bf16-mixed", "kto bf16-mixed", "ppo bf16-mixed", "ppo of bf16")
 
 
@@ -25,13 +26,12 @@ def runs(tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)  # a hang is a failure
         assert done.returncode == 0, done.stderr[-4000:]
 
-    def read(name):
-        return [torch.load(root / strategy / f"{name}.pt", weights_only=True) for strategy in ("auto", "fsdp2")]
+    def read(name, strategies=("auto", "fsdp2")):
+        return [torch.load(root / strategy / f"{name}.pt", weights_only=True) for strategy in strategies]
 
     return read
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", EXACT)
 def test_same_steps_as_one_process(runs, name):
     one, two = runs(name)
@@ -42,16 +42,14 @@ def test_same_steps_as_one_process(runs, name):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-4)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", ROUNDED)
 def test_mixed_precision_learns_the_same(runs, name):
     one, two = runs(name)
-    assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=0.03)
+    assert two["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=0.05, abs=0.01)
     before, after = (torch.cat([v.flatten().float() for v in found["change"].values()]) for found in (one, two))
     assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.9
 
 
-@pytest.mark.distributed
 def test_each_process_holds_its_share(runs):
     whole, shards = runs("held")
     assert whole == {"moved": True, "reference": True, "parameters": 1.0, "state": 1.0, "sharded": False}
@@ -59,10 +57,14 @@ def test_each_process_holds_its_share(runs):
     assert runs("judge")[1]["share"] == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.distributed
 def test_processes_write_and_judge_each_for_itself(runs):
     for name in ("sampled", "judged"):
         one, two = runs(name)
         assert two["metrics"]["train/reward"] == pytest.approx(one["metrics"]["train/reward"], abs=1e-5)
         assert two["metrics"]["train/completions/mean_length"] == one["metrics"]["train/completions/mean_length"]
     assert runs("predicted")[1]["ids"] == [0, 1, 2, 3]  # the first process's
+
+
+def test_tensor_parallelism_is_refused(runs):
+    (found,) = runs("refused", ["fsdp2"])
+    assert "splits each weight over tensor_parallel_size=2 processes" in found["said"]

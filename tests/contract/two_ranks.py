@@ -5,7 +5,9 @@ union of the rows. With `variants` it is every variant of the paradigms that act
 """
 
 import copy
+import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
-from tests.models import MIXTRAL, adapted, other_than
+from tests.models import MIXTRAL, adapted, other_than, quantized
 from tests.paradigms import ROWS, build, headed
 
 LLAMA = {
@@ -58,6 +60,10 @@ COUPLED = (
     "remax",
 )
 """What GRPO's row varies and the rows of all ranks decide."""
+
+
+QUANTIZED = (("sft", "8bit"), ("dpo", "4bit"), ("grpo", "4bit")) if importlib.util.find_spec("bitsandbytes") else ()
+"""Paradigms on a quantized base, where its package is installed."""
 
 
 class NoTokenizer:
@@ -119,7 +125,7 @@ def muon() -> AlignmentModule:
     )
 
 
-WHOLE = ("muon",)
+WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
 """What is refused in shards."""
 
 Case = tuple[str, Callable[[], AlignmentModule], Callable]
@@ -179,6 +185,16 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name, row in ROWS.items():
         yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
+    with tempfile.TemporaryDirectory() as folder:  # of each rank
+        for name, kind in QUANTIZED:
+            held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
+            yield (
+                f"{name} {kind}",
+                lambda name=name, kind=kind, held=held: make(
+                    name, policy=quantized(policy, kind, Path(folder) / "base"), **held
+                ),
+                ROWS[name].batch,
+            )
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}

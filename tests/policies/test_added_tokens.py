@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment_modules import LoraConfig, PolicyConfig, SFTModule
 from alignment_modules.cli import main
+from alignment_modules.policies.adapters import adapter_is_identity, adapter_off, merged_state
 from alignment_modules.policies.added_tokens import token_ids
 from alignment_modules.policies.export import check_export, export_policy
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.load import build_policy, check_vocabulary
-from alignment_modules.policies.lora import adapter_is_identity, adapter_off, merged_state
 from alignment_modules.policies.probing import prepare
 from alignment_modules.rollouts.decoders.select import select_decoder
 from datamodules import SFTDataModule
@@ -176,9 +176,14 @@ def test_a_quantized_base_must_have_the_rows(folder, tmp_path):
     export_policy(build_policy(PolicyConfig(path=folder, added_tokens=CHAT)), tmp_path / "whole", tokenizer)
     policy = build_policy(PolicyConfig(path=str(tmp_path / "whole"), **options))
     assert any("trainable_tokens_delta" in name for name, p in policy.named_parameters() if p.requires_grad)
-    with pytest.raises(ValueError, match="lora='merge': the base is quantized"):
-        check_export(policy, tmp_path / "new")
     check_export(policy, tmp_path / "new", lora="adapter")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0
+    merged = build_policy(str(export_policy(policy, tmp_path / "new", tokenizer)))
+    tokens = torch.tensor([[5, len(tokenizer) - 1, 8]])
+    with torch.no_grad():
+        assert torch.allclose(merged(tokens).logits, policy(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rollouts_are_drawn_by_the_fast_decoder(folder):

@@ -10,10 +10,12 @@ from torch import nn
 
 from alignment_modules.policies.critic import build_critic, read_values
 from alignment_modules.policies.frozen import Frozen, frozen_companion
+from alignment_modules.policies.load import LoraConfig, PolicyConfig, build_policy
+from alignment_modules.policies.lora import add_lora
 from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import score
-from alignment_modules.policies.sharded import class_of, gathered, is_sharded, is_whole, local, whole
+from alignment_modules.policies.sharded import class_of, free, gathered, is_sharded, is_whole, local, whole
 from alignment_modules.policies.sharding import find_layers, models_in, shard, shard_children
 from alignment_modules.rollouts.decoders.llama.weights import no_fast_decoding
 from alignment_modules.training.loss_weights import label_segments
@@ -114,8 +116,11 @@ def test_a_head_in_float32_on_a_trunk_in_bfloat16(mesh, tiny_llama):
     assert local(critic.score.weight.grad).abs().sum() > 0
 
 
-def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama):
-    policy = adapted(tiny_llama)
+def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama_config):
+    tiny_llama = build_policy(PolicyConfig(config=tiny_llama_config | {"tie_word_embeddings": False}))
+    torch.manual_seed(2)
+    # adapters in layers, and in the group of what is outside of them
+    policy = add_lora(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     reference = Frozen(None, of=policy)
     segments = label_segments(ROWS["sft"].batch([0, 1]))
     with reading_mode(tiny_llama):
@@ -130,6 +135,29 @@ def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama
         assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("off", [False, True])
+def test_scores_of_a_frozen_model_are_kept_while_its_weights_come_and_go(mesh, tiny_llama, off):
+    policy = adapted(tiny_llama)
+    reference = Frozen(None if off else copy.deepcopy(tiny_llama), of=policy)
+    segments = label_segments(ROWS["sft"].batch([0, 1]))
+    shard(policy, mesh)
+    if not off:
+        shard(reference.module, mesh)
+    computed = []
+
+    def compute():
+        with reference.reading() as model:
+            computed.append(score(model, segments).token_logps)
+        return computed[-1]
+
+    for _ in range(3):
+        score(policy, segments).token_logps.sum().backward()
+        assert torch.equal(reference.cached([b"0", b"1"], compute), computed[0])
+        if not off:
+            free(reference.module)
+    assert len(computed) == 1
+
+
 def test_refuses_models_that_cannot_be_sharded(mesh, tiny_llama):
     mixed = copy.deepcopy(tiny_llama)
     mixed.model.layers[0].mlp.to(torch.bfloat16)
@@ -141,6 +169,10 @@ def test_refuses_models_that_cannot_be_sharded(mesh, tiny_llama):
         shard(quantized, mesh)
     with pytest.raises(ValueError, match="policy is compiled as a whole"):
         shard(torch.compile(Blocks()), mesh)
+    compiled = copy.deepcopy(tiny_llama)
+    compiled.model.layers[0].compile()
+    with pytest.raises(ValueError, match="reference has compiled layers"):
+        shard(compiled, mesh, name="reference")
     module = nn.Module()
     module.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="parameter 'scale' of its own"):

@@ -116,7 +116,7 @@ def test_does_not_ask_again_what_was_refused(judge, server):
 
 def test_a_request_that_fails_for_good(judge, server, caplog):
     server.script = [(500, "broken", 0)] * 2
-    with pytest.raises(RewardError, match=r"asked 2 times: OSError: .*answered 500"):
+    with pytest.raises(RewardError, match=r"asked 2 times: RequestError: .*answered 500"):
         judge(retries=1)(["22"], ["1+1="])
     server.script = [(500, "broken", 0)]
     found = judge(retries=0, on_failure="none", max_workers=1)(["22", "3"], ["1+1=", "1+2="])

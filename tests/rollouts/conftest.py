@@ -1,4 +1,12 @@
-"""Tiny policies and a naive rescoring that shares no code with the sampler."""
+"""Tiny policies, a naive rescoring that shares no code with the sampler, and a server that stands in for vLLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +100,72 @@ def rescore():
         return result
 
     return naive
+
+
+class StandIn:
+    """A server process (`tests/rollouts/http_server.py`), which can be killed, started again, and made to do wrong."""
+
+    def __init__(self, launcher, folder):
+        self.launcher, self.folder, self.port = launcher, folder, 0
+        self.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        """Starts it, with the weights in its folder, at the address that it had."""
+        self.launcher.stdin.write(f"start {self.folder} {self.port}\n")
+        self.launcher.stdin.flush()
+        _, port, pid = self.launcher.stdout.readline().split()
+        self.port, self.pid = int(port), int(pid)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wrong(self, **how):
+        """From now on it does this wrong, and nothing else."""
+        request = urllib.request.Request(f"{self.url}/control", json.dumps(how).encode(), method="POST")
+        urllib.request.urlopen(request).read()
+
+    def state(self):
+        return json.loads(urllib.request.urlopen(f"{self.url}/control").read())
+
+    def asked(self, route=""):
+        """The bodies of the requests for a route, or all routes that were asked for."""
+        log = self.state()["log"]
+        return [body for path, body in log if path == route] if route else [path for path, _ in log]
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.rollouts.http_server"],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "launched\n"
+    yield process
+    process.stdin.close()
+    process.wait(20)
+
+
+@pytest.fixture
+def stand_in(launcher):
+    """Starts servers of a folder's model; they are killed at the end."""
+    started = []
+
+    def start(folder):
+        started.append(StandIn(launcher, folder))
+        return started[-1]
+
+    yield start
+    for server in started:
+        try:
+            server.kill()
+        except ProcessLookupError:
+            continue

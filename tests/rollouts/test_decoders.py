@@ -1,9 +1,15 @@
 """Which decoder a policy gets, and that each is right for the models it takes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from alignment_modules import LoraConfig as AdapterOptions
+from alignment_modules import PolicyConfig
+from alignment_modules.policies.frozen import frozen_companion
+from alignment_modules.policies.lora import add_lora
 from alignment_modules.rollouts import SamplingParameters, sample
 from alignment_modules.rollouts.decoders.base import RecomputeDecoder
 from alignment_modules.rollouts.decoders.cached import CachedDecoder
@@ -173,10 +179,11 @@ def lora(policy, **options):
     return model
 
 
-def test_lora_is_merged_into_the_fast_weights(make_policy, rescore):
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_lora_is_merged_into_the_fast_weights(make_policy, rescore, options):
     plain = make_policy()
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    policy = lora(plain)
+    policy = lora(plain, **options)
     assert select_decoder(policy, 20) is FastDecoder
     adapted = check(policy, rescore)
     with policy.disable_adapter():
@@ -187,7 +194,28 @@ def test_lora_is_merged_into_the_fast_weights(make_policy, rescore):
     assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
+def test_adapters_that_start_from_their_base_and_one_beside_them(make_policy, rescore, tmp_path):
+    plain = make_policy()
+    plain.save_pretrained(tmp_path / "base")
+    plain.name_or_path = str(tmp_path / "base")
+    saved = lora(copy.deepcopy(plain))
+    saved.save_pretrained(tmp_path / "other")
+    policy = add_lora(plain, AdapterOptions(r=4, alpha=8, init="pissa")).eval()
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and "lora_B" in name:
+            nn.init.normal_(parameter, 0.0, 0.2)
+    assert select_decoder(policy, 20) is FastDecoder
+    own = check(policy, rescore)
+    reference = PolicyConfig(path=str(tmp_path / "other"), merge_adapter=False)
+    with frozen_companion(reference, policy).reading() as other:
+        assert select_decoder(other, 20) is FastDecoder
+        apart = check(other, rescore)
+        assert torch.equal(apart.token_logps, check(saved, rescore).token_logps)
+    assert torch.equal(check(policy, rescore).token_logps, own.token_logps)
+    assert not torch.equal(apart.token_logps[:, 0], own.token_logps[:, 0])
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
 def test_other_adapters_use_the_models_forward(make_policy, rescore, options):
     policy = lora(make_policy(tie_word_embeddings=False), **options)
     assert select_decoder(policy, 20) is CachedDecoder

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row
 from alignment_modules.cli.inspection.gather import read_epoch, rows_of
+from alignment_modules.policies.quantization import bytes_of
 from alignment_modules.policies.weights import has_weights
 from alignment_modules.rewards import RewardError, RewardSet, SequenceClassifier
 from alignment_modules.rollouts.codec import columns_of, real_tokens
@@ -129,7 +130,7 @@ def _measure_memory(module: AlignmentModule) -> Memory:
     made = made if isinstance(made, list) else [made]
     optimizers: list[Optimizer] = [entry["optimizer"] if isinstance(entry, dict) else entry for entry in made]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    weights = sum(map(_bytes, trained))
+    weights = sum(map(bytes_of, trained))
     policy = list(module.policy.parameters())
     return Memory(
         parameters=sum(parameter.numel() for parameter in policy),
@@ -137,7 +138,7 @@ def _measure_memory(module: AlignmentModule) -> Memory:
         weights=weights,
         gradients=weights,
         optimizer=_state_bytes(optimizers) if all(parameter.is_meta for parameter in trained) else None,
-        frozen=sum(_bytes(parameter) for parameter in module.parameters() if not parameter.requires_grad),
+        frozen=sum(bytes_of(parameter) for parameter in module.parameters() if not parameter.requires_grad),
         optimizer_name=type(optimizers[0]).__name__,
     )
 
@@ -153,13 +154,9 @@ def _state_bytes(optimizers: list[Optimizer]) -> int | None:
         except Exception:  # one that looks at numbers, or needs a closure
             return None
         held = [value for state in optimizer.state.values() for value in state.values()]
-        total += sum(_bytes(value) for value in held if isinstance(value, Tensor))
+        total += sum(bytes_of(value) for value in held if isinstance(value, Tensor))
         optimizer.zero_grad(set_to_none=True)
     return total
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _computes(reward: Any) -> bool:

@@ -8,10 +8,7 @@ from typing import Any
 from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Passage, Plan, RewardUse, Row, Sizes
 from alignment_modules.cli.inspection.tokens import printable
 
-LEFT_OUT = (
-    "activations, buffers, copies that a strategy makes, reward models, and a sampler's cache; a quantized base counts "
-    "in its dtype"
-)
+LEFT_OUT = "activations, buffers, copies that a strategy makes, reward models, and a sampler's cache"
 _BINS = 10
 _WHY = {
     "truncated": "longer than max_length, cut to it",

@@ -190,22 +190,24 @@ def _known(module: nn.Module, modeling: str) -> bool:
         return True
     if kind.__module__ == _LORA_LINEAR and kind.__name__ == "Linear":
         return _mergeable(module)
+    if kind.__module__ == "peft.tuners.lora.dora" and kind.__name__ == "DoraLinearLayer":
+        return True
     if trains_rows(module) or kind.__name__ == "TrainableTokensLayer":
         return True
     return kind.__module__.startswith("peft.tuners") and kind.__name__ == "BufferDict"
 
 
 def _mergeable(layer: Any) -> bool:
-    """Whether a LoRA layer is `base + scaling * B A` and nothing else."""
+    """Whether a LoRA layer is `base + scaling * B A`, with each output scaled where it is DoRA, and nothing else."""
     if type(layer.base_layer) is not nn.Linear or (layer.disable_adapters and layer.merged):
         return False
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in active:
         dropout = layer.lora_dropout[name]
         if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0:
             return False
-        if name in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(name):
+        variant = layer.lora_variant.get(name)
+        if variant is not None and (len(active) > 1 or type(variant).__name__ != "DoraLinearVariant"):
             return False
         if layer.lora_B[name].bias is not None:
             return False
@@ -220,8 +222,15 @@ def _weight(linear: Any) -> Tensor:
     if linear.disable_adapters or linear.merged:
         return weight
     for name in linear.active_adapters:
-        if name in linear.lora_A:
-            weight = weight + linear.get_delta_weight(name).to(weight.dtype)
+        if name not in linear.lora_A:
+            continue
+        update = linear.get_delta_weight(name).to(weight.dtype)
+        if name in linear.lora_magnitude_vector:
+            magnitude = linear.lora_magnitude_vector[name]
+            scale = magnitude.weight / magnitude.get_weight_norm(weight, update, scaling=1)
+            weight = scale.view(-1, 1) * (weight + update)
+        else:
+            weight = weight + update
     return weight
 
 

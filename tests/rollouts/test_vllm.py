@@ -1,0 +1,408 @@
+"""The engine over HTTP against a server process that has its routes: the same completions, and whatever goes wrong."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment_modules.policies import LoraConfig, PolicyConfig, build_policy
+from alignment_modules.policies.lora import add_lora
+from alignment_modules.rollouts import NonFiniteLogits, SamplingParameters
+from alignment_modules.rollouts.codec import Codec
+from alignment_modules.rollouts.engines import EngineError, InProcessEngine, VLLMEngine, vllm
+from alignment_modules.rollouts.engines.answers import completions_of, read_answer
+from alignment_modules.rollouts.engines.server import UNFINISHED
+from alignment_modules.rollouts.prompts import Prompts
+from alignment_modules.rollouts.seeds import Seeds
+
+GENERATE = "/inference/v1/generate"
+PARAMETERS = SamplingParameters(6, temperature=0.8, stop_token_ids=tuple(range(0, 40, 5)))
+FILTERED = SamplingParameters(6, temperature=0.9, top_k=12, top_p=0.9, min_p=0.02, stop_token_ids=(0, 5))
+PROMPTS = Prompts.from_rows([[3, 8, 1, 9], [11], [2, 6, 4, 4, 21, 30]], torch.device("cpu"))
+SEEDS = Seeds([5, 2, 9], seed=3, step=1, draw=1)
+
+
+@pytest.fixture(scope="module")
+def folder(built_llama, tmp_path_factory):
+    """The tiny model, as the server is started with."""
+    path = tmp_path_factory.mktemp("served")
+    built_llama[0].save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def server(stand_in, folder):
+    return stand_in(folder)
+
+
+@pytest.fixture
+def engine(server, tmp_path):
+    return VLLMEngine(server.url, str(tmp_path / "weights"), timeout=20, retries=2)
+
+
+def changed(policy):
+    """The same policy after an update that can be seen."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.2)
+    return policy
+
+
+def written(engine, policy, parameters=PARAMETERS, prompts=PROMPTS, seeds=SEEDS, num_samples=2):
+    engine.push(policy)
+    return engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+
+
+def assert_equal(found, wanted):
+    """Tokens and ends exactly; log-probabilities to the rounding of another batch."""
+    assert torch.equal(found.ids, wanted.ids)
+    assert torch.equal(found.mask, wanted.mask)
+    assert torch.equal(found.truncated, wanted.truncated)
+    torch.testing.assert_close(found.token_logps, wanted.token_logps, atol=1e-5, rtol=0)
+    assert (found.support is None) == (wanted.support is None)
+    if found.support is not None:
+        sets = [
+            one.take(torch.arange(one.sizes.numel())).excluded(slice(None), 40)
+            for one in (found.support, wanted.support)
+        ]
+        assert torch.equal(*sets)
+
+
+@pytest.mark.parametrize("parameters", [PARAMETERS, FILTERED, SamplingParameters(6, greedy=True, stop_token_ids=(5,))])
+def test_completions_are_those_of_the_engine_in_process(engine, server, tiny_llama, parameters):
+    policy = changed(tiny_llama)
+    wanted = written(InProcessEngine(Codec()), policy, parameters)
+    assert_equal(written(engine, policy, parameters), wanted)
+    assert 0 < int(wanted.truncated.sum()) < len(wanted.truncated) or parameters is not PARAMETERS
+    rows = server.asked(GENERATE)[1:]  # the first is the probe
+    assert sorted(row["token_ids"] for row in rows) == sorted(2 * [[3, 8, 1, 9], [11], [2, 6, 4, 4, 21, 30]])
+    assert len({row["sampling_params"]["seed"] for row in rows}) == len({row["request_id"] for row in rows}) == 6
+
+
+def test_a_samples_seed_is_its_own_whatever_else_is_asked_for(engine, server, tiny_llama):
+    written(engine, tiny_llama)
+    alone = Prompts.from_rows([[11]], torch.device("cpu"))
+    written(engine, tiny_llama, prompts=alone, seeds=Seeds([2], seed=3, step=1, draw=1), num_samples=1)
+    *rows, last = server.asked(GENERATE)
+    [same] = [row for row in rows if row["request_id"].startswith("3.1.1.2.0.0-")]
+    assert same["sampling_params"] == last["sampling_params"]
+    assert same["request_id"] != last["request_id"]
+
+
+def test_stop_strings(stand_in, model_folder, tmp_path):
+    server = stand_in(model_folder)
+    policy = build_policy(model_folder)
+    from transformers import AutoTokenizer
+
+    codec = Codec(AutoTokenizer.from_pretrained(model_folder))
+    parameters = SamplingParameters(24, stop_strings=["e", "ab", "Q", "7"], stop_token_ids=(2,))
+    engine = VLLMEngine(server.url, str(tmp_path / "weights"))
+    prompts = Prompts.from_rows([codec.encode("1+1=")], torch.device("cpu"))
+    options = {"prompts": prompts, "seeds": Seeds([0]), "num_samples": 8}
+    with pytest.raises(ValueError, match=r"stop_strings=.*needs a tokenizer"):
+        written(engine, policy, parameters, **options)
+    engine.codec = codec
+    found, wanted = (written(one, policy, parameters, **options) for one in (engine, InProcessEngine(codec)))
+    assert_equal(found, wanted)
+    assert 0 < int(wanted.truncated.sum()) < 8
+
+
+@pytest.mark.parametrize("parameters", [PARAMETERS, FILTERED])
+def test_sessions_are_those_of_the_engine_in_process(engine, tiny_llama, parameters):
+    sessions = []
+    for one in (engine, InProcessEngine(Codec())):
+        one.push(tiny_llama)
+        session = one.open(PROMPTS, parameters, num_samples=2, seeds=SEEDS)
+        one.extend(session, [0, 2, 3, 5], [[12, 13], [14], [15, 16, 17], [1, 2]])
+        turn = one.extend(session, [2, 5], [[31, 32, 33], [34]])
+        assert session.turn is turn
+        with pytest.raises(ValueError, match="open rows"):
+            one.extend(session, [0], [[1]])
+        sessions.append(one.close(session))
+    found, wanted = sessions
+    assert_equal(found, wanted)
+    assert torch.equal(found.own, wanted.own)
+
+
+class TestPush:
+    def test_weights_are_sent_when_they_changed_and_only_then(self, engine, server, tiny_llama, tmp_path):
+        for number in (1, 2, 3):
+            engine.push(changed(tiny_llama))
+            engine.push(tiny_llama)
+            assert engine.version() == number
+            [folder] = (tmp_path / "weights").iterdir()
+            assert server.state()["version"] == folder.name
+        assert server.asked("/collective_rpc")[-1]["kwargs"]["weights_path"] == str(folder)
+        assert len(server.asked("/collective_rpc")) == 3
+        assert not server.state()["paused"]
+        assert float(engine.statistics()["engine/probe_difference"].total) < 1e-5
+
+    def test_reload_names_the_weights_only_when_they_are_there(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        routes = [route for route in server.asked() if route != "/weight_info"]
+        assert routes == [
+            "/pause",
+            "/update_weight_version",
+            "/collective_rpc",
+            "/update_weight_version",
+            "/reset_prefix_cache",
+            "/resume",
+            GENERATE,
+        ]
+        assert server.asked("/update_weight_version")[0] == {"new_version": UNFINISHED}
+
+    def test_transfer_starts_updates_and_finishes(self, server, tiny_llama, tmp_path):
+        engine = VLLMEngine(server.url, str(tmp_path), update="transfer")
+        assert_equal(written(engine, changed(tiny_llama)), written(InProcessEngine(Codec()), tiny_llama))
+        routes = server.asked()
+        assert routes.index("/start_weight_update") + 1 == routes.index("/update_weights")
+        assert routes.index("/update_weights") + 1 == routes.index("/finish_weight_update")
+        [finish] = server.asked("/finish_weight_update")
+        assert server.state()["version"] == finish["weight_version"] != UNFINISHED
+
+    def test_another_process_waits_for_the_first(self, engine, server, tiny_llama, tmp_path, monkeypatch):
+        first, second = engine, VLLMEngine(server.url, str(tmp_path), timeout=0.3)
+        rank = [1, 2]
+        monkeypatch.setattr(vllm, "rank_and_world_size", lambda: rank)
+        with pytest.raises(EngineError, match=r"process 1 waited timeout=0.3 seconds for the weights 'policy-"):
+            second.push(tiny_llama)
+        rank[0] = 0
+        first.push(tiny_llama)
+        rank[0] = 1
+        second.push(tiny_llama)
+        assert len(server.asked("/collective_rpc")) == 1
+        assert_equal(written(second, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
+
+    def test_the_server_sleeps_between_rollouts(self, server, tiny_llama, tmp_path, monkeypatch):
+        engine = VLLMEngine(server.url, str(tmp_path), sleeps=True)
+        written(engine, tiny_llama)
+        engine.sleep()
+        assert server.state()["asleep"]
+        written(engine, tiny_llama)
+        assert not server.state()["asleep"]
+        monkeypatch.setattr(vllm, "rank_and_world_size", lambda: (0, 2))
+        with pytest.raises(ValueError, match="sleeps=True needs a run in one process"):
+            engine.push(tiny_llama)
+
+    def test_a_server_with_the_old_weights_under_the_new_name_is_found_out(self, engine, server, tiny_llama):
+        server.wrong(keeps_weights=True)
+        with pytest.raises(EngineError, match=r"does not compute what the policy does: .* probe_tolerance=0.1"):
+            engine.push(changed(tiny_llama))
+        server.wrong()
+        assert_equal(written(engine, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
+
+    def test_a_server_that_tells_log_probabilities_without_the_temperature_is_found_out(
+        self, engine, server, tiny_llama
+    ):
+        server.wrong(raw_logps=True)
+        with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+            engine.push(tiny_llama)
+
+    def test_a_failed_exchange_leaves_the_server_running_and_its_weights_nameless(self, engine, server, tiny_llama):
+        server.wrong(missing=["/collective_rpc"])
+        with pytest.raises(EngineError, match=r"update='reload': the weights of .* could not be exchanged: .*404"):
+            engine.push(tiny_llama)
+        assert server.state() | {"log": 0} == {"log": 0, "paused": False, "asleep": False, "version": UNFINISHED}
+
+    def test_a_server_without_development_routes(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        server.wrong(missing=["/weight_info"])
+        with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
+            engine.push(tiny_llama)
+
+
+class TestTrouble:
+    def test_a_busy_server_is_asked_again_and_what_was_answered_is_kept(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        before = len(server.asked(GENERATE))
+        server.wrong(busy={"route": GENERATE, "times": 2})
+        assert_equal(written(engine, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
+        assert len(server.asked(GENERATE)) - before == 6 + 2
+
+    def test_a_slow_server(self, server, tiny_llama, tmp_path):
+        engine = VLLMEngine(server.url, str(tmp_path), timeout=1.0, retries=0)
+        engine.push(tiny_llama)
+        server.wrong(slow={"route": GENERATE, "seconds": 2.0})
+        with pytest.raises(EngineError, match=rf"{GENERATE} gave no answer within timeout=1 seconds; asked 1 times"):
+            written(engine, tiny_llama)
+
+    def test_a_server_that_is_gone(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        server.kill()
+        with pytest.raises(EngineError, match=r"cannot be reached: .*; asked 3 times. Is the server running\? The run"):
+            engine.generate(PROMPTS, PARAMETERS, seeds=SEEDS)
+
+    def test_a_server_that_was_restarted_before_a_push_gets_the_weights_again(self, engine, server, tiny_llama):
+        engine.push(changed(tiny_llama))
+        server.kill()
+        server.start()
+        assert_equal(written(engine, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
+        assert engine.version() == 1
+
+    def test_a_server_that_was_restarted_after_a_push_gets_them_again_and_writes_anew(self, engine, server, tiny_llama):
+        engine.push(changed(tiny_llama))
+        server.kill()
+        server.start()
+        found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
+        assert_equal(found, written(InProcessEngine(Codec()), tiny_llama))
+
+    def test_a_server_that_stops_for_a_while(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            import threading
+
+            threading.Timer(0.5, os.kill, [server.pid, signal.SIGCONT]).start()
+            found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert_equal(found, written(InProcessEngine(Codec()), tiny_llama))
+
+    def test_answers_of_another_version_are_refused(self, engine, server, tiny_llama):
+        engine.push(tiny_llama)
+        server.wrong(version="of another run")
+        with pytest.raises(EngineError, match="answers with the weights 'of another run' again, though 'policy-"):
+            engine.generate(PROMPTS, PARAMETERS, seeds=SEEDS)
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"no_logps": True}, "answered without tokens and their log-probabilities"),
+            ({"no_mask": True}, "start it with --return-sampling-mask"),
+            ({"finish_reason": "abort"}, r"ended request '3\.1\.1.*' with finish_reason='abort'"),
+        ],
+    )
+    def test_half_an_answer(self, engine, server, tiny_llama, wrong, message):
+        engine.push(tiny_llama)
+        server.wrong(**wrong)
+        with pytest.raises(EngineError, match=message):
+            engine.generate(PROMPTS, FILTERED, seeds=SEEDS)
+
+    def test_what_an_answer_must_hold(self):
+        request = {"request_id": "x"}
+        choice = {"finish_reason": "stop", "token_ids": [1, 2], "logprobs": {"content": [{"logprob": -1.0}]}}
+        with pytest.raises(EngineError, match="2 tokens, 1 log-probabilities"):
+            read_answer(choice, request)
+        choice["logprobs"]["content"].append({"logprob": float("nan")})
+        choice["sampling_mask"] = [[1, 4], [4, 5]]
+        answer = read_answer(choice, request)
+        device = torch.device("cpu")
+        with pytest.raises(NonFiniteLogits):
+            completions_of([answer], FILTERED, None, pad_token_id=0, device=device)
+        choice["logprobs"]["content"][1]["logprob"] = -2.0
+        with pytest.raises(EngineError, match="drew token 2 from a set without it"):
+            completions_of([read_answer(choice, request)], FILTERED, None, pad_token_id=0, device=device)
+
+
+class TestAdapters:
+    @pytest.fixture
+    def policy(self, folder):
+        torch.manual_seed(1)
+        return adapted(build_policy(PolicyConfig(path=folder, lora=LoraConfig(r=2, alpha=4))))
+
+    def test_each_version_is_an_adapter_of_its_own_name(self, engine, server, policy, tmp_path):
+        names = []
+        for _ in range(2):
+            assert_equal(written(engine, adapted(policy)), written(InProcessEngine(Codec()), policy))
+            names.append(server.asked(GENERATE)[-1]["model"])
+            assert {body["lora_name"] for body in server.asked("/v1/load_lora_adapter")} == {*names}
+            assert [path.name for path in (tmp_path / "weights").iterdir()] == [names[-1]]
+        assert len({*names}) == 2
+        assert server.asked("/v1/unload_lora_adapter") == [{"lora_name": names[0]}]
+        assert not server.asked("/collective_rpc")
+
+    def test_a_restarted_server_is_given_the_adapter_again(self, engine, server, policy):
+        engine.push(policy)
+        for again in (engine.push, lambda policy: None):
+            server.kill()
+            server.start()
+            again(policy)
+            found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
+            assert_equal(found, written(InProcessEngine(Codec()), policy))
+
+    def test_another_base_is_found_out(self, stand_in, built_llama, policy, tmp_path):
+        changed(built_llama[0].from_pretrained(policy.peft_config["default"].base_model_name_or_path)).save_pretrained(
+            tmp_path / "other"
+        )
+        engine = VLLMEngine(stand_in(tmp_path / "other").url, str(tmp_path / "weights"))
+        with pytest.raises(EngineError, match="Was it started with another model"):
+            engine.push(policy)
+
+    def test_merged_with_its_base(self, server, policy, tmp_path):
+        engine = VLLMEngine(server.url, str(tmp_path), lora="merge")
+        found, wanted = (written(one, policy) for one in (engine, InProcessEngine(Codec())))
+        assert torch.equal(found.ids, wanted.ids)
+        assert not server.asked("/v1/load_lora_adapter")
+        assert len(server.asked("/collective_rpc")) == 1
+
+    def test_another_process_waits_for_the_adapter(self, engine, server, policy, tmp_path, monkeypatch):
+        engine.push(policy)
+        monkeypatch.setattr(vllm, "rank_and_world_size", lambda: (1, 2))
+        second = VLLMEngine(server.url, str(tmp_path), timeout=0.3)
+        assert_equal(written(second, policy), written(InProcessEngine(Codec()), policy))
+        with pytest.raises(EngineError, match="process 1 waited"):
+            second.push(adapted(policy))
+
+    def test_what_vllm_reads_no_adapter_of(self, engine, tiny_llama):
+        policy = add_lora(tiny_llama, LoraConfig(r=2, use_dora=True))
+        with pytest.raises(ValueError, match=r"lora.use_dora=True: vLLM reads no adapter with it"):
+            engine.push(policy)
+
+    def test_a_server_that_takes_no_adapters(self, engine, server, policy):
+        server.wrong(missing=["/v1/load_lora_adapter"])
+        with pytest.raises(EngineError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
+            engine.push(policy)
+
+
+def adapted(policy):
+    """The same LoRA policy after an update that can be seen."""
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return policy.eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "url='localhost:8000' must begin with http"),
+        ({"update": "nccl"}, "update='nccl' must be 'reload' or 'transfer'"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"probe_tolerance": 0}, "probe_tolerance=0"),
+        ({"max_concurrency": 0}, "max_concurrency=0"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env='NO_SUCH_KEY': this environment variable is not set"),
+    ],
+)
+def test_options_that_are_refused(tmp_path, options, message):
+    given = {"url": "http://localhost:8000", "folder": str(tmp_path)} | options
+    with pytest.raises(ValueError, match=message):
+        VLLMEngine(**given)
+
+
+def test_filters_without_a_bound_are_refused(tmp_path):
+    engine = VLLMEngine("http://localhost:8000/v1", str(tmp_path))
+    assert engine.server.url == "http://localhost:8000"
+    with pytest.raises(ValueError, match=r"evaluation.top_p=0.9 needs evaluation.top_k with VLLMEngine"):
+        engine.check("evaluation.", SamplingParameters(top_p=0.9))
+    with pytest.raises(ValueError, match=r"min_p=0.1 needs top_k"):
+        engine.check("", SamplingParameters(min_p=0.1))
+    engine.check("", SamplingParameters(top_p=0.9, top_k=20))
+
+
+def test_policies_that_no_server_reads(tmp_path, bigram):
+    engine = VLLMEngine("http://localhost:8000", str(tmp_path))
+    with pytest.raises(ValueError, match="cannot push Bigram: a server reads models of transformers"):
+        engine.push(bigram)
+    with pytest.raises(ValueError, match="push one first"):
+        engine.generate(PROMPTS, PARAMETERS, seeds=SEEDS)
+
+
+def test_the_key_is_sent_and_nowhere_else(server, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGINE_KEY", "secret")
+    engine = VLLMEngine(server.url, str(tmp_path), api_key_env="ENGINE_KEY")
+    engine.push(tiny_llama)
+    assert "secret" not in repr(vars(engine)) + repr(vars(engine.server)) + engine.describe()
+    assert all("secret" not in path.read_text(errors="ignore") for path in Path(tmp_path).rglob("*") if path.is_file())

@@ -3,10 +3,10 @@
     python benchmarks/layers.py compiled sft dpo grpo --size 135m
     python benchmarks/layers.py recomputed --size 135m
 
-`compiled` trains two policies of the same weights in one process, step by step in turn, one compiled: the ratio of each
-pair of steps hardly depends on what else the machine does. It prints the median ratio of the steps after the warm-up,
-what the compiled warm-up took longer, and how far losses are apart. What is sampled is outside the ratio: both sample
-alike.
+`compiled` trains two policies of the same weights in one process, step by step in turn, one compiled. It prints the
+median ratio of the processor time of a pair of steps after the warm-up, which hardly depends on what else the machine
+does, how much longer on the clock the compiled warm-up took, and how far losses are apart. What is sampled is outside
+the ratio: both sample alike.
 
 `recomputed` trains SFT with each setting in processes of its own, round by round in turn. It prints the peak memory
 beyond the imports, and the processor time of a step on one thread, against no checkpointing.
@@ -48,15 +48,17 @@ class Side:
         self.module = run_ours.build_module(options, folder, bare=True, compile=compiled).train()
         self.optimizer = self.module.configure_optimizers()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # of this process's processor time
+        self.wall: list[float] = []
 
     def step(self, batch: Any) -> None:
         """One optimizer step, timed without its sampling."""
         if self.method in workload.GROUPS:
             batch = self.module.roll_out(batch)
-        began = time.perf_counter()
+        began, started = time.process_time(), time.perf_counter()
         run_ours.update(self.module, self.optimizer, self.parameters, batch, self.method)
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.process_time() - began)
+        self.wall.append(time.perf_counter() - started)
 
 
 def compare_compiled(options: argparse.Namespace) -> str:
@@ -73,7 +75,7 @@ def compare_compiled(options: argparse.Namespace) -> str:
         print(f"{options.method} {number}: {eager.seconds[-1]:.2f} {compiled.seconds[-1]:.2f}", file=sys.stderr)
     pairs = list(zip(eager.seconds, compiled.seconds, strict=True))
     ratios = [after / before for before, after in pairs[options.warmup :]]
-    cold = sum(after - before for before, after in pairs[: options.warmup])
+    cold = sum(compiled.wall[: options.warmup]) - sum(eager.wall[: options.warmup])
     losses = [[float(loss) for loss, _ in side.module.steps] for side in (eager, compiled)]
     apart = max(abs(one - other) / abs(one) for one, other in zip(*losses, strict=True))
     middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
@@ -96,7 +98,7 @@ def compare_recomputed(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for setting, results in found.items():
             results.append(run_recomputed(options, setting))
-            print(setting, round(results[-1]["seconds_median"], 2), file=sys.stderr)
+            print(setting, *(round(results[-1][key], 2) for key in ("seconds_median", "peak_mb")), file=sys.stderr)
     print("| setting | peak memory, MB | seconds | of no checkpointing's memory, time |\n|---|---|---|---|")
     plain: tuple[float, float] | None = None
     for setting, results in found.items():
@@ -113,7 +115,7 @@ def main() -> None:
     compiled, recomputed = kinds.add_parser("compiled"), kinds.add_parser("recomputed")
     compiled.add_argument("methods", nargs="+", choices=workload.METHODS)
     compiled.add_argument("--lora", action="store_true", help=measure.LORA_HELP)
-    compiled.add_argument("--threads", type=int, default=2)
+    compiled.add_argument("--threads", type=int, default=1)
     recomputed.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     recomputed.add_argument("--rounds", type=int, default=2)
     for kind in (compiled, recomputed):

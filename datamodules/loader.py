@@ -166,19 +166,37 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken: the next iterator starts at that epoch's next batch.
 
+        Another number of ranks may take it up if their batches together have as many rows: the rows of each step are
+        then the same.
+
         Raises:
             ValueError: A setting differs from the one the state was saved with.
         """
         sampler = self.sampler
         if not state or not isinstance(sampler, ResumableSampler):
             return
-        for name, now in self._settings().items():
-            saved = state.get(name, now)
-            if saved != now:
-                raise ValueError(
-                    f"cannot resume the training data: {name} was {saved!r} when the checkpoint was saved and is "
-                    f"{now!r} now. Resume with the same data, seed, batch size and number of processes, or start a new "
-                    "run from the exported weights"
-                )
+        now = self._settings()
+        other = {name: value for name, value in now.items() if state.get(name, value) != value}
+        if _same_batches(state, now):
+            other = {name: value for name, value in other.items() if name not in ("world_size", "batch_size")}
+        if other:
+            name, value = next(iter(other.items()))
+            raise ValueError(
+                f"cannot resume the training data: {name} was {state[name]!r} when the checkpoint was saved and is "
+                f"{value!r} now. Resume with the same data, seed, batch size and number of processes (or with another "
+                "number of processes whose batches together have as many rows), or start a new run from the exported "
+                "weights"
+            )
         sampler.epoch, sampler.start_batch = int(state["epoch"]), int(state["batches_seen"])
         self._progress = None
+
+
+def _same_batches(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the batches of all ranks together hold the same rows as before, dealt to another number of ranks."""
+    if not {"world_size", "batch_size"} <= then.keys():
+        return False
+    step = now["world_size"] * now["batch_size"]
+    tail = 0 if now["drop_last"] else now["num_rows"] % step
+    # a tail of fewer rows than ranks is filled up with rows that come twice
+    alike = tail == 0 or tail >= max(then["world_size"], now["world_size"])
+    return alike and then["world_size"] * then["batch_size"] == step

@@ -15,7 +15,8 @@ from alignment_modules.callbacks.sample_table import SampleTable
 from alignment_modules.callbacks.stop_and_save import StopAndSave
 from alignment_modules.callbacks.tensorboard import TensorBoard
 from alignment_modules.callbacks.throughput import Throughput
-from alignment_modules.training.checkpoint_io import AtomicCheckpointIO, CheckpointError
+from alignment_modules.training.checkpoint_files import CheckpointError
+from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
 
 __all__ = [
     "AtomicCheckpointIO",

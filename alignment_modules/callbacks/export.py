@@ -16,11 +16,14 @@ from alignment_modules.callbacks.averaging import PolicyAverage
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
+from alignment_modules.policies.sharded import sharded_parts
 from alignment_modules.training.best import monitoring_callback, weights_from
 
 
 class ExportPolicy(Callback):
     """Writes the policy at the end of `fit`, by the module's `export(directory, lora=...)`, on rank 0.
+
+    A sharded module's `export` is called on all ranks, which take part in putting it together.
 
     The folder's model card (`README.md`) says what was trained on what, with the configuration and the last metrics.
     Nothing is written after an exception, nor in a `fast_dev_run`.
@@ -93,7 +96,8 @@ class ExportPolicy(Callback):
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = self._target(trainer)
-        if trainer.is_global_zero:
+        weights = None
+        if trainer.is_global_zero or sharded_parts(pl_module):
             with ExitStack() as stack:
                 weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
                 pl_module.export(directory, lora=self.lora)  # type: ignore[operator]
@@ -103,6 +107,7 @@ class ExportPolicy(Callback):
             if average is not None and self.unaveraged:
                 with average.unaveraged(pl_module):
                     pl_module.export(directory / "unaveraged", lora=self.lora)  # type: ignore[operator]
+        if trainer.is_global_zero:
             if read_note(directory):  # a module's own `export` may write something else
                 write_model_card(directory, self._facts(trainer, pl_module, weights))
                 note_stages(directory, [*self._stages, str(getattr(pl_module, "paradigm", type(pl_module).__name__))])

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from alignment_modules.training.checkpoint_io import write_error
+from alignment_modules.training.checkpoint_files import write_error
 
 _AGAIN = 300.0  # seconds after which a logger that failed is tried again
 _RESTS: weakref.WeakKeyDictionary[Logger, "_Rest"] = weakref.WeakKeyDictionary()

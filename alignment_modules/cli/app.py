@@ -44,10 +44,11 @@ from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
-from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_first_process, is_of_run, resume_command
+from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_of_run, resume_command
 from alignment_modules.policies.export import stages_of
+from alignment_modules.policies.weights import is_first_process, on_first_process
 from alignment_modules.training.module import AlignmentModule
-from alignment_modules.training.strategies import refuse_strategy
+from alignment_modules.training.strategies import refuse_strategy, shards_weights
 from datamodules.rows.sources import check_sources
 
 logger = logging.getLogger(__name__)
@@ -154,9 +155,15 @@ class AlignCLI(LightningCLI):
             self._earlier = earlier_run(Path(root))
 
     def instantiate_classes(self) -> None:
-        """Builds module, datamodule and Trainer; an error of theirs comes as they raised it."""
+        """Builds module, datamodule and Trainer; an error of theirs comes as they raised it.
+
+        Of weights that are going to be sharded each process but the first builds the shapes alone.
+        """
+        strategy = self._get(self.config, "trainer").strategy
+        shards = shards_weights(getattr(strategy, "class_path", strategy))
         try:
-            super().instantiate_classes()
+            with on_first_process() if shards else contextlib.nullcontext():
+                super().instantiate_classes()
         except ValueError as error:
             raise find_cause(error) from None
 

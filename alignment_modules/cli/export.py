@@ -18,8 +18,9 @@ from alignment_modules.policies.export import MARKER, note_stages, stages_of
 from alignment_modules.policies.load import load_tokenizer
 from alignment_modules.policies.model_card import CardFacts, DataFacts, write_model_card
 from alignment_modules.training.best import Best, best_of_state
-from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
 from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.sharded_checkpoints import load_module, open_checkpoint
+from alignment_modules.training.sharded_io import is_checkpoint_folder
 
 
 def export_command(arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def export_command(arguments: list[str]) -> int:
     text, config = _read_config(config_file)
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # classes of the user's own
-    state = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    state, _ = open_checkpoint(checkpoint)
     module = _load_module(checkpoint, config)
     _attach_data(module, config)
     target = module.export(given.out, lora=given.lora)
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "model card.",
         "align export runs/sft runs/sft/best --which best",
     )
-    parser.add_argument("checkpoint", help="a file (checkpoints/*.ckpt of a run), or the run's folder")
+    parser.add_argument("checkpoint", help="a file or folder (checkpoints/*.ckpt of a run), or the run's folder")
     parser.add_argument("out", help="the folder to write; replaced where it is an export")
     parser.add_argument(
         "--which",
@@ -86,14 +87,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find_checkpoint(path: Path, which: str | None) -> tuple[Path, Best | None]:
-    """The file that is meant, and where it is the best one what it is the best by."""
+    """The checkpoint that is meant, and where it is the best one what it is the best by."""
     if not path.exists():
         raise ValueError(f"checkpoint={str(path)!r}: there is no such file or folder")
-    is_run = path.is_dir() and not (path / "meta.pt").is_file()
+    is_run = path.is_dir() and not is_checkpoint_folder(path)
     checkpoint = last_checkpoint(path) if is_run else path
     if which != "best":
         return checkpoint, None
-    best = best_of_state(AtomicCheckpointIO().load_checkpoint(checkpoint).get("callbacks", {}), checkpoint)
+    best = best_of_state(open_checkpoint(checkpoint)[0].get("callbacks", {}), checkpoint)
     return best.path, best
 
 
@@ -128,7 +129,7 @@ def _load_module(checkpoint: Path, config: dict[str, Any]) -> AlignmentModule:
     if not (isinstance(module_class, type) and issubclass(module_class, AlignmentModule)):
         raise ValueError(f"model.class_path={name!r} must be an AlignmentModule: others have no policy to export")
     try:
-        return module_class.load_from_checkpoint(checkpoint, map_location="cpu")
+        return load_module(module_class, checkpoint)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint={str(checkpoint)!r}: {error}") from error
 

@@ -52,12 +52,6 @@ def is_of_run(checkpoint: str | None, folders: Sequence[Path]) -> bool:
     return not path.exists() or any(folder.expanduser().resolve() in path.parents for folder in folders)
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that writes, as far as its launcher tells before there is a Trainer."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def follow_parent(parent: int) -> None:
     """Ends this process with the one that started it, also where it waits for that one in a library's own code.
 

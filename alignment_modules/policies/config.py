@@ -123,13 +123,9 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             "policy.dtype='float16' cannot be trained: updates of float16 weights underflow. Use 'float32' with "
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
+    _check_compile(policy)
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
-    if policy.compile and policy.gradient_checkpointing == "selective":
-        raise ValueError(
-            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
-            "shows no single product that could be kept. Allowed beside it are true, false and a number."
-        )
     _check_added_tokens(policy)
     if not policy.merge_adapter:
         _check_kept_adapter(policy)
@@ -148,6 +144,21 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
         raise ValueError(
             f"policy.revision={policy.revision!r} has no effect for the local folder {policy.path!r}; it belongs to a "
             "hub id."
+        )
+
+
+def _check_compile(policy: PolicyConfig) -> None:
+    if not policy.compile:
+        return
+    if policy.gradient_checkpointing == "selective":
+        raise ValueError(
+            "policy.gradient_checkpointing='selective' would have no effect with policy.compile=True: a compiled layer "
+            "shows no single product that could be kept. Allowed beside it are true, false and a number."
+        )
+    if policy.quantization is not None:
+        raise ValueError(
+            f"policy.compile=True is not for quantized layers (policy.quantization={policy.quantization!r}): leave one "
+            "of the two out."
         )
 
 

@@ -16,6 +16,7 @@ from alignment_modules.policies.adapter_start import has_start, save_as_lora
 from alignment_modules.policies.adapters import check_mergeable, has_adapter, merged_state
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.model_card import CardFacts, base_path, write_model_card
+from alignment_modules.policies.placing import assemble
 from alignment_modules.policies.weights import without_bar
 
 MARKER = "alignment_modules.json"  # says that a folder is an export, and so may be replaced by the next one
@@ -41,6 +42,8 @@ def export_policy(
     so that a reader never sees half an export and a failure leaves the former one as it was. The live model is not
     changed. Files that somebody added to the former export are carried over.
 
+    Of a sharded policy all processes call this: the first one puts it together, tensor by tensor, and writes it.
+
     Args:
         policy: A transformers model, a model with LoRA adapters, or a plain module, which gives `model.safetensors`
             and a note.
@@ -62,6 +65,10 @@ def export_policy(
     policy = getattr(policy, "_orig_mod", policy)  # torch.compile's wrapper
     target = Path(directory).expanduser().resolve()
     check_export(policy, target, lora=lora, tokenizer=tokenizer)
+    found = assemble(policy)
+    if found is None:
+        return target
+    policy = found
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

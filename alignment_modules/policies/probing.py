@@ -82,6 +82,20 @@ def prepare(policy: nn.Module) -> Capabilities:
     return found
 
 
+def adopt(policy: nn.Module, found: Capabilities) -> None:
+    """Takes over what `prepare` found out about the same policy in another process.
+
+    Args:
+        policy: As in `read`.
+        found: What it can do.
+    """
+    model: Any = language_model(policy)
+    if found.packed:
+        register_attention()
+        model.set_attn_implementation(ATTENTION_NAME)
+    _KNOWN[policy] = (_attention_name(model), found)
+
+
 def _attention_name(model: Any) -> str | None:
     return None if model is None else model.config.get_text_config()._attn_implementation
 

@@ -14,10 +14,9 @@ from alignment_modules.policies.compiling import is_compiled
 from alignment_modules.policies.forward import language_model
 from alignment_modules.policies.frozen import Frozen
 from alignment_modules.policies.layers import decoder_layers
-from alignment_modules.policies.probing import prepare
+from alignment_modules.policies.placing import check_alike, place
 from alignment_modules.policies.sharded import GATHERED_IN, is_sharded
 from alignment_modules.policies.value_head import ValueHead
-from alignment_modules.policies.weights import has_weights
 
 T = TypeVar("T")
 _SMALL = (torch.bfloat16, torch.float16)
@@ -45,7 +44,9 @@ def shard_children(module: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype |
             f"{type(module).__name__} has a parameter {own[0]!r} of its own, and what is sharded are the modules that "
             "it holds: put it into one (nn.Module), or use strategy='ddp'"
         )
-    for name, model in models_in(module):
+    models = dict(models_in(module))
+    check_alike("the models to be sharded", list(models))
+    for name, model in models.items():
         shard(model, mesh, gather=gather, name=name)
 
 
@@ -64,15 +65,16 @@ def models_in(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = None, name: str = "policy") -> None:
     """Shards a model in place over the processes of a mesh; one that is sharded already stays as it is.
 
+    All processes get the weights of the first one, which alone needs to hold them before (`policies.placing`).
+
     Each transformer layer is gathered by itself when it is computed, and freed after. What is outside of the layers
     (embeddings, a head, tied or not, norms) is one group, which stays gathered from the forward to the backward pass,
     so that `policies.reading` may apply the head by itself. Parameters may be frozen or not, and those of a group may
     be of several dtypes as long as the trainable ones are of one.
 
     Args:
-        model: Any module; where processes drew other weights, the first one's count. Its layers are the outermost list
-            of modules that it runs one after the other, all of them in each forward pass; one without is a single
-            group.
+        model: Any module. Its layers are the outermost list of modules that it runs one after the other, all of them in
+            each forward pass; one without is a single group.
         mesh: One dimension.
         gather: The dtype that layers are gathered and computed in (under autocast: states between them keep theirs);
             gradients are summed in float32. None: the one that they are held in.
@@ -86,21 +88,22 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, gather: torch.dtype | None = No
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     _check(model, name)
-    if has_weights(model):
-        prepare(model)  # what it can do is found out while it is whole
     layers = find_layers(model)
 
     def apply(part: Any, is_layer: bool, dtype: torch.dtype | None) -> None:
-        _send_from_first(part, mesh)
         precision = MixedPrecisionPolicy(dtype, _reduced_in(part, dtype), cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=is_layer, mp_policy=precision)
         part.is_layer = is_layer
 
-    for layer in layers:
-        apply(layer, True, gather)
-    for part in _of_another_dtype(model, layers):
-        apply(part, False, None)
-    apply(model, False, None)
+    def apply_all(_: nn.Module) -> None:
+        for layer in layers:
+            apply(layer, True, gather)
+        for part in _of_another_dtype(model, layers):
+            apply(part, False, None)
+        apply(model, False, None)
+
+    number = "" if mesh.device_type == "cpu" else f":{torch.accelerator.current_device_index()}"
+    place(model, apply_all, torch.device(f"{mesh.device_type}{number}"))
     model.set_reduce_scatter_unused_params(True)  # type: ignore[operator]  # an expert that one process did not need
     model.run_as_forward = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_as_forward")
@@ -143,17 +146,6 @@ def _reduced_in(module: nn.Module, gather: torch.dtype | None) -> torch.dtype | 
     """float32 where gradients would be summed over the processes in 16 bits."""
     held = {parameter.dtype for parameter in _unsharded(module) if parameter.requires_grad}
     return torch.float32 if gather in _SMALL or held & {*_SMALL} else None
-
-
-def _send_from_first(part: nn.Module, mesh: DeviceMesh) -> None:
-    """Moves what is not sharded yet to the mesh's device, and gives it the first process's values, as DDP does."""
-    kind = mesh.device_type
-    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
-    for tensor in (*_unsharded(part), *part.buffers()):
-        if tensor.is_meta:
-            continue
-        tensor.data = tensor.data.to(device).contiguous()
-        torch.distributed.broadcast(tensor.data, group=mesh.get_group(), group_src=0)
 
 
 def _of_another_dtype(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:

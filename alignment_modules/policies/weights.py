@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,6 +26,23 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         _SHAPES_ONLY.reset(token)
+
+
+@contextmanager
+def on_first_process() -> Iterator[None]:
+    """Within it only the first process of a run gives models weights; in others they are built on the meta device.
+
+    For runs whose strategy shards: what a module holds is handed out when the Trainer shards it, and the whole of a
+    model lies in the memory of one process. Processes are told apart by their launcher's environment.
+    """
+    with nullcontext() if is_first_process() else without_weights():
+        yield
+
+
+def is_first_process() -> bool:
+    """Whether this process is the run's first, as far as its launcher tells before there is a Trainer."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def shapes_only() -> bool:
@@ -84,7 +102,8 @@ def read_model(
             )
     import transformers
 
-    read = {key: value for key, value in options.items() if key in ("revision", "num_labels")}
+    revision = {key: value for key, value in options.items() if key == "revision"}
+    read = revision | {key: value for key, value in options.items() if key == "num_labels"}
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **read)
     held = {key: value for key, value in options.items() if key == "attn_implementation"}
     stored = getattr(config, "dtype", None) or torch.float32
@@ -92,6 +111,9 @@ def read_model(
         model = auto.from_config(
             config, dtype=stored if dtype == "auto" else dtype, trust_remote_code=trust_remote_code, **held
         )
+    if auto is transformers.AutoModelForCausalLM:  # where a text ends is no weight
+        with suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path, **revision)
     return model, {"missing_keys": set(), "unexpected_keys": set()}
 
 

@@ -19,6 +19,7 @@ from alignment_modules.policies.critic import as_classifier, build_critic, last_
 from alignment_modules.policies.export import export_policy
 from alignment_modules.policies.load import PolicyConfig, check_vocabulary, is_fresh
 from alignment_modules.policies.modes import disable_dropout, reading_mode
+from alignment_modules.policies.placing import assemble
 from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.policies.segments import Reads
@@ -346,8 +347,12 @@ class ActorCriticModule(PolicyGradientModule):
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the critic beside it, merged, into `critic`: a reward model that a critic can be."""
-        written = super().export(directory, lora=lora)
-        critic = as_classifier(self.policy, self.critic) if isinstance(self.critic, ValueHead) else self.critic
+        written, critic = super().export(directory, lora=lora), self.critic
+        if isinstance(critic, ValueHead):
+            policy, head = assemble(self.policy), assemble(critic)
+            if policy is None or not isinstance(head, ValueHead):  # another process puts them together
+                return written
+            critic = as_classifier(policy, head)
         export_policy(critic, written / "critic", self.tokenizer, stop_token_ids=self.codec.data_stops)
         return written
 

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from alignment_modules.training.checkpoint_io import AtomicCheckpointIO
+from alignment_modules.policies.sharded_state import own_state
+from alignment_modules.training.sharded_checkpoints import open_checkpoint, read_weights, weight_names
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def best_of_state(callbacks: Mapping[str, Any], where: Path) -> Best:
         raise ValueError(f"which='best': {str(where)!r} does not say which checkpoint is the best: {reason}")
     state, path = found[0], Path(found[0]["best_model_path"])
     moved = where.parent / path.name
-    if not path.is_file() and not moved.is_file():
+    if not path.exists() and not moved.exists():
         raise ValueError(f"which='best': {str(where)!r} names {str(path)!r} as the best, which is not there")
     score = state.get("best_model_score")
-    return Best(path if path.is_file() else moved, str(state["monitor"]), None if score is None else float(score))
+    return Best(path if path.exists() else moved, str(state["monitor"]), None if score is None else float(score))
 
 
 @contextmanager
@@ -80,19 +81,17 @@ def weights_from(module: L.LightningModule, checkpoint: Path) -> Iterator[None]:
 
     Args:
         module: What wrote the checkpoint. What a checkpoint leaves out, such as a frozen base, stays as it is.
-        checkpoint: The file.
+        checkpoint: The file, or the folder of a sharded one. All processes call this for a sharded module.
 
     Raises:
         ValueError: The file cannot be read.
         RuntimeError: The checkpoint does not fit the module.
     """
-    # The tensors alone: the rest of a checkpoint is a run's.
-    state = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
-    own = module.state_dict()
-    kept = {
-        name: own[name].clone() if isinstance(own[name], torch.Tensor) else own[name] for name in state if name in own
-    }
-    module.load_state_dict({**own, **state})
+    saved, folder = open_checkpoint(checkpoint)
+    own, found = own_state(module), weight_names(saved, folder)
+    kept = {name: own[name].clone() if isinstance(own[name], torch.Tensor) else own[name] for name in found & {*own}}
+    read_weights(module, saved, folder, f"checkpoint {str(checkpoint)!r}", strict=False)
+    del saved
     try:
         yield
     finally:

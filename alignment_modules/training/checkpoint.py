@@ -13,14 +13,14 @@ from torch import Tensor
 from alignment_modules.policies.frozen import Frozen, companions
 from alignment_modules.policies.quantization import quantized_entries, quantized_layers
 from alignment_modules.training.adapter_rates import check_ratio
-from alignment_modules.training.frozen_weights import FrozenWeights, others, put_back
+from alignment_modules.training.frozen_weights import FrozenWeights, check_keys, others, put_back, some_of
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.moved import tell_moved
 from alignment_modules.training.position import settle, take_up
 from alignment_modules.training.schedules import Schedule
+from alignment_modules.training.sharded_checkpoints import ENTRY, ShardedCheckpoints
 from alignment_modules.training.window import Window
 
-_KEY = "alignment_module"
 AVERAGE = "weight_average"
 """A checkpoint's entry of a callback that averages weights and puts the average in the place of the weights.
 
@@ -70,7 +70,7 @@ class CheckpointContract(L.LightningModule):
         if position != "whole":
             totals = dict(self._kept_totals).get(self.global_step, totals)
         meters, tokens, without_targets = totals
-        checkpoint[_KEY] = {
+        checkpoint[ENTRY] = {
             "paradigm": self.paradigm,
             "num_tokens": float(tokens),
             "steps_without_targets": without_targets,
@@ -90,7 +90,7 @@ class CheckpointContract(L.LightningModule):
                 trained, weights were averaged by a callback that is not there, the command line now names another
                 optimizer or other options of it, or `max_steps` ended that run in the middle of a batch.
         """
-        entry = checkpoint.get(_KEY, {})
+        entry = checkpoint.get(ENTRY, {})
         found = f"paradigm {entry['paradigm']!r}" if entry else "no module of this library"
         if "companions" not in entry or entry["paradigm"] != self.paradigm:
             found += ", in an earlier version" if entry and "companions" not in entry else ""
@@ -145,18 +145,13 @@ class CheckpointContract(L.LightningModule):
                 shapes differ.
         """
         own = self.state_dict()
-        missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
-        if strict and (missing or unknown):
-            raise RuntimeError(
-                f"{self._checkpoint_name()} does not fit {type(self).__name__}. Missing key(s) in state_dict: "
-                f"{_some(missing)}. Unexpected key(s) in state_dict: {_some(unknown)}. Build the module as in the run "
-                "that wrote the checkpoint."
-            )
+        if strict:
+            check_keys(own, state_dict, self._checkpoint_name(), self)
         held = quantized_entries(self, state_dict)
         if other := others(state_dict, own, held):
             raise RuntimeError(
-                f"{self._checkpoint_name()} holds other quantized weights than {type(self).__name__}: {_some(other)}. "
-                "Build the policy from the same base, with the same quantization"
+                f"{self._checkpoint_name()} holds other quantized weights than {type(self).__name__}: "
+                f"{some_of(other)}. Build the policy from the same base, with the same quantization"
             )
         rest = {key: value for key, value in state_dict.items() if key not in held}
         # The keys are compared above; torch would miss those of quantized layers, here and in companions.
@@ -164,9 +159,11 @@ class CheckpointContract(L.LightningModule):
 
     def _leave_out_frozen(self, state: dict[str, Any]) -> dict[str, str]:
         """Takes the frozen weights out of a checkpoint, where they can be loaded again and are whole."""
-        if self._frozen is None or not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        strategy = self.trainer.strategy
+        shards = isinstance(strategy, ShardedCheckpoints)  # all its processes put a fingerprint together
+        if self._frozen is None or not (shards or isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))):
             return {}
-        return self._frozen.leave_out(self, state, describe=self.trainer.is_global_zero)
+        return self._frozen.leave_out(self, state, describe=shards or self.trainer.is_global_zero)
 
     def _check_batch_is_whole(self, entry: dict[str, Any], step: int) -> None:
         """Refuses to go on in the middle of a batch, whose samples are gone."""
@@ -314,10 +311,6 @@ def _describe(name: str, held: Mapping[str, str]) -> str:
     if state is None or " " in state:
         return f"no {name}" if state is None else f"{state}, as {name}"
     return f"a {name} that is saved with it" if state == "saved" else f"a {name} with fingerprint {state[:12]}"
-
-
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
 def _change_rate(state: dict[str, Any], old: float, new: float) -> None:

@@ -3,23 +3,26 @@
 import contextlib
 import os
 import pickle
-import re
-import socket
-import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read; the message names the file and what is wrong with it."""
+from alignment_modules.training.checkpoint_files import (
+    CheckpointError,
+    cannot_write,
+    diagnosis,
+    local_path,
+    make_room,
+    python_objects,
+    sync_folder,
+    temporary_name,
+)
+from alignment_modules.training.sharded_io import ShardedFolder, is_checkpoint_folder, read_as_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,30 +48,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If it cannot be written; a previous file at `path` is untouched.
         """
-        target = _local(path)
+        target = local_path(path)
         if storage_options is not None or target is None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        temporary = target.with_name(f"{target.name}.{_host()}.{os.getpid()}.tmp")
+        written = temporary_name(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(target.parent)
-            with open(temporary, "wb") as file:
+            make_room(target.parent)
+            with open(written, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self._warn_if_unreadable(temporary, target)
-            os.replace(temporary, target)
+            self._warn_if_unreadable(written, target)
+            os.replace(written, target)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            kept = "the previous file there is untouched" if target.exists() else "nothing was left there"
-            raise OSError(f"cannot write checkpoint {str(target)!r}: {_reason(error)}; {kept}") from error
+                written.unlink(missing_ok=True)
+            raise cannot_write(target, error) from error
         except BaseException:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                written.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     def _warn_if_unreadable(self, written: Path, target: Path) -> None:
         """Reads back the structure, not the tensors' values, so that a run does not learn at resume what it lacks."""
@@ -79,7 +80,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except pickle.UnpicklingError as error:
             self._warned = True
             rank_zero_warn(
-                f"checkpoint {str(target)!r} {_python_objects(error)}: resuming from it will be refused. Keep such "
+                f"checkpoint {str(target)!r} {python_objects(error)}: resuming from it will be refused. Keep such "
                 "objects out of save_hyperparameters and out of the state of callbacks and loaders."
             )
 
@@ -95,17 +96,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: If the file is damaged, or training cannot be resumed from it.
         """
-        sharded = path.is_dir()
-        file = path / "meta.pt" if sharded else path
-        try:
-            checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {str(path)!r} {_diagnosis(file, error)}") from error
-        needed = ("global_step",) if sharded else ("state_dict", "optimizer_states", "global_step")
+        if path.is_dir():
+            checkpoint, needed = ShardedFolder(path).read_rest(), ["global_step"]
+        else:
+            checkpoint, needed = self.map_checkpoint(path), ["optimizer_states", "global_step"]
         missing = [key for key in needed if key not in checkpoint]
         if missing:
             raise CheckpointError(f"checkpoint {str(path)!r} lacks {missing[0]!r}: no fit can be resumed from it")
         return int(checkpoint["global_step"])
+
+    def map_checkpoint(self, path: _PATH) -> dict[str, Any]:
+        """Reads a checkpoint of one file whose tensors stay in it until they are used, so that a part costs a part.
+
+        Args:
+            path: The file; a remote one is read whole.
+
+        Returns:
+            The checkpoint. Its tensors are of the file as it was.
+
+        Raises:
+            FileNotFoundError, CheckpointError: As `load_checkpoint`.
+        """
+        local = local_path(path)
+        if local is None:
+            return self.load_checkpoint(path)
+        return _checked(path, lambda: torch.load(local, map_location="cpu", mmap=True, weights_only=True))
 
     def load_checkpoint(
         self,
@@ -113,10 +128,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Reads a checkpoint of tensors and plain values.
+        """Reads a checkpoint of tensors and plain values, whole.
 
         Args:
-            path: The file.
+            path: The file, or the folder of a sharded one, which is put together.
             map_location: Where tensors go; the default keeps them on the CPU.
             weights_only: None or True.
 
@@ -133,110 +148,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "weights_only=False must be True or None: reading arbitrary Python objects can run code; "
                 "for a file you trust, use Lightning's TorchCheckpointIO"
             )
-        local = _local(path)
-        if local is not None and local.is_dir():
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} is a folder: a sharded checkpoint is read only by the strategy that wrote it"
-            )
-        try:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
-        except FileNotFoundError:
-            raise
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"checkpoint {str(path)!r} {_diagnosis(local, error)}") from error
-        # launchers that fork or spawn bring the weights home from rank 0 in a bare file of this name
-        from_launcher = local is not None and local.name == ".temp.ckpt"
-        if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and not from_launcher):
-            found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else type(checkpoint)
-            raise CheckpointError(f"checkpoint {str(path)!r} lacks 'state_dict': no Trainer wrote it; it holds {found}")
-        if "pytorch-lightning_version" not in checkpoint and not from_launcher:
-            raise CheckpointError(
-                f"checkpoint {str(path)!r} lacks 'pytorch-lightning_version': no Trainer wrote it; it holds keys "
-                f"{sorted(map(str, checkpoint))[:8]}, where a Trainer's own also says how far training was"
-            )
-        return checkpoint
+        local = local_path(path)
+        if local is not None and is_checkpoint_folder(local):
+            return read_as_file(local)
+        return _checked(path, lambda: super(AtomicCheckpointIO, self).load_checkpoint(path, map_location, True))
 
 
-def write_error(error: BaseException | None) -> OSError | None:
-    """The failed write behind an error; None where it is about something else.
-
-    Args:
-        error: What was raised; libraries wrap the operating system's error.
-    """
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _local(path: _PATH) -> Path | None:
-    """The path on this machine's file system; None for a remote one."""
-    filesystem, plain = url_to_fs(str(path))
-    return Path(plain) if "file" in filesystem.protocol else None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left: of a process that is gone from this machine, or untouched for an hour."""
-    for file in folder.glob("*.ckpt.*.tmp"):
-        _, host, process = file.stem.rsplit(".", 2)
-        with contextlib.suppress(OSError):
-            gone = host == _host() and process.isdecimal() and not _is_running(int(process))
-            if gone or time.time() - file.stat().st_mtime > 3600:
-                file.unlink()
-
-
-def _host() -> str:
-    return socket.gethostname().replace(".", "-")
-
-
-def _is_running(process: int) -> bool:
+def _checked(path: _PATH, load: Callable[[], Any]) -> dict[str, Any]:
+    """What is loaded, if a Trainer wrote it; errors say what is wrong with the file."""
+    local = local_path(path)
+    if local is not None and local.is_dir():
+        raise CheckpointError(f"checkpoint {str(path)!r} is a folder, and none that a strategy with shards wrote")
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable, where the operating system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's own words, which torch wraps."""
-    found = write_error(error)
-    if found is not None and found.strerror:
-        return found.strerror
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _python_objects(error: Exception) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    what = f" ({found[1]})" if found else ""
-    return f"holds Python objects{what} beside tensors and plain values, which can run code when read"
-
-
-def _diagnosis(path: Path | None, error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        return f"{_python_objects(error)}: refused"
-    if path is None:
-        return f"cannot be read: {_reason(error)}"
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as problem:
-        return f"cannot be read: {_reason(problem)}"
-    if size == 0:
-        return "is empty (0 bytes): its write was interrupted; use an earlier checkpoint"
-    if start == b"PK\x03\x04":
-        if not zipfile.is_zipfile(path):
-            return f"is truncated at {size:,} bytes: its write was interrupted; use an earlier checkpoint"
-        return f"is damaged or no checkpoint: {_reason(error)}"
-    return f"is not a checkpoint: {size:,} bytes that start with {start!r}"
+        checkpoint = load()
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} {diagnosis(local, error)}") from error
+    # launchers that fork or spawn bring the weights home from rank 0 in a bare file of this name
+    from_launcher = local is not None and local.name == ".temp.ckpt"
+    if not isinstance(checkpoint, dict) or ("state_dict" not in checkpoint and not from_launcher):
+        found = f"keys {sorted(map(str, checkpoint))[:8]}" if isinstance(checkpoint, dict) else type(checkpoint)
+        raise CheckpointError(f"checkpoint {str(path)!r} lacks 'state_dict': no Trainer wrote it; it holds {found}")
+    if "pytorch-lightning_version" not in checkpoint and not from_launcher:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} lacks 'pytorch-lightning_version': no Trainer wrote it; it holds keys "
+            f"{sorted(map(str, checkpoint))[:8]}, where a Trainer's own also says how far training was"
+        )
+    return checkpoint

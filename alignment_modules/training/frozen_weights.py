@@ -1,6 +1,6 @@
 """Weights that a run does not train: left out of its checkpoints, and recognised by their bytes when it resumes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from alignment_modules.policies.adapter_start import is_of_start
 from alignment_modules.policies.fingerprints import fingerprints
 from alignment_modules.policies.frozen import companions
 from alignment_modules.policies.quantization import quantized_entries, stored_parts
+from alignment_modules.policies.sharded import free
 
 
 def frozen_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -33,6 +34,7 @@ class FrozenWeights:
     """
 
     def __init__(self, module: nn.Module, kept: Iterable[str] = ()) -> None:
+        free(module)
         held = tuple(f"{name}." for name in (*companions(module), *kept))
         whole = tuple(f"{name}." for name in frozen_children(module))
         frozen = [(name, p) for name, p in _parameters(module) if not (p.requires_grad or is_of_start(name))]
@@ -52,6 +54,7 @@ class FrozenWeights:
         Returns:
             The fingerprint of each entry left out; empty without `describe`.
         """
+        free(module)
         now = [*_parameters(module), *_buffers(module)]
         still = {n for n, t in now if not t.requires_grad and self._versions.get(n) == t._version}
         keys = [key for key in state if any(name in still for name in _prefixes(key))]
@@ -102,6 +105,32 @@ def put_back(state: dict[str, Any], own: dict[str, Any], left_out: dict[str, str
             "in the run that wrote it"
         )
     state.update(present)
+
+
+def check_keys(own: Collection[str], found: Collection[str], where: str, module: nn.Module) -> None:
+    """Refuses a state dictionary that is not the module's.
+
+    Args:
+        own: The names of the module's entries.
+        found: Those of the dictionary's.
+        where: What it is called in an error.
+        module: The module.
+
+    Raises:
+        RuntimeError: If the names differ.
+    """
+    missing, unknown = [key for key in own if key not in found], [key for key in found if key not in own]
+    if missing or unknown:
+        raise RuntimeError(
+            f"{where} does not fit {type(module).__name__}. Missing key(s) in state_dict: {some_of(missing)}. "
+            f"Unexpected key(s) in state_dict: {some_of(unknown)}. Build the module as in the run that wrote the "
+            "checkpoint."
+        )
+
+
+def some_of(keys: list[str]) -> str:
+    """How many keys there are, and the first of them, for an error."""
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
 
 
 def _parameters(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -60,7 +60,11 @@ class MuonWithAdamW(Optimizer):
         eps: Positive = 1e-8,
     ) -> None:
         check_options(MuonWithAdamW.__init__, locals())
-        if len(betas) != 2 or any(beta not in Range(0, 1, "[)") for beta in betas):
+        if (
+            not isinstance(betas, list | tuple)
+            or len(betas) != 2
+            or any(beta not in Range(0, 1, "[)") for beta in betas)
+        ):
             raise ValueError(f"betas={betas!r} must be two finite numbers in [0, 1)")
         groups = _split(params)
         muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}

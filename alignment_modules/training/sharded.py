@@ -28,6 +28,12 @@ class ShardedModule(L.LightningModule):
         if self.device_mesh is not None:
             gather = compute_dtype(str(self.trainer.precision))
             shard_children(self, self.device_mesh["data_parallel"], gather=gather)
+        absent = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        if absent:
+            raise ValueError(
+                f"{absent[0]!r} and {len(absent) - 1} more parameters have no weights: what is built in "
+                "`on_first_process` or on the meta device needs a strategy that shards ('fsdp2')"
+            )
 
     def free_companions(self) -> None:
         """Frees what is gathered of frozen models, once an objective has read them: a backward pass needs the room."""

@@ -8,11 +8,13 @@ from typing import Any
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
+from alignment_modules.training.sharded_checkpoints import ShardedCheckpoints
+
 FSDP2 = "fsdp2"
 _REFUSED: dict[str, type] = {"fsdp": FSDPStrategy, "deepspeed": DeepSpeedStrategy}
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ShardedCheckpoints):
     """Weights, gradients and optimizer states in shards over all processes (torch's `fully_shard`).
 
     Lightning's own strategy for it, with one data-parallel process for each device of each node, as with `ddp`. Its
@@ -32,11 +34,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(1, 1, save_distributed_checkpoint, process_group_backend, timeout)
+        self.saves_folder = save_distributed_checkpoint
 
     def setup_environment(self) -> None:
         """Takes the data-parallel size from devices and nodes, which are not known before."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+
+def shards_weights(strategy: Any) -> bool:
+    """Whether a strategy, by its name or class path, is the one that shards."""
+    return isinstance(strategy, str) and strategy.rpartition(".")[2] in (FSDP2, FSDP2Strategy.__name__)
 
 
 def refuse_strategy(strategy: Any) -> None:

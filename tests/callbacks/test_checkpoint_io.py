@@ -216,7 +216,7 @@ UNREADABLE = {
     ),
     "bare weights": (lambda t: saved(t, {"weight": torch.ones(1)}), r"lacks 'state_dict': .* holds keys \['weight'\]"),
     "a tensor": (lambda t: saved(t, torch.ones(1)), r"lacks 'state_dict': no Trainer wrote it; it holds .*Tensor"),
-    "a folder": (folder, r"is a folder: a sharded checkpoint"),
+    "a folder": (folder, r"is a folder, and none that a strategy with shards wrote"),
 }
 
 

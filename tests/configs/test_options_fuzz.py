@@ -27,10 +27,13 @@ from alignment_modules.policies import lora
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.training.module import AlignmentModule
+from alignment_modules.training.muon import MuonWithAdamW
+from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import Schedule
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
+OPTIMIZERS = [MuonWithAdamW]
 SCHEDULES = [c for c in subclasses([Schedule]) if c.__module__.startswith("alignment_modules.")]
 NEEDED = {
     "GRPOModule": {"rewards": "ExactMatch"},
@@ -108,7 +111,7 @@ def cases():
     for group, classes in (("model", MODULES), ("data", DATA), ("callback", CALLBACKS), ("schedule", SCHEDULES)):
         for cls in classes:
             yield group, cls
-    for group, classes in (("reward", REWARDS), ("task", TASKS)):
+    for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
         for cls in classes:
             yield group, cls
     yield "evaluation", EvaluationConfig
@@ -135,6 +138,7 @@ def configuration(group, cls, options):
         return {"trainer": {"callbacks": [spec]}}
     inside = {
         "schedule": {"lr_scheduler": spec},
+        "optimizer": {"optimizer": spec},
         "reward": {"rewards": [spec]},
         "evaluation": {"evaluation": options},
         "policy": {"policy": {"path": "nowhere"} | options},
@@ -163,6 +167,8 @@ def outcome(parser, given):
     try:
         with contextlib.redirect_stderr(stream):
             built = parser.instantiate(parser.parse_object(given))
+            if MuonWithAdamW.__name__ in str(given):
+                built.get("model").make_optimizer(parameter_groups(nn.Linear(2, 2)))
             schedule = getattr(built.get("model"), "make_lr_scheduler", None)
             if schedule is not None:
                 schedule(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))

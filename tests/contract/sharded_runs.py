@@ -67,11 +67,13 @@ class Run:
         sampler = range(0, len(rows)) if self.devices == 1 else _EveryOther(len(rows), self.devices)
         return DataLoader(rows, batch_size=None, sampler=sampler)
 
-    def fit(self, name: str, module: AlignmentModule, make: Any, steps: int = 3, **options: Any) -> L.Trainer:
-        """Trains, and saves the changes and what was logged."""
+    def fit(
+        self, name: str, module: AlignmentModule, make: Any, steps: int = 3, validates: bool = False, **options: Any
+    ) -> L.Trainer:
+        """Trains, and after each step validates on the same kind of rows; saves the changes and what was logged."""
         before = {key: p.detach().clone() for key, p in module.named_parameters() if p.requires_grad}
         made = trainer(self.devices, self.strategy, callbacks=[FiniteGuard()], **options)
-        made.fit(module, self.loader(make, steps))
+        made.fit(module, self.loader(make, steps), self.loader(make, 1) if validates else None)
         after = {key: whole(p.detach()) for key, p in module.named_parameters() if key in before}
         metrics = {key: float(value) for key, value in made.callback_metrics.items()}
         self.save(name, made, {"change": {k: after[k] - v for k, v in before.items()}, "metrics": metrics})
@@ -162,7 +164,7 @@ def write_and_judge(run: Run, policy: torch.nn.Module) -> None:
         "evaluation": EvaluationConfig(max_completion_length=9),
     }
     module = build("grpo", copy.deepcopy(policy), optimizer=adamw, baseline="greedy", micro_batch_size=4, **online)
-    run.fit("sampled", module, prompts)
+    run.fit("sampled", module, prompts, validates=True, val_check_interval=1)
     made = trainer(run.devices, run.strategy)
     # the first rank has more batches to predict than the second
     cut = [prompts([row]) for row in range(5)]

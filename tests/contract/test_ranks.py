@@ -17,7 +17,7 @@ FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unju
 FURTHER += ["orpo tokens", "teachers", "on policy", "on policy lora"]
 FURTHER += [f"{name} lora" for name in ROWS]
 FURTHER += [f"grpo {label}" for label in COUPLED]
-FURTHER += ["teacher", "muon"]
+FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 

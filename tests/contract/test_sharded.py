@@ -61,6 +61,7 @@ def test_processes_write_and_judge_each_for_itself(runs):
     for name in ("sampled", "judged"):
         one, two = runs(name)
         assert two["metrics"]["train/reward"] == pytest.approx(one["metrics"]["train/reward"], abs=1e-5)
+        assert two["metrics"].get("val/reward") == pytest.approx(one["metrics"].get("val/reward"), abs=1e-5)
         assert two["metrics"]["train/completions/mean_length"] == one["metrics"]["train/completions/mean_length"]
     assert runs("predicted")[1]["ids"] == [0, 1, 2, 3]  # the first process's
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
 from tests.models import MIXTRAL, adapted, other_than, quantized
@@ -125,6 +126,13 @@ def muon() -> AlignmentModule:
     )
 
 
+def last_layer_of(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy of which the last layer alone is trained."""
+    policy = copy.deepcopy(policy)
+    train_part(policy, ["model.layers.1.*"], None)
+    return policy
+
+
 WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
 """What is refused in shards."""
 
@@ -177,6 +185,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     for label, batch in (("experts", ROWS["sft"].batch), ("experts weighted", ROWS["sft"].batches["weighted"])):
         yield label, experts, batch
     yield "muon", muon, ROWS["sft"].batch
+    yield "sft part", lambda: make("sft", policy=last_layer_of(policy)), ROWS["sft"].batch
+    yield "dpo part", lambda: make("dpo", policy=last_layer_of(policy), reference=None), ROWS["dpo"].batch
     tokens = {"nll_unit": "tokens", "micro_batch_size": 2, "max_grad_norm": None}
     yield "orpo tokens", lambda: make("orpo", **tokens), ROWS["orpo"].batch
     yield "teachers", lambda: make("distillation", teacher={"a": copy.deepcopy(other), "b": adapted(other)}), taught

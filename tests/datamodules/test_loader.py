@@ -131,6 +131,28 @@ def test_rank_zeros_state_resumes_every_rank(rank):
     assert epoch(other, 1) == expected[2:]
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [23, 24])
+def test_another_number_of_ranks_takes_up_the_same_batches(size, drop_last):
+    def rest(ranks, state):
+        loaders = [make(size, 6 // ranks, num_replicas=ranks, rank=rank, drop_last=drop_last) for rank in range(ranks)]
+        for loader in loaders:
+            loader.load_state_dict(state)
+        steps = zip(*(epoch(loader, 1) for loader in loaders), strict=True)
+        return [sorted(itertools.chain(*parts)) for parts in steps]
+
+    state = make(size, 3, num_replicas=2, drop_last=drop_last).state_dict() | {"epoch": 1, "batches_seen": 1}
+    expected = rest(2, state)
+    assert len(expected) == 3 - (drop_last and size == 23)
+    assert rest(1, state) == rest(3, state) == expected
+
+
+def test_a_tail_that_other_ranks_fill_up_is_refused():
+    state = make(25, batch_size=6).state_dict()
+    with pytest.raises(ValueError, match=r"world_size was 1 .* is 2 now"):
+        make(25, batch_size=3, num_replicas=2).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

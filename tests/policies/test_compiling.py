@@ -178,6 +178,8 @@ def test_copies_of_a_compiled_policy_are_compiled_and_saved_as_ever(tiny_llama_c
 def test_refuses(tiny_llama_config, monkeypatch):
     with pytest.raises(ValueError, match=r"gradient_checkpointing='selective' would have no effect.*compile=True"):
         make(tiny_llama_config, compile=True, gradient_checkpointing="selective")
+    with pytest.raises(ValueError, match=r"compile=True is not for quantized layers .policy.quantization='8bit'"):
+        build_policy(PolicyConfig(path="model", compile=True, quantization="8bit", lora=LoraConfig(r=2)))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"compile=True needs a C.. compiler, and 'no-such-compiler' is not there"):
         make(tiny_llama_config, compile=True)

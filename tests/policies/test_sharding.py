@@ -22,6 +22,7 @@ from alignment_modules.training.loss_weights import label_segments
 from alignment_modules.training.strategies import refuse_strategy
 from tests.models import Plain, adapted, critic_beside
 from tests.paradigms import ROWS
+from tests.rollouts.test_engines import TURNS, opened, tokens
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,21 @@ def test_a_reference_by_switching_off_leaves_adapters_trainable(mesh, tiny_llama
         score(policy, segments).token_logps.sum().backward()
         assert [name for name, p in policy.named_parameters() if p.requires_grad] == trained
         assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("make", "decoder"), [(copy.deepcopy, "FastDecoder"), (lambda _: Plain(), "RecomputeDecoder")])
+def test_a_session_goes_on_where_the_weights_were_freed_between_its_turns(mesh, tiny_llama, make, decoder):
+    policy = make(tiny_llama).eval()
+    written = []
+    for _ in range(2):  # whole, then in shards
+        engine, session = opened(policy)
+        assert type(session.decoder).__name__ == decoder
+        turns = [session.turn, *(engine.extend(session, rows, appended) for rows, appended in TURNS)]
+        written.append([(tokens(turn), turn.token_logps) for turn in turns])
+        shard(policy, mesh)
+    for (ids, logps), (sharded_ids, sharded_logps) in zip(*written, strict=True):
+        assert sharded_ids == ids
+        assert torch.equal(sharded_logps, logps)
 
 
 @pytest.mark.parametrize("off", [False, True])

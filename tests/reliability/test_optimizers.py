@@ -84,13 +84,16 @@ class _Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_an_average_and_both_exports(fit):
+def test_an_average_and_both_exports(fit, align, tmp_path):
     average = ("--trainer.callbacks+=PolicyAverage", "--trainer.callbacks.decay", "0.5")
     result, held, path = fit(*average, "--export.unaveraged", "true")
     assert result.code == 0, result.text
     own, last = (load_file(result.root / "export" / part / "model.safetensors") for part in ("", "unaveraged"))
     assert all(torch.equal(value, held["state_dict"][f"policy.{name}"]) for name, value in own.items())
     assert all(torch.equal(value, held["weight_average"]["training"][f"policy.{name}"]) for name, value in last.items())
+    assert align("export", result.root, tmp_path / "again").code in (0, None)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in own.items())
     refused, *_ = fit("--ckpt_path", path, steps=4)
     assert refused.code == 1
     assert "holds averaged weights" in refused.text

@@ -109,7 +109,7 @@ def test_stop_strings(stand_in, model_folder, tmp_path):
     assert 0 < int(wanted.truncated.sum()) < 8
 
 
-@pytest.mark.parametrize("parameters", [PARAMETERS, FILTERED])
+@pytest.mark.parametrize("parameters", [FILTERED, pytest.param(PARAMETERS, marks=pytest.mark.slow)])
 def test_sessions_are_those_of_the_engine_in_process(engine, tiny_llama, parameters):
     sessions = []
     for one in (engine, InProcessEngine(Codec())):
@@ -392,8 +392,11 @@ def test_filters_without_a_bound_are_refused(tmp_path):
     engine.check("", SamplingParameters(top_p=0.9, top_k=20))
 
 
-def test_policies_that_no_server_reads(tmp_path, bigram):
+def test_policies_that_no_server_reads(tmp_path, bigram, tiny_llama):
     engine = VLLMEngine("http://localhost:8000", str(tmp_path))
+    tiny_llama.model.norm.weight.full_tensor = lambda: None  # as a sharded parameter has it
+    with pytest.raises(ValueError, match="cannot push a policy that is sharded over processes"):
+        engine.push(tiny_llama)
     with pytest.raises(ValueError, match="cannot push Bigram: a server reads models of transformers"):
         engine.push(bigram)
     with pytest.raises(ValueError, match="push one first"):

@@ -66,7 +66,7 @@ def equal(first, second):
 @pytest.mark.parametrize(
     "options",
     [
-        {"correction": "k3_rs"},
+        pytest.param({"correction": "k3_rs"}, marks=pytest.mark.slow),  # as after a restart, below
         {"loss": "dapo", "correction": "k3_rs", "policy": "lora", "beta": 0.05},
         pytest.param(
             {"correction": "k3_rs", "top_k": 20, "top_p": 0.9, "num_iterations": 2, "baseline": "greedy"},
@@ -99,13 +99,13 @@ def test_the_gate_is_on_and_changes_nothing_where_nothing_differs(make, train, s
     assert module.correction == CORRECTIONS["mis"]
     assert "masked above 3" in module.describe()["correction"]
     assert module.describe()["engine"].startswith(f"vLLM at {server.url}")
-    metrics = train(module, copy.deepcopy(BATCHES)).callback_metrics
+    metrics = train(module, copy.deepcopy(BATCHES[:2])).callback_metrics
     assert metrics["train/correction/masked"] == 0
     assert float(metrics["train/correction/weight"]) == pytest.approx(1.0, abs=1e-5)
-    assert metrics["train/engine/version"] == 4
+    assert metrics["train/engine/version"] == 2
     assert 0 <= float(metrics["train/engine/probe_difference"]) < 1e-5
     assert metrics["train/time/push"] > 0
-    train(in_process, copy.deepcopy(BATCHES))
+    train(in_process, copy.deepcopy(BATCHES[:2]))
     for name, value in weights(in_process).items():
         torch.testing.assert_close(value, weights(module)[name], atol=1e-4, rtol=0)
 

@@ -86,6 +86,9 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     forget_peak()
     baseline = peak_rss()
     module = build(arguments, folder)
+    for parameter in module.parameters():  # or the weights' whole file would stay mapped for the sake of a few of them
+        if type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
     ends: list[float] = []
 
     class Clock(L.Callback):

@@ -9,6 +9,7 @@ largest other one, the most anonymous memory of each phase beyond what the impor
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -87,6 +88,8 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> None:
                     trainer.save_checkpoint(folder / "last.ckpt")
 
         def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.global_step > given.steps:
+                return
             with peaks.phase("export"):
                 if trainer.is_global_zero or way != "ddp":
                     module.export(folder / "export")  # type: ignore[operator]
@@ -117,6 +120,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> None:
             trainer.fit(module, DataLoader(rows, batch_size=None), ckpt_path=ckpt_path)
 
     fit(given.steps, "train")
+    gc.collect()
     fit(given.steps + 1, "resume", folder / "last.ckpt")
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     (folder / f"{rank}.json").write_text(json.dumps(peaks.found))

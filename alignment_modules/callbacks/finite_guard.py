@@ -61,7 +61,8 @@ class FiniteGuard(Callback):
         norms = torch._foreach_norm([one if one.numel() else one.new_zeros(1) for one in gradients], ord=float("inf"))
         largest = torch.stack([norm.to(device, torch.float32) for norm in norms])
         if sharded:  # each process has a part of each gradient
-            largest = trainer.strategy.reduce(largest, reduce_op="max")
+            # NaN is the largest of nothing
+            largest = trainer.strategy.reduce(largest.nan_to_num(float("inf")), reduce_op="max")
         own = None if pl_module.automatic_optimization else getattr(pl_module, "max_grad_norm", None)
         clips = trainer.gradient_clip_val or own
         limit = _LARGEST_IN_NORM if clips else torch.finfo(torch.float32).max

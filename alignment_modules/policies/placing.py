@@ -47,7 +47,7 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
         ValueError: If the first process holds no weights either, or another process has built another module.
     """
     first, slots = torch.distributed.get_rank() == 0, list(_slots(module))
-    values = [getattr(owner, name) for owner, name in slots]
+    values: list[Any] = [getattr(owner, name) for owner, name in slots]
     mine = [(name, value.shape) for (_, name), value in zip(slots, values, strict=True)]
     absent = any(value.is_meta for value in values)
     told: list[Any] = [None]
@@ -59,13 +59,15 @@ def place(module: nn.Module, shard: Callable[[nn.Module], Any], device: torch.de
     _empty(module, values, facts.dtypes)
     if first:
         _SHELLS[module] = copy.deepcopy(module)
+    else:
+        values = [None] * len(values)  # what another process built is not needed
     shard(module)
     module.to_empty(device=device)
     for number, (owner, name) in enumerate(slots):
         if getattr(owner, name).is_meta:  # neither a parameter nor a buffer
             setattr(owner, name, torch.empty_like(getattr(owner, name), device=device))
-        _hand_out(values[number].detach() if first else None, getattr(owner, name))
-        values[number] = None
+        value, values[number] = values[number], None
+        _hand_out(None if value is None else value.detach(), getattr(owner, name))
     if absent:
         torch.set_rng_state(facts.random)
     if not first:

@@ -188,7 +188,8 @@ def load_module(module_class: type[Any], path: Path) -> Any:
     torch.save(checkpoint, stream)
     stream.seek(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict but not in")
+        for message in ("Found keys that are in the model state dict but not in", "The state dict in .* contains no"):
+            warnings.filterwarnings("ignore", message=message)
         module = module_class.load_from_checkpoint(stream, map_location="cpu", strict=False)
     own = own_state(module)
     left_out = checkpoint.get(ENTRY, {}).get("left_out", ())

@@ -104,7 +104,14 @@ def malformed(name, hint):
         elif origin is list:
             element = malformed("", arguments[0])
             values += [{"a": 1}, *[[value] for value in element if value != "few"]]
-    return values
+    return [value for value in values if not any(means(value, alternative) for alternative in alternatives)]
+
+
+def means(value, alternative):
+    """Whether a value is one of a plain alternative of a type: what one alternative refuses another may take."""
+    if get_origin(alternative) is Annotated and get_args(alternative)[0] is int:
+        return type(value) is int and value in get_args(alternative)[1]
+    return alternative is bool and type(value) is bool
 
 
 def cases():

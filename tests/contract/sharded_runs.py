@@ -178,6 +178,23 @@ def write_and_judge(run: Run, policy: torch.nn.Module) -> None:
     run.save("judge", made, {"share": held})
 
 
+class Poison(L.Callback):
+    """NaN in what the last process has of one gradient."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_rank == trainer.world_size - 1:
+            local(optimizer.param_groups[0]["params"][0].grad).fill_(torch.nan)
+
+
+def guard(run: Run, policy: torch.nn.Module) -> None:
+    """All processes stop where one has a number that is not finite."""
+    made = trainer(run.devices, run.strategy, callbacks=[Poison(), FiniteGuard()])
+    try:
+        made.fit(build("sft", copy.deepcopy(policy)), run.loader(ROWS["sft"].batch, 1))
+    except FloatingPointError as error:
+        run.save("guarded", made, {"said": str(error)})
+
+
 def refuse(run: Run, policy: torch.nn.Module) -> None:
     """Lightning's own strategy as it comes, which splits weights over the processes of a node."""
     if run.devices == 1:
@@ -209,6 +226,7 @@ def main(folder: Path, devices: int, strategy: str) -> None:
     run = Run(folder, devices, strategy)
     train_and_save(run, copy.deepcopy(policy))
     write_and_judge(run, policy)
+    guard(run, policy)
     refuse(run, policy)
 
 

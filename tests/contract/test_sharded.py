@@ -66,6 +66,12 @@ def test_processes_write_and_judge_each_for_itself(runs):
     assert runs("predicted")[1]["ids"] == [0, 1, 2, 3]  # the first process's
 
 
+def test_a_gradient_that_is_not_finite_on_one_process_stops_all(runs):
+    for found in runs("guarded"):
+        assert "gradient of optimizer step 1 is not finite" in found["said"]
+        assert "'policy.model.embed_tokens.weight' (of " in found["said"]
+
+
 def test_tensor_parallelism_is_refused(runs):
     (found,) = runs("refused", ["fsdp2"])
     assert "splits each weight over tensor_parallel_size=2 processes" in found["said"]

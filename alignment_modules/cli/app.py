@@ -219,6 +219,8 @@ def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = Align
     """
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # a file with the user's own rewards lies beside the configuration
+    for name in ("torchao", "torch.utils._pytree"):  # what it could not load on a CPU, and what torch says of it
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*You defined a `validation_step` but have no")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")

@@ -175,6 +175,8 @@ def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
+    base = tempfile.TemporaryDirectory()  # of each rank
+    policy.save_pretrained(base.name)  # type: ignore[operator]  # now: once ranks have met, one alone would write
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
         for label, batch in row.batches.items():
@@ -195,16 +197,14 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name, row in ROWS.items():
         yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
-    with tempfile.TemporaryDirectory() as folder:  # of each rank
-        for name, kind in QUANTIZED:
-            held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
-            yield (
-                f"{name} {kind}",
-                lambda name=name, kind=kind, held=held: make(
-                    name, policy=quantized(policy, kind, Path(folder) / "base"), **held
-                ),
-                ROWS[name].batch,
-            )
+    for name, kind in QUANTIZED:
+        held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
+        yield (
+            f"{name} {kind}",
+            lambda name=name, kind=kind, held=held: make(name, policy=quantized(policy, kind, Path(base.name)), **held),
+            ROWS[name].batch,
+        )
+    base.cleanup()
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}

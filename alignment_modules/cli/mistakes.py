@@ -149,7 +149,7 @@ def _find(option: str, path: str, known: list[type]) -> Any:
         return cls
     base = CLASSES_ONLY.get(last(option))
     ours = [c.__name__ for c in known if c.__module__.partition(".")[0] in OURS]
-    names = ours or [c.__name__ for c in known]
+    names = ours if len(ours) > 1 else [c.__name__ for c in known]  # of optimizers nearly all are torch's
     if new := new_paths(path).get(path):
         yield f"--{option}={path}: has moved; use {new}, or its name alone: {last(path)}"
         return None

@@ -60,7 +60,7 @@ def has_adapter(module: nn.Module) -> bool:
 
 @contextmanager
 def adapter_off(policy: nn.Module) -> Iterator[nn.Module]:
-    """Runs a block with every adapter of the policy switched off; afterwards all `requires_grad` flags are as before.
+    """Runs a block with every adapter of the policy switched off; all `requires_grad` flags stay as they are.
 
     Args:
         policy: A model with adapters.
@@ -103,14 +103,20 @@ def _switched(policy: nn.Module, change: Callable[[Any], None]) -> Iterator[None
     try:
         for layer in layers:
             change(layer)
+        _set_trainable(trainable)  # also here: a sharded model finds out in its first forward pass what it will reduce
         yield
     finally:
         for layer, (off, active) in zip(layers, before, strict=True):
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
             layer.enable_adapters(not off)
-        for parameter, flag in trainable:  # peft's switches reset these to its own idea of them
-            parameter.requires_grad_(flag)
+        _set_trainable(trainable)
+
+
+def _set_trainable(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    """Undoes peft's switches, which reset `requires_grad` to their own idea of it."""
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def _is_lora(layer: nn.Module) -> bool:

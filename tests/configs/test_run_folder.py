@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
-from alignment_modules.cli.runs import is_first_process
+from alignment_modules.policies.weights import is_first_process
 
 
 def save(path, step, age=0, **more):

@@ -13,6 +13,7 @@ from alignment_modules.functional import ADVANTAGE_SCALES
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rewards import ExactMatch, RewardError
 from alignment_modules.rollouts import Completions
+from alignment_modules.rollouts.engines import Engine
 from alignment_modules.training.crediting import completion_advantages
 
 
@@ -323,7 +324,7 @@ def test_rollouts_are_put_into_words_only_for_who_looks(make, train, monkeypatch
     assert len(calls) == 2
 
 
-class Remote:
+class Remote(Engine):
     """An engine elsewhere: writes what it was told, and no log-probabilities."""
 
     def __init__(self):

@@ -169,3 +169,16 @@ def stand_in(launcher):
             server.kill()
         except ProcessLookupError:
             continue
+
+
+@pytest.fixture(scope="module")
+def folder(built_llama, tmp_path_factory):
+    """The tiny model, as the server is started with."""
+    path = tmp_path_factory.mktemp("served")
+    built_llama[0].save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def server(stand_in, folder):
+    return stand_in(folder)

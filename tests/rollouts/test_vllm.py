@@ -24,19 +24,6 @@ PROMPTS = Prompts.from_rows([[3, 8, 1, 9], [11], [2, 6, 4, 4, 21, 30]], torch.de
 SEEDS = Seeds([5, 2, 9], seed=3, step=1, draw=1)
 
 
-@pytest.fixture(scope="module")
-def folder(built_llama, tmp_path_factory):
-    """The tiny model, as the server is started with."""
-    path = tmp_path_factory.mktemp("served")
-    built_llama[0].save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def server(stand_in, folder):
-    return stand_in(folder)
-
-
 @pytest.fixture
 def engine(server, tmp_path):
     return VLLMEngine(server.url, str(tmp_path / "weights"), timeout=20, retries=2)

@@ -22,18 +22,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 BATCHES = [prompts(3)] * 4  # the loader of a run that resumes begins anew
 
 
-@pytest.fixture(scope="module")
-def folder(built_llama, tmp_path_factory):
-    path = tmp_path_factory.mktemp("served")
-    built_llama[0].save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def server(stand_in, folder):
-    return stand_in(folder)
-
-
 @pytest.fixture
 def make(folder, tmp_path):
     def factory(cls=GRPOModule, server=None, retries=1, **options):

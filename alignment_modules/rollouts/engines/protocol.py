@@ -28,14 +28,16 @@ class Session(Protocol):
 
 
 class Engine(ABC):
-    """Makes completions of the policy that was pushed last; they do not depend on what else is in the batch."""
+    """Makes completions of the policy that was pushed last; they do not depend on what else is in the batch.
 
-    codec: Codec | None
+    `push`, `version` and `generate` are all that an engine needs; the rest says what else it can do.
+    """
+
+    codec: Codec | None = None
     """For stop strings and padding; a module gives its own where there is none."""
-    correction: str | None
+    correction: str | None = None
     """The gate (`CORRECTIONS`) that its completions need because it computes otherwise than the trainer; None: none."""
 
-    @abstractmethod
     def check(self, option: str, sampling: SamplingOptions) -> None:
         """Refuses what it cannot sample with, before anything is sampled.
 
@@ -46,6 +48,7 @@ class Engine(ABC):
         Raises:
             ValueError: If it cannot.
         """
+        return
 
     @abstractmethod
     def push(self, policy: nn.Module) -> None:
@@ -55,21 +58,21 @@ class Engine(ABC):
     def version(self) -> int:
         """Which policy it samples from: a number that grows with what is pushed."""
 
-    @abstractmethod
     def statistics(self) -> dict[str, Statistic]:
         """What is logged of it with a rollout: `engine/version`, and more; nothing where there is but one policy."""
+        return {}
 
-    @abstractmethod
     def describe(self) -> str | None:
         """The engine in words, for the start of a run; None: nothing."""
+        return None
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What a run that resumes needs of it, in plain values."""
+        return {}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
+        return
 
     @abstractmethod
     def generate(
@@ -82,11 +85,14 @@ class Engine(ABC):
         vocabulary, or none (NaN): the policy is then scored over the whole vocabulary, from which it did not sample.
         """
 
-    @abstractmethod
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
-        """`generate`, but the completions may be extended; they stand in the session's `turn`."""
+        """`generate`, but the completions may be extended; they stand in the session's `turn`.
 
-    @abstractmethod
+        Raises:
+            EngineError: If it has no sessions.
+        """
+        raise _without_sessions(self)
+
     def extend(self, session: Any, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Completions:
         """Appends tokens that the policy did not write, such as a tool's result, and lets it write on.
 
@@ -98,15 +104,20 @@ class Engine(ABC):
         Returns:
             What the policy wrote in this turn, one row for each of `rows`.
         """
+        raise _without_sessions(self)
 
-    @abstractmethod
     def close(self, session: Any) -> Completions:
         """Ends the session and gives all completions whole, `own` telling the policy's tokens from the others."""
+        raise _without_sessions(self)
 
-    @abstractmethod
     def sleep(self) -> None:
         """Gives the accelerator's memory back until `wake`."""
+        return
 
-    @abstractmethod
     def wake(self) -> None:
         """Takes it again."""
+        return
+
+
+def _without_sessions(engine: Engine) -> EngineError:
+    return EngineError(f"{type(engine).__name__} has no sessions: its completions do not go on for several turns")

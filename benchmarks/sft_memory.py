@@ -1,6 +1,6 @@
 """Peak memory and time of SFT with all weights, with LoRA, and with LoRA on a quantized base.
 
-    python benchmarks/memory_of_adapters.py --size 135m
+    python benchmarks/sft_memory.py --size 135m
 
 Each way trains in a process of its own. Prints what its weights take, the most that the process holds in the steps
 beyond what it held after its imports, and the seconds of a step. Loading is not in it: a folder is read in full

@@ -1,6 +1,6 @@
 """Peak memory of DPO by how the policy is trained and where the reference is.
 
-    python benchmarks/adapter_memory.py
+    python benchmarks/dpo_memory.py
 
 Each way takes two optimizer steps on the same pairs, in float32, in a process of its own. Prints what it needs beyond
 the interpreter and its libraries, and what a checkpoint holds.

@@ -171,6 +171,8 @@ class Run:
             process = context.Process(target=align, args=(folder / f"log_{rank}.txt", arguments, own))
             process.start()
             self.processes.append(process)
+            with contextlib.suppress(ProcessLookupError):  # here, too: the others may be faster than the head
+                os.setpgid(process.pid, self.processes[0].pid)
 
     def wait(self, seconds: float = 240.0) -> list[int | None]:
         """Waits for the end; whoever is not done by then is killed."""
@@ -190,7 +192,7 @@ class Run:
     def trains(self, after_a_checkpoint: bool = False) -> bool:
         """Waits for the first batch, or the first checkpoint; False if the run ended before."""
         while not (list(self.folder.glob("kept/*.ckpt")) if after_a_checkpoint else self._rows().exists()):
-            if not self.processes[0].is_alive():
+            if not all(process.is_alive() for process in self.processes):
                 return False
             time.sleep(0.002)
         return True

@@ -65,6 +65,8 @@ COUPLED = (
 
 QUANTIZED = (("sft", "8bit"), ("dpo", "4bit"), ("grpo", "4bit")) if importlib.util.find_spec("bitsandbytes") else ()
 """Paradigms on a quantized base, where its package is installed."""
+ADAPTERS = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}, "olora": {"init": "olora"}}
+"""Kinds of adapters beside the usual one."""
 
 
 class NoTokenizer:
@@ -197,6 +199,12 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "on policy lora", lambda: make("distillation", policy=adapted(policy), **own), ROWS["distillation"].batch
     for name, row in ROWS.items():
         yield f"{name} lora", lambda name=name: make(name, **with_lora(name, policy)), row.batch
+    for kind, options in ADAPTERS.items():
+        yield (
+            f"dpo {kind}",
+            lambda options=options: make("dpo", policy=adapted(policy, **options), reference=None),
+            ROWS["dpo"].batch,
+        )
     for name, kind in QUANTIZED:
         held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
         yield (

@@ -137,11 +137,22 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Table(Dataset[Any]):
-    """A map-style dataset that also takes a list of row numbers, and knows a fingerprint of its content."""
+    """A map-style dataset that also takes a list of row numbers, and knows a fingerprint of its content.
+
+    Attributes:
+        source_rows: Row number in the source of each row, int64 `[rows]`; None where a row holds several, or it is not
+            known.
+    """
 
     fingerprint: str = ""
+    source_rows: np.ndarray | None = None
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, its prompt and all of its completions, int64 `[rows]`."""
         raise NotImplementedError
 
     def row(self, index: int) -> dict[str, Any]:
@@ -164,6 +175,7 @@ class TokenTable(Table):
         tokens: Each document's ids and targets, as `mark` joins them.
         packing: Documents of each row; None for one document a row.
         weights: Each document's weights, 0 where no target; None: all targets weigh 1.
+        source_rows: Row number in the source of each document; None: not known.
         fingerprint: That of the content where it is known, else none.
     """
 
@@ -172,9 +184,11 @@ class TokenTable(Table):
         tokens: Ragged,
         packing: Ragged | list[list[int]] | None = None,
         weights: Ragged | None = None,
+        source_rows: np.ndarray | None = None,
         fingerprint: str = "",
     ) -> None:
         self.tokens, self.weights = tokens, weights
+        self.source_rows = source_rows if packing is None else None
         self.bins = Ragged(map(np.asarray, packing), np.int64) if isinstance(packing, list) else packing
         self.fingerprint = fingerprint or self._fingerprint()
 
@@ -184,6 +198,12 @@ class TokenTable(Table):
 
     def __len__(self) -> int:
         return len(self.tokens) if self.bins is None else len(self.bins)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        lengths = self.tokens.lengths
+        return lengths if self.bins is None else np.add.reduceat(lengths[self.bins.values], self.bins.offsets[:-1])
 
     def row(self, index: int) -> dict[str, Any]:
         """One row as arrays `[time]`.

@@ -200,7 +200,7 @@ class SplitReader:
         """The report in words."""
         return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
 
-    def token_rows(self, loss_on: LossOn, taken: list[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def token_rows(self, loss_on: LossOn, taken: array[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split).
 
         The mask of a row with weights, of its own (column `weight`) or of its replies, holds these: float32, 0 where no
@@ -239,8 +239,16 @@ class SplitReader:
             raise ValueError(f"{self.place(index)}: the row's weight times that of a message is no finite number")
         return found.astype(np.float32)
 
-    def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
-        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool."""
+    def token_table(
+        self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool, taken: Sequence[int] | None = None
+    ) -> Batches:
+        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool.
+
+        Args:
+            pairs: The ids and masks, read once.
+            packing: Whether to pack.
+            taken: Row number in the source of each, complete once they are read; None: not known.
+        """
         weighed: dict[int, np.ndarray] = {}
 
         def marked() -> Iterator[np.ndarray]:
@@ -256,8 +264,9 @@ class SplitReader:
             weights = Ragged((weighed.get(i, tokens[i] >= 0) for i in range(len(tokens))), np.float32)
             self.report["weighted"] = len(weighed)
         self.packing = packing
+        numbers = None if taken is None else np.asarray(taken, dtype=np.int64)
         bins = pack(tokens.lengths, self.max_length) if packing and not self.is_part else None
-        table = TokenTable(tokens, bins, weights)
+        table = TokenTable(tokens, bins, weights, numbers)
         if bins is not None:
             self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)
@@ -281,7 +290,7 @@ class SplitReader:
                 if row.get(name) is None:
                     raise ValueError(f"{self.place(index)} has no {name!r}, which carry={list(names)} asks for")
                 values.append(row[name])
-        return CarryingTable(table, columns, taken), CarryingCollate(collate, tuple(names))
+        return CarryingTable(table, columns), CarryingCollate(collate, tuple(names))
 
     def prompt_table(self) -> Batches:
         """A table of the rows' prompts, as ids and as they are, with all other columns."""

@@ -156,11 +156,16 @@ class PromptTable(Table):
         fingerprint: str = "",
     ) -> None:
         self.prompts, self.index, self.rows, self.source, self.checksum = prompts, index, rows, source, checksum
-        self.columns = source.columns
+        self.columns, self.source_rows = source.columns, index
         self.fingerprint = fingerprint or f"{prompts.checksum(checksum.value):08x}"
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt."""
+        return self.prompts.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """`prompts` (ids), `index` (row number in the source), the columns, `prompt` and perhaps `completion`."""
@@ -176,14 +181,11 @@ class CarryingTable(Table):
     Args:
         table: The table.
         columns: One value a row of each column, by name.
-        taken: Row number in the source of each of the table's rows.
         fingerprint: That of the content where it is known, else none.
     """
 
-    def __init__(
-        self, table: Table, columns: Mapping[str, Sequence[Any]], taken: Sequence[int], fingerprint: str = ""
-    ) -> None:
-        self.table, self.columns, self.taken = table, columns, taken
+    def __init__(self, table: Table, columns: Mapping[str, Sequence[Any]], fingerprint: str = "") -> None:
+        self.table, self.columns, self.source_rows = table, columns, table.source_rows
         self.fingerprint = fingerprint or self._fingerprint()
 
     def _fingerprint(self) -> str:
@@ -192,6 +194,11 @@ class CarryingTable(Table):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row of the table."""
+        return self.table.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """The table's row and the columns' values."""

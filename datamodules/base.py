@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.batching import Table
+from datamodules.curricula import Curriculum
 from datamodules.loader import EvaluationSampler, ResumableLoader
-from datamodules.orders import UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
 from datamodules.rows.splits import check_share
+from datamodules.scheduling import Scheduling, check_scheduling
 from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
@@ -57,6 +59,11 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        max_tokens: Most padded tokens of a training batch of one process, its rows times the longest of them; rows of
+            similar length come together, as many as fit, in place of `batch_size`. A row counts with its prompt and all
+            of its completions. None: batches have `batch_size` rows.
+        curriculum: The order in which training rows come, or which of them are admitted: `ByColumn`, `ByLength` or
+            `BySuccess`. None: all, in a new order each epoch.
     """
 
     accepts: tuple[str, ...] = ()
@@ -85,6 +92,8 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        max_tokens: Count | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -100,12 +109,16 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        self.max_tokens, self.curriculum = max_tokens, curriculum
+        check_scheduling(self)
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self._scheduling: Scheduling | None = None
+        self._training_loader: ResumableLoader | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -178,25 +191,43 @@ class AlignmentDataModule(LightningDataModule):
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
             if self.sources[split] is not None and split not in self._tables:
                 self._tables.update(self.splits.make(split))
+                if split == "train":
+                    self._scheduled(self._tables[split][0])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of this rank, resumable (see `ResumableLoader`)."""
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        order = UniformOrder(
-            len(table),
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            shuffle=self.shuffle and not getattr(self.trainer, "overfit_batches", 0),
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
+        order = self._scheduled(table).order(replicas)
         loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
+        self._training_loader = loader
         return loader
+
+    @property
+    def follows_scores(self) -> bool:
+        """Whether `record` is to be called."""
+        return self.curriculum is not None
+
+    def record(self, index: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+        """Takes up how well the training batch was done that was given last; all ranks call it with the same.
+
+        Args:
+            index: Row numbers of all ranks' rows, as in the batches' `index`.
+            scores: One a number, in the unit of the rewards.
+
+        Returns:
+            What a curriculum tells of itself, by name.
+
+        Raises:
+            ValueError: If a number is none of a training row.
+        """
+        if self._training_loader is None or self._scheduling is None:
+            return {}
+        return self._training_loader.record(self._scheduling.find(index), scores)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches in the order of the source, each row on one rank; the `validation_prompts` come second."""
@@ -219,6 +250,11 @@ class AlignmentDataModule(LightningDataModule):
         if split not in self._tables:
             self._tables.update(self.splits.make(split))
         return self._tables[split]
+
+    def _scheduled(self, table: Table) -> Scheduling:
+        if self._scheduling is None or self._scheduling.table is not table:
+            self._scheduling = Scheduling(self, table, lambda: self.splits.rows("train"))
+        return self._scheduling
 
     def _ranks(self) -> tuple[int, int]:
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs

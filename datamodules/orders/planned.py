@@ -25,7 +25,7 @@ class PlannedOrder(Order):
         num_replicas: Number of data-parallel ranks.
         seed: Seed of what is drawn.
         shuffle_batches: Whether batches come in an order that is drawn for each epoch, not in that of the plan.
-        drop_last: Whether the plan leaves out a last batch that is not full.
+        curriculum: What batches are sorted by, in words; a state resumes with the same alone.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class PlannedOrder(Order):
         num_replicas: Count = 1,
         seed: Seed = 0,
         shuffle_batches: bool = True,
-        drop_last: bool = False,
+        curriculum: str | None = None,
     ) -> None:
         check_options(PlannedOrder.__init__, locals())
         super().__init__(len(plan.rows), num_replicas)
         self.plan, self.batch_size, self.max_tokens = plan, batch_size, max_tokens
-        self.seed, self.shuffle_batches, self.drop_last = seed, shuffle_batches, drop_last
+        self.seed, self.shuffle_batches, self.curriculum = seed, shuffle_batches, curriculum
 
     def length(self, epoch: int) -> int:
         """The same in every epoch."""
@@ -70,7 +70,8 @@ class PlannedOrder(Order):
             "max_tokens": self.max_tokens,
             "shuffle": True,
             "seed": self.seed,
-            "drop_last": self.drop_last,
+            "drop_last": False,
+            "curriculum": self.curriculum,
         }
 
     def differences(self, then: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 
-def whole_shares(values: Sequence[float]) -> list[int]:
+def whole_shares(values: Sequence[float | Fraction]) -> list[int]:
     """Whole numbers in the same ratio, exactly as the numbers are written.
 
     Args:
@@ -16,7 +16,7 @@ def whole_shares(values: Sequence[float]) -> list[int]:
     >>> whole_shares([0.7, 0.2, 0.1]), whole_shares([2, 2])
     ([7, 2, 1], [1, 1])
     """
-    exact = [Fraction(repr(float(value))) for value in values]
+    exact = [value if isinstance(value, Fraction) else Fraction(repr(float(value))) for value in values]
     unit = math.lcm(*(share.denominator for share in exact))
     whole = [int(share * unit) for share in exact]
     divisor = math.gcd(*whole)
@@ -62,4 +62,3 @@ def apportion(shares: Sequence[int], counts: Sequence[int], total: int) -> list[
         for number in early[:free]:
             found[number] += 1
     return found
-

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import Table
-from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.loader import EvaluationSampler, ResumableLoader
+from datamodules.orders import Order, UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
@@ -189,18 +190,8 @@ class AlignmentDataModule(LightningDataModule):
         """Batches of this rank, resumable (see `ResumableLoader`)."""
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        sampler = ResumableSampler(
-            table,
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            rank=rank,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
-        loader = ResumableLoader(
-            table, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loader_options()
-        )
+        order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
+        loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -241,6 +232,17 @@ class AlignmentDataModule(LightningDataModule):
             "generator": torch.Generator(),
             "worker_init_fn": start_worker,
         }
+
+    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
+        """Which rows make each batch of training."""
+        return UniformOrder(
+            len(table),
+            batch_size=self.batch_size,
+            num_replicas=replicas,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+        )
 
     def _make(self, split: str) -> dict[str, Batches]:
         """The tables of a split, by name."""

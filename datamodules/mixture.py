@@ -75,25 +75,24 @@ class MixtureDataModule(AlignmentDataModule):
         if any(isinstance(part.data, MixtureDataModule) for part in self.parts.values()):
             raise ValueError("sources: a mixture cannot be a source of another; give all sources to one")
         check_effects(self.parts, temperature, first.gives_prompts)
+        given: dict[str, Any] = {
+            split: {name: part.data.sources[split] for name, part in self.parts.items() if part.has(split)} or None
+            for split in SPLITS
+        }
         super().__init__(
+            **given,
             tokenizer=tokenizer,
-            added_tokens=added_tokens,
+            max_length=max(part.data.max_length for part in self.parts.values()),
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             shuffle=shuffle,
             seed=seed,
             drop_last=drop_last,
             num_workers=num_workers,
+            added_tokens=added_tokens,
         )
         self.temperature, self.plan = temperature, Plan((), 0)
-        self.sources = {
-            split: {name: part.data.sources[split] for name, part in self.parts.items() if part.has(split)} or None
-            for split in SPLITS
-        }
         self.accepts, self.gives_prompts = first.accepts, first.gives_prompts
-        self.max_length = max(part.data.max_length for part in self.parts.values())
-        if self.sources["validation"] is None:  # Lightning runs no validation loop where the hook is its own
-            self.val_dataloader = super(AlignmentDataModule, self).val_dataloader  # type: ignore[method-assign]
 
     @property
     def tokenizer(self) -> Any:
@@ -202,7 +201,7 @@ class MixtureDataModule(AlignmentDataModule):
         self.reports[split] = summed(own.values())
         self.reports |= {f"{split}/{name}": report for name, report in own.items()}
 
-    def _order(self, table: Table, replicas: int) -> Order:
+    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
         sizes = table.sizes if isinstance(table, MixedTable) else [len(table)]
         return MixtureOrder(
             sizes,
@@ -210,7 +209,7 @@ class MixtureDataModule(AlignmentDataModule):
             self.plan.epoch_rows,
             batch_size=self.batch_size,
             num_replicas=replicas,
-            shuffle=self.shuffle,
+            shuffle=shuffle,
             seed=self.seed,
             drop_last=self.drop_last,
         )
@@ -222,7 +221,7 @@ class MixtureDataModule(AlignmentDataModule):
         for number, name in enumerate(having):
             share = count // len(having) + (number < count % len(having))
             with naming(name):
-                made = self.parts[name].data.first_prompts_table(share) if share else None
+                made = self.parts[name].data._first_prompts(share) if share else None
             if made is not None:
                 found[name] = made
         return self._together(found) if found else None

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from datamodules.orders.shares import apportion
+from datamodules.orders.uniform import UniformOrder
+from datamodules.ranges import Count, Seed
 
 
-class MixtureOrder:
+class MixtureOrder(UniformOrder):
     """Global batches of a mixture's rows, an endless sequence of which each epoch is a stretch of one length.
 
     Every source is walked through pass after pass, each in an order of its own, and goes on across epochs where the
@@ -23,40 +25,41 @@ class MixtureOrder:
         sizes: Rows of each source; row numbers run through the sources one after the other.
         shares: Whole numbers, the sources' shares of the rows.
         epoch_rows: Rows of an epoch.
-        batch_size: Rows of a batch of all ranks together.
-        num_replicas: Ranks: a last batch that would leave one without a row is filled up with the epoch's first rows.
+        batch_size: Rows in a batch of one rank.
+        num_replicas: Number of data-parallel ranks. A last batch that would leave one without a row is filled up with
+            the epoch's first rows.
         shuffle: Draw the order of each pass; else each is in the order of the source.
         seed: Seed of what is drawn.
         drop_last: Leave out an epoch's last batch if it is not full.
+
+    Raises:
+        ValueError: If `drop_last` leaves nothing.
     """
 
     def __init__(
         self,
         sizes: Sequence[int],
         shares: Sequence[int],
-        epoch_rows: int,
+        epoch_rows: Count,
         *,
-        batch_size: int,
-        num_replicas: int = 1,
+        batch_size: Count,
+        num_replicas: Count = 1,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
         drop_last: bool = False,
     ) -> None:
-        if drop_last and epoch_rows < batch_size:
-            raise ValueError(
-                f"drop_last=True leaves nothing: an epoch has {epoch_rows} rows, and one batch of all ranks takes "
-                f"{batch_size}"
-            )
-        self.sizes, self.shares, self.epoch_rows = list(sizes), list(shares), epoch_rows
-        self.batch_size, self.num_replicas, self.drop_last = batch_size, num_replicas, drop_last
-        self.shuffle, self.seed = shuffle, seed
+        super().__init__(
+            epoch_rows,
+            batch_size=batch_size,
+            num_replicas=num_replicas,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+        )
+        self.sizes, self.shares = list(sizes), list(shares)
         self._starts = np.concatenate(([0], np.cumsum(self.sizes)))[:-1]
         self._counts = (0, [0] * len(self.sizes))  # rows of each source before an epoch
         self._passes: dict[int, tuple[int, np.ndarray]] = {}  # the last pass of each source that was drawn
-
-    def length(self, epoch: int) -> int:
-        """Batches of an epoch."""
-        return self.epoch_rows // self.batch_size if self.drop_last else -(-self.epoch_rows // self.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[np.ndarray]:
         """Row numbers of each batch of an epoch, from batch `start` on, int64 `[rows]`."""
@@ -72,17 +75,17 @@ class MixtureOrder:
             counts = until
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a position to mean the same rows."""
-        return {"mixture": [list(pair) for pair in zip(self.sizes, self.shares, strict=True)], "epoch": self.epoch_rows}
+        """Those of `UniformOrder`, for the rows of an epoch, and the sources' rows and shares."""
+        return super().settings() | {"sizes": self.sizes, "shares": self.shares}
 
     def _totals(self, epoch: int) -> list[int]:
         """Rows since the start of training at the end of each batch of an epoch."""
-        before = epoch * self.epoch_rows
-        return [*range(before + self.batch_size, before + self.epoch_rows, self.batch_size), before + self.epoch_rows]
+        before = epoch * self.rows
+        return [*range(before + self.step, before + self.rows, self.step), before + self.rows]
 
     def _before(self, epoch: int) -> list[int]:
         """Rows of each source in all epochs before this one."""
-        total, whole = epoch * self.epoch_rows, sum(self.shares)
+        total, whole = epoch * self.rows, sum(self.shares)
         exact = [divmod(total * share, whole) for share in self.shares]
         if not any(rest for _, rest in exact):
             return [count for count, _ in exact]

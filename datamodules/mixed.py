@@ -65,12 +65,7 @@ class MixedTable(Table):
         self.fingerprint = f"{zlib.crc32(json.dumps(named).encode()):08x}"
 
     def _check(self, firsts: Sequence[Mapping[str, Any]]) -> None:
-        for origin, row, lacking in zip(self.origins, firsts, self._lacking, strict=True):
-            if taken := sorted({*row} & {*KEYS}):
-                raise ValueError(
-                    f"source {origin.name!r}: its rows have the columns {taken}, which batches of a mixture use "
-                    f"themselves; rename them, as in columns={{'{taken[0]}': '{taken[0]}_column'}}"
-                )
+        for origin, lacking in zip(self.origins, self._lacking, strict=True):
             for key in lacking:
                 if key in ("margin", "label"):
                     other = next(o.name for o, there in zip(self.origins, firsts, strict=True) if key in there)
@@ -81,6 +76,11 @@ class MixedTable(Table):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.concatenate([table.lengths for table in self.tables])
 
     def row(self, index: int) -> dict[str, Any]:
         """The source's row, filled up, with the keys of its `Origin` under `origin`."""

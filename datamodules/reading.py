@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
+from datamodules.mixed import KEYS as OF_MIXTURES
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
 from datamodules.rows.messages import LARGEST_WEIGHT, shown, truth
@@ -25,6 +26,7 @@ _CHUNK = 1024  # rows tokenised in one call
 RESERVED = (
     *("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "response_loss_mask"),
     *("rewards", "old_logprobs", "completions", "prompt_ids", "completion_ids"),  # the last three are what rewards get
+    *OF_MIXTURES,
 )
 
 

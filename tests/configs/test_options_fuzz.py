@@ -213,7 +213,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed("" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint):
+        for value in malformed(
+            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
+        ):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1

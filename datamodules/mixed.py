@@ -12,11 +12,9 @@ import numpy as np
 import torch
 
 from datamodules.batching import IGNORE, Table
-from datamodules.tables import CarryingCollate
+from datamodules.tables import OF_MIXTURES, CarryingCollate
 
-SOURCE, WEIGHTS, LIMITS, REWARDS = "source_name", "source_weights", "completion_limits", "reward_names"
-KEYS = (SOURCE, WEIGHTS, LIMITS, REWARDS)
-"""What a batch of a mixture holds beside the sources' own keys, one value a row."""
+SOURCE, WEIGHTS, LIMITS, REWARDS = OF_MIXTURES
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class MixedCollate:
 
     Args:
         collates: The sources' collate functions, of one class and alike but for the columns that they carry.
-        keys: Those of `KEYS` that batches are to have.
+        keys: Those of `OF_MIXTURES` that batches are to have.
     """
 
     def __init__(self, collates: Sequence[Callable[[list[Any]], Any]], keys: Sequence[str]) -> None:

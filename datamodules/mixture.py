@@ -147,7 +147,7 @@ class MixtureDataModule(AlignmentDataModule):
         Raises:
             ValueError: No source has rows for the split, or a source's cannot be used; the message names it.
         """
-        return {split: self._table(split)} if split == "train" or not self.sources[split] else self._make(split)
+        return super().tables(split) if split == "train" or not self.sources[split] else self._make(split)
 
     def _prepare(self) -> None:
         """Hands tokenizer and Trainer on to the sources."""

@@ -10,9 +10,10 @@ from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.scheduling import check_packing
+from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights", *OF_MIXTURES)
 
 
 class SFTDataModule(AlignmentDataModule):

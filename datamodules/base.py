@@ -12,13 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import Table
-<<<<<<< HEAD
 from datamodules.curricula import Curriculum
 from datamodules.loader import EvaluationSampler, ResumableLoader
-=======
-from datamodules.loader import EvaluationSampler, ResumableLoader
-from datamodules.orders import Order, UniformOrder
->>>>>>> main
+from datamodules.orders import Order
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
@@ -201,23 +197,15 @@ class AlignmentDataModule(LightningDataModule):
         """
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
             if self.sources[split] is not None and split not in self._tables:
-<<<<<<< HEAD
-                self._tables.update(self.splits.make(split))
+                self._tables.update(self._make(split))
                 if split == "train":
                     self._scheduled(self._tables[split][0])
-=======
-                self._tables.update(self._make(split))
->>>>>>> main
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of this rank, resumable (see `ResumableLoader`)."""
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-<<<<<<< HEAD
-        order = self._scheduled(table).order(replicas)
-=======
         order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
->>>>>>> main
         loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
@@ -290,14 +278,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
         """Which rows make each batch of training."""
-        return UniformOrder(
-            len(table),
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
+        return self._scheduled(table).order(replicas, shuffle)
 
     def _make(self, split: str) -> dict[str, Batches]:
         """The tables of a split, by name."""

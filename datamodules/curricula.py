@@ -19,6 +19,8 @@ from datamodules.ranges import Count, Finite, Range, check_options
 from datamodules.rows.messages import scalar, short
 from datamodules.rows.rows import Rows
 
+__all__ = ["ByColumn", "ByLength", "BySuccess"]
+
 
 @dataclass(frozen=True)
 class Batching:

@@ -26,7 +26,7 @@ def check_scheduling(data: AlignmentDataModule) -> None:
         ValueError: If they do not.
     """
     curriculum, budget = data.curriculum, data.max_tokens
-    if curriculum is not None and not isinstance(curriculum, Curriculum):
+    if curriculum is not None and (not isinstance(curriculum, Curriculum) or type(curriculum) is Curriculum):
         raise ValueError(f"curriculum={curriculum!r} must be a Curriculum, such as ByColumn, ByLength or BySuccess")
     if not data.shuffle and (curriculum is not None or budget is not None):
         given = f"max_tokens={budget}" if curriculum is None else f"curriculum={curriculum}"
@@ -77,22 +77,20 @@ class Scheduling:
         if data.max_tokens is not None:
             self._check_lengths(rows, data.max_tokens)
 
-    def order(self, num_replicas: int) -> Order:
-        """The order for so many ranks; under `overfit_batches` that of the source.
+    def order(self, num_replicas: int, shuffle: bool) -> Order:
+        """The order for so many ranks; that of the source where nothing is drawn, as under `overfit_batches`.
 
         Raises:
             ValueError: If the options do not fit the rows, or the module tells no scores that the curriculum needs.
         """
         data, curriculum = self.data, self.data.curriculum
-        if getattr(data.trainer, "overfit_batches", 0):
-            return self._uniform(num_replicas, shuffle=False)
-        if data.max_tokens is None:
-            plain: Order = self._uniform(num_replicas, shuffle=data.shuffle)
+        if data.max_tokens is None or not shuffle:
+            plain: Order = self._uniform(num_replicas, shuffle)
         else:
             plan = bucketed(self.lengths, data.max_tokens, num_replicas)
             options: dict[str, Any] = {"max_tokens": data.max_tokens, "num_replicas": num_replicas, "seed": data.seed}
             plain = PlannedOrder(plan, **options)
-        if curriculum is None or self.values is None:
+        if curriculum is None or self.values is None or not shuffle:
             return plain
         self._check_module(curriculum)
         batching = Batching(data.batch_size, data.max_tokens, num_replicas, data.seed, data.drop_last)
@@ -111,7 +109,7 @@ class Scheduling:
                 raise ValueError(f"index: {number} is the number of no training row")
         return places.tolist()
 
-    def _uniform(self, num_replicas: int, *, shuffle: bool) -> UniformOrder:
+    def _uniform(self, num_replicas: int, shuffle: bool) -> UniformOrder:
         data = self.data
         options: dict[str, Any] = {"batch_size": data.batch_size, "seed": data.seed, "drop_last": data.drop_last}
         return UniformOrder(len(self.table), num_replicas=num_replicas, shuffle=shuffle, **options)

@@ -108,8 +108,8 @@ def input_directions(
         ValueError: There are fewer tokens than the rank, or a layer reads tokens apart from their rows.
     """
     ranks = {path: layer.r[name] for path, layer, name in _trained(model)}
-    tokens = torch.tensor(sum(text.tokens for text in texts if text is not None), device=_device(model))
-    tokens, largest = int(total(tokens)), max(ranks.values())
+    read = torch.tensor(sum(text.tokens for text in texts if text is not None), device=_device(model))
+    tokens, largest = int(total(read)), max(ranks.values())
     if tokens < largest:
         raise ValueError(
             f"lora.init='eva' with lora.r={largest}: the first batch holds {tokens} tokens that are read, and as many "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -49,25 +49,40 @@ def start_adapters(module: Any, batch: Mapping[str, Any]) -> None:
         if module._trainer is not None:
             found = module.trainer.strategy.broadcast(found)  # other processors round otherwise
         set_directions(model, found)
-        tokens = sum(text.tokens for text in texts if text is not None)
-        rank_zero_info(f"  {name}: adapters start from what their layers read of {tokens} tokens (EVA)")
+        rank_zero_info(f"  {name}: the adapters start from what their layers read of the first batch (EVA)")
 
 
 def _texts(module: Any, batch: Mapping[str, Any]) -> list[Segments | None]:
     """What is read of a batch, in pieces as they are trained on; None: nothing of a piece."""
     size = None if module.automatic_optimization else module.micro_batch_size
-    found = [_text(module, piece) for piece in ([batch] if size is None else cut(batch, size))]
+    if SEGMENTS not in batch and module.segments(batch) is None:
+        rows = _rows(module, batch)
+        found = [Segments.from_labels(ids, ids, mask, reads="targets+last") for ids, mask in rows.split(size)]
+    else:
+        pieces = [batch] if size is None else cut(batch, size)
+        found = [piece.get(SEGMENTS) or module.segments(piece) for piece in pieces]
     return [text if text.tokens else None for text in found]
 
 
-def _text(module: Any, piece: Mapping[str, Any]) -> Segments:
-    segments = piece.get(SEGMENTS) or module.segments(piece)
-    if segments is not None:
-        return segments
+class _Rows(NamedTuple):
+    """Token ids `[rows, time]` and where they are real; None: everywhere."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+    def split(self, size: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Pieces of at most so many rows; None: all in one."""
+        size = size or max(len(self.ids), 1)
+        for start in range(0, len(self.ids), size):
+            rows = slice(start, start + size)
+            yield self.ids[rows], None if self.mask is None else self.mask[rows]
+
+
+def _rows(module: Any, batch: Mapping[str, Any]) -> _Rows:
     for ids, mask in (("prompts", "prompt_attention_mask"), ("input_ids", "attention_mask")):
-        if isinstance(tokens := piece.get(ids), Tensor):
-            return Segments.from_labels(tokens, tokens, piece.get(mask), reads="targets+last")
+        if isinstance(batch.get(ids), Tensor):
+            return _Rows(batch[ids], batch.get(mask))
     raise ValueError(
         f"lora.init='eva' reads `segments`, `prompts` or `input_ids` of a batch, and this one for "
-        f"{type(module).__name__} holds {sorted(map(str, piece))}: use another init"
+        f"{type(module).__name__} holds {sorted(map(str, batch))}: use another init"
     )

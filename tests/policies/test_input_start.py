@@ -40,6 +40,13 @@ def inputs_by_hand(model, batch):
     return {path: torch.cat(rows).double() for path, rows in found.items()}
 
 
+def assert_directions(model, inputs):
+    for path, down in downs(model).items():
+        right = torch.linalg.svd(inputs[path], full_matrices=False).Vh[:4]
+        torch.testing.assert_close((down * right).sum(dim=1).abs(), torch.ones(4).double(), rtol=0, atol=1e-5, msg=path)
+        assert (down.gather(1, down.abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
 def downs(model):
     return {path: layer.lora_A["default"].weight.detach().double() for path, layer in lora_layers(model)}
 
@@ -53,13 +60,18 @@ def test_the_right_singular_vectors_of_what_a_layer_reads(tiny_llama, side, opti
     set_directions(model, input_directions(model, pieces))
     wanted = inputs_by_hand(model.eval(), batch)
     assert len(wanted) == 14
-    for path, down in downs(model).items():
-        right = torch.linalg.svd(wanted[path], full_matrices=False).Vh[:4]
-        torch.testing.assert_close((down * right).sum(dim=1).abs(), torch.ones(4).double(), rtol=0, atol=1e-5, msg=path)
-        assert (down.gather(1, down.abs().argmax(dim=1, keepdim=True)) > 0).all()
+    assert_directions(model, wanted)
     assert all(not layer.lora_B["default"].weight.any() for _, layer in lora_layers(model))
     assert adapter_is_identity(model)
     assert torch.equal(model(batch["input_ids"]).logits, before)
+
+
+def test_a_quantized_base(llama_folder):
+    pytest.importorskip("torchao")
+    options = {"quantization": "int8_weight_only", "lora": LoraConfig(r=4, init="eva")}
+    model, batch = build_policy(PolicyConfig(path=str(llama_folder), **options)).eval(), supervised(range(6), 3)
+    set_directions(model, input_directions(model, [text(batch)]))
+    assert_directions(model, inputs_by_hand(model, batch))
 
 
 def test_nothing_is_drawn_and_nothing_else_changes(tiny_llama):

@@ -44,10 +44,12 @@ class Tape(Protocol):
     """One pass over the rows of one shard.
 
     Attributes:
-        number: Rows that were passed so far, those of other shards among them.
+        number: Rows that were passed so far, those of other shards among them where it reads the `whole` stream.
+        whole: Whether it does, instead of a part of the stream that holds this shard's rows alone.
     """
 
     number: int
+    whole: bool
 
     def read(self, count: int) -> list[Found]:
         """The next rows of the shard, fewer than `count` where the stream ends."""
@@ -78,7 +80,7 @@ class LinesTape:
         deal: Deal,
         position: Mapping[str, Any] | None = None,
     ) -> None:
-        at = position or {}
+        at, self.whole = position or {}, True
         self.paths, self.parse, self.deal = paths, parse, deal
         self.file, self.offset, self.line = (int(at.get(name, 0)) for name in ("file", "offset", "line"))
         self.number = int(at.get("number", 0))
@@ -127,7 +129,7 @@ class ParquetTape:
     """
 
     def __init__(self, paths: Sequence[Path], deal: Deal, position: Mapping[str, Any] | None = None) -> None:
-        at = position or {}
+        at, self.whole = position or {}, True
         self.paths, self.deal = paths, deal
         self.file, self.group, self.row = (int(at.get(name, 0)) for name in ("file", "group", "row"))
         self.number = int(at.get("number", 0))
@@ -190,8 +192,8 @@ class IterableTape:
         rows: The iterator of this pass, at its first row or at that of a state.
         state: Tells the iterator's state after the last row it gave; None: it has none.
         deal: Which rows are read.
-        dealt: Whether the iterator gives the rows of this shard alone; its row n then has the number
-            `n * shards + shard`.
+        whole: Whether the iterator gives the rows of all shards; else it gives those of this shard alone, and its row n
+            has the number `n * shards + shard`.
         number: Rows that the iterator gave before.
         place: Describes the place of a row, by its number in the iterator, for errors.
     """
@@ -202,11 +204,11 @@ class IterableTape:
         state: Callable[[], Any] | None,
         deal: Deal,
         *,
-        dealt: bool,
+        whole: bool,
         number: int,
         place: Callable[[int], str],
     ) -> None:
-        self.state, self.deal, self.dealt, self.number, self.place = state, deal, dealt, number, place
+        self.state, self.deal, self.whole, self.number, self.place = state, deal, whole, number, place
         self._source = rows
         self._rows = self._walk()
 
@@ -226,7 +228,7 @@ class IterableTape:
     def _walk(self) -> Iterator[Found]:
         while (row := self._next()) is not _END:
             given, (shard, shards) = self.number - 1, self.deal
-            if self.dealt:
+            if not self.whole:
                 yield Found(given * shards + shard, (0, given), row)
             elif self.deal.takes(given):
                 yield Found(given, (0, given), row)

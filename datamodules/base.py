@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.loader import EvaluationSampler, ResumableLoader
+from datamodules.orders import UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
@@ -182,18 +183,15 @@ class AlignmentDataModule(LightningDataModule):
         """Batches of this rank, resumable (see `ResumableLoader`)."""
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        sampler = ResumableSampler(
-            table,
+        order = UniformOrder(
+            len(table),
             batch_size=self.batch_size,
             num_replicas=replicas,
-            rank=rank,
-            shuffle=self.shuffle,
+            shuffle=self.shuffle and not getattr(self.trainer, "overfit_batches", 0),
             seed=self.seed,
             drop_last=self.drop_last,
         )
-        loader = ResumableLoader(
-            table, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loader_options()
-        )
+        loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress

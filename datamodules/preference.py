@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ class SidesTable(Table):
 
     Args:
         sides: Token ids of each side, by name ("prompt" among them).
-        index: Row number of each in the source.
+        index: A number of each.
         columns: One value a row of other keys, by name.
         loss_masks: Which tokens of a side are to be scored, by the side's name; of a side that lacks one, all.
+        source_rows: Row number in the source of each; None: `index`.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class SidesTable(Table):
         index: np.ndarray,
         columns: dict[str, np.ndarray] | None = None,
         loss_masks: dict[str, Ragged] | None = None,
+        source_rows: np.ndarray | None = None,
     ) -> None:
+        self.source_rows = index if source_rows is None else source_rows
         self.sides, self.index, self.columns, self.loss_masks = sides, index, columns or {}, loss_masks or {}
         checksum = 0
         for values in self.columns.values():
@@ -45,6 +49,11 @@ class SidesTable(Table):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row's sides together."""
+        return np.sum([side.lengths for side in self.sides.values()], axis=0)
 
     def row(self, index: int) -> dict[str, Any]:
         """The sides' ids, `index`, `{side}_loss_mask` where there are some, and the other columns."""
@@ -67,6 +76,7 @@ class Sides:
         self.reader, self.encoder, self.names = reader, encoder, names
         self.rows: list[tuple[np.ndarray, ...]] = []
         self.masks: list[tuple[np.ndarray, ...]] = []
+        self.numbers = array("q")
 
     def add(self, number: int, prompt: np.ndarray, sides: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> bool:
         """Takes row `number` of the source, unless it is too long or nothing is left of it, which is counted."""
@@ -83,6 +93,7 @@ class Sides:
             return False
         self.rows.append((cut_left(prompt, before, self.encoder.first), *sides))
         self.masks.append(tuple(masks))
+        self.numbers.append(number)
         return True
 
     def table(self, index: Sequence[int], columns: dict[str, np.ndarray]) -> Batches:
@@ -98,7 +109,8 @@ class Sides:
         self.reader.report["tokens"] = sum(len(table.values) for table in tables.values())
         partly = not all(mask.all() for row in self.masks for mask in row)
         masked = {n: Ragged((row[i] for row in self.masks), np.bool_) for i, n in enumerate(self.names) if partly}
-        table = SidesTable(tables, np.asarray(index, dtype=np.int64), columns, masked)
+        numbers = np.asarray(self.numbers, dtype=np.int64)
+        table = SidesTable(tables, np.asarray(index, dtype=np.int64), columns, masked, numbers)
         return table, SidesCollate(self.encoder.pad, names)
 
 

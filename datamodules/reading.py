@@ -188,7 +188,7 @@ class SplitReader:
         """The report in words."""
         return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
 
-    def token_rows(self, loss_on: LossOn, taken: list[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def token_rows(self, loss_on: LossOn, taken: array[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split).
 
         The mask of a row with weights, of its own (column `weight`) or of its replies, holds these: float32, 0 where no
@@ -226,8 +226,16 @@ class SplitReader:
             raise ValueError(f"{self.place(index)}: the row's weight times that of a message is no finite number")
         return found.astype(np.float32)
 
-    def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
-        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool."""
+    def token_table(
+        self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool, taken: Sequence[int] | None = None
+    ) -> Batches:
+        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool.
+
+        Args:
+            pairs: The ids and masks, read once.
+            packing: Whether to pack.
+            taken: Row number in the source of each, complete once they are read; None: not known.
+        """
         weighed: dict[int, np.ndarray] = {}
 
         def marked() -> Iterator[np.ndarray]:
@@ -242,7 +250,8 @@ class SplitReader:
         if weighed:
             weights = Ragged((weighed.get(i, tokens[i] >= 0) for i in range(len(tokens))), np.float32)
             self.report["weighted"] = len(weighed)
-        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None, weights)
+        numbers = None if taken is None else np.asarray(taken, dtype=np.int64)
+        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None, weights, numbers)
         if packing:
             self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)

@@ -55,10 +55,16 @@ class PromptTable(Table):
         checksum: int = 0,
     ) -> None:
         self.prompts, self.index, self.rows, self.columns, self.canonical = prompts, index, rows, columns, canonical
+        self.source_rows = index
         self.fingerprint = f"{prompts.checksum(checksum):08x}"
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt."""
+        return self.prompts.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """`prompts` (ids), `index` (row number in the source), the columns, `prompt` and perhaps `completion`."""
@@ -77,11 +83,16 @@ class CarryingTable(Table):
     """
 
     def __init__(self, table: Table, columns: dict[str, list[Any]]) -> None:
-        self.table, self.columns = table, columns
+        self.table, self.columns, self.source_rows = table, columns, table.source_rows
         self.fingerprint = f"{row_checksum(columns, int(table.fingerprint, 16)):08x}"
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row of the table."""
+        return self.table.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """The table's row and the columns' values."""

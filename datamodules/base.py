@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,6 +18,9 @@ from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
 from datamodules.rows.splits import check_share
 from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
+from datamodules.streams.loader import StreamLoader
+from datamodules.streams.options import StreamOptions
+from datamodules.streams.stream import TrainStream, is_streamed, stream_options
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
 from datamodules.workers import start_worker
@@ -35,7 +38,8 @@ class AlignmentDataModule(LightningDataModule):
 
     Args:
         train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
-            a map-style Dataset of dict rows, or a list of dict rows.
+            a map-style Dataset of dict rows, or a list of dict rows; or an `IterableDataset` of dict rows, of torch or
+            of `datasets`, which is a stream.
         validation: Validation rows, or a share between 0 and 1 of the training rows, split off by `seed`.
         test: Test rows.
         predict: Rows to predict.
@@ -57,6 +61,8 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
+            else whole.
     """
 
     accepts: tuple[str, ...] = ()
@@ -85,6 +91,7 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        stream: StreamOptions | None = None,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -100,12 +107,15 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        self.stream = stream
+        self.streaming = stream_options(self)
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self._stream: TrainStream | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -163,7 +173,7 @@ class AlignmentDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download hub data sets once per machine."""
         for split, source in self.sources.items():
-            if isinstance(source, str) and is_hub_id(source):
+            if isinstance(source, str) and is_hub_id(source) and not is_streamed(self, split):
                 load_from_hub(source, split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -176,11 +186,15 @@ class AlignmentDataModule(LightningDataModule):
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if self.sources[split] is not None and split not in self._tables:
+            if split == "train" and self.streaming is not None:
+                self._train_stream()
+            elif self.sources[split] is not None and split not in self._tables:
                 self._tables.update(self.splits.make(split))
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this rank, resumable (see `ResumableLoader`)."""
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
+        """Batches of this rank, resumable (see `ResumableLoader`; those of a stream have no end: `StreamLoader`)."""
+        if self.streaming is not None:
+            return self._train_stream().loader(*self._ranks())
         table, collate = self._table("train")
         replicas, rank = self._ranks()
         order = UniformOrder(
@@ -219,6 +233,21 @@ class AlignmentDataModule(LightningDataModule):
         if split not in self._tables:
             self._tables.update(self.splits.make(split))
         return self._tables[split]
+
+    def _train_stream(self) -> TrainStream:
+        if self._stream is None:
+            self._stream = TrainStream(self, self.streaming or StreamOptions())
+            self.reports["train"] = self._stream.report
+        return self._stream
+
+    def without_rows(self) -> Self:
+        """A copy that can go to other processes: the options and the tokenizer, without sources, tables and Trainer."""
+        self._encoder = self.encoder  # loaded once, before there are copies
+        alone = copy.copy(self)
+        alone.__dict__.pop("val_dataloader", None)
+        alone.trainer, alone.sources, alone.reports = None, dict.fromkeys(SPLITS), {}
+        alone._tables, alone._stream, alone.splits = {}, None, Splits(alone)
+        return alone
 
     def _ranks(self) -> tuple[int, int]:
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs

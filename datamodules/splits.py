@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.rows.questions import question_name
-from datamodules.rows.rows import RenamedRows, Rows
+from datamodules.rows.rows import RenamedRows, Rows, SequenceRows
 from datamodules.rows.sources import has_validation, open_source
 from datamodules.rows.splits import first_rows, take_share
+from datamodules.streams.stream import first_of
 
 if TYPE_CHECKING:
     from datamodules.base import AlignmentDataModule
@@ -47,8 +48,8 @@ class Splits:
         data, given = self.data, self.data.sources["validation"]
         share = given if isinstance(given, float) else None
         opened = "train" if share and split == "validation" else split
-        source = data.sources[opened]
-        rows: Rows = open_source(source, opened)
+        source, first = data.sources[opened], first_of(data, opened)
+        rows: Rows = open_source(source, opened) if first is None else SequenceRows(first, str(source))
         if split == "train" and given is None and has_validation(source):
             logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
         if share and split in ("train", "validation"):

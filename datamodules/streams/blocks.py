@@ -103,11 +103,12 @@ class ShardRows:
         self.turn, self.block, self.kept = (int(at.get(name, 0)) for name in ("turn", "block", "kept"))
         self.report: Report = dict(at.get("report", {}))
         self.collate: Callable[[list[Any]], Any] = list
-        self._before = self._state(at.get("source"), 0, self.report)
-        self._tape = maker.source.open(deal, self.turn, at.get("source"))
+        self._before = self._state(at.get("source"))
         self._table = Table()
         self._order, self._given = np.zeros(0, np.int64), 0
-        if at.get("fingerprint") is not None:
+        if at.get("fingerprint") is None:
+            self._tape = maker.source.open(deal, self.turn, at.get("source"))
+        else:
             self._take_up(at)
 
     def take(self, count: int) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ class ShardRows:
         Raises:
             ValueError: A row of the source cannot be used, or a whole pass has none that can.
         """
-        rows = []
+        rows: list[dict[str, Any]] = []
         while len(rows) < count:
             self._need_rows()
             row = self._table.row(int(self._order[self._given]))
@@ -132,23 +133,24 @@ class ShardRows:
             self._given, count = self._given + step, count - step
 
     def position(self) -> dict[str, Any]:
-        """Pass, block, rows of it handed out, and where in the source it begins; with the counts of what was read."""
-        if self._given == len(self._order):
-            return self._state(self._tape.position(), 0, self.report)
-        return {**self._before, "given": self._given, "fingerprint": self._table.fingerprint}
+        """Pass, block, rows of it handed out, and where in the source it begins; with the counts of what came before.
 
-    def _state(self, source: Any, given: int, report: Report) -> dict[str, Any]:
-        counts = {"turn": self.turn, "block": self.block, "kept": self.kept, "report": dict(report)}
-        return {**counts, "given": given, "source": source, "fingerprint": None}
+        A block of which all was handed out stands here, too: read again, it shows whether the source is still the same.
+        """
+        return {**self._before, "given": self._given}
+
+    def _state(self, source: Any) -> dict[str, Any]:
+        counts = {"turn": self.turn, "block": self.block, "kept": self.kept, "report": dict(self.report)}
+        return {**counts, "source": source, "fingerprint": None}
 
     def _need_rows(self) -> None:
         while self._given == len(self._order):
-            self._before = self._state(self._tape.position(), 0, self.report)
+            before = self._state(self._tape.position())
             found = self._tape.read(self.maker.buffer_size)
             if len(found) < self.maker.buffer_size:
                 self._check_rows_for_all()
             if found:
-                self._fill(found)
+                self._fill(found, before)
             else:
                 self._turn_over()
 
@@ -161,13 +163,14 @@ class ShardRows:
                 "needs one: use fewer workers or ranks, or leave stream out"
             )
 
-    def _fill(self, found: list[Found]) -> None:
+    def _fill(self, found: list[Found], before: dict[str, Any]) -> None:
         self._table, self.collate, reader = self.maker.make(found)
         self._found, self._places = found, reader.places
         order = np.random.default_rng([self.maker.data.seed, self.turn, self.block, self.deal.shard])
         size = len(self._table)
         self._order, self._given = order.permutation(size) if self.maker.data.shuffle else np.arange(size), 0
         self.block, self.kept = self.block + 1, self.kept + size
+        self._before = before | {"fingerprint": self._table.fingerprint}
         add_report(self.report, reader.report)
 
     def _turn_over(self) -> None:
@@ -192,12 +195,11 @@ class ShardRows:
             # a state that leaves a buffer of the iterable's own out is none: then rows are counted from the first on
             self.turn, self.block, self.kept, self.report = turn, block, kept, dict(report)
             self._tape = self.maker.source.open(self.deal, self.turn, source)
-            self._before = self._state(source, 0, self.report)
             found = self._tape.read(self.maker.buffer_size)
             if found:
-                self._fill(found)
+                self._fill(found, self._state(at["source"]))
             if found and self._table.fingerprint == at["fingerprint"]:
-                self._before["source"], self._given = at["source"], int(at["given"])
+                self._given = int(at["given"])
                 return
         place = self.maker.source.where(found[0].mark) if found else f"the end of {self.maker.source.name}"
         raise ValueError(

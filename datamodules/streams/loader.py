@@ -238,9 +238,9 @@ class StreamLoader:
         if shards % max(1, self.num_workers):
             fits = [0, *(count for count in range(1, shards + 1) if shards % count == 0)]
             raise ValueError(
-                f"cannot resume the training data: num_workers={self.num_workers} cannot share what {shards} workers of "
-                f"each rank read when the checkpoint was saved; set num_workers to one of {', '.join(map(str, fits))}, "
-                "or start a new run from the exported weights"
+                f"cannot resume the training data: num_workers={self.num_workers} cannot share what {shards} workers "
+                f"of each rank read when the checkpoint was saved; set num_workers to one of "
+                f"{', '.join(map(str, fits))}, or start a new run from the exported weights"
             )
         self._known, self._start = known, known[self.rank]
         self._begin(self._start, int(state["batches_seen"]))

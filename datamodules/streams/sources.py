@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from datamodules.rows.rows import parse_line
 from datamodules.rows.sources import find_path, folder_files, hub_split, is_hub_id, not_found, open_saved
 from datamodules.streams.tapes import Deal, IterableTape, LinesTape, ParquetTape, Row, Tape, open_parquet
+from datamodules.tables import row_checksum
 
 SUFFIXES = (".jsonl", ".ndjson", ".txt", ".parquet")
 
@@ -85,12 +86,20 @@ class IterableSource:
     """
 
     def __init__(self, rows: Any, name: str) -> None:
-        self.rows, self.name = rows, name
+        self.rows, self.name, self._expected = rows, name, list[int]()
         if iter(rows) is iter(rows):
             raise ValueError(
                 f"{name} gives one iterator for ever, and each pass needs one from the first row on; make __iter__ "
                 "return a new one, or be a generator function"
             )
+
+    def expect(self, rows: Sequence[Row]) -> None:
+        """Has every first pass checked: it must begin with these rows, in whatever process.
+
+        Args:
+            rows: The first rows, as one process has read them.
+        """
+        self._expected = [row_checksum(row) for row in rows]
 
     def open(self, deal: Deal, turn: int = 0, position: Mapping[str, Any] | None = None) -> Tape:
         """A pass over one shard's rows."""
@@ -106,7 +115,8 @@ class IterableSource:
             number = int(position["number"])
         place = partial(self._place, deal if dealt else Deal())
         state = rows.state_dict if stateful else None
-        tape = IterableTape(_iterate(rows), state, deal, whole=not dealt, number=number, place=place)
+        expected = () if dealt or turn else self._expected
+        tape = IterableTape(_iterate(rows), state, deal, whole=not dealt, number=number, place=place, expected=expected)
         tape.skip(int((position or {}).get("number", 0)))
         return tape
 
@@ -192,4 +202,3 @@ def _open_path(source: str, split: str) -> StreamSource:
         for file in paths:
             open_parquet(file)
     return FileSource(paths, str(path))
-

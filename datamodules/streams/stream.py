@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from datamodules.rows.sources import is_hub_id
 from datamodules.streams.blocks import BlockMaker, BlockRows, Report, add_report
 from datamodules.streams.loader import StreamLoader
 from datamodules.streams.options import StreamOptions
-from datamodules.streams.sources import StreamSource, is_stream, open_stream
+from datamodules.streams.sources import IterableSource, StreamSource, is_stream, open_stream
 from datamodules.streams.tapes import Deal, Found, Row
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FIRST_REPORT = 10_000  # rows after which counts are logged, and again whenever they have doubled
+_CHECKED = 8  # first rows that each process compares with those that the main one read
 _LOST = ("truncated", "ties")
 
 
@@ -58,6 +58,13 @@ def stream_options(data: AlignmentDataModule) -> StreamOptions | None:
 
 def _bounded(source: Any) -> bool:
     return is_stream(source) or is_hub_id(source)
+
+
+def is_streamed(data: AlignmentDataModule, split: str) -> bool:
+    """Whether nothing of a split's source is read before its rows are asked for, one after the other."""
+    if split == "train":
+        return data.streaming is not None
+    return data.stream is not None and data.stream.eval_rows is not None
 
 
 def first_of(data: AlignmentDataModule, split: str) -> list[Row] | None:
@@ -104,8 +111,12 @@ class TrainStream:
 
     def __init__(self, data: AlignmentDataModule, options: StreamOptions) -> None:
         self.data, self.options = data, options
+        if data.trainer is not None:
+            check_trainer(data.trainer, validates=data.sources["validation"] is not None)
         self.source = open_stream(data.sources["train"], "train")
         found = _read_first(self.source, "train", formats.SAMPLE)
+        if isinstance(self.source, IterableSource):
+            self.source.expect([row for _, _, row in found[:_CHECKED]])
         rows: Rows = BlockRows(found, self.source)
         if data.columns:
             rows = RenamedRows(rows, data.columns)
@@ -113,7 +124,7 @@ class TrainStream:
         kind, _ = data.splits.recognise("train", rows, seen)
         self._maker = BlockMaker(
             source=self.source,
-            data=_alone(data),
+            data=data.without_rows(),
             kind=kind,
             seen=seen,
             labelled=any(row.get("label") is not None for row in rows),
@@ -142,10 +153,10 @@ class TrainStream:
         ranks = _Ranks(trainer, replicas, rank)
         if len(set(ranks.gather(self.fingerprint) or [])) > 1:
             raise ValueError(
-                f"train: {self.source.name} gives other rows on each rank; give all of it to each, since rows are dealt "
-                "to ranks and workers here"
+                f"train: {self.source.name} gives other rows on each rank; give all of it to each, since rows are "
+                "dealt to ranks and workers here"
             )
-        settings = {"seed": data.seed, "shuffle": data.shuffle, "max_length": data.max_length}
+        settings: dict[str, Any] = {"seed": data.seed, "shuffle": data.shuffle, "max_length": data.max_length}
         settings |= {"packing": getattr(data, "packing", False), "first_rows": self.fingerprint}
         loader = StreamLoader(
             self._maker,
@@ -160,7 +171,7 @@ class TrainStream:
         if trainer is not None:
             check_trainer(trainer, validates=data.sources["validation"] is not None)
             progress = trainer.fit_loop.epoch_loop.batch_progress
-            loader.done = lambda: progress.total.processed
+            loader.done = lambda: progress.total.processed  # type: ignore[attr-defined]
             # one batch may be in a step, one is fetched ahead, and a step that is not complete is taken again
             loader.margin = lambda: trainer.accumulate_grad_batches + 2
         return loader
@@ -198,16 +209,6 @@ class _Ranks:
         return [found[rank] for rank in range(self.replicas)]
 
 
-def _alone(data: AlignmentDataModule) -> AlignmentDataModule:
-    """A copy of a data module that goes to other processes: its options and its tokenizer, without rows or Trainer."""
-    data.encoder.first  # noqa: B018  # loads the tokenizer once, before there are copies
-    alone = copy.copy(data)
-    alone.__dict__.pop("val_dataloader", None)
-    alone.trainer, alone.sources, alone.reports = None, {}, {}
-    alone.forget()
-    return alone
-
-
 def check_trainer(trainer: Trainer, *, validates: bool) -> None:
     """Refuse what Lightning cannot do with a loader that has no end.
 
@@ -224,9 +225,9 @@ def check_trainer(trainer: Trainer, *, validates: bool) -> None:
             f"trainer.limit_train_batches={batches}: a stream has no number of batches that this could be a share of; "
             "give an integer, or leave it out"
         )
-    if trainer.overfit_batches:
+    if overfit := getattr(trainer, "overfit_batches", 0):
         raise ValueError(
-            f"trainer.overfit_batches={trainer.overfit_batches} needs training rows that can be read again: give a "
+            f"trainer.overfit_batches={overfit} needs training rows that can be read again: give a "
             "table of few rows instead of a stream"
         )
     epochs = isinstance(batches, int) and trainer.max_epochs not in (None, -1)
@@ -240,8 +241,8 @@ def check_trainer(trainer: Trainer, *, validates: bool) -> None:
     if validates and trainer.limit_val_batches and isinstance(interval, float) and not isinstance(batches, int):
         raise ValueError(
             f"trainer.val_check_interval={interval}: a stream has no end of an epoch at which to validate; set "
-            "trainer.val_check_interval to an integer, the batches between two validations, or trainer.limit_val_batches"
-            "=0 for none"
+            "trainer.val_check_interval to an integer, the batches between two validations, or "
+            "trainer.limit_val_batches=0 for none"
         )
 
 

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from datamodules.tables import row_checksum
+
 Row = dict[str, Any]
 _END = object()
 
@@ -165,7 +167,8 @@ class ParquetTape:
         for batch in file.iter_batches(batch_size=1024, row_groups=[self.group]):
             rows = range(max(first, self.row), first + len(batch))
             own = [row for row in rows if self.deal.takes(start + row)]
-            for row, values in zip(own, batch.take([row - first for row in own]).to_pylist(), strict=True):
+            taken = batch.take([row - first for row in own]).to_pylist() if own else []
+            for row, values in zip(own, taken, strict=True):
                 self.row, self.number = row + 1, start + row + 1
                 yield Found(start + row, (self.file, before + row), values)
             first += len(batch)
@@ -196,6 +199,7 @@ class IterableTape:
             has the number `n * shards + shard`.
         number: Rows that the iterator gave before.
         place: Describes the place of a row, by its number in the iterator, for errors.
+        expected: Checksums of the first rows, as they were before.
     """
 
     def __init__(
@@ -207,9 +211,10 @@ class IterableTape:
         whole: bool,
         number: int,
         place: Callable[[int], str],
+        expected: Sequence[int] = (),
     ) -> None:
         self.state, self.deal, self.whole, self.number, self.place = state, deal, whole, number, place
-        self._source = rows
+        self._source, self._expected = rows, expected
         self._rows = self._walk()
 
     def read(self, count: int) -> list[Found]:
@@ -244,6 +249,12 @@ class IterableTape:
             raise ValueError(
                 f"{self.place(self.number)} is a {type(row).__name__}; every row must be a mapping from column name to "
                 "value"
+            )
+        if self.number < len(self._expected) and row_checksum(row) != self._expected[self.number]:
+            raise ValueError(
+                f"{self.place(self.number)} is another one than when it was read first: the source gives other rows in "
+                "a worker process than in the main one, or at each time. Rows are dealt to workers here, so give "
+                "all of them, in the same order, everywhere; or set num_workers=0"
             )
         self.number += 1
         return dict(row)

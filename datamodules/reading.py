@@ -39,15 +39,12 @@ class SplitReader:
 
     Attributes:
         report: Counts by name: rows read and kept, tokens, and whatever was cut or left out.
-<<<<<<< HEAD
         places: How many numbers of `index` a row of the source takes, where one makes several of the table.
-        may_be_empty: Whether a table without rows is no error, as that of a part of the rows.
-=======
+        may_be_empty: Whether a table without rows is no error, as that of a block of a stream.
         counted: Names of those counts that were taken row by row.
         start: The first row that is read.
         stop: The row before which reading ends.
         packing: Whether the table's rows are to hold several of the source's.
->>>>>>> main
     """
 
     def __init__(
@@ -188,11 +185,7 @@ class SplitReader:
             ValueError: No row is left; the message says why.
         """
         self.report["kept"] = kept
-<<<<<<< HEAD
-        if kept or self.may_be_empty:
-=======
-        if kept or self.is_part:
->>>>>>> main
+        if kept or self.is_part or self.may_be_empty:
             return
         if self.report.get("dropped_too_long", 0) == self.report["rows"]:
             raise ValueError(

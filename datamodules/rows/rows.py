@@ -136,7 +136,7 @@ class JsonlRows:
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
-                    parse_line(path, raw, number)
+                    parse_line(self.path, raw, number)
                     offsets.append(offset)
                     lines.append(number)
                 offset += len(raw)
@@ -147,13 +147,8 @@ class JsonlRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
-<<<<<<< HEAD
-            file.seek(int(self._offsets[index]))
-            return parse_line(self.path, file.readline(), int(self._lines[index]), check=False)
-=======
             file.seek(int(self._places.offsets[index]))
-            return self._parse(file.readline(), int(self._places.lines[index]))
->>>>>>> main
+            return parse_line(self.path, file.readline(), int(self._places.lines[index]), check=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.between(0, len(self))
@@ -163,18 +158,12 @@ class JsonlRows:
         if start >= stop:
             return
         with self.path.open("rb") as file:
-<<<<<<< HEAD
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    yield parse_line(self.path, raw, number, check=False)
-=======
             file.seek(int(self._places.offsets[start]))
             for line in self._places.lines[start:stop].tolist():
                 while not (raw := file.readline()).strip():
                     if not raw:
                         raise ValueError(f"{self.path}:{line}: the file ends here; it was longer when it was opened")
-                yield self._parse(raw, line)
->>>>>>> main
+                yield parse_line(self.path, raw, line, check=False)
 
     def where(self, index: int) -> str:
         """Describe the place of row `index` as `path:line`."""

@@ -69,7 +69,9 @@ def load_from_hub(source: str, split: str) -> Rows:
     Raises:
         ValueError: It cannot be loaded, or has no such split.
     """
-    return SequenceRows(hub_split(source, split), source)
+    picked = hub_split(source, split)
+    files = [identity_of_file(Path(file["filename"])) for file in picked.cache_files]
+    return DatasetRows(picked, source, files or None)
 
 
 def hub_split(source: str, split: str, *, streaming: bool = False) -> Any:
@@ -94,13 +96,7 @@ def hub_split(source: str, split: str, *, streaming: bool = False) -> Any:
             f"{split}={source!r} is no file or folder here, and loading it as a hub data set failed: "
             f"{type(error).__name__}: {error}"
         ) from error
-<<<<<<< HEAD
     return _pick_split(loaded, chosen, split, source)
-=======
-    picked = _pick_split(loaded, chosen, split, source)
-    files = [identity_of_file(Path(file["filename"])) for file in picked.cache_files]
-    return DatasetRows(picked, source, files or None)
->>>>>>> main
 
 
 def _pick_split(loaded: Mapping[str, Any], chosen: str, split: str, name: str) -> Any:
@@ -125,18 +121,14 @@ def _open_object(source: Any, split: str) -> Rows:
     return DatasetRows(source, name) if _is_dataset(source) else SequenceRows(source, name)
 
 
-<<<<<<< HEAD
-def find_path(source: str) -> tuple[Path, str]:
-    """The path that a source names, which may not exist, and the split that stands behind a folder's."""
-=======
 def _is_dataset(source: Any) -> bool:
     """Whether it is a `datasets.Dataset`; nothing is imported for that."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(source, datasets.Dataset)
 
 
-def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
->>>>>>> main
+def find_path(source: str) -> tuple[Path, str]:
+    """The path that a source names, which may not exist, and the split that stands behind a folder's."""
     location, _, chosen = source.rpartition(":") if ":" in source else (source, "", "")
     path = Path(source).expanduser()
     if not path.exists() and location and Path(location).expanduser().is_dir():
@@ -144,7 +136,7 @@ def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
     return path, ""
 
 
-def _open_path_or_hub(source: str, split: str) -> Rows:
+def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
     path, chosen = find_path(source)
     if path.is_dir():
         return _open_folder(path, chosen, split, keeper)
@@ -177,7 +169,6 @@ def not_found(source: str, split: str) -> str:
     return f"{split}={source!r}: no such file or folder; {found}"
 
 
-<<<<<<< HEAD
 def open_saved(path: Path, chosen: str, split: str) -> Any:
     """The `datasets.Dataset` that a folder saved by `datasets` holds for a split; None: the folder is none."""
     if not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
@@ -199,16 +190,6 @@ def folder_files(path: Path, chosen: str, split: str) -> list[Path]:
     Raises:
         ValueError: There are none, or of several kinds.
     """
-=======
-def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        import datasets
-
-        loaded = datasets.load_from_disk(str(path))
-        if isinstance(loaded, datasets.DatasetDict):
-            loaded = _pick_split(loaded, chosen, split, str(path))
-        return DatasetRows(loaded, str(path), [identity_of_folder(path), chosen or split])
->>>>>>> main
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     by_split = split_files(path, SUFFIXES)
     if by_split or chosen:
@@ -230,18 +211,14 @@ def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
             f"{split}={str(path)!r}: the folder must be one saved by `datasets` or hold data files of one kind "
             f"({', '.join(SUFFIXES)}); found {kinds or 'none'}"
         )
-<<<<<<< HEAD
     return files
 
 
-def _open_folder(path: Path, chosen: str, split: str) -> Rows:
+def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
     saved = open_saved(path, chosen, split)
     if saved is not None:
-        return SequenceRows(saved, str(path))
-    return ConcatRows([_open_file(file, split) for file in folder_files(path, chosen, split)], str(path))
-=======
-    return ConcatRows([_open_file(file, split, keeper) for file in files], str(path))
->>>>>>> main
+        return DatasetRows(saved, str(path), [identity_of_folder(path), chosen or split])
+    return ConcatRows([_open_file(file, split, keeper) for file in folder_files(path, chosen, split)], str(path))
 
 
 def _open_file(path: Path, split: str, keeper: Keeper) -> Rows:

@@ -38,11 +38,19 @@ class BlockRows:
         return self.found[index].row
 
     def __iter__(self) -> Iterator[Row]:
-        return (found.row for found in self.found)
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[Row]:
+        """The rows from `start` up to, and without, `stop`."""
+        return (found.row for found in self.found[start:stop])
 
     def where(self, index: int) -> str:
         """Describe the place of row `index`."""
         return self.source.where(self.found[index].mark)
+
+    def identity(self) -> Any:
+        """None: a stream is read, and not kept."""
+        return None
 
 
 @dataclass(frozen=True)

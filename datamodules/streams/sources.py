@@ -13,8 +13,7 @@ from torch.utils.data import IterableDataset
 
 from datamodules.rows.rows import parse_line
 from datamodules.rows.sources import find_path, folder_files, hub_split, is_hub_id, not_found, open_saved
-from datamodules.streams.tapes import Deal, IterableTape, LinesTape, ParquetTape, Row, Tape, open_parquet
-from datamodules.tables import row_checksum
+from datamodules.streams.tapes import Deal, IterableTape, LinesTape, ParquetTape, Row, Tape, checksum_of, open_parquet
 
 SUFFIXES = (".jsonl", ".ndjson", ".txt", ".parquet")
 
@@ -99,7 +98,7 @@ class IterableSource:
         Args:
             rows: The first rows, as one process has read them.
         """
-        self._expected = [row_checksum(row) for row in rows]
+        self._expected = [checksum_of(row) for row in rows]
 
     def open(self, deal: Deal, turn: int = 0, position: Mapping[str, Any] | None = None) -> Tape:
         """A pass over one shard's rows."""

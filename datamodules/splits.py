@@ -83,8 +83,8 @@ class Splits:
                 made[TEST_TARGETS] = self._made(self.reader(TEST_TARGETS, rows, kind, seen, data.overflow), False)
         return made
 
-    def first_prompts(self, count: int) -> dict[str, Any] | None:
-        """The prompts of the first validation rows as one batch; None where they have no prompt.
+    def first_prompts(self, count: int) -> Batches | None:
+        """The prompts of the first validation rows; None where they have no prompt.
 
         Args:
             count: How many rows.
@@ -93,10 +93,7 @@ class Splits:
             ValueError: A row cannot be read; the message names its place.
         """
         reader = self._prompt_reader("validation", self.rows("validation"), count, overflow="truncate")
-        if reader is None:
-            return None
-        table, collate = reader.prompt_table()
-        return collate([table.row(number) for number in range(len(table))])
+        return None if reader is None else reader.prompt_table()
 
     def recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
         """The format of a split's rows, and whether their prompts alone are used.

@@ -45,6 +45,7 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
 CHOICES = {
@@ -144,6 +145,9 @@ def configuration(group, cls, options):
         return {"model": {"class_path": spec["class_path"], "init_args": {"policy": "nowhere"} | spec["init_args"]}}
     if group == "data":
         return {"data": spec}
+    if group == "source":
+        source = {"data": {"class_path": "PromptDataModule", "init_args": {"train": "nowhere"}}} | options
+        return configuration("data", datamodules.MixtureDataModule, {"sources": {"a": source}})
     if group == "callback":
         return {"trainer": {"callbacks": [spec]}}
     inside = {
@@ -214,7 +218,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed(parameter.name, hint):
+        for value in malformed(
+            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
+        ):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1
@@ -227,10 +233,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
 
 
 def vars_of(cls, group):
-    """The classes whose options are tried with this one: those of a base once, with its first subclass."""
-    classes = MODULES if group == "model" else DATA
-    first = {base: next(c for c in classes if base in c.__mro__) for base in cls.__mro__}
-    return {base for base, user in first.items() if user is cls}
+    """The classes whose options are tried with this one: those of a base once, with the first that has them."""
+    levels = {c: {level for level, *_ in options_of(c)} for c in (MODULES if group == "model" else DATA)}
+    return {base for base in levels[cls] if cls is next(c for c, found in levels.items() if base in found)}
 
 
 @pytest.mark.parametrize("form", ["ExactMatch", [{"class_path": "ExactMatch"}], ["ExactMatch", "RegexMatch"]], ids=str)

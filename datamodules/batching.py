@@ -35,6 +35,13 @@ class Ragged:
         self.values = np.concatenate(blocks) if blocks else np.zeros(0, dtype=dtype)
         self.offsets = np.concatenate(([0], np.cumsum(np.asarray(lengths, dtype=np.int64))))
 
+    @classmethod
+    def of(cls, values: np.ndarray, offsets: np.ndarray) -> Ragged:
+        """Takes a buffer `[elements]`, and where in it each array begins and the last ends, int64 `[rows + 1]`."""
+        made = cls(())
+        made.values, made.offsets = values, offsets
+        return made
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -48,7 +55,7 @@ class Ragged:
 
     def checksum(self, start: int = 0) -> int:
         """A checksum of all content, continued from `start`."""
-        return zlib.crc32(self.offsets.tobytes(), zlib.crc32(self.values.tobytes(), start))
+        return zlib.crc32(self.offsets.data, zlib.crc32(self.values.data, start))
 
 
 def room(prompt: int, completion: int, max_length: int) -> tuple[int, int]:
@@ -169,20 +176,25 @@ class TokenTable(Table):
         packing: Documents of each row; None for one document a row.
         weights: Each document's weights, 0 where no target; None: all targets weigh 1.
         source_rows: Row number in the source of each document; None: not known.
+        fingerprint: That of the content where it is known, else none.
     """
 
     def __init__(
         self,
         tokens: Ragged,
-        packing: list[list[int]] | None = None,
+        packing: Ragged | list[list[int]] | None = None,
         weights: Ragged | None = None,
         source_rows: np.ndarray | None = None,
+        fingerprint: str = "",
     ) -> None:
         self.tokens, self.weights = tokens, weights
         self.source_rows = source_rows if packing is None else None
-        self.bins = None if packing is None else Ragged((np.asarray(row) for row in packing), np.int64)
-        checksum = tokens.checksum() if weights is None else weights.checksum(tokens.checksum())
-        self.fingerprint = f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
+        self.bins = Ragged(map(np.asarray, packing), np.int64) if isinstance(packing, list) else packing
+        self.fingerprint = fingerprint or self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        checksum = self.tokens.checksum() if self.weights is None else self.weights.checksum(self.tokens.checksum())
+        return f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
 
     def __len__(self) -> int:
         return len(self.tokens) if self.bins is None else len(self.bins)

@@ -28,6 +28,7 @@ from alignment_modules.rollouts.codec import (
     real_tokens,
 )
 from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.limits import check_kept, check_limits, limited_prompts
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
@@ -175,8 +176,9 @@ class Evaluator:
         """
         if isinstance(batch, (str, list)):
             return complete_text(self, policy, batch, parameters, num_samples=num_samples, seed=seed)
-        prompts = Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"])
-        return self.complete(policy, prompts, parameters, num_samples, Seeds(prompt_indices(batch), seed, step))
+        check_limits(batch, len(batch["prompts"]))
+        seeds = Seeds(prompt_indices(batch), seed, step)
+        return self.complete(policy, limited_prompts(batch), parameters, num_samples, seeds)
 
     def complete(
         self, policy: nn.Module, prompts: Prompts, parameters: SamplingParameters | None, num_samples: int, seeds: Seeds
@@ -190,7 +192,8 @@ class Evaluator:
         if self.codec.tokenizer is None and not parameters.stop_token_ids:
             raise ValueError("tokenizer=None: generation needs one to know where completions stop; give the module one")
         self.engine.push(policy)
-        return self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+        found = self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+        return check_kept(found, prompts.limits, type(self.engine).__name__)
 
     def parameters(self, *, greedy: bool = False) -> SamplingParameters:
         """How `test` and `predict` sample."""

@@ -1,7 +1,7 @@
 """An actor completes prompts and has the completions judged: what every online paradigm starts a step with."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
+from alignment_modules.rewards.judged_rows import REWARD_NAMES
 from alignment_modules.rollouts.codec import Codec, columns_of, messages_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.given import given_completions
+from alignment_modules.rollouts.limits import check_kept, limited_prompts
 from alignment_modules.rollouts.parameters import SamplingOptions
-from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
 from alignment_modules.rollouts.seeds import Seeds
@@ -112,7 +113,7 @@ class Actor:
         self.seen.version = self.engine.version() if of_engine else None
         self.statistics = {
             **of_engine,
-            **reward_statistics(table.names, table.values, rewards),
+            **reward_statistics(table.names, table.values, rewards, table.asked),
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
         }
@@ -144,14 +145,16 @@ class Actor:
             EngineError: If the engine gives none; it names the step.
         """
         parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
+        prompts = limited_prompts(batch)
         try:
             self.engine.push(policy)
             completions = self.engine.generate(
-                Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
+                prompts,
                 parameters,
                 num_samples=1 if greedy else self.num_generations,
                 seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
+            check_kept(completions, prompts.limits, type(self.engine).__name__)
         except (NonFiniteLogits, EngineError) as error:
             raise type(error)(f"optimizer step {step + 1}: {error}") from error
         if parameters.truncates_support and completions.support is None:
@@ -166,10 +169,10 @@ class Actor:
 
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""
-        table, _ = judge(self.rewards, self.codec, batch, real_tokens(completions.ids, completions.mask))
+        table = self._table(batch, real_tokens(completions.ids, completions.mask))[0]
         total = self.penalised(table.total, completions.truncated.cpu())
         reward = Statistic(total.nansum(), (~total.isnan()).sum())
-        statistics = reward_statistics(table.names, table.values, total)
+        statistics = reward_statistics(table.names, table.values, total, table.asked)
         return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
 
     def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
@@ -241,9 +244,13 @@ class Actor:
                 return self.rewards.table(given.cpu()), None
             return RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu()), None
         try:
-            return judge(self.rewards, self.codec, batch, rows)
+            return self._table(batch, rows)
         except RewardError as error:
             raise RewardError(f"optimizer step {step + 1}: {error}") from error
+
+    def _table(self, batch: Mapping[str, Any], rows: list[list[int]]) -> tuple[RewardTable, list[str]]:
+        """The rewards of completions, each of those that the batch's rows name it for, and the texts."""
+        return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES))
 
     def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
         """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""
@@ -253,7 +260,7 @@ class Actor:
         else:
             greedy = self.complete(policy, batch, step, greedy=True)
             try:
-                table, _ = judge(self.rewards, self.codec, batch, real_tokens(greedy.ids, greedy.mask))
+                table, _ = self._table(batch, real_tokens(greedy.ids, greedy.mask))
             except RewardError as error:
                 raise RewardError(f"optimizer step {step + 1}, greedy completions: {error}") from error
             rewards, lengths = self.penalised(table.total, greedy.truncated.cpu()), greedy.mask.sum(dim=1).float()
@@ -268,9 +275,20 @@ class Actor:
 
 
 def judge(
-    rewards: RewardSet, codec: Codec, batch: Mapping[str, Any], completions: list[list[int]]
+    rewards: RewardSet,
+    codec: Codec,
+    batch: Mapping[str, Any],
+    completions: list[list[int]],
+    judges: Sequence[Sequence[str] | None] | None = None,
 ) -> tuple[RewardTable, list[str]]:
     """Scores completions, given as token ids without padding; returns the table of rewards and the texts.
+
+    Args:
+        rewards: Who judges.
+        codec: Tokens to text.
+        batch: The prompts, with their columns.
+        completions: A prompt's are neighbours.
+        judges: As in `RewardSet.__call__`.
 
     Raises:
         RewardError: If a reward fails.
@@ -282,6 +300,7 @@ def judge(
         prompt_ids=real_tokens(batch["prompts"], batch["prompt_attention_mask"]),
         completion_ids=completions,
         columns=columns_of(batch),
+        judges=judges,
     )
     return table, texts
 

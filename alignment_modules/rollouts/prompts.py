@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ class Prompts:
     Attributes:
         ids: `[prompts, longest]` int64, right padded with 0.
         lengths: `[prompts]` int64, all > 0.
+        limits: Most tokens of a completion of each prompt, where it has a limit of its own below that of the sampling
+            parameters; None: none has one.
     """
 
     ids: Tensor
     lengths: Tensor
+    limits: tuple[int, ...] | None = None
 
     @classmethod
     def from_padded(cls, prompt_ids: Tensor, prompt_mask: Tensor) -> Prompts:
@@ -58,6 +61,21 @@ class Prompts:
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
         return cls(ids.to(device), lengths.to(device))
+
+    def limited(self, limits: Sequence[int] | None) -> Prompts:
+        """The same prompts with a limit each; None: as they are.
+
+        Args:
+            limits: One a prompt, each at least 1.
+
+        Raises:
+            ValueError: If there is another number of them, or one is below 1.
+        """
+        if limits is None:
+            return self
+        if len(limits) != self.count or min(limits, default=1) < 1:
+            raise ValueError(f"limits={list(limits)} must hold a number of at least 1 for each of {self.count} prompts")
+        return replace(self, limits=tuple(limits))
 
     @property
     def count(self) -> int:

@@ -33,23 +33,29 @@ def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:
     }
 
 
-def reward_statistics(names: Sequence[str], values: Tensor, total: Tensor) -> dict[str, Statistic]:
+def reward_statistics(
+    names: Sequence[str], values: Tensor, total: Tensor, asked: Tensor | None = None
+) -> dict[str, Statistic]:
     """Mean and standard deviation of each reward over the completions it applies to, and the share of the others.
+
+    The share is of those that the reward was asked about.
 
     Args:
         names: One name a reward.
         values: [completions, rewards] float; NaN: not applicable.
         total: The totals of all completions, of any shape; NaN: no reward applies.
+        asked: [completions, rewards] bool, on the host: which completions each reward was to judge; None: all.
     """
+    asked = torch.ones(values.shape, dtype=torch.bool) if asked is None else asked
     statistics = {"frac_not_judged": Statistic(total.isnan().sum(), float(total.numel()))}
-    for name, column in zip(names, values.unbind(dim=1), strict=True):
+    for name, column, own in zip(names, values.unbind(dim=1), asked.unbind(dim=1), strict=True):
         applies = ~column.isnan()
         count, exact = applies.sum(), column.double()
         statistics[f"rewards/{name}/mean"] = Statistic(exact.nansum(), count)
         statistics[f"rewards/{name}/std"] = Statistic(
             torch.stack([exact.nansum(), exact.square().nansum()]), count, kind="std"
         )
-        statistics[f"rewards/{name}/not_applicable"] = Statistic((~applies).sum(), float(len(column)))
+        statistics[f"rewards/{name}/not_applicable"] = Statistic((~applies & own).sum(), own.sum())
     return statistics
 
 

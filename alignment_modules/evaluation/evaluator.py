@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.evaluation.config import EvaluationConfig
 from alignment_modules.evaluation.metrics import pass_at_k
 from alignment_modules.evaluation.text import TextPrompts, complete_text
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.sources import SOURCES, by_source
+from alignment_modules.functional.statistics import RowSums, Statistic
 from alignment_modules.rewards import ExactMatch, RewardError, RewardSet
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge
@@ -98,21 +100,22 @@ class Evaluator:
         if greedy is None:
             greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
         reward, rows = self._judge(batch, greedy, self._rows(batch), "completion")
-        applies = ~reward.isnan()
-        statistics = {
-            "exact_match": Statistic((reward >= 1.0).double().sum(), applies.sum()),
-            "reward": Statistic(reward.nansum(), applies.sum()),
-            "frac_not_judged": Statistic((~applies).sum(), float(applies.numel())),
-            **length_statistics(greedy.mask, greedy.truncated),
+        own, applies, lengths = reward[:, 0], ~reward[:, 0].isnan(), greedy.mask.sum(dim=1)
+        told = length_statistics(greedy.mask, greedy.truncated)
+        told["frac_not_judged"] = Statistic((~applies).sum(), float(applies.numel()))
+        sums = {
+            "exact_match": RowSums((own >= 1.0).double(), applies),
+            "reward": RowSums(own.nan_to_num(), applies),
+            "completions/mean_length": RowSums(lengths, torch.ones_like(lengths)),
         }
         if config.num_samples:
             samples = self.generate(policy, batch, self.parameters(), num_samples=config.num_samples, seed=config.seed)
             reward, rows = self._judge(batch, samples, rows, "completions")
             correct, applies = (reward >= 1.0).double(), ~reward.isnan()
-            solved = pass_at_k(correct, config.num_samples)
-            statistics[f"pass@{config.num_samples}"] = Statistic(solved.sum(), applies.any(dim=1).sum())
-            statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
-        return Measured(statistics, rows)
+            sums[f"pass@{config.num_samples}"] = RowSums(pass_at_k(correct, config.num_samples), applies.any(dim=1))
+            sums["sample_accuracy"] = RowSums(correct.sum(dim=1), applies.sum(dim=1))
+        means = {name: one.mean for name, one in sums.items()}
+        return Measured(means | told | by_source(sums, batch.get(SOURCES)), rows)
 
     def predict(self, policy: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.

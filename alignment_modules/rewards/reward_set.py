@@ -183,15 +183,15 @@ class RewardSet:
         rows, asked = _Rows(given, count, prompt_count), judged_rows(self.names, judges, count)
         values = torch.full((count, len(self.functions)), math.nan, dtype=torch.float64)
         for column, (function, name, wanted) in enumerate(zip(self.functions, self.names, self._wanted, strict=True)):
-            arguments, inner, own = rows.arguments(name, wanted), _inner(function), slice(None)
-            if asked is not None:
-                own = asked[:, column].nonzero().flatten()
-                arguments = {key: [entries[row] for row in own.tolist()] for key, entries in arguments.items()}
+            arguments, inner = rows.arguments(name, wanted), _inner(function)
+            judged = range(count) if asked is None else asked[:, column].nonzero().flatten().tolist()
+            if len(judged) < count:
+                arguments = {key: [entries[row] for row in judged] for key, entries in arguments.items()}
             tell(f"judging: {name}")
             # Others may have no completion, or call their reward again: from here on nobody waits for anybody.
             with gathered(inner.model) if isinstance(inner, SequenceClassifier) else nullcontext():
-                found = compute(function, name, arguments, count if asked is None else len(own))
-                values[own, column] = torch.tensor(found, dtype=torch.float64)
+                found = compute(function, name, arguments, len(judged))
+                values[list(judged), column] = torch.tensor(found, dtype=torch.float64)
         return replace(self.table(values), asked=asked)
 
     def table(self, values: torch.Tensor) -> RewardTable:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignment_modules.functional.sources import SOURCES, by_source
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
 from alignment_modules.rewards.judged_rows import REWARD_NAMES
@@ -18,7 +19,7 @@ from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
 from alignment_modules.rollouts.seeds import Seeds
-from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics
+from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics, row_sums
 from alignment_modules.rollouts.stopping import StopStrings
 from alignment_modules.rollouts.words import token_columns
 
@@ -116,6 +117,7 @@ class Actor:
             **reward_statistics(table.names, table.values, rewards, table.asked),
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
+            **by_source(row_sums(table.names, table.values, rewards.view(-1, group), mask), batch.get(SOURCES)),
         }
         greedy_rewards = self._greedy_rewards(policy, batch, step) if with_greedy else None
         return Rollout(
@@ -133,6 +135,8 @@ class Actor:
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
             support=completions.support,
+            source_name=batch.get(SOURCES),
+            source_weights=batch.get("source_weights"),
         )
 
     def complete(
@@ -173,7 +177,13 @@ class Actor:
         total = self.penalised(table.total, completions.truncated.cpu())
         reward = Statistic(total.nansum(), (~total.isnan()).sum())
         statistics = reward_statistics(table.names, table.values, total, table.asked)
-        return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
+        sums = row_sums(table.names, table.values, total[:, None], completions.mask)
+        return {
+            "reward": reward,
+            **statistics,
+            **length_statistics(completions.mask, completions.truncated),
+            **by_source(sums, batch.get(SOURCES)),
+        }
 
     def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
         """Rewards [completions] float32, less the penalty where a completion ends without a stop.
@@ -211,6 +221,7 @@ class Actor:
             "id": [f"{when}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
             "prompt": _repeat(prompts, rollout.group),
             "completion": seen.texts or (self.codec.decode(seen.completions) if readable else [""] * len(rollout.ids)),
+            **({"source": _repeat(seen.batch[SOURCES], rollout.group)} if SOURCES in seen.batch else {}),
             **seen.rewards,
             "reward": rollout.rewards.tolist(),
             "truncated": rollout.truncated.tolist(),

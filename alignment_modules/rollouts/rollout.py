@@ -114,7 +114,7 @@ class Rollout:
             if isinstance(values, list):
                 cut[name] = [values[place] for place in torch.arange(len(values))[prompts].tolist()]
             elif per == "prompt":
-                cut[name] = values[prompts]  # type: ignore[index]
+                cut[name] = values[prompts]
             elif isinstance(values, Support):
                 grouped = torch.arange(len(values)).view(len(self), self.group)[prompts]
                 cut[name] = values[_of_each(grouped, completions).flatten()]

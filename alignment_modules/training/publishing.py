@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
 
 
+Stage = Literal["train", "val", "test"]
 _TOGETHER = -1  # the number of all loaders whose rows have sources: these tell them apart
 
 
@@ -32,7 +33,7 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
 def publish(
     module: L.LightningModule,
     values: Mapping[str, float],
-    stage: Literal["train", "val", "test"],
+    stage: Stage,
     step: int,
     bar: Collection[str],
 ) -> None:

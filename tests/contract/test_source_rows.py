@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.paradigms import ROWS, WEIGHTLESS
+from tests.paradigms import ROWS, WEIGHTLESS, expensive
 from tests.row import Paradigm
 
 ALL = tuple(range(8))
@@ -22,9 +22,14 @@ FURTHER = (
     ("grpo", {"entropy_coef": 0.05, "num_iterations": 2}),
     ("ppo", {"critic": "shared", "critic_optimizer": None, "positive_nll_coef": 0.3, "loss": "grpo"}),
 )
-CASES = pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in ROWS), *FURTHER], ids=lambda value: str(value)[:40]
-)
+EVERY = [(name, {}) for name in ROWS]
+SHORT = ("sft", "dpo", "grpo")
+
+
+def cases(fast):
+    """Every paradigm and more; slow but for some."""
+    more = [pytest.param(*case, marks=() if fast(case) else pytest.mark.slow) for case in (*EVERY, *FURTHER)]
+    return pytest.mark.parametrize(("name", "options"), more, ids=lambda value: str(value)[:40])
 
 
 def options_of(name, options):
@@ -42,7 +47,7 @@ def sourced(row: Paradigm, weights=None, names=None, batch=None):
     return make
 
 
-@CASES
+@cases(lambda case: True)
 def test_a_weight_of_two_is_the_row_twice_and_one_of_none_no_row(make, update, assert_same, name, options):
     row, options = ROWS[name], options_of(name, options)
     weights = dict(zip(ALL, (1, 2, 0, 3, 1, 1, 0, 2), strict=True))
@@ -51,7 +56,7 @@ def test_a_weight_of_two_is_the_row_twice_and_one_of_none_no_row(make, update, a
     assert_same(update(make(name, **options), [row.batch(times)]), update(make(name, **options), [given]))
 
 
-@CASES
+@cases(lambda case: case in EVERY and case[0] in SHORT)
 def test_only_the_ratios_of_weights_count(make, update, assert_same, name, options):
     row, options = ROWS[name], options_of(name, options)
     whole = update(make(name, **options), [row.batch(ALL)])
@@ -59,7 +64,7 @@ def test_only_the_ratios_of_weights_count(make, update, assert_same, name, optio
         assert_same(whole, update(make(name, **options), [sourced(row, dict.fromkeys(ALL, weight))(ALL)]))
 
 
-@CASES
+@cases(lambda case: case in EVERY and case[0] in SHORT)
 def test_no_cut_of_a_step_changes_a_weighted_mean(make, update, cut_update, assert_same, name, options):
     row, options = ROWS[name], options_of(name, options)
     batch = sourced(row, dict(zip(ALL, (0.5, 2, 0, 3, 0.1, 1, 0.7, 2), strict=True)))
@@ -80,7 +85,7 @@ def test_weights_of_rows_and_of_tokens_are_multiplied(make, update, assert_same,
     assert_same(update(make(name), [weighted(ALL[:7])]), update(make(name), [nothing]))
 
 
-@CASES
+@cases(lambda case: case in EVERY and case[0] in ("sft", "reward", "kto", "online_dpo"))
 def test_each_source_is_logged_as_it_would_be_alone(make, train, name, options):
     row, options = ROWS[name], options_of(name, options) | {"optimizer": lambda g: torch.optim.SGD(g, lr=0.0)}
     names = dict(zip(ALL, ("math", "code", "math", "code", "code", "math", "chat", "math"), strict=True))
@@ -97,7 +102,7 @@ def test_each_source_is_logged_as_it_would_be_alone(make, train, name, options):
                 assert float(metrics[key]) == pytest.approx(float(wanted), rel=1e-5, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", expensive())
 def test_what_is_logged_of_all_rows_stays_but_for_the_weighted_loss(make, train, name):
     row = ROWS[name]
     names = dict(zip(ALL, ("math", "code") * 4, strict=True))

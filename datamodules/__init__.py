@@ -1,6 +1,8 @@
 """Data for alignment: sources, row formats, chat masks, packing and resumable loaders as LightningDataModules."""
 
 from datamodules.base import AlignmentDataModule
+from datamodules.mixture import MixtureDataModule
+from datamodules.mixture_sources import MixtureSource
 from datamodules.preference import PreferenceDataModule
 from datamodules.pretrain import PretrainDataModule
 from datamodules.prompts import PromptDataModule
@@ -9,6 +11,8 @@ from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule",
+    "MixtureDataModule",
+    "MixtureSource",
     "PreferenceDataModule",
     "PretrainDataModule",
     "PromptDataModule",

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.batching import Table
+from datamodules.loader import EvaluationSampler, ResumableLoader
+from datamodules.orders import Order, UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
-from datamodules.rows import formats
-from datamodules.rows.questions import question_name
-from datamodules.rows.rows import RenamedRows, Rows
-from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
-from datamodules.rows.splits import check_share, first_rows, take_share
+from datamodules.rows.sources import is_hub_id, load_from_hub
+from datamodules.rows.splits import check_share
+from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
+from datamodules.streams.loader import StreamLoader
+from datamodules.streams.options import StreamOptions
+from datamodules.streams.stream import TrainStream, is_streamed, stream_options
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
 from datamodules.workers import start_worker
@@ -27,10 +29,6 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
-_PROMPTED = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
-SPLITS = ("train", "validation", "test", "predict")
-# The same rows once more, in another form.
-VALIDATION_PROMPTS, TEST_TARGETS = "validation prompts", "test targets"
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -41,7 +39,8 @@ class AlignmentDataModule(LightningDataModule):
 
     Args:
         train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
-            a map-style Dataset of dict rows, or a list of dict rows.
+            a map-style Dataset of dict rows, or a list of dict rows; or an `IterableDataset` of dict rows, of torch or
+            of `datasets`, which is a stream.
         validation: Validation rows, or a share between 0 and 1 of the training rows, split off by `seed`.
         test: Test rows.
         predict: Rows to predict.
@@ -63,6 +62,8 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
+            else whole.
     """
 
     accepts: tuple[str, ...] = ()
@@ -91,6 +92,7 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        stream: StreamOptions | None = None,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -106,11 +108,15 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        self.stream = stream
+        self.streaming = stream_options(self)
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
+        self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self._stream: TrainStream | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -127,10 +133,7 @@ class AlignmentDataModule(LightningDataModule):
             ValueError: None was given and no source has one, or the given one cannot be loaded.
         """
         if self._tokenizer is None:
-            given = self._given_tokenizer
-            if given is None:
-                found = [getattr(source, "tokenizer", None) for source in self.sources.values()]
-                given = next((tokenizer for tokenizer in found if tokenizer is not None), None)
+            given = next(iter(self.offered_tokenizers()), None)
             if given is None:
                 raise ValueError(
                     "tokenizer=None, and no source has a `tokenizer` attribute; give a tokenizer, its folder or hub id"
@@ -142,6 +145,15 @@ class AlignmentDataModule(LightningDataModule):
                 tokenizer.chat_template = read_chat_template(self.chat_template, tokenizer)
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def offered_tokenizers(self) -> list[Any]:
+        """The tokenizer that was given and those of the sources, as they came: objects, folders or hub ids."""
+        found = (self._given_tokenizer, *(getattr(source, "tokenizer", None) for source in self.sources.values()))
+        return [tokenizer for tokenizer in found if tokenizer is not None]
+
+    def lend_tokenizer(self, tokenizer: Any) -> None:
+        """Gives a tokenizer that others use, too, in place of one's own; the chat template stays one's own."""
+        self._given_tokenizer, self._tokenizer, self._encoder = tokenizer, None, None
 
     @property
     def encoder(self) -> Encoder:
@@ -168,7 +180,7 @@ class AlignmentDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download hub data sets once per machine."""
         for split, source in self.sources.items():
-            if isinstance(source, str) and is_hub_id(source):
+            if isinstance(source, str) and is_hub_id(source) and not is_streamed(self, split):
                 load_from_hub(source, split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -181,25 +193,19 @@ class AlignmentDataModule(LightningDataModule):
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if self.sources[split] is not None and split not in self._tables:
-                self._tables[split] = self._make(split)
+            if split == "train" and self.streaming is not None:
+                self._train_stream()
+            elif self.sources[split] is not None and split not in self._tables:
+                self._tables.update(self._make(split))
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this rank, resumable (see `ResumableLoader`)."""
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
+        """Batches of this rank, resumable (see `ResumableLoader`; those of a stream have no end: `StreamLoader`)."""
+        if self.streaming is not None:
+            return self._train_stream().loader(*self._ranks())
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        sampler = ResumableSampler(
-            table,
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            rank=rank,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
-        loader = ResumableLoader(
-            table, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loader_options()
-        )
+        order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
+        loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -208,25 +214,44 @@ class AlignmentDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Validation batches in the order of the source, each row on one rank; the `validation_prompts` come second."""
-        return self._evaluation_loaders("validation", VALIDATION_PROMPTS)
+        return self._evaluation_loaders("validation")
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Test batches: prompts (with the other columns) where the rows have one, else the training format.
 
         With `test_targets` there is a second loader of the training format.
         """
-        return self._evaluation_loaders("test", TEST_TARGETS)
+        return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Batches to predict, in the format of `test_dataloader`."""
-        return self._evaluation_loader("predict")
+        return self._evaluation_loaders("predict")
 
     def _table(self, split: str) -> Batches:
         if split not in self._tables and self.sources[split] is None:
             raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
+        if split == "train" and self.streaming is not None:
+            raise ValueError(
+                "train is a stream, which has no table, and one is needed here, as for a mixture; leave stream out"
+            )
         if split not in self._tables:
-            self._tables[split] = self._make(split)
+            self._tables.update(self._make(split))
         return self._tables[split]
+
+    def _train_stream(self) -> TrainStream:
+        if self._stream is None:
+            self._stream = TrainStream(self, self.streaming or StreamOptions())
+            self.reports["train"] = self._stream.report
+        return self._stream
+
+    def without_rows(self) -> Self:
+        """A copy that can go to other processes: the options and the tokenizer, without sources, tables and Trainer."""
+        self._encoder = self.encoder  # loaded once, before there are copies
+        alone = copy.copy(self)
+        alone.__dict__.pop("val_dataloader", None)
+        alone.trainer, alone.sources, alone.reports = None, dict.fromkeys(SPLITS), {}
+        alone._tables, alone._stream, alone.splits = {}, None, Splits(alone)
+        return alone
 
     def _ranks(self) -> tuple[int, int]:
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -241,37 +266,50 @@ class AlignmentDataModule(LightningDataModule):
             "worker_init_fn": start_worker,
         }
 
-    def _evaluation_loaders(self, split: str, view: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        first = self._evaluation_loader(split)
-        wanted = self.validation_prompts if view == VALIDATION_PROMPTS else self.test_targets
-        return [first, self._evaluation_loader(view)] if wanted and view in self._tables else first
+    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
+        """Which rows make each batch of training."""
+        return UniformOrder(
+            len(table),
+            batch_size=self.batch_size,
+            num_replicas=replicas,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=self.drop_last,
+        )
 
-    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        table, collate = self._table(split)
+    def _make(self, split: str) -> dict[str, Batches]:
+        """The tables of a split, by name."""
+        return self.splits.make(split)
+
+    def tables(self, split: str) -> dict[str, Batches]:
+        """The table of a split and what makes batches of it, by name; second the rows in another form, where wanted.
+
+        Args:
+            split: "train", "validation", "test" or "predict".
+
+        Raises:
+            ValueError: The split has no source, or its rows cannot be used.
+        """
+        found = {split: self._table(split)}
+        view, wanted = {
+            "validation": (VALIDATION_PROMPTS, bool(self.validation_prompts)),
+            "test": (TEST_TARGETS, self.test_targets),
+        }.get(split, ("", False))
+        return found | {view: self._tables[view]} if wanted and view in self._tables else found
+
+    def _evaluation_loaders(self, split: str) -> DataLoader[Any] | list[DataLoader[Any]]:
+        loaders = [self._evaluation_loader(name, *made) for name, made in self.tables(split).items()]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def _evaluation_loader(self, name: str, table: Table, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
         size = self.eval_batch_size or self.batch_size
         replicas, rank = self._ranks()
         if replicas == 1:
             return DataLoader(table, batch_size=size, collate_fn=collate, **self._loader_options())
         if len(table) < replicas:
-            logger.warning("%s: %d rows for %d processes, so some rows count twice", split, len(table), replicas)
+            logger.warning("%s: %d rows for %d processes, so some rows count twice", name, len(table), replicas)
         sampler = EvaluationSampler(table, batch_size=size, num_replicas=replicas, rank=rank)
         return DataLoader(table, batch_size=None, sampler=sampler, collate_fn=collate, **self._loader_options())
-
-    def _read(self, split: str) -> Rows:
-        share = self.sources["validation"] if isinstance(self.sources["validation"], float) else None
-        opened = "train" if share and split == "validation" else split
-        source = self.sources[opened]
-        rows: Rows = open_source(source, opened)
-        if split == "train" and self.sources["validation"] is None and has_validation(source):
-            logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
-        if share and split in ("train", "validation"):
-            every, rows = len(rows), take_share(rows, share, self.seed, split)
-            logger.info(
-                "%s: %d of %d rows of train, by validation=%s and seed=%d", split, len(rows), every, share, self.seed
-            )
-        if self.columns:
-            rows = RenamedRows(rows, self.columns)
-        return rows
 
     def first_prompts(self, count: int) -> dict[str, Any] | None:
         """The prompts of the first validation rows as one batch, in the format of test batches of prompts.
@@ -285,104 +323,11 @@ class AlignmentDataModule(LightningDataModule):
         Raises:
             ValueError: A row cannot be read; the message names its place.
         """
-        if self.sources["validation"] is None:
+        made = self._first_prompts(count)
+        if made is None:
             return None
-        reader = self._prompt_reader("validation", self._read("validation"), count, overflow="truncate")
-        if reader is None:
-            return None
-        table, collate = reader.prompt_table()
+        table, collate = made
         return collate([table.row(number) for number in range(len(table))])
 
-    def _prompt_reader(self, name: str, rows: Rows, count: int, overflow: str) -> SplitReader | None:
-        """Reads the first rows as prompts; None: they have none."""
-        first = first_rows(rows, count)
-        seen = formats.summary(first)
-        kind = self._prompt_format(seen)
-        return None if kind is None else self._reader(name, first, kind, seen, overflow)
-
-    def _prompt_format(self, seen: dict[str, Any]) -> str | None:
-        """The format of rows that have a prompt, in the module's own formats first; None: they have none."""
-        own = [name for name in self.accepts if name != formats.TEXT]
-        return formats.recognise(seen, own) or formats.recognise(seen, _PROMPTED)
-
-    def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        as_chat = self.as_chat or (question_name(seen) == "instruction" and has_template)
-        bar = self.trainer is None or self.trainer.progress_bar_callback is not None
-        return SplitReader(
-            *(split, rows, kind, self.encoder),
-            max_length=self.max_length,
-            overflow=overflow,
-            as_chat=as_chat,
-            bar=bar and getattr(rank_zero_only, "rank", 0) == 0,
-        )
-
-    def _make(self, split: str) -> Batches:
-        rows = self._read(split)
-        seen = formats.summary(rows)
-        kind, prompts = self._recognise(split, rows, seen)
-        if split == "validation" and prompts:
-            rows = first_rows(rows, self.validation_prompts)
-        made = self._made(self._reader(split, rows, kind, seen, self.overflow), prompts)
-        if split == "validation" and not prompts and self._completes_validation():
-            self._add_prompts(rows)
-        if split == "test" and self.test_targets:
-            if self.gives_prompts or kind not in self.accepts:
-                raise ValueError(f"test_targets=True, but {rows.name} has no targets: its format is {kind!r}")
-            if prompts:
-                reader = self._reader(TEST_TARGETS, rows, kind, seen, self.overflow)
-                self._tables[TEST_TARGETS] = self._made(reader, prompts=False)
-        return made
-
-    def _completes_validation(self) -> bool:
-        """Whether completions of validation prompts are wanted, and the Trainer's module makes them."""
-        module = getattr(self.trainer, "lightning_module", None)
-        return bool(self.validation_prompts and not self.gives_prompts and getattr(module, "generates", False))
-
-    def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
-        """The format of a split's rows, and whether their prompts alone are used."""
-        accepted = self.accepts
-        if split in ("test", "predict"):  # prompts where the rows have some
-            if kind := self._prompt_format(seen):
-                return kind, True
-            accepted = tuple(dict.fromkeys((*self.accepts, *_PROMPTED)))
-        kind = formats.recognise(seen, self.accepts)
-        bare = kind is None and formats.recognise(seen, (formats.PROMPT,))
-        if bare and split == "validation" and self._completes_validation():
-            return bare, True
-        if kind is None:
-            found = formats.recognise(seen)
-            found = f"; that is the format '{found}'" if found else ""
-            if empty := sorted(seen.keys() - formats.present(seen)):
-                found = f", and nothing but null in {empty}{found}"
-            raise ValueError(
-                f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
-                f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
-            )
-        return kind, False
-
-    def _made(self, reader: SplitReader, prompts: bool) -> Batches:
-        if reader.split in SPLITS:
-            self.reports[reader.split] = reader.report
-        made = reader.prompt_table() if prompts else self.build(reader)
-        self._log(reader)
-        return made
-
-    def _add_prompts(self, rows: Rows) -> None:
-        """The first validation rows as prompts, where they have some, and columns to judge completions by."""
-        try:
-            reader = self._prompt_reader(VALIDATION_PROMPTS, rows, self.validation_prompts, self.overflow)
-            made = None if reader is None else self._made(reader, prompts=True)
-        except ValueError as error:  # they are valid rows all the same
-            logger.info("no completions of validation rows are judged: %s", error)
-            return
-        if made is not None and getattr(made[0], "columns", None):
-            self._tables[VALIDATION_PROMPTS] = made
-
-    @rank_zero_only
-    def _log(self, reader: SplitReader) -> None:
-        lost = [key for key in reader.report if key.startswith("dropped") or key in ("truncated", "ties")]
-        level = logging.WARNING if lost else logging.INFO
-        if warning := reader.mostly_too_long():
-            logger.warning(warning)
-        logger.log(level, "%s from %s: %s", reader.split, reader.rows.name, reader.describe())
+    def _first_prompts(self, count: int) -> Batches | None:
+        return None if self.sources["validation"] is None else self.splits.first_prompts(count)

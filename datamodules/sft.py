@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Literal
 
 from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights", *OF_MIXTURES)
 
 
 class SFTDataModule(AlignmentDataModule):
@@ -59,6 +61,6 @@ class SFTDataModule(AlignmentDataModule):
 
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
-        taken: list[int] = []
-        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing)
+        taken = array("q")
+        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing, taken)
         return reader.carried(batches, self.carry, taken) if self.carry else batches

@@ -8,7 +8,7 @@ from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.sampler import Completions
 
 LIMITS = "completion_limits"
-"""A batch's list of them, one a prompt."""
+"""A batch's list of them, one a prompt; None for a prompt without."""
 
 
 def check_limits(batch: Mapping[str, Any], rows: int, longest: int | None = None) -> None:
@@ -29,11 +29,15 @@ def check_limits(batch: Mapping[str, Any], rows: int, longest: int | None = None
         raise ValueError(f"`{LIMITS}` has {len(limits)} numbers for {rows} rows")
     sources = batch.get("source_name")
     for row, limit in enumerate(limits):
+        if limit is None:
+            continue
         whole = isinstance(limit, int) and not isinstance(limit, bool)
         if not whole or limit < 1 or (longest is not None and limit > longest):
             whose = f" (source {sources[row]!r})" if sources else ""
             allowed = "at least 1" if longest is None else f"from 1 to max_completion_length={longest}"
-            raise ValueError(f"row {row} of a batch{whose} has {LIMITS}={limit!r}; it must be a whole number {allowed}")
+            raise ValueError(
+                f"row {row} of a batch{whose} has {LIMITS}={limit!r}; it must be a whole number {allowed}, or None"
+            )
 
 
 def limited_prompts(batch: Mapping[str, Any]) -> Prompts:
@@ -41,12 +45,12 @@ def limited_prompts(batch: Mapping[str, Any]) -> Prompts:
     return Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]).limited(batch.get(LIMITS))
 
 
-def check_kept(completions: Completions, limits: Sequence[int] | None, engine: str) -> Completions:
+def check_kept(completions: Completions, limits: Sequence[int | None] | None, engine: str) -> Completions:
     """Completions of prompts with limits, if an engine has kept these.
 
     Args:
         completions: A prompt's are neighbours.
-        limits: One a prompt; None: there are none.
+        limits: One a prompt, or None for it; None: there are none.
         engine: Its name.
 
     Raises:
@@ -55,9 +59,10 @@ def check_kept(completions: Completions, limits: Sequence[int] | None, engine: s
     if limits:
         group = len(completions.mask) // len(limits)
         for row, length in enumerate(completions.mask.sum(dim=1).tolist()):
-            if length > limits[row // group]:
+            limit = limits[row // group]
+            if limit is not None and length > limit:
                 raise EngineError(
-                    f"{engine} gave {length} tokens where the prompt's own limit is {limits[row // group]}: its "
-                    "`generate` must end completions at `prompts.limits`"
+                    f"{engine} gave {length} tokens where the prompt's own limit is {limit}: its `generate` must end "
+                    "completions at `prompts.limits`"
                 )
     return completions

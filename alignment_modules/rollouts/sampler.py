@@ -129,10 +129,9 @@ def sample_prompts(
     if len(seeds.indices) != prompts.count:
         raise ValueError(f"prompt_indices must name each of the {prompts.count} prompts, got {len(seeds.indices)}.")
     uniforms = draw_uniforms(seeds, parameters, num_samples, prompts.ids.device)
-    limit, limits = parameters.max_completion_length, None
-    if prompts.limits is not None:
-        limit = min(limit, max(prompts.limits))
-        limits = torch.tensor(prompts.limits).clamp(max=limit).repeat_interleave(num_samples)
+    bounds = prompts.bounds(parameters.max_completion_length)
+    limit = max(bounds) if bounds else parameters.max_completion_length
+    limits = torch.tensor(bounds).repeat_interleave(num_samples) if bounds else None
     with without_checkpointing(policy), without_graphs(policy):
         decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples

@@ -85,12 +85,12 @@ def test_rewards_by_themselves_are_normalised_among_those_that_judge(make, train
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_completions_end_at_the_limit_of_their_row(make, greedy):
-    module, batch, limits = make(), prompts(4), [2, 6, 1, 4]
+    module, batch, limits = make(), prompts(4), [2, None, 1, 4]
     free, held = (
         module.actor.complete(module.policy, own, 0, greedy=greedy)
         for own in (batch, batch | {"completion_limits": limits})
     )
-    each = torch.tensor(limits).repeat_interleave(1 if greedy else 3)
+    each = torch.tensor([limit or 6 for limit in limits]).repeat_interleave(1 if greedy else 3)
     lengths = torch.minimum(free.mask.sum(dim=1), each)
     assert torch.equal(held.mask.sum(dim=1), lengths)
     assert torch.equal(held.ids, free.ids[:, : held.ids.shape[1]] * held.mask)
@@ -203,6 +203,6 @@ def test_evaluation_ends_at_the_smaller_of_both_limits(make):
     free = module.generate(prompts(4)).mask.sum(dim=1)
     assert lengths.tolist() == torch.minimum(free, torch.tensor([1, 2, 3, 3])).tolist()
     with pytest.raises(
-        ValueError, match="row 1 of a batch has completion_limits=0; it must be a whole number at least 1"
+        ValueError, match="row 1 of a batch has completion_limits=0; it must be a whole number at least 1, or None"
     ):
         module.generate(prompts(2) | {"completion_limits": [1, 0]})

@@ -69,7 +69,7 @@ def test_completions_are_those_of_the_engine_in_process(engine, server, tiny_lla
 
 
 def test_a_prompts_own_limit_ends_its_completions(engine, server, tiny_llama):
-    limited, limits = PROMPTS.limited((2, 9, 4)), {(3, 8, 1, 9): 2, (11,): 6, (2, 6, 4, 4, 21, 30): 4}
+    limited, limits = PROMPTS.limited((2, None, 4)), {(3, 8, 1, 9): 2, (11,): 6, (2, 6, 4, 4, 21, 30): 4}
     wanted = written(InProcessEngine(Codec()), tiny_llama, FILTERED, limited)
     assert_equal(written(engine, tiny_llama, FILTERED, limited), wanted)
     rows = server.asked(GENERATE)[1:]

@@ -80,8 +80,8 @@ class Engine(ABC):
     ) -> Completions:
         """`num_samples` completions of each prompt; a prompt's are neighbours.
 
-        A prompt's own limit (`prompts.limits`) ends its completions like `max_completion_length` and changes no token
-        before.
+        A prompt's own limit (`prompts.limits`, or `prompts.bounds(parameters.max_completion_length)`) ends its
+        completions like `max_completion_length` and changes no token before.
 
         Where the parameters truncate the support, the completions tell what was kept at each token (`support`) and
         their log-probabilities are over it. An engine that cannot tell gives log-probabilities over the whole

@@ -156,7 +156,8 @@ class VLLMEngine(Engine):
         """
         contexts = [context for context in real_tokens(prompts.ids, prompts.mask) for _ in range(num_samples)]
         given = parameters, seeds, num_samples, prompts.ids.device
-        return self._write(contexts, range(len(contexts)), *given, limits=prompts.limits)
+        bounds = prompts.bounds(parameters.max_completion_length)
+        return self._write(contexts, range(len(contexts)), *given, bounds=bounds)
 
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Turns:
         """The first turn of a session.
@@ -211,7 +212,7 @@ class VLLMEngine(Engine):
         device: torch.device,
         *,
         turn: int = 0,
-        limits: Sequence[int] | None = None,
+        bounds: Sequence[int] | None = None,
     ) -> Completions:
         """What follows each context; a row's place says which prompt and which of its samples it is."""
         if self.policy is None:
@@ -223,7 +224,7 @@ class VLLMEngine(Engine):
             requests = []
             for place, context in zip(places, contexts, strict=True):
                 prompt, sample = divmod(place, num_samples)
-                index, limit = seeds.indices[prompt], longest if limits is None else min(limits[prompt], longest)
+                index, limit = seeds.indices[prompt], longest if bounds is None else bounds[prompt]
                 where = f"{seeds.seed}.{seeds.step}.{seeds.draw}.{index}.{sample}.{turn}"
                 own = {"seed": seeds.number(index, sample, turn), "max_tokens": limit}
                 requests.append(self._request(where, context, fixed | own))

@@ -20,6 +20,7 @@ FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += [f"{name} sources" for name in SOURCED]
 FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [f"dpo {kind}" for kind in ADAPTERS]
+FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 

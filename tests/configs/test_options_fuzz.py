@@ -30,6 +30,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import Schedule
+from datamodules.streams.options import StreamOptions
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
@@ -68,6 +69,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
     "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
+    "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -130,6 +132,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "stream", StreamOptions
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,8 @@ def configuration(group, cls, options):
     }
     if group == "curriculum":
         return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
+    if group == "stream":
+        return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":
         return configuration("data", datamodules.SFTDataModule, {"train": spec})
     module = "GRPOModule" if group == "reward" else "SFTModule"

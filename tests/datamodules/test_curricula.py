@@ -14,6 +14,7 @@ from datamodules import (
     PromptDataModule,
     SFTDataModule,
 )
+from datamodules.streams.options import StreamOptions
 
 HUGE = 10**400
 ROWS = [{"prompt": "1+" * (n % 7 + 1), "completion": "2" * (n % 5 + 1), "level": n % 3, "id": n} for n in range(60)]
@@ -161,6 +162,11 @@ REFUSED = {
     ),
     "tokens of prompts": (PromptDataModule, {"max_tokens": 9}, r"max_tokens=9 counts tokens that are given"),
     "rewards of demonstrations": (SFTDataModule, {"curriculum": BySuccess()}, r"BySuccess.* needs to be told rewards"),
+    "a stream": (
+        SFTDataModule,
+        {"curriculum": ByLength(), "stream": StreamOptions()},
+        r"ByLength.* a stream are not kn",
+    ),
     "packed": (SFTDataModule, {"curriculum": ByLength(), "packing": True}, r"packing=True .* set packing=False"),
     "packed text": (PretrainDataModule, {"curriculum": ByLength()}, r"packing=True .* set packing=False"),
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.cache.kept import Kept
+from datamodules.cache.options import CacheOptions
 from datamodules.loader import EvaluationSampler, ResumableLoader
 from datamodules.orders import UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
@@ -25,6 +27,7 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
+_CACHE = CacheOptions()
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -57,6 +60,8 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        cache: Where the tables of large splits are kept on disk, made at the first start by several processes and
+            mapped into memory at each; None: every start makes all of them in memory.
     """
 
     accepts: tuple[str, ...] = ()
@@ -85,6 +90,7 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        cache: CacheOptions | None = _CACHE,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -100,6 +106,8 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        self.cache = cache
+        self.kept = None if cache is None else Kept(cache)
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
@@ -160,11 +168,27 @@ class AlignmentDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
+    def table_options(self) -> Mapping[str, Any]:
+        """Options of this class's own that change what `build` makes, as plain values.
+
+        Tables on disk are told apart by them. A class of your own that overrides `build` keeps its tables in memory
+        unless it overrides this, too; `build` then also gets ranges of the rows, each for itself.
+        """
+        return {}
+
     def prepare_data(self) -> None:
-        """Download hub data sets once per machine."""
+        """Once per machine: download hub data sets, and make the tables on disk that the running stage needs."""
         for split, source in self.sources.items():
             if isinstance(source, str) and is_hub_id(source):
                 load_from_hub(source, split)
+        stage = None if self.trainer is None else self.trainer.state.fn
+        try:
+            for split in self._missing(stage):
+                self._tables.update(self.splits.prepare(split))
+        except (ValueError, OSError):
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            logger.debug("setup raises it again, in all processes: one that ends here leaves the others waiting")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits that a stage needs, each once.
@@ -175,9 +199,13 @@ class AlignmentDataModule(LightningDataModule):
         Raises:
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
-        for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if self.sources[split] is not None and split not in self._tables:
-                self._tables.update(self.splits.make(split))
+        for split in self._missing(stage):
+            self._tables.update(self.splits.make(split))
+
+    def _missing(self, stage: Any) -> list[str]:
+        """The splits of a stage that have a source and no table yet."""
+        splits = SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS)
+        return [split for split in splits if self.sources[split] is not None and split not in self._tables]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of this rank, resumable (see `ResumableLoader`)."""

@@ -1,6 +1,7 @@
 """Data for alignment: sources, row formats, chat masks, packing and resumable loaders as LightningDataModules."""
 
 from datamodules.base import AlignmentDataModule
+from datamodules.cache.options import CacheOptions
 from datamodules.preference import PreferenceDataModule
 from datamodules.pretrain import PretrainDataModule
 from datamodules.prompts import PromptDataModule
@@ -9,6 +10,7 @@ from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule",
+    "CacheOptions",
     "PreferenceDataModule",
     "PretrainDataModule",
     "PromptDataModule",

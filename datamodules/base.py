@@ -106,6 +106,8 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        if not isinstance(cache, CacheOptions | None):
+            raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")
         self.cache = cache
         self.kept = None if cache is None else Kept(cache)
         self.reports: dict[str, dict[str, Any]] = {}

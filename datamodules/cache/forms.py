@@ -56,7 +56,7 @@ def take_apart(table: Table) -> Pieces:
         sides = {f"side_{name}": side for name, side in table.sides.items()}
         masks = {f"mask_{name}": mask for name, mask in table.loss_masks.items()}
         columns = {f"column_{name}": values for name, values in table.columns.items()}
-        return Pieces(facts, sides | masks, columns | {"index": table.index, "source_rows": table.source_rows})
+        return Pieces(facts, sides | masks, _given({**columns, "index": table.index, "source_rows": table.source_rows}))
     if type(table) is PromptTable:
         source, checksum = table.source, [table.checksum.value, table.checksum.length]
         facts = {"form": "prompts", "checksum": checksum, **asdict(source), "used": sorted(source.used)}

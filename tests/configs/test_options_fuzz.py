@@ -65,6 +65,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "cache": [3, "nosuch", [1], {"foldr": "x"}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -124,6 +125,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "cache", datamodules.CacheOptions
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "cache":
+        return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "task":
         return configuration("data", datamodules.SFTDataModule, {"train": spec})
     module = "GRPOModule" if group == "reward" else "SFTModule"

@@ -2,6 +2,8 @@
 
 from datamodules.base import AlignmentDataModule
 from datamodules.cache.options import CacheOptions
+from datamodules.mixture import MixtureDataModule
+from datamodules.mixture_sources import MixtureSource
 from datamodules.preference import PreferenceDataModule
 from datamodules.pretrain import PretrainDataModule
 from datamodules.prompts import PromptDataModule
@@ -11,6 +13,8 @@ from datamodules.unpaired import UnpairedDataModule
 __all__ = [
     "AlignmentDataModule",
     "CacheOptions",
+    "MixtureDataModule",
+    "MixtureSource",
     "PreferenceDataModule",
     "PretrainDataModule",
     "PromptDataModule",

@@ -9,9 +9,10 @@ from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights", *OF_MIXTURES)
 
 
 class SFTDataModule(AlignmentDataModule):

@@ -16,10 +16,14 @@ from datamodules.rows import formats
 from datamodules.rows.messages import shown
 from datamodules.rows.rows import Rows
 
+OF_MIXTURES = ("source_name", "source_weights", "completion_limits", "reward_names")
+"""What a batch of a mixture holds beside the sources' own keys, one value a row."""
+
 # Keys of a batch that a source's own column must not take.
 RESERVED = (
     *("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "response_loss_mask"),
     *("rewards", "old_logprobs", "completions", "prompt_ids", "completion_ids"),  # the last three are what rewards get
+    *OF_MIXTURES,
 )
 
 

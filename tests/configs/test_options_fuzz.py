@@ -30,6 +30,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import Schedule
+from datamodules.streams.options import StreamOptions
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
@@ -44,6 +45,7 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
 CHOICES = {
@@ -66,6 +68,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
+    "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -126,6 +129,7 @@ def cases():
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
     yield "cache", datamodules.CacheOptions
+    yield "stream", StreamOptions
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,9 @@ def configuration(group, cls, options):
         return {"model": {"class_path": spec["class_path"], "init_args": {"policy": "nowhere"} | spec["init_args"]}}
     if group == "data":
         return {"data": spec}
+    if group == "source":
+        source = {"data": {"class_path": "PromptDataModule", "init_args": {"train": "nowhere"}}} | options
+        return configuration("data", datamodules.MixtureDataModule, {"sources": {"a": source}})
     if group == "callback":
         return {"trainer": {"callbacks": [spec]}}
     inside = {
@@ -155,6 +162,8 @@ def configuration(group, cls, options):
     }
     if group == "cache":
         return configuration("data", datamodules.SFTDataModule, {"cache": options})
+    if group == "stream":
+        return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":
         return configuration("data", datamodules.SFTDataModule, {"train": spec})
     module = "GRPOModule" if group == "reward" else "SFTModule"
@@ -213,7 +222,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed(parameter.name, hint):
+        for value in malformed(
+            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
+        ):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1
@@ -226,10 +237,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
 
 
 def vars_of(cls, group):
-    """The classes whose options are tried with this one: those of a base once, with its first subclass."""
-    classes = MODULES if group == "model" else DATA
-    first = {base: next(c for c in classes if base in c.__mro__) for base in cls.__mro__}
-    return {base for base, user in first.items() if user is cls}
+    """The classes whose options are tried with this one: those of a base once, with the first that has them."""
+    levels = {c: {level for level, *_ in options_of(c)} for c in (MODULES if group == "model" else DATA)}
+    return {base for base in levels[cls] if cls is next(c for c, found in levels.items() if base in found)}
 
 
 @pytest.mark.parametrize("form", ["ExactMatch", [{"class_path": "ExactMatch"}], ["ExactMatch", "RegexMatch"]], ids=str)

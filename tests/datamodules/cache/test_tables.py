@@ -18,7 +18,7 @@ from datamodules import (
 )
 from datamodules.batching import Table
 from datamodules.cache.forms import SourceColumn
-from datamodules.rows.rows import JsonlRows
+from datamodules.rows import rows as row_tables
 
 COUNT = 130
 PLAIN = [{"prompt": f"{i}+{i}=", "completion": str(2 * i), "level": {"n": i}} for i in range(COUNT)]
@@ -75,12 +75,10 @@ def started(cls, tokenizer, options, **keywords):
 def test_disk_and_memory_are_the_same(case, write, make_tokenizer, options, caplog, assert_same_batches):
     caplog.set_level(logging.INFO, "datamodules")
     (cls, rows, keywords), made, said = CASES[case], [], []
-    tokenizer = make_tokenizer("boundaries")
+    tokenizer, path = make_tokenizer("boundaries"), write(rows)
     for cache in (None, options, options):
         caplog.clear()
-        made.append(
-            started(cls, tokenizer, cache, train=write(rows) if not made else made[0].sources["train"], **keywords)
-        )
+        made.append(started(cls, tokenizer, cache, train=path, **keywords))
         said.append([record.getMessage() for record in caplog.records])
     memory, first, second = made
     assert type(first.train_dataloader().dataset.__reduce__()) is tuple
@@ -124,8 +122,8 @@ def test_a_second_start_does_not_read_the_source(write, tokenizer, options, monk
     path = write(PLAIN)
     started(PromptDataModule, tokenizer, options, train=path)
     parsed = []
-    parse = JsonlRows._parse
-    monkeypatch.setattr(JsonlRows, "_parse", lambda *args, **kw: parsed.append(args) or parse(*args, **kw))
+    parse = row_tables.parse_line
+    monkeypatch.setattr(row_tables, "parse_line", lambda *args, **kw: parsed.append(args) or parse(*args, **kw))
     again = started(PromptDataModule, tokenizer, options, train=path)
     assert len(parsed) <= 201  # the first hundred, to recognise the format
     batch = again.train_dataloader().dataset[[129, 3]]
@@ -189,7 +187,7 @@ def test_the_first_bad_row_is_named(cls, change, keywords, write, tokenizer, opt
 def test_rows_that_lack_the_first_rows_margin(write, tokenizer, options):
     path = write([*PAIRS[:100], {**PAIRS[100], "margin": None}, *PAIRS[101:]])
     for cache in (None, options):
-        with pytest.raises(ValueError, match="rows.jsonl:101: has no margin, and the first row has one"):
+        with pytest.raises(ValueError, match=r"rows.jsonl:101: has no margin, and the first row has one"):
             started(PreferenceDataModule, tokenizer, cache, train=path)
 
 

@@ -31,7 +31,7 @@ def test_the_first_error_counts():
         return piece
 
     done = []
-    with pytest.raises(ValueError, match="^piece 3$"):
+    with pytest.raises(ValueError, match=r"^piece 3$"):
         done.extend(number for number, _ in in_processes(task, range(50), 4))
     assert set(done) == {0, 1, 2}
 

@@ -47,7 +47,7 @@ class Kept:
             places = found
 
             def write(folder: Path) -> dict[str, Any]:
-                for name, array in zip(Lines._fields, places, strict=True):
+                for name, array in (("offsets", places.offsets), ("lines", places.lines)):
                     write_array(folder / f"{name}.npy", [array], array.dtype, len(array))
                 return {}
 

@@ -84,9 +84,9 @@ def parts(hint):
 
 def malformed(name, hint):
     """Values that an option of this type cannot mean."""
-    if name in OBJECTS:
-        return OBJECTS[name]
     alternatives, optional = parts(hint)
+    if name in OBJECTS and not (name == "cache" and str in alternatives):  # a judge's is a file
+        return OBJECTS[name]
     values = [] if optional else [None]
     kinds = {get_origin(a) or a for a in alternatives}
     for alternative in alternatives:

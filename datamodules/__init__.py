@@ -1,6 +1,7 @@
 """Data for alignment: sources, row formats, chat masks, packing and resumable loaders as LightningDataModules."""
 
 from datamodules.base import AlignmentDataModule
+from datamodules.cache.options import CacheOptions
 from datamodules.curricula import ByColumn, ByLength, BySuccess
 from datamodules.mixture import MixtureDataModule
 from datamodules.mixture_sources import MixtureSource
@@ -15,6 +16,7 @@ __all__ = [
     "ByColumn",
     "ByLength",
     "BySuccess",
+    "CacheOptions",
     "MixtureDataModule",
     "MixtureSource",
     "PreferenceDataModule",

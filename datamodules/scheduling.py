@@ -9,14 +9,67 @@ import numpy as np
 
 from datamodules.batching import Table
 from datamodules.curricula import Batching, Curriculum
+from datamodules.loader import ResumableLoader
 from datamodules.orders import Order, UniformOrder
 from datamodules.orders.admitting import Pace
 from datamodules.orders.planned import PlannedOrder
 from datamodules.orders.plans import bucketed
 from datamodules.rows.rows import Rows
+from datamodules.splits import Splits
 
 if TYPE_CHECKING:
     from datamodules.base import AlignmentDataModule
+
+
+class ScheduledRows:
+    """What a data module does about the order of its training rows, and about scores that they are given."""
+
+    curriculum: Curriculum | None
+    splits: Splits
+    _training_loader: ResumableLoader | None
+    _scheduling: Scheduling | None
+
+    @property
+    def follows_scores(self) -> bool:
+        """Whether `record` is to be called."""
+        return self.curriculum is not None
+
+    def record(self, index: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+        """Takes up how well the training batch was done that was given last; all ranks call it with the same.
+
+        Args:
+            index: Row numbers of all ranks' rows, as in the batches' `index`.
+            scores: One a number, in the unit of the rewards.
+
+        Returns:
+            What a curriculum tells of itself, by name.
+
+        Raises:
+            ValueError: If a number is none of a training row.
+        """
+        if self._training_loader is None or self._scheduling is None:
+            return {}
+        return self._training_loader.record(self._scheduling.find(index), scores)
+
+    def training_order(self, table: Table, replicas: int, shuffle: bool) -> Order:
+        """Which rows make each batch of training.
+
+        Args:
+            table: The training rows.
+            replicas: Number of data-parallel ranks.
+            shuffle: Whether anything is drawn; else rows come in the order of the source.
+        """
+        return self._scheduled(table).order(replicas, shuffle)
+
+    def forget_schedule(self) -> None:
+        """Lets go of the training rows."""
+        self._scheduling, self._training_loader = None, None
+
+    def _scheduled(self, table: Table) -> Scheduling:
+        if self._scheduling is None or self._scheduling.table is not table:
+            data: Any = self
+            self._scheduling = Scheduling(data, table, lambda: self.splits.rows("train"))
+        return self._scheduling
 
 
 def check_scheduling(data: AlignmentDataModule) -> None:

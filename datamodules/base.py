@@ -232,7 +232,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         for split in self._missing(stage):
             self._tables.update(self._make(split))
         if "train" in self._stage_splits(stage) and "train" in self._tables:
-            self._scheduled(self._tables["train"][0])
+            self.scheduled(self._tables["train"][0])
         if self.streaming is not None and "train" in self._stage_splits(stage):
             self._train_stream()
 
@@ -257,7 +257,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
-        self._training_loader = loader
+        self.training_loader = loader
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

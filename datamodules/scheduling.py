@@ -26,7 +26,7 @@ class ScheduledRows:
 
     curriculum: Curriculum | None
     splits: Splits
-    _training_loader: ResumableLoader | None
+    training_loader: ResumableLoader | None
     _scheduling: Scheduling | None
 
     @property
@@ -47,9 +47,9 @@ class ScheduledRows:
         Raises:
             ValueError: If a number is none of a training row.
         """
-        if self._training_loader is None or self._scheduling is None:
+        if self.training_loader is None or self._scheduling is None:
             return {}
-        return self._training_loader.record(self._scheduling.find(index), scores)
+        return self.training_loader.record(self._scheduling.find(index), scores)
 
     def training_order(self, table: Table, replicas: int, shuffle: bool) -> Order:
         """Which rows make each batch of training.
@@ -59,13 +59,18 @@ class ScheduledRows:
             replicas: Number of data-parallel ranks.
             shuffle: Whether anything is drawn; else rows come in the order of the source.
         """
-        return self._scheduled(table).order(replicas, shuffle)
+        return self.scheduled(table).order(replicas, shuffle)
 
     def forget_schedule(self) -> None:
         """Lets go of the training rows."""
-        self._scheduling, self._training_loader = None, None
+        self._scheduling, self.training_loader = None, None
 
-    def _scheduled(self, table: Table) -> Scheduling:
+    def scheduled(self, table: Table) -> Scheduling:
+        """The schedule of a table of training rows, which is made once.
+
+        Raises:
+            ValueError: As `Scheduling`.
+        """
         if self._scheduling is None or self._scheduling.table is not table:
             data: Any = self
             self._scheduling = Scheduling(data, table, lambda: self.splits.rows("train"))

@@ -7,6 +7,7 @@ from datamodules.preference import PreferenceDataModule
 from datamodules.pretrain import PretrainDataModule
 from datamodules.prompts import PromptDataModule
 from datamodules.sft import SFTDataModule
+from datamodules.streams.options import StreamOptions
 from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "PretrainDataModule",
     "PromptDataModule",
     "SFTDataModule",
+    "StreamOptions",
     "UnpairedDataModule",
 ]

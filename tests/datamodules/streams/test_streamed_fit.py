@@ -6,8 +6,7 @@ import lightning as L
 import pytest
 import torch
 
-from datamodules import SFTDataModule
-from datamodules.streams.options import StreamOptions
+from datamodules import SFTDataModule, StreamOptions
 
 ROWS = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(50)]
 

@@ -14,9 +14,9 @@ from datamodules import (
     PretrainDataModule,
     PromptDataModule,
     SFTDataModule,
+    StreamOptions,
     UnpairedDataModule,
 )
-from datamodules.streams.options import StreamOptions
 
 ROWS = {
     PretrainDataModule: [{"text": "0123456789"[: 2 + n % 8] + str(n)} for n in range(37)],
@@ -165,20 +165,21 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "packing"), [*((kind, False) for kind in SOURCES), ("jsonl", True), ("shuffled", True)]
+)
 def test_a_resumed_loader_gives_exactly_the_rest(kind, packing, loader, write):
     def make():
         return loader(SOURCES[kind](write), packing=packing, shuffle=True)
 
-    whole = texts(itertools.islice(make(), 30))
-    for at in (0, 1, 5, 14, 29):
+    whole = texts(itertools.islice(make(), 22))
+    for at in (0, 5, 14):
         killed = make()
         seen = texts(itertools.islice(killed, at))
         state = json.loads(json.dumps(killed.state_dict()))
         resumed = make()
         resumed.load_state_dict(state)
-        assert seen + texts(itertools.islice(resumed, 30 - at)) == whole
+        assert seen + texts(itertools.islice(resumed, 22 - at)) == whole
 
 
 @pytest.mark.parametrize("ahead", [0, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -12,12 +12,15 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import Table
+from datamodules.cache.kept import Kept
+from datamodules.cache.options import CacheOptions
+from datamodules.curricula import Curriculum
 from datamodules.loader import EvaluationSampler, ResumableLoader
-from datamodules.orders import Order, UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
 from datamodules.rows.splits import check_share
+from datamodules.scheduling import ScheduledRows, check_scheduling
 from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
 from datamodules.streams.loader import StreamLoader
 from datamodules.streams.options import StreamOptions
@@ -29,10 +32,11 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
+_CACHE = CacheOptions()
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
-class AlignmentDataModule(LightningDataModule):
+class AlignmentDataModule(ScheduledRows, LightningDataModule):
     """Base of the data modules; use one of its subclasses.
 
     A subclass says which row formats it takes (`accepts`) and how it makes a table of them (`build`).
@@ -62,8 +66,15 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        max_tokens: Most padded tokens of a training batch of one process, its rows times the longest of them; rows of
+            similar length come together, as many as fit, in place of `batch_size`. A row counts with its prompt and all
+            of its completions. None: batches have `batch_size` rows.
+        curriculum: The order in which training rows come, or which of them are admitted: `ByColumn`, `ByLength` or
+            `BySuccess`. None: all, in a new order each epoch.
         stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
             else whole.
+        cache: Where the tables of large splits are kept on disk, made at the first start by several processes and
+            mapped into memory at each; None: every start makes all of them in memory.
     """
 
     accepts: tuple[str, ...] = ()
@@ -92,7 +103,10 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        max_tokens: Count | None = None,
+        curriculum: Curriculum | None = None,
         stream: StreamOptions | None = None,
+        cache: CacheOptions | None = _CACHE,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -110,12 +124,19 @@ class AlignmentDataModule(LightningDataModule):
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
         self.stream = stream
         self.streaming = stream_options(self)
+        self.max_tokens, self.curriculum = max_tokens, curriculum
+        check_scheduling(self)
+        if not isinstance(cache, CacheOptions | None):
+            raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")
+        self.cache = cache
+        self.kept = None if cache is None else Kept(cache)
         self.reports: dict[str, dict[str, Any]] = {}
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self.forget_schedule()
         self._stream: TrainStream | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
@@ -177,11 +198,27 @@ class AlignmentDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
+    def table_options(self) -> Mapping[str, Any]:
+        """Options of this class's own that change what `build` makes, as plain values.
+
+        Tables on disk are told apart by them. A class of your own that overrides `build` keeps its tables in memory
+        unless it overrides this, too; `build` then also gets ranges of the rows, each for itself.
+        """
+        return {}
+
     def prepare_data(self) -> None:
-        """Download hub data sets once per machine."""
+        """Once per machine: download hub data sets, and make the tables on disk that the running stage needs."""
         for split, source in self.sources.items():
             if isinstance(source, str) and is_hub_id(source) and not is_streamed(self, split):
                 load_from_hub(source, split)
+        stage = None if self.trainer is None else self.trainer.state.fn
+        try:
+            for split in self._missing(stage):
+                self._tables.update(self.splits.prepare(split))
+        except (ValueError, OSError):
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            logger.debug("setup raises it again, in all processes: one that ends here leaves the others waiting")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits that a stage needs, each once.
@@ -192,11 +229,21 @@ class AlignmentDataModule(LightningDataModule):
         Raises:
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
-        for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if split == "train" and self.streaming is not None:
-                self._train_stream()
-            elif self.sources[split] is not None and split not in self._tables:
-                self._tables.update(self._make(split))
+        for split in self._missing(stage):
+            self._tables.update(self._make(split))
+        if "train" in self._stage_splits(stage) and "train" in self._tables:
+            self.scheduled(self._tables["train"][0])
+        if self.streaming is not None and "train" in self._stage_splits(stage):
+            self._train_stream()
+
+    def _missing(self, stage: Any) -> list[str]:
+        """The splits of a stage that have a source and no table yet, without a stream."""
+        tables = [split for split in self._stage_splits(stage) if split != "train" or self.streaming is None]
+        return [split for split in tables if self.sources[split] is not None and split not in self._tables]
+
+    @staticmethod
+    def _stage_splits(stage: Any) -> tuple[str, ...]:
+        return SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS)
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Batches of this rank, resumable (see `ResumableLoader`; those of a stream have no end: `StreamLoader`)."""
@@ -204,12 +251,13 @@ class AlignmentDataModule(LightningDataModule):
             return self._train_stream().loader(*self._ranks())
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
+        order = self.training_order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
         loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
+        self.training_loader = loader
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -251,6 +299,7 @@ class AlignmentDataModule(LightningDataModule):
         alone.__dict__.pop("val_dataloader", None)
         alone.trainer, alone.sources, alone.reports = None, dict.fromkeys(SPLITS), {}
         alone._tables, alone._stream, alone.splits = {}, None, Splits(alone)
+        alone.forget_schedule()
         return alone
 
     def _ranks(self) -> tuple[int, int]:
@@ -265,17 +314,6 @@ class AlignmentDataModule(LightningDataModule):
             "generator": torch.Generator(),
             "worker_init_fn": start_worker,
         }
-
-    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
-        """Which rows make each batch of training."""
-        return UniformOrder(
-            len(table),
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
 
     def _make(self, split: str) -> dict[str, Batches]:
         """The tables of a split, by name."""

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.classes import CALLBACKS, CURRICULA, REWARDS, TASKS, options_of, path_of, subclasses
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -45,6 +45,7 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "ByColumn": {"column": "level"},
     "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
@@ -67,6 +68,8 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
+    "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
@@ -83,9 +86,9 @@ def parts(hint):
 
 def malformed(name, hint):
     """Values that an option of this type cannot mean."""
-    if name in OBJECTS:
-        return OBJECTS[name]
     alternatives, optional = parts(hint)
+    if name in OBJECTS and not (name == "cache" and str in alternatives):  # a judge's is a file
+        return OBJECTS[name]
     values = [] if optional else [None]
     kinds = {get_origin(a) or a for a in alternatives}
     for alternative in alternatives:
@@ -121,12 +124,16 @@ def cases():
     for group, classes in (("model", MODULES), ("data", DATA), ("callback", CALLBACKS), ("schedule", SCHEDULES)):
         for cls in classes:
             yield group, cls
-    for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
+    for group, classes in (
+        *(("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)),
+        ("curriculum", CURRICULA),
+    ):
         for cls in classes:
             yield group, cls
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "cache", datamodules.CacheOptions
     yield "stream", StreamOptions
 
 
@@ -158,6 +165,10 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "curriculum":
+        return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
+    if group == "cache":
+        return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "stream":
         return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules import StreamOptions
 from tests.workplace import align, workplace  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def test_the_overlay_is_explained():
     for line in overlay.splitlines():
         assert "#" in line or line.endswith(":") or not line
     for option, default in (
-        ("buffer_size", datamodules.streams.options.StreamOptions().buffer_size),
+        ("buffer_size", StreamOptions().buffer_size),
         ("max_epochs", -1),
     ):
         assert re.search(rf"{option}: {default} #", overlay)

@@ -17,6 +17,7 @@ from datamodules import (
     StreamOptions,
     UnpairedDataModule,
 )
+from datamodules.curricula import ByLength
 
 ROWS = {
     PretrainDataModule: [{"text": "0123456789"[: 2 + n % 8] + str(n)} for n in range(37)],
@@ -352,6 +353,9 @@ def test_options_that_contradict_a_stream(tokenizer, write):
     for options, words in (
         ({"validation": 0.1}, "validation=0.1 is a share of the training rows, and a stream"),
         ({"drop_last": True}, "drop_last=True has no effect on a stream"),
+        ({"max_tokens": 100}, "max_tokens=100 chooses among all rows, and a stream knows those of a block alone"),
+        ({"curriculum": ByLength()}, r"curriculum=.* chooses among all rows"),
+        ({"stream": 3}, "stream=3 must be StreamOptions"),
         ({"validation": path, "stream": StreamOptions(eval_rows=3)}, "stream.eval_rows=3 bounds"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -52,8 +52,8 @@ def stream_options(data: AlignmentDataModule) -> StreamOptions | None:
     for name in ("curriculum", "max_tokens"):
         if getattr(data, name) is not None:
             raise ValueError(
-                f"{name}={getattr(data, name)!r} chooses among all rows, and a stream knows those of a block alone; leave "
-                f"{name} out, or give a table"
+                f"{name}={getattr(data, name)!r} chooses among all rows, and a stream knows those of a block alone; "
+                f"leave {name} out, or give a table"
             )
     others = [split for split in ("validation", "test", "predict") if _bounded(data.sources[split])]
     if options.eval_rows is not None and not others:

@@ -25,17 +25,7 @@ from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
 from tests.models import MIXTRAL, adapted, moved, other_than, quantized
 from tests.paradigms import ROWS, build, headed
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
+from tests.shapes import LLAMA
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.scheduling import check_packing
 
 
 class PretrainDataModule(AlignmentDataModule):
@@ -41,22 +43,29 @@ class PretrainDataModule(AlignmentDataModule):
         check_options(PretrainDataModule.__init__, locals())
         super().__init__(overflow=overflow, **common)
         self.packing = packing
+        check_packing(self, packing)
 
     @staticmethod
     def _overflow_policies() -> tuple[str, ...]:
         return ("split", "truncate", "drop", "error")
 
+    def table_options(self) -> dict[str, Any]:
+        """Packing."""
+        return {"packing": self.packing}
+
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise, split and pack the documents of a split."""
-        return reader.token_table(self._pieces(reader), self.packing)
+        taken = array("q")
+        return reader.token_table(self._pieces(reader, taken), self.packing, taken)
 
-    def _pieces(self, reader: SplitReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, mask in reader.token_rows("all"):
+    def _pieces(self, reader: SplitReader, taken: array[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, mask in reader.token_rows("all", taken):
             cuts = list(range(self.max_length, len(ids), self.max_length))
             if cuts:
                 reader.count("split")
             if cuts and len(ids) - cuts[-1] == 1 and self.max_length > 2:
                 cuts[-1] -= 1  # a piece of one token would have no target
+            taken.extend([taken[-1]] * len(cuts))
             for piece, targets in zip(np.split(ids, cuts), np.split(mask, cuts), strict=True):
                 targets = targets.copy()
                 targets[0] = False

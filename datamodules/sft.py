@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Literal
 
 from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.scheduling import check_packing
+from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights", *OF_MIXTURES)
 
 
 class SFTDataModule(AlignmentDataModule):
@@ -52,13 +55,18 @@ class SFTDataModule(AlignmentDataModule):
         self.loss_on: LossOn = loss_on
         self.packing = packing
         self.carry = carry or []
+        check_packing(self, packing)
         if self.carry and packing:
             raise ValueError(f"carry={self.carry} with packing=True: a packed row holds several rows' values")
         if clash := sorted({*self.carry} & {*BATCH_KEYS}):
             raise ValueError(f"carry={self.carry}: batches use {clash} themselves; give the column another name")
 
+    def table_options(self) -> dict[str, Any]:
+        """Targets, packing, and the columns carried on."""
+        return {"loss_on": self.loss_on, "packing": self.packing, "carry": self.carry}
+
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
-        taken: list[int] = []
-        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing)
+        taken = array("q")
+        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing, taken)
         return reader.carried(batches, self.carry, taken) if self.carry else batches

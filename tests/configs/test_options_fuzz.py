@@ -67,6 +67,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
@@ -83,9 +84,9 @@ def parts(hint):
 
 def malformed(name, hint):
     """Values that an option of this type cannot mean."""
-    if name in OBJECTS:
-        return OBJECTS[name]
     alternatives, optional = parts(hint)
+    if name in OBJECTS and not (name == "cache" and str in alternatives):  # a judge's is a file
+        return OBJECTS[name]
     values = [] if optional else [None]
     kinds = {get_origin(a) or a for a in alternatives}
     for alternative in alternatives:
@@ -127,6 +128,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "cache", datamodules.CacheOptions
     yield "stream", StreamOptions
 
 
@@ -158,6 +160,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "cache":
+        return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "stream":
         return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":

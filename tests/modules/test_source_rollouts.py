@@ -223,5 +223,5 @@ def test_rows_that_a_student_writes_end_at_their_limit(tiny_llama):
     assert lengths[1] == [min(length, limit or 6) for length, limit in zip(lengths[0], limits, strict=True)]
     width = held["input_ids"].shape[1]
     assert torch.equal(held["input_ids"], free["input_ids"][:, :width] * held["attention_mask"])
-    with pytest.raises(ValueError, match="row 1 of a batch has completion_limits=7.*max_completion_length=6"):
+    with pytest.raises(ValueError, match=r"row 1 of a batch has completion_limits=7.*max_completion_length=6"):
         own.check(prompts(2) | {"completion_limits": [None, 7]}, "DistillationModule")

@@ -9,17 +9,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.loader import EvaluationSampler, ResumableLoader
+from datamodules.orders import UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
-from datamodules.rows import formats
-from datamodules.rows.questions import question_name
-from datamodules.rows.rows import RenamedRows, Rows
-from datamodules.rows.sources import has_validation, is_hub_id, load_from_hub, open_source
-from datamodules.rows.splits import check_share, first_rows, take_share
+from datamodules.rows.sources import is_hub_id, load_from_hub
+from datamodules.rows.splits import check_share
+from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
 from datamodules.workers import start_worker
@@ -27,10 +25,6 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
-_PROMPTED = tuple(name for name in formats.COLUMNS if name != formats.TEXT)
-SPLITS = ("train", "validation", "test", "predict")
-# The same rows once more, in another form.
-VALIDATION_PROMPTS, TEST_TARGETS = "validation prompts", "test targets"
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -110,6 +104,7 @@ class AlignmentDataModule(LightningDataModule):
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
+        self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
@@ -182,24 +177,21 @@ class AlignmentDataModule(LightningDataModule):
         """
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
             if self.sources[split] is not None and split not in self._tables:
-                self._tables[split] = self._make(split)
+                self._tables.update(self.splits.make(split))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of this rank, resumable (see `ResumableLoader`)."""
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        sampler = ResumableSampler(
-            table,
+        order = UniformOrder(
+            len(table),
             batch_size=self.batch_size,
             num_replicas=replicas,
-            rank=rank,
-            shuffle=self.shuffle,
+            shuffle=self.shuffle and not getattr(self.trainer, "overfit_batches", 0),
             seed=self.seed,
             drop_last=self.drop_last,
         )
-        loader = ResumableLoader(
-            table, batch_size=self.batch_size, sampler=sampler, collate_fn=collate, **self._loader_options()
-        )
+        loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -225,7 +217,7 @@ class AlignmentDataModule(LightningDataModule):
         if split not in self._tables and self.sources[split] is None:
             raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
         if split not in self._tables:
-            self._tables[split] = self._make(split)
+            self._tables.update(self.splits.make(split))
         return self._tables[split]
 
     def _ranks(self) -> tuple[int, int]:
@@ -257,22 +249,6 @@ class AlignmentDataModule(LightningDataModule):
         sampler = EvaluationSampler(table, batch_size=size, num_replicas=replicas, rank=rank)
         return DataLoader(table, batch_size=None, sampler=sampler, collate_fn=collate, **self._loader_options())
 
-    def _read(self, split: str) -> Rows:
-        share = self.sources["validation"] if isinstance(self.sources["validation"], float) else None
-        opened = "train" if share and split == "validation" else split
-        source = self.sources[opened]
-        rows: Rows = open_source(source, opened)
-        if split == "train" and self.sources["validation"] is None and has_validation(source):
-            logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
-        if share and split in ("train", "validation"):
-            every, rows = len(rows), take_share(rows, share, self.seed, split)
-            logger.info(
-                "%s: %d of %d rows of train, by validation=%s and seed=%d", split, len(rows), every, share, self.seed
-            )
-        if self.columns:
-            rows = RenamedRows(rows, self.columns)
-        return rows
-
     def first_prompts(self, count: int) -> dict[str, Any] | None:
         """The prompts of the first validation rows as one batch, in the format of test batches of prompts.
 
@@ -285,104 +261,4 @@ class AlignmentDataModule(LightningDataModule):
         Raises:
             ValueError: A row cannot be read; the message names its place.
         """
-        if self.sources["validation"] is None:
-            return None
-        reader = self._prompt_reader("validation", self._read("validation"), count, overflow="truncate")
-        if reader is None:
-            return None
-        table, collate = reader.prompt_table()
-        return collate([table.row(number) for number in range(len(table))])
-
-    def _prompt_reader(self, name: str, rows: Rows, count: int, overflow: str) -> SplitReader | None:
-        """Reads the first rows as prompts; None: they have none."""
-        first = first_rows(rows, count)
-        seen = formats.summary(first)
-        kind = self._prompt_format(seen)
-        return None if kind is None else self._reader(name, first, kind, seen, overflow)
-
-    def _prompt_format(self, seen: dict[str, Any]) -> str | None:
-        """The format of rows that have a prompt, in the module's own formats first; None: they have none."""
-        own = [name for name in self.accepts if name != formats.TEXT]
-        return formats.recognise(seen, own) or formats.recognise(seen, _PROMPTED)
-
-    def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        as_chat = self.as_chat or (question_name(seen) == "instruction" and has_template)
-        bar = self.trainer is None or self.trainer.progress_bar_callback is not None
-        return SplitReader(
-            *(split, rows, kind, self.encoder),
-            max_length=self.max_length,
-            overflow=overflow,
-            as_chat=as_chat,
-            bar=bar and getattr(rank_zero_only, "rank", 0) == 0,
-        )
-
-    def _make(self, split: str) -> Batches:
-        rows = self._read(split)
-        seen = formats.summary(rows)
-        kind, prompts = self._recognise(split, rows, seen)
-        if split == "validation" and prompts:
-            rows = first_rows(rows, self.validation_prompts)
-        made = self._made(self._reader(split, rows, kind, seen, self.overflow), prompts)
-        if split == "validation" and not prompts and self._completes_validation():
-            self._add_prompts(rows)
-        if split == "test" and self.test_targets:
-            if self.gives_prompts or kind not in self.accepts:
-                raise ValueError(f"test_targets=True, but {rows.name} has no targets: its format is {kind!r}")
-            if prompts:
-                reader = self._reader(TEST_TARGETS, rows, kind, seen, self.overflow)
-                self._tables[TEST_TARGETS] = self._made(reader, prompts=False)
-        return made
-
-    def _completes_validation(self) -> bool:
-        """Whether completions of validation prompts are wanted, and the Trainer's module makes them."""
-        module = getattr(self.trainer, "lightning_module", None)
-        return bool(self.validation_prompts and not self.gives_prompts and getattr(module, "generates", False))
-
-    def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
-        """The format of a split's rows, and whether their prompts alone are used."""
-        accepted = self.accepts
-        if split in ("test", "predict"):  # prompts where the rows have some
-            if kind := self._prompt_format(seen):
-                return kind, True
-            accepted = tuple(dict.fromkeys((*self.accepts, *_PROMPTED)))
-        kind = formats.recognise(seen, self.accepts)
-        bare = kind is None and formats.recognise(seen, (formats.PROMPT,))
-        if bare and split == "validation" and self._completes_validation():
-            return bare, True
-        if kind is None:
-            found = formats.recognise(seen)
-            found = f"; that is the format '{found}'" if found else ""
-            if empty := sorted(seen.keys() - formats.present(seen)):
-                found = f", and nothing but null in {empty}{found}"
-            raise ValueError(
-                f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
-                f"{type(self).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
-            )
-        return kind, False
-
-    def _made(self, reader: SplitReader, prompts: bool) -> Batches:
-        if reader.split in SPLITS:
-            self.reports[reader.split] = reader.report
-        made = reader.prompt_table() if prompts else self.build(reader)
-        self._log(reader)
-        return made
-
-    def _add_prompts(self, rows: Rows) -> None:
-        """The first validation rows as prompts, where they have some, and columns to judge completions by."""
-        try:
-            reader = self._prompt_reader(VALIDATION_PROMPTS, rows, self.validation_prompts, self.overflow)
-            made = None if reader is None else self._made(reader, prompts=True)
-        except ValueError as error:  # they are valid rows all the same
-            logger.info("no completions of validation rows are judged: %s", error)
-            return
-        if made is not None and getattr(made[0], "columns", None):
-            self._tables[VALIDATION_PROMPTS] = made
-
-    @rank_zero_only
-    def _log(self, reader: SplitReader) -> None:
-        lost = [key for key in reader.report if key.startswith("dropped") or key in ("truncated", "ties")]
-        level = logging.WARNING if lost else logging.INFO
-        if warning := reader.mostly_too_long():
-            logger.warning(warning)
-        logger.log(level, "%s from %s: %s", reader.split, reader.rows.name, reader.describe())
+        return None if self.sources["validation"] is None else self.splits.first_prompts(count)

@@ -35,6 +35,13 @@ class Ragged:
         self.values = np.concatenate(blocks) if blocks else np.zeros(0, dtype=dtype)
         self.offsets = np.concatenate(([0], np.cumsum(np.asarray(lengths, dtype=np.int64))))
 
+    @classmethod
+    def of(cls, values: np.ndarray, offsets: np.ndarray) -> Ragged:
+        """Takes a buffer `[elements]`, and where in it each array begins and the last ends, int64 `[rows + 1]`."""
+        made = cls(())
+        made.values, made.offsets = values, offsets
+        return made
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -48,7 +55,7 @@ class Ragged:
 
     def checksum(self, start: int = 0) -> int:
         """A checksum of all content, continued from `start`."""
-        return zlib.crc32(self.offsets.tobytes(), zlib.crc32(self.values.tobytes(), start))
+        return zlib.crc32(self.offsets.data, zlib.crc32(self.values.data, start))
 
 
 def room(prompt: int, completion: int, max_length: int) -> tuple[int, int]:
@@ -130,11 +137,22 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 
 class Table(Dataset[Any]):
-    """A map-style dataset that also takes a list of row numbers, and knows a fingerprint of its content."""
+    """A map-style dataset that also takes a list of row numbers, and knows a fingerprint of its content.
+
+    Attributes:
+        source_rows: Row number in the source of each row, int64 `[rows]`; None where a row holds several, or it is not
+            known.
+    """
 
     fingerprint: str = ""
+    source_rows: np.ndarray | None = None
 
     def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, its prompt and all of its completions, int64 `[rows]`."""
         raise NotImplementedError
 
     def row(self, index: int) -> dict[str, Any]:
@@ -157,16 +175,35 @@ class TokenTable(Table):
         tokens: Each document's ids and targets, as `mark` joins them.
         packing: Documents of each row; None for one document a row.
         weights: Each document's weights, 0 where no target; None: all targets weigh 1.
+        source_rows: Row number in the source of each document; None: not known.
+        fingerprint: That of the content where it is known, else none.
     """
 
-    def __init__(self, tokens: Ragged, packing: list[list[int]] | None = None, weights: Ragged | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Ragged,
+        packing: Ragged | list[list[int]] | None = None,
+        weights: Ragged | None = None,
+        source_rows: np.ndarray | None = None,
+        fingerprint: str = "",
+    ) -> None:
         self.tokens, self.weights = tokens, weights
-        self.bins = None if packing is None else Ragged((np.asarray(row) for row in packing), np.int64)
-        checksum = tokens.checksum() if weights is None else weights.checksum(tokens.checksum())
-        self.fingerprint = f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
+        self.source_rows = source_rows if packing is None else None
+        self.bins = Ragged(map(np.asarray, packing), np.int64) if isinstance(packing, list) else packing
+        self.fingerprint = fingerprint or self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        checksum = self.tokens.checksum() if self.weights is None else self.weights.checksum(self.tokens.checksum())
+        return f"{checksum if self.bins is None else self.bins.checksum(checksum):08x}"
 
     def __len__(self) -> int:
         return len(self.tokens) if self.bins is None else len(self.bins)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        lengths = self.tokens.lengths
+        return lengths if self.bins is None else np.add.reduceat(lengths[self.bins.values], self.bins.offsets[:-1])
 
     def row(self, index: int) -> dict[str, Any]:
         """One row as arrays `[time]`.

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
+from datamodules.batching import Table
+from datamodules.orders import Order
 
-class ResumableSampler(DistributedSampler[int]):
-    """Gives each rank its rows of an epoch, starting at any batch.
 
-    The order of an epoch depends on `(seed, epoch)` alone. Rank r takes every `num_replicas`-th row from r on, so the
-    ranks' t-th batches together are the t-th batch of one process with `num_replicas * batch_size` rows. Rows are
-    repeated only where the last global batch would leave a rank without any (fewer rows than ranks).
+class ResumableSampler(DistributedSampler[int], SequentialSampler):
+    """Deals each rank its rows of every batch of an order, starting at any batch.
+
+    Yields lists of row numbers (use it with `batch_size=None`). Rank r takes every `num_replicas`-th row of a global
+    batch from its r-th on, so the ranks' t-th batches together are the t-th batch of one process with as many rows.
+
+    It is a `SequentialSampler` for Lightning alone, whose `overfit_batches` puts one, which knows no batches, in the
+    place of any other sampler.
 
     Args:
-        dataset: The data set, for its length alone.
-        batch_size: Rows in a batch of one rank.
-        num_replicas: Number of data-parallel ranks.
+        order: Which rows make each global batch; its `num_replicas` are the ranks.
         rank: This rank.
-        shuffle: Draw a new order each epoch.
-        seed: Seed of the orders.
-        drop_last: Leave out the last global batch if it is not full.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        shuffle: bool = True,
-        seed: int = 0,
-        drop_last: bool = False,
-    ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
-        rows, step = len(dataset), num_replicas * batch_size
-        tail = rows % step
-        if drop_last and rows < step:
-            raise ValueError(
-                f"drop_last=True leaves nothing: {rows} rows, and one batch of all ranks takes {step} "
-                f"(batch_size={batch_size} x {num_replicas} ranks)"
-            )
-        if drop_last:
-            self.total_size = rows - tail
-        else:
-            self.total_size = rows + (num_replicas - tail if 0 < tail < num_replicas else 0)
-        self.num_samples = len(range(rank, self.total_size, num_replicas))
-        self.batch_size = batch_size
+    def __init__(self, order: Order, *, rank: int = 0) -> None:
+        super().__init__(range(order.rows), num_replicas=order.num_replicas, rank=rank)  # type: ignore[arg-type]
+        self.order = order
         self.start_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -61,19 +39,15 @@ class ResumableSampler(DistributedSampler[int]):
             self.start_batch = 0
         self.epoch = epoch
 
-    def order(self) -> np.ndarray:
-        """Row numbers of this epoch for all ranks, int64 `[total_size]`."""
-        rows = len(self.dataset)  # type: ignore[arg-type]
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(rows) if self.shuffle else np.arange(rows)
-        return np.resize(order, self.total_size)
+    def __len__(self) -> int:
+        return self.order.length(self.epoch)
 
-    def __iter__(self) -> Iterator[int]:
-        own = self.order()[self.rank :: self.num_replicas]
-        return iter(own[self.start_batch * self.batch_size :].tolist())
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.order.batches(self.epoch, self.start_batch):
+            yield batch[self.rank :: self.num_replicas].tolist()
 
 
-class EvaluationSampler(DistributedSampler[int]):
+class EvaluationSampler(DistributedSampler[int], SequentialSampler):
     """Deals every row to exactly one rank, in the same number of batches on each, for metrics without repeated rows.
 
     Yields lists of row numbers (use it with `batch_size=None`). Batch sizes differ by at most one row. Only with fewer
@@ -100,29 +74,61 @@ class EvaluationSampler(DistributedSampler[int]):
         return iter([batch.tolist() for batch in self._batches])
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A `DataLoader` over a `ResumableSampler` whose `state_dict` says which batch comes next.
+class Rows(Table):
+    """Rows of any map-style dataset, one by one or as many as are asked for.
 
-    The state holds counts and settings only, equal on all ranks, so the one that rank 0 saves fits every rank.
-    Lightning saves and restores it by itself. The loader draws nothing from the global random generator, and builds its
-    iterator (and starts workers) at the first `next`, after the epoch has been set.
+    Args:
+        dataset: The dataset; its `fingerprint`, where it has one, is passed on.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("generator", torch.Generator())
-        super().__init__(*args, **kwargs)
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.fingerprint = getattr(dataset, "fingerprint", "")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def row(self, index: int) -> Any:
+        """One row, as the dataset has it."""
+        return self.dataset[index]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A `DataLoader` over an order of rows whose `state_dict` says which batch comes next.
+
+    The state holds counts, settings and what the order has learnt, equal on all ranks, so the one that rank 0 saves
+    fits every rank. Lightning saves and restores it by itself. The loader draws nothing from the global random
+    generator, and builds its iterator (and starts workers) at the first `next`, after the epoch has been set.
+
+    Args:
+        dataset: A map-style dataset.
+        order: Which of its rows make each global batch.
+        rank: This rank, of the order's `num_replicas`.
+        **options: Keywords of `DataLoader`, but for those about batches and samplers.
+    """
+
+    sampler: ResumableSampler
+
+    def __init__(self, dataset: Any, order: Order, *, rank: int = 0, **options: Any) -> None:
+        rows = dataset if isinstance(dataset, Table) else Rows(dataset)
+        options.setdefault("generator", torch.Generator())
+        options.setdefault("collate_fn", default_collate)
+        super().__init__(rows, batch_size=None, sampler=ResumableSampler(order, rank=rank), **options)
+        order.ahead = self.num_workers * (self.prefetch_factor or 0)
         self._progress: tuple[int, int] | None = None
         # Says how many of the batches handed out are not yet done (an exception inside a step leaves one).
         self.in_flight: Callable[[], int] | None = None
+
+    @property
+    def order(self) -> Order:
+        """Which rows make each global batch."""
+        return self.sampler.order
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self._batches()
 
     def _batches(self) -> Iterator[Any]:
         sampler = self.sampler
-        if not isinstance(sampler, ResumableSampler):  # replaced from outside, as `overfit_batches` does
-            yield from super().__iter__()
-            return
         epoch, seen = sampler.epoch, sampler.start_batch
         self._progress = (epoch, seen)
         batches = super().__iter__()
@@ -132,53 +138,45 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
         sampler.start_batch = 0
 
-    def _settings(self) -> dict[str, Any]:
-        sampler = self.sampler
-        if not isinstance(sampler, ResumableSampler):
-            return {}
-        return {
-            "world_size": sampler.num_replicas,
-            "batch_size": sampler.batch_size,
-            "num_rows": len(self.dataset),  # type: ignore[arg-type]
-            "shuffle": sampler.shuffle,
-            "seed": sampler.seed,
-            "drop_last": sampler.drop_last,
-            "fingerprint": getattr(self.dataset, "fingerprint", ""),
-        }
+    def record(self, rows: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+        """Tells the order how well the batch was done that was handed out last; returns numbers to log, by name.
+
+        Args:
+            rows: Row numbers in the dataset, of all ranks.
+            scores: One a row number.
+        """
+        epoch, number = self._progress or (self.sampler.epoch, 1)
+        return self.order.record(rows, scores, epoch, number - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Position and settings, plain numbers and strings.
 
         Returns:
-            `epoch` and `batches_seen` (batches of that epoch done by each rank), and the settings that must be the
-            same for the position to mean the same rows.
+            `epoch` and `batches_seen` (batches of that epoch done by each rank), the settings that must be the same
+            for the position to mean the same rows, and `order`, what it has learnt, where it learns.
         """
-        sampler = self.sampler
-        if not isinstance(sampler, ResumableSampler):
-            return {}
-        epoch, seen = sampler.epoch, sampler.start_batch
+        epoch, seen = self.sampler.epoch, self.sampler.start_batch
         if self._progress is not None and self._progress[0] == epoch:
             seen = self._progress[1]
             if self.in_flight is not None:
                 seen = max(0, seen - self.in_flight())
-        return {"epoch": epoch, "batches_seen": seen, **self._settings()}
+        learnt = self.order.state_dict()
+        state = {"epoch": epoch, "batches_seen": seen, **self.order.settings(), "fingerprint": self._fingerprint}
+        return {**state, "order": learnt} if learnt else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken: the next iterator starts at that epoch's next batch.
 
-        Another number of ranks may take it up if their batches together have as many rows: the rows of each step are
-        then the same.
+        Another number of ranks may take it up where the order says so: the rows of each step are then the same.
 
         Raises:
             ValueError: A setting differs from the one the state was saved with.
         """
-        sampler = self.sampler
-        if not state or not isinstance(sampler, ResumableSampler):
+        if not state:
             return
-        now = self._settings()
-        other = {name: value for name, value in now.items() if state.get(name, value) != value}
-        if _same_batches(state, now):
-            other = {name: value for name, value in other.items() if name not in ("world_size", "batch_size")}
+        other = self.order.differences(state)
+        if state.get("fingerprint", self._fingerprint) != self._fingerprint:
+            other["fingerprint"] = self._fingerprint
         if other:
             name, value = next(iter(other.items()))
             raise ValueError(
@@ -187,16 +185,11 @@ class ResumableLoader(DataLoader[Any]):
                 "number of processes whose batches together have as many rows), or start a new run from the exported "
                 "weights"
             )
-        sampler.epoch, sampler.start_batch = int(state["epoch"]), int(state["batches_seen"])
+        epoch, seen = int(state["epoch"]), int(state["batches_seen"])
+        self.order.load_state_dict(state.get("order", {}), epoch, seen)
+        self.sampler.epoch, self.sampler.start_batch = epoch, seen
         self._progress = None
 
-
-def _same_batches(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the batches of all ranks together hold the same rows as before, dealt to another number of ranks."""
-    if not {"world_size", "batch_size"} <= then.keys():
-        return False
-    step = now["world_size"] * now["batch_size"]
-    tail = 0 if now["drop_last"] else now["num_rows"] % step
-    # a tail of fewer rows than ranks is filled up with rows that come twice
-    alike = tail == 0 or tail >= max(then["world_size"], now["world_size"])
-    return alike and then["world_size"] * then["batch_size"] == step
+    @property
+    def _fingerprint(self) -> str:
+        return getattr(self.dataset, "fingerprint", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,11 @@ class SidesTable(Table):
 
     Args:
         sides: Token ids of each side, by name ("prompt" among them).
-        index: Row number of each in the source.
+        index: A number of each.
         columns: One value a row of other keys, by name.
         loss_masks: Which tokens of a side are to be scored, by the side's name; of a side that lacks one, all.
+        source_rows: Row number in the source of each; None: `index`.
+        fingerprint: That of the content where it is known, else none.
     """
 
     def __init__(
@@ -34,17 +37,28 @@ class SidesTable(Table):
         index: np.ndarray,
         columns: dict[str, np.ndarray] | None = None,
         loss_masks: dict[str, Ragged] | None = None,
+        source_rows: np.ndarray | None = None,
+        fingerprint: str = "",
     ) -> None:
+        self.source_rows = index if source_rows is None else source_rows
         self.sides, self.index, self.columns, self.loss_masks = sides, index, columns or {}, loss_masks or {}
+        self.fingerprint = fingerprint or self._fingerprint()
+
+    def _fingerprint(self) -> str:
         checksum = 0
         for values in self.columns.values():
             checksum = zlib.crc32(values.tobytes(), checksum)
-        for table in (*self.loss_masks.values(), *sides.values()):
+        for table in (*self.loss_masks.values(), *self.sides.values()):
             checksum = table.checksum(checksum)
-        self.fingerprint = f"{checksum:08x}"
+        return f"{checksum:08x}"
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row's sides together."""
+        return np.sum([side.lengths for side in self.sides.values()], axis=0)
 
     def row(self, index: int) -> dict[str, Any]:
         """The sides' ids, `index`, `{side}_loss_mask` where there are some, and the other columns."""
@@ -67,6 +81,7 @@ class Sides:
         self.reader, self.encoder, self.names = reader, encoder, names
         self.rows: list[tuple[np.ndarray, ...]] = []
         self.masks: list[tuple[np.ndarray, ...]] = []
+        self.numbers = array("q")
 
     def add(self, number: int, prompt: np.ndarray, sides: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> bool:
         """Takes row `number` of the source, unless it is too long or nothing is left of it, which is counted."""
@@ -83,6 +98,7 @@ class Sides:
             return False
         self.rows.append((cut_left(prompt, before, self.encoder.first), *sides))
         self.masks.append(tuple(masks))
+        self.numbers.append(number)
         return True
 
     def table(self, index: Sequence[int], columns: dict[str, np.ndarray]) -> Batches:
@@ -98,7 +114,8 @@ class Sides:
         self.reader.report["tokens"] = sum(len(table.values) for table in tables.values())
         partly = not all(mask.all() for row in self.masks for mask in row)
         masked = {n: Ragged((row[i] for row in self.masks), np.bool_) for i, n in enumerate(self.names) if partly}
-        table = SidesTable(tables, np.asarray(index, dtype=np.int64), columns, masked)
+        numbers = np.asarray(self.numbers, dtype=np.int64)
+        table = SidesTable(tables, np.asarray(index, dtype=np.int64), columns, masked, numbers)
         return table, SidesCollate(self.encoder.pad, names)
 
 
@@ -134,6 +151,7 @@ class PreferenceDataModule(AlignmentDataModule):
         names = ("chosen", "rejected")
         sides, index = Sides(reader, self.encoder, names), list[int]()
         numbers: dict[str, list[float | None]] = {name: [] for name in _NUMBERS}
+        given = {name for name in _NUMBERS if scalar(reader.rows[0].get(name)) is not None}
 
         def encode(examples: Sequence[Example]) -> list[Any]:
             return [_join(row) for row in zip(*(self.encoder.completions(examples, n) for n in names), strict=True)]
@@ -141,15 +159,16 @@ class PreferenceDataModule(AlignmentDataModule):
         def see(row: Mapping[str, Any]) -> None:
             for name, found in numbers.items():
                 found.append(_number(row, name))
-                if (found[-1] is None) != (found[0] is None):
+                if (found[-1] is None) != (name not in given):
                     has, first = ("no", "has one") if found[-1] is None else ("a", "has none")
                     raise ValueError(f"has {has} {name}, and the first row {first}; give all rows a {name}, or none")
 
         for number, row in reader.encoded(encode, see):
             if sides.add(number, *row):
                 index.append(number)
-        given = {name: found for name, found in numbers.items() if found and found[0] is not None}
-        return sides.table(index, {name: np.asarray(found, np.float32)[index] for name, found in given.items()})
+        taken = np.asarray(index, dtype=np.int64) - reader.start
+        columns = {name: np.asarray(numbers[name], np.float32)[taken] for name in numbers if name in given}
+        return sides.table(index, columns)
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -48,15 +49,17 @@ class PretrainDataModule(AlignmentDataModule):
 
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise, split and pack the documents of a split."""
-        return reader.token_table(self._pieces(reader), self.packing)
+        taken = array("q")
+        return reader.token_table(self._pieces(reader, taken), self.packing, taken)
 
-    def _pieces(self, reader: SplitReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, mask in reader.token_rows("all"):
+    def _pieces(self, reader: SplitReader, taken: array[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, mask in reader.token_rows("all", taken):
             cuts = list(range(self.max_length, len(ids), self.max_length))
             if cuts:
                 reader.count("split")
             if cuts and len(ids) - cuts[-1] == 1 and self.max_length > 2:
                 cuts[-1] -= 1  # a piece of one token would have no target
+            taken.extend([taken[-1]] * len(cuts))
             for piece, targets in zip(np.split(ids, cuts), np.split(mask, cuts), strict=True):
                 targets = targets.copy()
                 targets[0] = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,20 +12,16 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
+from datamodules.lengths import how_long, too_long_warning
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
-from datamodules.rows.messages import LARGEST_WEIGHT, shown, truth
+from datamodules.rows.messages import LARGEST_WEIGHT, truth
 from datamodules.rows.rows import Rows
-from datamodules.tables import CarryingCollate, CarryingTable, PromptTable, row_checksum
+from datamodules.tables import CarryingCollate, CarryingTable, PromptSource, PromptTable, RowChecksum
 from datamodules.text.encoding import Encoder, LossOn
 
 Batches = tuple[Table, Callable[[list[Any]], Any]]  # a table, and what makes a batch of a list of its rows
 _CHUNK = 1024  # rows tokenised in one call
-# Keys of a batch that a source's own column must not take.
-RESERVED = (
-    *("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "response_loss_mask"),
-    *("rewards", "old_logprobs", "completions", "prompt_ids", "completion_ids"),  # the last three are what rewards get
-)
 
 
 class SplitReader:
@@ -43,6 +39,10 @@ class SplitReader:
 
     Attributes:
         report: Counts by name: rows read and kept, tokens, and whatever was cut or left out.
+        counted: Names of those counts that were taken row by row.
+        start: The first row that is read.
+        stop: The row before which reading ends.
+        packing: Whether the table's rows are to hold several of the source's.
     """
 
     def __init__(
@@ -63,6 +63,27 @@ class SplitReader:
         # Whether `label` holds values that are no truth values in the first rows, so that it is just a column.
         self.labelled = any(row.get("label") is not None for row in islice(rows, formats.SAMPLE))
         self._lengths = array("q")
+        self.counted: dict[str, None] = {}
+        self.start, self.stop, self.is_part, self.packing = 0, len(rows), False, False
+
+    def part(self, start: int, stop: int) -> SplitReader:
+        """A reader of some of the rows, which counts for itself.
+
+        What its table holds is not packed, and may be nothing.
+
+        Args:
+            start: Their first.
+            stop: The row behind their last.
+        """
+        part = copy.copy(self)
+        part.start, part.stop, part.is_part = start, stop, True
+        part.report, part.counted, part._lengths = {"rows": stop - start, "format": self.kind}, {}, array("q")
+        return part
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row that was compared with `max_length`, before it was cut, int64."""
+        return np.asarray(self._lengths, dtype=np.int64)
 
     def examples(self, see: Callable[[Mapping[str, Any]], None] | None = None) -> Iterator[tuple[int, Example]]:
         """Rows in canonical form, with their numbers; ties of scored completions are counted and left out.
@@ -73,7 +94,7 @@ class SplitReader:
         Raises:
             ValueError: A row does not fit the format; the message says which row and why.
         """
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows.between(self.start, self.stop), self.start):
             try:
                 if see is not None:
                     see(row)
@@ -98,7 +119,7 @@ class SplitReader:
             tqdm(
                 self.examples(see),
                 desc=f"tokenising {self.split}",
-                total=len(self.rows),
+                total=self.stop - self.start,
                 disable=shown,
                 delay=1.0,
                 leave=False,
@@ -132,6 +153,7 @@ class SplitReader:
 
     def count(self, what: str) -> None:
         """Add one to a count of the report."""
+        self.counted[what] = None
         self.report[what] = self.report.get(what, 0) + 1
 
     def too_long(self, index: int, length: int) -> bool:
@@ -141,6 +163,7 @@ class SplitReader:
             ValueError: The row is too long and `overflow="error"`.
         """
         self._lengths.append(length)
+        self.counted["longest"] = None
         self.report["longest"] = max(self.report.get("longest", 0), length)
         if length <= self.max_length:
             return False
@@ -159,7 +182,7 @@ class SplitReader:
             ValueError: No row is left; the message says why.
         """
         self.report["kept"] = kept
-        if kept:
+        if kept or self.is_part:
             return
         if self.report.get("dropped_too_long", 0) == self.report["rows"]:
             raise ValueError(
@@ -171,21 +194,13 @@ class SplitReader:
 
     def mostly_too_long(self) -> str:
         """A warning that names a fitting length where more than half of the rows are too long, else nothing."""
-        lengths = np.asarray(self._lengths)
-        long = int((lengths > self.max_length).sum())
-        if long * 2 <= len(lengths):
-            return ""
-        fits = int(np.quantile(lengths, 0.95, method="higher"))
-        return (
-            f"{self.split}: {long} of {len(lengths)} rows are longer than max_length={self.max_length}; "
-            f"max_length={fits} holds 95 of 100, max_length={int(lengths.max())} all"
-        )
+        return too_long_warning(self.split, self.max_length, how_long(self.lengths, self.max_length))
 
     def describe(self) -> str:
         """The report in words."""
         return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.report.items())
 
-    def token_rows(self, loss_on: LossOn, taken: list[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def token_rows(self, loss_on: LossOn, taken: array[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and masks of language-modelling rows that have a target, cut to `max_length` (unless they are split).
 
         The mask of a row with weights, of its own (column `weight`) or of its replies, holds these: float32, 0 where no
@@ -203,8 +218,9 @@ class SplitReader:
             weights.append(formats.row_weight(row))
 
         for index, (ids, mask) in self.encoded(lambda examples: self.encoder.supervised(examples, loss_on), see):
-            if weights[index] != 1:
-                mask = self._weighed(index, mask, weights[index])
+            weight = weights[index - self.start]
+            if weight != 1:
+                mask = self._weighed(index, mask, weight)
             if self.overflow != "split":
                 if self.too_long(index, len(ids)):
                     continue
@@ -223,8 +239,16 @@ class SplitReader:
             raise ValueError(f"{self.place(index)}: the row's weight times that of a message is no finite number")
         return found.astype(np.float32)
 
-    def token_table(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool) -> Batches:
-        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool."""
+    def token_table(
+        self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], packing: bool, taken: Sequence[int] | None = None
+    ) -> Batches:
+        """A table of ids and masks, packed to `max_length` if asked; with weights where a mask is no bool.
+
+        Args:
+            pairs: The ids and masks, read once.
+            packing: Whether to pack.
+            taken: Row number in the source of each, complete once they are read; None: not known.
+        """
         weighed: dict[int, np.ndarray] = {}
 
         def marked() -> Iterator[np.ndarray]:
@@ -239,8 +263,11 @@ class SplitReader:
         if weighed:
             weights = Ragged((weighed.get(i, tokens[i] >= 0) for i in range(len(tokens))), np.float32)
             self.report["weighted"] = len(weighed)
-        table = TokenTable(tokens, pack(tokens.lengths, self.max_length) if packing else None, weights)
-        if packing:
+        self.packing = packing
+        numbers = None if taken is None else np.asarray(taken, dtype=np.int64)
+        bins = pack(tokens.lengths, self.max_length) if packing and not self.is_part else None
+        table = TokenTable(tokens, bins, weights, numbers)
+        if bins is not None:
             self.report["packed_rows"] = len(table)
         return table, TokenCollate(self.encoder.pad)
 
@@ -268,25 +295,24 @@ class SplitReader:
     def prompt_table(self) -> Batches:
         """A table of the rows' prompts, as ids and as they are, with all other columns."""
         prompts, index = list[np.ndarray](), list[int]()
-        names, used, has_reference, total = dict[str, None](), set[str](), False, 0
+        names, checksum, source = dict[str, None](), RowChecksum(), PromptSource(self.kind, self.as_chat)
         if self.kind == formats.SCORED:  # the prompt alone counts here, also where all completions are equally good
-            self.kind, used = formats.PROMPT, {"completions", "rewards"}
+            source = PromptSource(formats.PROMPT, self.as_chat, used={"completions", "rewards"})
         elif self.kind == formats.UNPAIRED:  # as it does with any label, or none
-            self.kind = formats.demonstration(self.rows[0])
+            source = PromptSource(formats.demonstration(self.rows[0]), self.as_chat)
+        self.kind = source.kind
 
         def encode(examples: Sequence[Example]) -> list[np.ndarray]:
-            nonlocal has_reference
             for example in examples:
                 if example.prompt == []:
                     raise ValueError("the conversation starts with an assistant message, so its prompt is empty")
-                used.update(example.used)
-                has_reference |= example.completion is not None
+                source.used.update(example.used)
+                source.answers |= example.completion is not None
             return self.encoder.prompts(examples)
 
         def see(row: Mapping[str, Any]) -> None:
-            nonlocal total
             names.update(dict.fromkeys(row))
-            total = row_checksum(row, total)
+            checksum.add(row)
 
         for number, ids in self.encoded(encode, see):
             if len(ids) == 0:
@@ -294,31 +320,23 @@ class SplitReader:
             if not self.too_long(number, len(ids)):
                 prompts.append(cut_left(ids, self.max_length, self.encoder.first))
                 index.append(number)
-        taken = {*RESERVED, "completion"} if has_reference and self.kind != formats.PROMPT_COMPLETION else set(RESERVED)
-        clash = sorted((set(names) - used) & taken)
+        source.names = list(names)
+        if not self.is_part:
+            self.check_columns(source)
+        self.check_not_empty(len(prompts))
+        table = PromptTable(Ragged(prompts), np.asarray(index, dtype=np.int64), self.rows, source, checksum)
+        self.report["tokens"] = len(table.prompts.values)
+        return table, PromptCollate(self.encoder.pad)
+
+    def check_columns(self, source: PromptSource) -> None:
+        """Refuse columns whose names batches use themselves.
+
+        Raises:
+            ValueError: There is one.
+        """
+        clash = source.clash()
         if clash:
             raise ValueError(
                 f"{self.split}: {self.rows.name} has the columns {clash}, which batches use themselves; rename them, "
                 f"as in columns={{'{clash[0]}': '{clash[0]}_column'}}"
             )
-        self.check_not_empty(len(prompts))
-        used |= {"prompt", "completion"} if has_reference else {"prompt"}
-        columns = [name for name in names if name not in used]
-        canonical = partial(_canonical, kind=self.kind, as_chat=self.as_chat, answers=has_reference)
-        table = PromptTable(
-            Ragged(prompts), np.asarray(index, dtype=np.int64), self.rows, columns, canonical, checksum=total
-        )
-        self.report["tokens"] = len(table.prompts.values)
-        return table, PromptCollate(self.encoder.pad)
-
-
-def _canonical(row: dict[str, Any], *, kind: str, as_chat: bool, answers: bool) -> dict[str, Any]:
-    """A row's prompt, text or messages; and its own answer as text, its messages' contents joined, None without one."""
-    example = formats.normalise(row, kind, as_chat=as_chat)
-    found: dict[str, Any] = {"prompt": None if example is None else shown(example.prompt)}
-    if answers:
-        completion = None if example is None else example.completion
-        if isinstance(completion, list):
-            completion = "".join(str(message.get("content", "")) for message in completion)
-        found["completion"] = completion
-    return found

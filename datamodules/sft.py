@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Literal
 
 from datamodules.base import AlignmentDataModule
@@ -59,6 +60,6 @@ class SFTDataModule(AlignmentDataModule):
 
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
-        taken: list[int] = []
-        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing)
+        taken = array("q")
+        batches = reader.token_table(reader.token_rows(self.loss_on, taken), self.packing, taken)
         return reader.carried(batches, self.carry, taken) if self.carry else batches

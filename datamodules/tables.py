@@ -4,22 +4,83 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from datamodules.batching import Ragged, Table
+from datamodules.checksums import joined_crc32
+from datamodules.rows import formats
+from datamodules.rows.messages import shown
 from datamodules.rows.rows import Rows
 
+# Keys of a batch that a source's own column must not take.
+RESERVED = (
+    *("prompts", "prompt_attention_mask", "index", "responses", "response_mask", "response_loss_mask"),
+    *("rewards", "old_logprobs", "completions", "prompt_ids", "completion_ids"),  # the last three are what rewards get
+)
 
-def row_checksum(row: Mapping[str, Any], start: int = 0) -> int:
-    """A checksum of a row's values, continued from `start`; of objects that are no data only the type counts."""
+
+class RowChecksum:
+    """A checksum of rows' values one after the other; of objects that are no data only the type counts.
+
+    Args:
+        value: Where it begins, or that of `length` bytes.
+        length: Bytes of the text of the rows so far.
+    """
+
+    def __init__(self, value: int = 0, length: int = 0) -> None:
+        self.value, self.length = value, length
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Takes in one more row."""
+        content = (_text(dict(row)) or "").encode()
+        self.value, self.length = zlib.crc32(content, self.value), self.length + len(content)
+
+    def append(self, other: RowChecksum) -> None:
+        """Takes in all rows of another."""
+        self.value = joined_crc32(self.value, other.value, other.length)
+        self.length += other.length
+
+
+def _text(value: Any) -> str | None:
     try:
-        text = json.dumps(dict(row), default=_plain, skipkeys=True)
+        return json.dumps(value, default=_plain, skipkeys=True)
     except (TypeError, ValueError):
-        text = ""
-    return zlib.crc32(text.encode(), start)
+        return None
+
+
+def column_checksum(values: Sequence[Any]) -> RowChecksum | None:
+    """Of the values of a column as the elements of a list; None where they cannot be written as one."""
+    text = _text(list(values))
+    if text is None:
+        return None
+    content = text[1:-1].encode()
+    return RowChecksum(zlib.crc32(content), len(content))
+
+
+def columns_checksum(columns: Mapping[str, RowChecksum | None], start: int) -> int:
+    """A checksum of columns, continued from `start`.
+
+    Args:
+        columns: That of each column's values, by name.
+        start: What it continues.
+    """
+    if None in columns.values():
+        return start
+    total = RowChecksum(start)
+    for number, (name, values) in enumerate(columns.items()):
+        for part in (f"{', ' if number else '{'}{json.dumps(name)}: [", values, "]"):
+            content = part if isinstance(part, RowChecksum) else _checksum_of(str(part))
+            total.append(content)
+    total.append(_checksum_of("}"))
+    return total.value
+
+
+def _checksum_of(text: str) -> RowChecksum:
+    return RowChecksum(zlib.crc32(text.encode()), len(text.encode()))
 
 
 def _plain(value: Any) -> Any:
@@ -32,6 +93,47 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else type(value).__name__
 
 
+@dataclass
+class PromptSource:
+    """What a source's rows are to the batches of its prompts.
+
+    Attributes:
+        kind: Their format.
+        as_chat: Whether plain prompts become messages.
+        used: Columns that the prompt, or what it leaves of the row, came from.
+        answers: Whether a row has an answer of its own.
+        names: All columns, in order.
+    """
+
+    kind: str
+    as_chat: bool
+    used: set[str] = field(default_factory=set)
+    answers: bool = False
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that every row passes on."""
+        used = self.used | ({"prompt", "completion"} if self.answers else {"prompt"})
+        return [name for name in self.names if name not in used]
+
+    def clash(self) -> list[str]:
+        """Columns whose names batches use themselves."""
+        own_answer = self.answers and self.kind != formats.PROMPT_COMPLETION
+        return sorted((set(self.names) - self.used) & {*RESERVED, *(("completion",) if own_answer else ())})
+
+    def canonical(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row's prompt, text or messages; and its own answer as text, messages' contents joined, None without one."""
+        example = formats.normalise(row, self.kind, as_chat=self.as_chat)
+        found: dict[str, Any] = {"prompt": None if example is None else shown(example.prompt)}
+        if self.answers:
+            completion = None if example is None else example.completion
+            if isinstance(completion, list):
+                completion = "".join(str(message.get("content", "")) for message in completion)
+            found["completion"] = completion
+        return found
+
+
 class PromptTable(Table):
     """Prompts as token ids, with the source's other columns read when asked for.
 
@@ -39,10 +141,9 @@ class PromptTable(Table):
         prompts: Token ids of each prompt.
         index: Row number of each in the source.
         rows: The source.
-        columns: Names of the columns that every row passes on (None where a row lacks one).
-        canonical: Makes of a row what stands beside its ids: its prompt, text or messages, as `prompt`, and where the
-            source has answers, the text of its own as `completion`.
+        source: What its columns are to a batch.
         checksum: A checksum of the source's rows.
+        fingerprint: That of the content where it is known, else none.
     """
 
     def __init__(
@@ -50,22 +151,28 @@ class PromptTable(Table):
         prompts: Ragged,
         index: np.ndarray,
         rows: Rows,
-        columns: list[str],
-        canonical: Callable[[dict[str, Any]], dict[str, Any]],
-        checksum: int = 0,
+        source: PromptSource,
+        checksum: RowChecksum,
+        fingerprint: str = "",
     ) -> None:
-        self.prompts, self.index, self.rows, self.columns, self.canonical = prompts, index, rows, columns, canonical
-        self.fingerprint = f"{prompts.checksum(checksum):08x}"
+        self.prompts, self.index, self.rows, self.source, self.checksum = prompts, index, rows, source, checksum
+        self.columns, self.source_rows = source.columns, index
+        self.fingerprint = fingerprint or f"{prompts.checksum(checksum.value):08x}"
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt."""
+        return self.prompts.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """`prompts` (ids), `index` (row number in the source), the columns, `prompt` and perhaps `completion`."""
         source = int(self.index[index])
         values = self.rows[source]
         own = {name: values.get(name) for name in self.columns}
-        return {"prompts": self.prompts[index], "index": source, **own, **self.canonical(values)}
+        return {"prompts": self.prompts[index], "index": source, **own, **self.source.canonical(values)}
 
 
 class CarryingTable(Table):
@@ -74,14 +181,24 @@ class CarryingTable(Table):
     Args:
         table: The table.
         columns: One value a row of each column, by name.
+        fingerprint: That of the content where it is known, else none.
     """
 
-    def __init__(self, table: Table, columns: dict[str, list[Any]]) -> None:
-        self.table, self.columns = table, columns
-        self.fingerprint = f"{row_checksum(columns, int(table.fingerprint, 16)):08x}"
+    def __init__(self, table: Table, columns: Mapping[str, Sequence[Any]], fingerprint: str = "") -> None:
+        self.table, self.columns, self.source_rows = table, columns, table.source_rows
+        self.fingerprint = fingerprint or self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        found = {name: column_checksum(values) for name, values in self.columns.items()}
+        return f"{columns_checksum(found, int(self.table.fingerprint, 16)):08x}"
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row of the table."""
+        return self.table.lengths
 
     def row(self, index: int) -> dict[str, Any]:
         """The table's row and the columns' values."""

@@ -20,15 +20,15 @@ from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.parameters import SamplingOptions
+from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
-from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.own_rows import OwnRows
 
 Teacher = str | PolicyConfig | nn.Module
 
 
-class DistillationModule(AlignmentModule):
+class DistillationModule(EngineModule):
     r"""Training towards a teacher on batches of `input_ids`, `labels` (-100 where not supervised), `attention_mask`.
 
     The loss of a step is the divergence between the student's and the teacher's distributions of the next token, over
@@ -58,7 +58,8 @@ class DistillationModule(AlignmentModule):
         max_completion_length: Longest such completion in tokens; None: 256.
         seed: Of these samples, and of which rows they are; None: the global seed. What a row gets depends on this seed,
             the optimizer step and the row's index alone.
-        **common: Keywords of `AlignmentModule`: policy, optimizer, lr_scheduler, tokenizer, evaluation.
+        **common: Keywords of `EngineModule` (engine; not with `on_policy_share` 0) and `AlignmentModule` (policy,
+            optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or a teacher cannot be built.
@@ -84,16 +85,19 @@ class DistillationModule(AlignmentModule):
         check_options(DistillationModule.__init__, locals())
         if jsd_beta != 0.5 and divergence != "jsd":
             raise ValueError(f"jsd_beta={jsd_beta} is of divergence='jsd', got divergence={divergence!r}")
-        for option, value in (("max_completion_length", max_completion_length), ("seed", seed)):
+        of_samples = {"max_completion_length": max_completion_length, "seed": seed, "engine": common.get("engine")}
+        for option, value in of_samples.items():
             if value is not None and not on_policy_share:
+                given = type(value).__name__ if option == "engine" else value
                 raise ValueError(
-                    f"{option}={value} is of the policy's own samples, and on_policy_share=0 asks for none"
+                    f"{option}={given} is of the policy's own samples, and on_policy_share=0 asks for none"
                 )
         super().__init__(**common)
         self.options: Any = {"kind": divergence, "jsd_beta": jsd_beta, "temperature": temperature}
         self.own_rows: OwnRows | None = None
         if on_policy_share:
             sampling = SamplingOptions(max_completion_length or 256, temperature)
+            self.engine.check("", sampling)
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
             self.own_rows = OwnRows(on_policy_share, sampling, seed)
         self._written: dict[str, Any] | None = None
@@ -130,9 +134,10 @@ class DistillationModule(AlignmentModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """A micro-batch's mean, of rows some of which the policy may write first."""
         if self.own_rows is not None:
-            batch, lengths = self.own_rows.write(self.policy, self.engine, self.codec, batch, self.global_step)
+            batch, told = self.own_rows.write(self.policy, self.engine, self.codec, batch, self.global_step)
             self._written = batch
-            self._train_meters.update(lengths)
+            self._train_meters.update(told)
+            self.engine.sleep()
         return super().training_step(batch, batch_idx)
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:

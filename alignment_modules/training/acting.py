@@ -35,9 +35,10 @@ from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.objective import EarlyRead
+from alignment_modules.training.updates import UpdateModule
 
 
-class ActingModule(EngineModule):
+class ActingModule(EngineModule, UpdateModule):
     """Base of paradigms that learn from their own samples: builds their `actor`.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without

@@ -4,16 +4,16 @@ from typing import Any
 
 from alignment_modules.functional.ranges import check_options
 from alignment_modules.rollouts.engines import Engine
-from alignment_modules.training.updates import UpdateModule
+from alignment_modules.training.module import AlignmentModule
 
 
-class EngineModule(UpdateModule):
+class EngineModule(AlignmentModule):
     """Base of paradigms whose completions an engine makes, in training, validation and test.
 
     Args:
         engine: Makes the completions, such as a `VLLMEngine`; None: the policy itself, in this process.
-        **common: Keywords of `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+        **common: Keywords of what it is mixed with, and of `AlignmentModule` (policy, optimizer, lr_scheduler,
+            tokenizer, evaluation).
 
     Raises:
         ValueError: If the engine cannot sample as `evaluation` says.

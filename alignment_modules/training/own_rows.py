@@ -12,7 +12,7 @@ from alignment_modules.functional.ranges import Seed, Share
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec, prompt_indices, real_tokens
-from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.sampler import NonFiniteLogits
@@ -80,7 +80,7 @@ class OwnRows:
     def write(
         self, policy: nn.Module, engine: Engine, codec: Codec, batch: Mapping[str, Any], step: int
     ) -> tuple[dict[str, Any], dict[str, Statistic]]:
-        """A batch of `input_ids`, `labels` and `attention_mask`, on the same device, and what is logged of the samples.
+        """A batch of `input_ids`, `labels` and `attention_mask`, on the same device, and what is logged of the writing.
 
         Args:
             policy: Who writes.
@@ -91,33 +91,36 @@ class OwnRows:
 
         Raises:
             NonFiniteLogits: If the policy's logits are not finite; it names the step.
+            EngineError: If the engine gives no completions; it names the step.
         """
         rows, indices = _rows(batch), prompt_indices(batch)
         drawn = Seeds(indices, self.seed, step).uniforms(1, 1, turn=1)[:, 0]  # turn 0 is the samples'
         own = [row for row, one in enumerate(rows) if one.start and float(drawn[row]) < self.share]
         statistics: dict[str, Statistic] = {}
-        with gathered(policy):  # also where no row is the policy's: another process may have some
-            if own:
-                engine.push(policy)
-                try:
+        try:
+            engine.push(policy)  # as the next line: another process may have rows where this one has none
+            with gathered(policy):
+                if own:
                     written = engine.generate(
                         Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch)),
                         self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
                         num_samples=1,
                         seeds=Seeds([indices[row] for row in own], self.seed, step),
                     )
-                except NonFiniteLogits as error:
-                    raise NonFiniteLogits(f"optimizer step {step + 1}: {error}") from error
-                for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
-                    rows[row] = rows[row].followed_by(completion)
-                statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
+                    for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
+                        rows[row] = rows[row].followed_by(completion)
+                    statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
+        except (NonFiniteLogits, EngineError) as error:
+            raise type(error)(f"optimizer step {step + 1}: {error}") from error
         tensors = {
             "input_ids": _padded([row.ids for row in rows], 0),
             "labels": _padded([row.labels for row in rows], IGNORED_TARGET),
             "attention_mask": _padded([[1] * len(row.ids) for row in rows], 0),
         }
         kept = {name: value for name, value in batch.items() if name not in _GIVEN}
-        return kept | {name: value.to(_device(batch)) for name, value in tensors.items()}, statistics
+        return kept | {
+            name: value.to(_device(batch)) for name, value in tensors.items()
+        }, engine.statistics() | statistics
 
 
 class _Row(NamedTuple):

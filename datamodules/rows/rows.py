@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from datamodules.rows.identity import content_of, identity_of_file
+from datamodules.rows.keeping import Keeper, KeepNothing, Lines
 from datamodules.rows.strict_json import strict_json
 
 
@@ -23,8 +26,16 @@ class Rows(Protocol):
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`, read one after the other."""
+        ...
+
     def where(self, index: int) -> str:
         """Describe the place of row `index` ("data.jsonl:17" or "row 17 of [...]")."""
+        ...
+
+    def identity(self) -> Any:
+        """Plain values that are equal only where the rows are; None where that cannot be told."""
         ...
 
 
@@ -34,11 +45,13 @@ class SequenceRows:
     Args:
         rows: The rows, each a mapping from column name to value.
         name: What error messages call the source.
+        identity: What the rows were read from, where that says all; None: their content is hashed.
     """
 
-    def __init__(self, rows: Any, name: str) -> None:
+    def __init__(self, rows: Any, name: str, identity: Any = None) -> None:
         self.rows = rows
         self.name = name
+        self._identity = identity
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,39 +65,51 @@ class SequenceRows:
         return dict(row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`."""
+        return (self[index] for index in range(start, stop))
 
     def where(self, index: int) -> str:
         """Describe the place of row `index`."""
         return f"row {index} of {self.name}"
 
+    def identity(self) -> Any:
+        """What they were read from, else a hash of them; None where they hold anything but data."""
+        return content_of(self) if self._identity is None else self._identity
+
 
 class JsonlRows:
     """A JSON Lines file that stays on disk: every line is checked once, then rows are parsed when asked for.
 
-    Blank lines are skipped. Only line offsets are held in memory (8 bytes a row), and no column types are unified, so
+    Blank lines are skipped. Only line offsets are held in memory (16 bytes a row), and no column types are unified, so
     rows may have different columns.
 
     Args:
         path: The file.
+        keeper: Keeps the places of its rows, so that a later start need not read the file.
 
     Raises:
         ValueError: A line is not valid UTF-8 or JSON, or not an object; the message starts with `path:line`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keeper: Keeper | None = None) -> None:
         self.path = path
         self.name = str(path)
-        offsets, lines, offset = [], [], 0
-        with path.open("rb") as file:
+        self._identity = identity_of_file(path)
+        self._places = (keeper or KeepNothing()).lines(path, "jsonl", self._find)
+
+    def _find(self) -> Lines:
+        offsets, lines, offset = array("q"), array("q"), 0
+        with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
                     self._parse(raw, number, check=True)
                     offsets.append(offset)
                     lines.append(number)
                 offset += len(raw)
-        self._offsets = np.asarray(offsets, dtype=np.int64)
-        self._lines = np.asarray(lines, dtype=np.int64)
+        return Lines.of(offsets, lines)
 
     def _parse(self, raw: bytes, line: int, check: bool = False) -> dict[str, Any]:
         try:
@@ -107,22 +132,35 @@ class JsonlRows:
         return row
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._places.offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
-            return self._parse(file.readline(), int(self._lines[index]))
+            file.seek(int(self._places.offsets[index]))
+            return self._parse(file.readline(), int(self._places.lines[index]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`."""
+        if start >= stop:
+            return
         with self.path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if raw.strip():
-                    yield self._parse(raw, number)
+            file.seek(int(self._places.offsets[start]))
+            for line in self._places.lines[start:stop].tolist():
+                while not (raw := file.readline()).strip():
+                    if not raw:
+                        raise ValueError(f"{self.path}:{line}: the file ends here; it was longer when it was opened")
+                yield self._parse(raw, line)
 
     def where(self, index: int) -> str:
         """Describe the place of row `index` as `path:line`."""
-        return f"{self.path}:{int(self._lines[index])}"
+        return f"{self.path}:{int(self._places.lines[index])}"
+
+    def identity(self) -> Any:
+        """The file's path, size and time of the last change."""
+        return self._identity
 
 
 class ConcatRows:
@@ -150,13 +188,24 @@ class ConcatRows:
         return rows[index]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for part in self.parts:
-            yield from part
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`."""
+        for part, end in zip(self.parts, self._ends.tolist(), strict=True):
+            first = end - len(part)
+            if first < stop and start < end:
+                yield from part.between(max(start - first, 0), min(stop, end) - first)
 
     def where(self, index: int) -> str:
         """Describe the place of row `index` in its own part."""
         rows, index = self._locate(index)
         return rows.where(index)
+
+    def identity(self) -> Any:
+        """The parts' own; None where one has none."""
+        parts = [part.identity() for part in self.parts]
+        return None if None in parts else parts
 
 
 class RenamedRows:
@@ -197,8 +246,17 @@ class RenamedRows:
         return self._rename(self.rows[index], index)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self._rename(row, index) for index, row in enumerate(self.rows))
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`."""
+        return (self._rename(row, index) for index, row in enumerate(self.rows.between(start, stop), start))
 
     def where(self, index: int) -> str:
         """Describe the place of row `index`."""
         return self.rows.where(index)
+
+    def identity(self) -> Any:
+        """The rows' own, and the names."""
+        rows = self.rows.identity()
+        return None if rows is None else {"rows": rows, "columns": sorted(self.names.items())}

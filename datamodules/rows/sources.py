@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.rows.arrow import DatasetRows, ParquetRows
+from datamodules.rows.identity import identity_of_file, identity_of_folder
+from datamodules.rows.keeping import Keeper, KeepNothing
 from datamodules.rows.rows import ConcatRows, JsonlRows, Rows, SequenceRows
 from datamodules.rows.splits import named_splits, split_files
 from datamodules.rows.strict_json import find_line, strict_json
+from datamodules.rows.text_files import CsvRows, TextRows, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 DEFAULT_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
-def open_source(source: Any, split: str) -> Rows:
+def open_source(source: Any, split: str, keeper: Keeper | None = None) -> Rows:
     """Open whatever the user gave as the rows of one split.
 
     Args:
@@ -30,12 +33,13 @@ def open_source(source: Any, split: str) -> Rows:
             dict rows, a `datasets.Dataset` or `DatasetDict`, or any sequence of dict rows.
         split: "train", "validation", "test" or "predict": names the parameter in errors and picks the split of a
             source that has several.
+        keeper: Keeps what is found out about files; None: nothing is kept.
 
     Raises:
         ValueError: The source does not exist, cannot be read, cannot be indexed, or has no rows.
     """
     is_name = isinstance(source, (str, Path))
-    rows = _open_path_or_hub(str(source), split) if is_name else _open_object(source, split)
+    rows = _open_path_or_hub(str(source), split, keeper or KeepNothing()) if is_name else _open_object(source, split)
     if len(rows) == 0:
         raise ValueError(f"{split}={rows.name!r} has no rows; at least one is needed")
     return rows
@@ -76,7 +80,9 @@ def load_from_hub(source: str, split: str) -> Rows:
             f"{split}={source!r} is no file or folder here, and loading it as a hub data set failed: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return SequenceRows(_pick_split(loaded, chosen, split, source), source)
+    picked = _pick_split(loaded, chosen, split, source)
+    files = [identity_of_file(Path(file["filename"])) for file in picked.cache_files]
+    return DatasetRows(picked, source, files or None)
 
 
 def _pick_split(loaded: Mapping[str, Any], chosen: str, split: str, name: str) -> Any:
@@ -98,10 +104,16 @@ def _open_object(source: Any, split: str) -> Rows:
             f"{split}={type(source).__name__} cannot be used: a source needs __len__ and __getitem__ (a map-style "
             "Dataset, a list of dict rows) or must be a path or hub id; streams without a length are not supported"
         )
-    return SequenceRows(source, name)
+    return DatasetRows(source, name) if _is_dataset(source) else SequenceRows(source, name)
 
 
-def _open_path_or_hub(source: str, split: str) -> Rows:
+def _is_dataset(source: Any) -> bool:
+    """Whether it is a `datasets.Dataset`; nothing is imported for that."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(source, datasets.Dataset)
+
+
+def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
     location, _, chosen = source.rpartition(":") if ":" in source else (source, "", "")
     path = Path(source).expanduser()
     if not path.exists() and location and Path(location).expanduser().is_dir():
@@ -109,9 +121,9 @@ def _open_path_or_hub(source: str, split: str) -> Rows:
     else:
         chosen = ""
     if path.is_dir():
-        return _open_folder(path, chosen, split)
+        return _open_folder(path, chosen, split, keeper)
     if path.is_file():
-        return _open_file(path, split)
+        return _open_file(path, split, keeper)
     if is_hub_id(source):
         return load_from_hub(source, split)
     raise ValueError(_not_found(source, split))
@@ -138,14 +150,14 @@ def _not_found(source: str, split: str) -> str:
     return f"{split}={source!r}: no such file or folder; {found}"
 
 
-def _open_folder(path: Path, chosen: str, split: str) -> Rows:
+def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         import datasets
 
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.DatasetDict):
             loaded = _pick_split(loaded, chosen, split, str(path))
-        return SequenceRows(loaded, str(path))
+        return DatasetRows(loaded, str(path), [identity_of_folder(path), chosen or split])
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     by_split = split_files(path, SUFFIXES)
     if by_split or chosen:
@@ -167,48 +179,33 @@ def _open_folder(path: Path, chosen: str, split: str) -> Rows:
             f"{split}={str(path)!r}: the folder must be one saved by `datasets` or hold data files of one kind "
             f"({', '.join(SUFFIXES)}); found {kinds or 'none'}"
         )
-    return ConcatRows([_open_file(file, split) for file in files], str(path))
+    return ConcatRows([_open_file(file, split, keeper) for file in files], str(path))
 
 
-def _open_file(path: Path, split: str) -> Rows:
+def _open_file(path: Path, split: str, keeper: Keeper) -> Rows:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        return JsonlRows(path)
+        return JsonlRows(path, keeper)
     if suffix == ".json":
-        return _open_json(path)
+        return _open_json(path, keeper)
     if suffix in (".csv", ".tsv"):
-        return SequenceRows(_read_csv(path, "\t" if suffix == ".tsv" else ","), str(path))
+        return CsvRows(path, keeper, "\t" if suffix == ".tsv" else ",")
     if suffix == ".parquet":
-        import datasets
-
-        try:
-            return SequenceRows(datasets.Dataset.from_parquet(str(path)), str(path))
-        except Exception as error:  # pyarrow and datasets raise unrelated classes
-            raise ValueError(f"{split}={str(path)!r} is not a readable Parquet file: {error}") from error
+        return ParquetRows(path, keeper)
     if suffix == ".txt":
-        lines = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        return SequenceRows([{"text": line} for line in lines if line.strip()], str(path))
+        return TextRows(path, keeper)
     raise ValueError(f"{split}={str(path)!r}: unknown kind of file {suffix!r}; known: {', '.join(SUFFIXES)}")
 
 
-def _read_text(path: Path) -> str:
-    """Content of a UTF-8 file, line ends as they are, without a byte order mark."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1)
-        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {column})") from None
-
-
-def _open_json(path: Path) -> Rows:
-    text = _read_text(path)
+def _open_json(path: Path, keeper: Keeper) -> Rows:
+    identity = identity_of_file(path)
+    text = read_text(path)
     try:
         data = strict_json(text)
     except json.JSONDecodeError as error:
         first = text.lstrip().splitlines()[0].strip() if text.strip() else ""
         if first.startswith("{") and first.endswith("}"):
-            return JsonlRows(path)  # JSON Lines under the suffix .json is common
+            return JsonlRows(path, keeper)  # JSON Lines under the suffix .json is common
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:
         raise ValueError(f"{find_line(text, path)}: {error}") from None
@@ -218,29 +215,4 @@ def _open_json(path: Path) -> Rows:
         data = [data]
     if not isinstance(data, list):
         raise ValueError(f"{path}: holds a JSON {type(data).__name__}; a list of objects is needed")
-    return SequenceRows(data, str(path))
-
-
-def _read_csv(path: Path, delimiter: str) -> list[dict[str, str]]:
-    # Every value stays a string: "007" and "1.0" must not turn into numbers that a verifier then compares.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(2**31 - 1)  # documents are longer than the default of 131,072 characters
-    try:
-        header = next(reader, None) or []
-        repeated = sorted({name for name in header if header.count(name) > 1})
-        if repeated:
-            raise ValueError(f"{path}:{reader.line_num}: the header names {repeated} more than once: {header}")
-        rows = []
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(header)}: {header}"
-                )
-            rows.append(dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
-    return rows
+    return SequenceRows(data, str(path), identity)

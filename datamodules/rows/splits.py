@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from itertools import compress
@@ -76,11 +77,24 @@ class SelectedRows:
         return self.rows[int(self.numbers[index])]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return compress(self.rows, self.chosen.tolist())
+        return self.between(0, len(self))
+
+    def between(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The rows from `start` up to, and without, `stop`; those of the table that lie between are read, too."""
+        if start >= stop:
+            return iter(())
+        first, last = int(self.numbers[start]), int(self.numbers[stop - 1])
+        return compress(self.rows.between(first, last + 1), self.chosen[first : last + 1].tolist())
 
     def where(self, index: int) -> str:
         """Describe the place of row `index` in the table."""
         return self.rows.where(int(self.numbers[index]))
+
+    def identity(self) -> Any:
+        """The table's own, and a hash of the choice."""
+        rows = self.rows.identity()
+        choice = hashlib.sha256(np.packbits(self.chosen).tobytes()).hexdigest()
+        return None if rows is None else {"rows": rows, "chosen": choice}
 
 
 def take_share(rows: Rows, share: float, seed: int, split: str) -> SelectedRows:

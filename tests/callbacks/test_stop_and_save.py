@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from alignment_modules import SFTModule
 from alignment_modules.callbacks import AtomicCheckpointIO, Checkpoints, ExactResume, FiniteGuard, StopAndSave
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 
 VOCABULARY = 16
 
@@ -70,8 +71,7 @@ def fit(make_trainer, tmp_path):
             rows, *callbacks, FiniteGuard(), ExactResume(seed=0), saver, StopAndSave(),
             enable_checkpointing=True, plugins=[AtomicCheckpointIO()], max_epochs=2, **options,
         )  # fmt: skip
-        sampler = ResumableSampler(table, batch_size=2)
-        loader = ResumableLoader(table, batch_size=2, sampler=sampler)
+        loader = ResumableLoader(table, UniformOrder(len(table), batch_size=2))
         held = torch.utils.data.DataLoader(table, batch_size=4) if validation else None
         run.module, run.rows = made, rows.rows
         trainer.fit(made, loader, held, ckpt_path=ckpt_path)

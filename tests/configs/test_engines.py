@@ -13,6 +13,7 @@ from tests.paradigms import ROWS
 
 OVERLAY = Path(__file__).parents[2] / "configs" / "engines" / "vllm.yaml"
 ACTING = [name for name, row in ROWS.items() if row.kind == "acting"]
+OPTIONS = {"distillation": ["--model.on_policy_share=0.5"]}
 
 
 @pytest.fixture
@@ -24,11 +25,11 @@ def recipe(model_folder, data):
     return arguments
 
 
-@pytest.mark.parametrize("name", ACTING)
+@pytest.mark.parametrize("name", [*ACTING, *OPTIONS])
 def test_the_overlay_goes_with_every_recipe_that_samples(align, recipe, name):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
-        align("fit", *recipe(name), "--print_config")
+        align("fit", *recipe(name), *OPTIONS.get(name, ()), "--print_config")
     assert stopped.value.code == 0
     engine = yaml.safe_load(out.getvalue())["model"]["init_args"]["engine"]
     assert engine["class_path"].endswith(".VLLMEngine")

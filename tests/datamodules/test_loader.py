@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from datamodules.batching import Table
-from datamodules.loader import EvaluationSampler, ResumableLoader, ResumableSampler
+from datamodules.loader import EvaluationSampler, ResumableLoader
+from datamodules.orders import UniformOrder
 
 
 class Numbers(Table):
@@ -19,17 +20,10 @@ class Numbers(Table):
         return index
 
 
-def make(size=23, batch_size=3, workers=0, **sampler):
-    table = Numbers(size)
-    sampler = ResumableSampler(table, batch_size=batch_size, **sampler)
-    return ResumableLoader(
-        table,
-        batch_size=batch_size,
-        sampler=sampler,
-        collate_fn=list,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
+def make(size=23, batch_size=3, workers=0, rank=0, **options):
+    order = UniformOrder(size, batch_size=batch_size, **options)
+    kept = {"num_workers": workers, "persistent_workers": workers > 0}
+    return ResumableLoader(Numbers(size), order, rank=rank, collate_fn=list, **kept)
 
 
 def epoch(loader, number):
@@ -199,9 +193,22 @@ def test_evaluation_deals_every_row_once(replicas, size, batch_size):
         assert set(rows) == set(range(size))
 
 
-def test_a_replaced_sampler_still_loads():
-    loader = ResumableLoader(Numbers(4), batch_size=2, collate_fn=list)
-    assert list(loader) == [[0, 1], [2, 3]]
-    assert loader.state_dict() == {}
-    loader.load_state_dict({"epoch": 1})
-    assert np.size(list(loader)) == 4
+def test_a_dataset_that_takes_one_number_at_a_time():
+    loader = ResumableLoader([5, 6, 7, 8], UniformOrder(4, batch_size=2, shuffle=False))
+    assert [batch.tolist() for batch in loader] == [[5, 6], [7, 8]]
+    assert loader.state_dict()["fingerprint"] == ""
+
+
+def test_the_order_of_former_versions():
+    """Permutations of `numpy.random.default_rng([seed, epoch])`, dealt row by row to the ranks, then cut."""
+    for rank, epoch_ in [(0, 0), (1, 3)]:
+        order = np.resize(np.random.default_rng([7, epoch_]).permutation(23), 23)[rank::2].tolist()
+        loader = make(batch_size=4, num_replicas=2, rank=rank, seed=7)
+        assert epoch(loader, epoch_) == [order[i : i + 4] for i in range(0, len(order), 4)]
+
+
+def test_a_state_of_former_versions():
+    state = {"epoch": 1, "batches_seen": 5, "world_size": 1, "batch_size": 3, "num_rows": 23}
+    loader = make()
+    loader.load_state_dict(state | {"shuffle": True, "seed": 0, "drop_last": False, "fingerprint": ""})
+    assert epoch(loader, 1) == epoch(make(), 1)[5:]

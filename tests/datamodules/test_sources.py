@@ -232,11 +232,11 @@ def test_a_share_of_the_training_rows_for_validation(tokenizer, module, caplog):
     alone = module(train=rows, **options)
     alone.setup("validate")
     assert alone.reports["validation"] == data.reports["validation"]
-    first, second = ([row["text"] for row in data._read(split)] for split in ("train", "validation"))
+    first, second = ([row["text"] for row in data.splits.rows(split)] for split in ("train", "validation"))
     assert sorted([*first, *second]) == sorted(row["text"] for row in rows)
-    assert [row["text"] for row in alone._read("validation")] == second
+    assert [row["text"] for row in alone.splits.rows("validation")] == second
     other = module(train=rows, **options, seed=1)
-    assert [row["text"] for row in other._read("validation")] != second
+    assert [row["text"] for row in other.splits.rows("validation")] != second
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf"), 1, 0, True])

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment_modules import GRPOModule, OnlineDPOModule, PPOModule
+from alignment_modules import DistillationModule, GRPOModule, OnlineDPOModule, PPOModule
 from alignment_modules.callbacks import StopAndSave
 from alignment_modules.functional import CORRECTIONS
 from alignment_modules.policies import LoraConfig, PolicyConfig
 from alignment_modules.rollouts.engines import EngineError, VLLMEngine
-from tests.batches import Digits, prompts, threes
+from tests.batches import Digits, prompts, supervised, threes
+from tests.models import other_than
 
 GENERATE = "/inference/v1/generate"
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,51 @@ def test_other_paradigms(make, train, server, cls):
         train(module, copy.deepcopy(BATCHES[:2]))
         ends.append(weights(module))
     assert equal(*ends)
+
+
+class TestDistillation:
+    @pytest.fixture
+    def student(self, folder, tiny_llama, tmp_path):
+        def make(server=None, **options):
+            torch.manual_seed(0)
+            engine = None if server is None else VLLMEngine(server.url, str(tmp_path / "weights"), retries=0)
+            options = {"on_policy_share": 0.5, "max_completion_length": 6, "seed": 3} | options
+            return DistillationModule(
+                policy=folder,
+                teacher=other_than(tiny_llama),
+                tokenizer=Digits(),
+                engine=engine,
+                optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.02),
+                **options,
+            )
+
+        return make
+
+    def test_what_the_student_writes_is_what_it_writes_in_process(self, student, train, server):
+        batches, ends = [supervised(range(5), 2), supervised(range(4), 2)], []
+        for remote in (None, server):
+            module = student(remote)
+            before = weights(module)
+            metrics = train(module, copy.deepcopy(batches)).callback_metrics
+            assert not equal(before, weights(module))
+            ends.append(weights(module))
+        assert equal(*ends)
+        assert metrics["train/engine/version"] == 2
+        assert len(server.asked(GENERATE)) > 2  # beside a probe of each version
+
+    def test_a_process_without_rows_of_its_own_pushes(self, student, train, server):
+        train(student(server, on_policy_share=1e-9), [supervised(range(2), 2)])
+        assert len(server.asked("/collective_rpc")) == 1
+
+    def test_a_server_that_is_gone(self, student, train, server):
+        module = student(server)
+        server.kill()
+        with pytest.raises(EngineError, match=r"optimizer step 1: .* cannot be reached"):
+            train(module, [supervised(range(3), 2)])
+
+    def test_refusals(self, student, server):
+        with pytest.raises(ValueError, match=r"engine=VLLMEngine is of the policy's own samples, and on_policy_share"):
+            student(server, on_policy_share=0.0, max_completion_length=None, seed=None)
 
 
 def test_validation_is_by_the_same_engine(make, server):

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 
 from alignment_modules import GRPOModule
 from alignment_modules.training.dynamic_sampling import WaitingGroups
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 from tests.batches import rollouts
 from tests.contract.two_ranks import NoTokenizer
 from tests.paradigms import never_called
@@ -175,8 +176,7 @@ def rare(completions):
 def resumable():
     keys = ("prompts", "prompt_attention_mask")
     given = [{**{k: rollouts([n, n + 1])[k] for k in keys}, "index": [n, n + 1]} for n in range(0, 10, 2)]
-    sampler = ResumableSampler(given, batch_size=1)
-    return ResumableLoader(given, batch_size=1, sampler=sampler, collate_fn=lambda rows: rows[0])
+    return ResumableLoader(given, UniformOrder(len(given), batch_size=1), collate_fn=lambda rows: rows[0])
 
 
 class SaveEach(Callback):

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from alignment_modules import GRPOModule
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 from tests.batches import rollouts
 from tests.models import other_than
 from tests.paradigms import never_called
@@ -95,8 +96,8 @@ def test_the_coefficient_weighs_what_it_is_said_to(make, train, options):
 
 
 def resumable(given):
-    sampler = ResumableSampler(given, batch_size=1, shuffle=False)
-    return ResumableLoader(given, batch_size=1, sampler=sampler, collate_fn=lambda rows: rows[0])
+    order = UniformOrder(len(given), batch_size=1, shuffle=False)
+    return ResumableLoader(given, order, collate_fn=lambda rows: rows[0])
 
 
 @pytest.mark.parametrize("place", PLACES)

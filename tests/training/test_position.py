@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from alignment_modules import GRPOModule, SFTModule
 from alignment_modules.training.schedules import CosineSchedule
 from alignment_modules.training.window import Window
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 
 ROWS = [{"input_ids": torch.tensor([n + 1, 2, n % 5 + 3, 4])} for n in range(14)]
 ROWS = [{**row, "labels": row["input_ids"], "attention_mask": torch.ones(4, dtype=torch.long)} for row in ROWS]
@@ -21,7 +22,7 @@ BATCHES = 7  # in an epoch
 
 class OwnData(L.LightningDataModule):
     def train_dataloader(self):
-        return ResumableLoader(ROWS, batch_size=2, sampler=ResumableSampler(ROWS, batch_size=2))
+        return ResumableLoader(ROWS, UniformOrder(len(ROWS), batch_size=2))
 
 
 class EagerLoader(DataLoader):

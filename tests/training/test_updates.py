@@ -18,7 +18,8 @@ from alignment_modules.functional.statistics import Statistic
 from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.schedules import LinearSchedule
 from alignment_modules.training.updates import UpdateModule
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 
 SCRIPT = Path(__file__).with_name("two_optimizers.py")
 spec = importlib.util.spec_from_file_location("two_optimizers", SCRIPT)
@@ -87,7 +88,7 @@ def test_a_resumed_run_of_two_optimizers_is_the_same_to_the_bit(tmp_path):
             **({"max_epochs": 2, "accelerator": "cpu", "logger": False, "callbacks": [saver]} | options),
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        loader = ResumableLoader(ROWS, batch_size=3, sampler=ResumableSampler(ROWS, batch_size=3))
+        loader = ResumableLoader(ROWS, UniformOrder(len(ROWS), batch_size=3))
         trainer.fit(module, loader, ckpt_path=resume)
         states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
         rates = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from alignment_modules import GRPOModule, PolicyConfig
-from datamodules.loader import ResumableLoader, ResumableSampler
+from datamodules.loader import ResumableLoader
+from datamodules.orders import UniformOrder
 from tests.batches import rollouts
 from tests.contract.two_ranks import LLAMA, NoTokenizer
 
@@ -29,9 +30,8 @@ class PairsOfPrompts(L.LightningDataModule):
     """Batches of two prompts, other ones on each rank."""
 
     def train_dataloader(self):
-        ranks = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        sampler = ResumableSampler(PROMPTS, batch_size=1, **ranks)
-        return ResumableLoader(PROMPTS, batch_size=1, sampler=sampler, collate_fn=lambda rows: rows[0])
+        order = UniformOrder(len(PROMPTS), batch_size=1, num_replicas=self.trainer.world_size)
+        return ResumableLoader(PROMPTS, order, rank=self.trainer.global_rank, collate_fn=lambda rows: rows[0])
 
 
 class SaveEach(Callback):

@@ -39,7 +39,7 @@ class UnpairedDataModule(AlignmentDataModule):
         names = ("chosen", "rejected") if pairs else ("completion",)
 
         def encode(examples: Sequence[Example]) -> list[list[tuple[Any, bool]]]:
-            rows = zip(*(self.encoder.completions(examples, name) for name in names), strict=True)
+            rows = self.encoder.completions(examples, names)
             labels = [(True, False) if pairs else (bool(example.label),) for example in examples]
             return [list(zip(*both, strict=True)) for both in zip(rows, labels, strict=True)]
 

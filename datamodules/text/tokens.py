@@ -1,15 +1,12 @@
-"""What every use of a tokenizer here shares: ids of texts, its first tokens, and text that continues given tokens."""
+"""What every use of a tokenizer here shares: ids of texts, texts of ids, and its first tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-
-# Texts whose own tokens seldom merge with what follows; a piece is tokenised behind one of them.
-_ANCHORS = ("\n", "=", "a", "0")
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
@@ -67,40 +64,7 @@ def starts_with(ids: np.ndarray, head: np.ndarray) -> bool:
     return np.array_equal(ids[: len(head)], head)
 
 
-def continuation(tokenizer: Any, head: np.ndarray, piece: str, whole: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """Ids of a piece of text behind the ids `head`, for where the whole text's own ids do not begin with `head`.
-
-    Many tokenizers put a space before every text, so a piece tokenised alone would gain one. Of the ways to tokenise
-    the piece, the first is taken that reads, behind `head`, as the whole text does.
-
-    Args:
-        tokenizer: The tokenizer.
-        head: Ids of the text before the piece, `[time]`.
-        piece: The text that continues it.
-        whole: Ids of the text with the piece, tokenised as one.
-        context: Ids of the text before the piece, tokenised as one.
-
-    Returns:
-        int32 `[time]`.
-    """
-    if not piece:
-        return whole[:0]
-    wanted = _read(tokenizer, whole)
-    for ids in _ways(tokenizer, piece, whole, context):
-        if _read(tokenizer, np.concatenate((head, ids))) == wanted:
-            return ids
-    return tokenise(tokenizer, [piece])[0]
-
-
-def _ways(tokenizer: Any, piece: str, whole: np.ndarray, context: np.ndarray) -> Iterator[np.ndarray]:
-    if starts_with(whole, context):
-        yield whole[len(context) :]
-    yield tokenise(tokenizer, [piece])[0]
-    for anchor in _ANCHORS:
-        before, both = tokenise(tokenizer, [anchor, anchor + piece])
-        if len(before) and starts_with(both, before):
-            yield both[len(before) :]
-
-
-def _read(tokenizer: Any, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def read(tokenizer: Any, rows: Iterable[np.ndarray]) -> list[str]:
+    """Text of each row of ids, `[time]`, special tokens and spaces as they are."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [str(tokenizer.decode(ids.tolist(), **options)) for ids in rows]

@@ -14,7 +14,22 @@ from tests.datamodules.test_templates import STYLES, make
 from tests.datamodules.test_tokens import MISTRAL, byte_level, prefix_space
 
 ENDS = ["", " ", "\n", "=", ":", ": ", ".", "a", "1", "\n\n", "]", "é", "日", "🙂", "\t", "  ", "<eos>", "The", "user"]
-WORDS = ["the", "answer", "is", "2", "hello", "1+1=2", "Question", "a\nb", "日本", "naïve", "user", "</s>", "<bos>", "[x]"]
+WORDS = [
+    "the",
+    "answer",
+    "is",
+    "2",
+    "hello",
+    "1+1=2",
+    "Question",
+    "a\nb",
+    "日本",
+    "naïve",
+    "user",
+    "</s>",
+    "<bos>",
+    "[x]",
+]
 
 
 class Rows:

@@ -93,6 +93,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
+        self._end = np.asarray([self.eos], dtype=np.int32)
         pad = tokenizer.pad_token_id
         self.pad = int(self.eos if pad is None else pad)
         self.first = first_tokens(tokenizer)
@@ -138,13 +139,12 @@ class Encoder:
 
     def _open(self, ids: np.ndarray) -> np.ndarray:
         """Puts the first tokens before ids that lack them (a prompt decoded with its special tokens has them)."""
-        there = len(self.first) and np.array_equal(ids[: len(self.first)], self.first)
-        return ids if there else np.concatenate((self.first, ids))
+        return ids if starts_with(ids, self.first) else np.concatenate((self.first, ids))
 
     def _close(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and int(ids[-1]) == self.eos:
             return ids
-        return np.append(ids, np.int32(self.eos))
+        return np.concatenate((ids, self._end))
 
     def prompts(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Ids of each example's prompt, ready to be continued."""

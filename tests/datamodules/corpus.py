@@ -1,6 +1,9 @@
 """Rows of every format with awkward boundaries, and tokenizers that treat these boundaries in different ways."""
 
+import json
 import random
+import re
+import zlib
 from functools import cache, partial
 
 from datamodules import (
@@ -167,3 +170,20 @@ def cases():
     for style, (template, special, plain, eos, *_) in STYLES.items():
         for kind in CHATS:
             yield f"style {style} | {kind}", kind, partial(make, template, special, plain, eos), {}
+
+
+def outcome(kind, build, options, count=16):
+    """A checksum of all that a table's rows hold, or which row was refused."""
+    module, own = (PLAIN | CHATS)[kind]
+    data = module(train=Rows(0).rows(kind, count), tokenizer=build(), shuffle=False, **own, **options)
+    try:
+        data.setup("fit")
+    except ValueError as error:
+        return f"refused {re.search(r'row [0-9]+', str(error)).group()}"
+    table, checksum = data.train_dataloader().dataset, 0
+    for row in map(table.row, range(len(table))):
+        for name in sorted(row):
+            value = row[name]
+            plain = [str(value.dtype), value.tolist()] if hasattr(value, "tolist") else value
+            checksum = zlib.crc32(json.dumps([name, plain]).encode(), checksum)
+    return f"{len(table)} rows {checksum:08x}"

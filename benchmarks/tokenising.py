@@ -10,7 +10,8 @@ its children. Libraries take turns, round by round; printed are medians with the
 round. Without `--trl-python` ours alone is measured.
 
 The text is sentences of made-up words in Zipf's frequencies, the tokenizer a byte-level BPE trained on them, its
-template ChatML. Prompts end with a sign or a word and completions begin with a capital, without a blank between them.
+template ChatML. Three of four plain prompts end with a blank, which a text of prompt and completion would hold in
+another token than the prompt has alone.
 """
 
 from __future__ import annotations
@@ -76,8 +77,10 @@ def row(text: Text, case: str) -> dict[str, Any]:
     """One row of a case, about 90 words of one reply."""
     kind, _, form = case.partition(" ")
     ask, replies = text.write(text.length(25)), [text.write(text.length(50)) for _ in range(2)]
-    if text.generator.random() < 0.75:
-        ask = ask.rstrip(".12 ")  # tokens of a prompt that ends with a word can merge with the completion's
+    if form == "" and text.generator.random() < 0.75:
+        ask += (
+            " Answer: "  # the blank is a token of its own, but part of the completion's first where both are one text
+        )
     if form == "messages":
         turns = [ask, replies[0], text.write(8), replies[1]]
         return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
@@ -97,8 +100,8 @@ def prepare(folder: Path, case: str, rows: int) -> Path:
     return path
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 8,000 tokens, unless it is there."""
+def write_tokenizer(folder: Path, words: int = 300_000) -> None:
+    """A byte-level BPE of at most 8,000 tokens, learnt from a number of words, unless it is there."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +114,7 @@ def write_tokenizer(folder: Path) -> None:
     learn = trainers.BpeTrainer(
         vocab_size=8000, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
     )
-    backend.train_from_iterator((text.write(100) for _ in range(3000)), learn)
+    backend.train_from_iterator((text.write(100) for _ in range(words // 100)), learn)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
 
@@ -217,12 +220,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default="runs/tokenising", help="where the files are, or are written")
+    parser.add_argument("--words", type=int, default=300_000, help="words that the tokenizer is trained on")
     parser.add_argument("--trl-python", help="interpreter of the environment with TRL")
     parser.add_argument("--measure", choices=("ours", "trl"), help="measure one case in this process")
     options = parser.parse_args()
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", options.words)
     if options.trl_python:
         write_model(folder / "model")
     if options.measure:

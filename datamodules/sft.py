@@ -9,9 +9,11 @@ from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.scheduling import check_packing
+from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
-BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights")
+BATCH_KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "loss_weights", *OF_MIXTURES)
 
 
 class SFTDataModule(AlignmentDataModule):
@@ -53,10 +55,15 @@ class SFTDataModule(AlignmentDataModule):
         self.loss_on: LossOn = loss_on
         self.packing = packing
         self.carry = carry or []
+        check_packing(self, packing)
         if self.carry and packing:
             raise ValueError(f"carry={self.carry} with packing=True: a packed row holds several rows' values")
         if clash := sorted({*self.carry} & {*BATCH_KEYS}):
             raise ValueError(f"carry={self.carry}: batches use {clash} themselves; give the column another name")
+
+    def table_options(self) -> dict[str, Any]:
+        """Targets, packing, and the columns carried on."""
+        return {"loss_on": self.loss_on, "packing": self.packing, "carry": self.carry}
 
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""

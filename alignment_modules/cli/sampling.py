@@ -107,10 +107,9 @@ class PromptSampler:
         data = PromptDataModule(
             predict=source, tokenizer=loaded.codec.tokenizer, as_chat=as_chat, max_length=MAX_INT, batch_size=batch_size
         )
-        data.setup("predict")
-        loader = data.predict_dataloader()
-        self.table: Any = loader.dataset
-        self.collate: Any = loader.collate_fn
+        self.table: Any
+        self.collate: Any
+        self.table, self.collate = data.tables("predict")["predict"]
         if rewards is not None:
             rewards.check_columns(columns_of(self.collate([self.table[0]])).keys())
 

@@ -15,7 +15,9 @@ from alignment_modules.policies.adapters import adapter_is_identity, has_adapter
 from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
+from alignment_modules.policies.input_start import is_marked, start_later
 from alignment_modules.policies.load import build_policy
+from alignment_modules.policies.offloading import offload_as
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading
@@ -52,7 +54,7 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
             raise type(error)(f"critic: {str(error).replace('policy.', 'critic.')}") from error
     prepare(model)
     if as_policy:
-        compile_as(policy, model)
+        offload_as(policy, compile_as(policy, model))
     inner = language_model(model)
     head = None if inner is None else find_head(inner)
     if head is not None and isinstance(head.linear, nn.Linear):
@@ -139,6 +141,8 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
     adapted: Any = peft.get_peft_model(model, adapter)
     adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    if is_marked(policy):
+        start_later(adapted)
     return adapted
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,17 @@ from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Reads, Segments
 from alignment_modules.rewards import RewardError, RewardSet
+from alignment_modules.rewards.judged_rows import check_judges
 from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.actor import Actor
 from alignment_modules.rollouts.codec import columns_of
 from alignment_modules.rollouts.given import check_given_rollout
+from alignment_modules.rollouts.limits import check_limits
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.objective import EarlyRead
+from alignment_modules.training.recording import tell_scores
 from alignment_modules.training.updates import UpdateModule
 
 
@@ -66,6 +69,8 @@ class ActingModule(EngineModule, UpdateModule):
 
     compares_log_probs = True
     batch_keys = ("prompts", "prompt_attention_mask")
+    tells_scores: ClassVar[bool] = True
+    """Whether the data module hears of rewards (`tell_scores`)."""
 
     def __init__(
         self,
@@ -136,12 +141,14 @@ class ActingModule(EngineModule, UpdateModule):
         """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.
 
         Raises:
-            ValueError: If a key or column is missing, what is given does not fit together (`check_given_rollout`), or
-                rewards are to read what no tokenizer can decode.
+            ValueError: If a key or column is missing, what is given does not fit together (`check_given_rollout`), a
+                row's limit or rewards are not the module's, or rewards are to read what no tokenizer can decode.
         """
         super().check_batch(batch)
         check_given_rollout(batch)
         prompts, fewest = len(batch["prompts"]), self.fewest_completions
+        check_limits(batch, prompts, self.actor.sampling.max_completion_length)
+        check_judges(batch, self.rewards.names, prompts)
         if "responses" in batch and len(batch["responses"]) < fewest * prompts:
             raise ValueError(
                 f"responses has {len(batch['responses'])} rows for {prompts} prompts: {type(self).__name__} compares a "
@@ -220,6 +227,7 @@ class ActingModule(EngineModule, UpdateModule):
                 "completions"
             )
         self.engine.sleep()  # all ranks have their completions
+        self.actor.statistics |= tell_scores(getattr(self._trainer, "datamodule", None), self, batch, self.rollout)
         return self.rollout
 
     def parts(self, rollout: Rollout, *, passes: int, count: int, first: bool) -> Iterator[Rollout]:

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.classes import CALLBACKS, CURRICULA, REWARDS, TASKS, options_of, path_of, subclasses
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -30,6 +30,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import Schedule
+from datamodules.streams.options import StreamOptions
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
@@ -44,6 +45,8 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "ByColumn": {"column": "level"},
+    "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
 CHOICES = {
@@ -65,6 +68,9 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
+    "cache": [3, "nosuch", [1], {"foldr": "x"}],
+    "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -80,9 +86,9 @@ def parts(hint):
 
 def malformed(name, hint):
     """Values that an option of this type cannot mean."""
-    if name in OBJECTS:
-        return OBJECTS[name]
     alternatives, optional = parts(hint)
+    if name in OBJECTS and not (name == "cache" and str in alternatives):  # a judge's is a file
+        return OBJECTS[name]
     values = [] if optional else [None]
     kinds = {get_origin(a) or a for a in alternatives}
     for alternative in alternatives:
@@ -118,12 +124,17 @@ def cases():
     for group, classes in (("model", MODULES), ("data", DATA), ("callback", CALLBACKS), ("schedule", SCHEDULES)):
         for cls in classes:
             yield group, cls
-    for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
+    for group, classes in (
+        *(("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)),
+        ("curriculum", CURRICULA),
+    ):
         for cls in classes:
             yield group, cls
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "cache", datamodules.CacheOptions
+    yield "stream", StreamOptions
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +152,9 @@ def configuration(group, cls, options):
         return {"model": {"class_path": spec["class_path"], "init_args": {"policy": "nowhere"} | spec["init_args"]}}
     if group == "data":
         return {"data": spec}
+    if group == "source":
+        source = {"data": {"class_path": "PromptDataModule", "init_args": {"train": "nowhere"}}} | options
+        return configuration("data", datamodules.MixtureDataModule, {"sources": {"a": source}})
     if group == "callback":
         return {"trainer": {"callbacks": [spec]}}
     inside = {
@@ -151,6 +165,12 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "curriculum":
+        return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
+    if group == "cache":
+        return configuration("data", datamodules.SFTDataModule, {"cache": options})
+    if group == "stream":
+        return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":
         return configuration("data", datamodules.SFTDataModule, {"train": spec})
     module = "GRPOModule" if group == "reward" else "SFTModule"
@@ -209,7 +229,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed(parameter.name, hint):
+        for value in malformed(
+            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
+        ):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1
@@ -222,10 +244,9 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
 
 
 def vars_of(cls, group):
-    """The classes whose options are tried with this one: those of a base once, with its first subclass."""
-    classes = MODULES if group == "model" else DATA
-    first = {base: next(c for c in classes if base in c.__mro__) for base in cls.__mro__}
-    return {base for base, user in first.items() if user is cls}
+    """The classes whose options are tried with this one: those of a base once, with the first that has them."""
+    levels = {c: {level for level, *_ in options_of(c)} for c in (MODULES if group == "model" else DATA)}
+    return {base for base in levels[cls] if cls is next(c for c, found in levels.items() if base in found)}
 
 
 @pytest.mark.parametrize("form", ["ExactMatch", [{"class_path": "ExactMatch"}], ["ExactMatch", "RegexMatch"]], ids=str)

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
@@ -111,6 +112,22 @@ def taught(rows):
     return ROWS["distillation"].batch(rows) | {"teacher": ["b" if row > 3 else "a" for row in rows]}
 
 
+SOURCES = ("math", "code", "math", "code", "chat", "chat", "code", "chat")
+"""Of the rows: the first rank has none from the last source, and the second none from the first."""
+SOURCED = ("sft", "dpo", "grpo", "orpo of tokens", "ppo shared with nll")
+"""Paradigms and their variants on rows with sources and weights."""
+
+
+def sourced(make: Callable) -> Callable:
+    """Batches of rows with a source and a weight each."""
+
+    def batch(rows):
+        weights = torch.tensor([0.25 + 0.5 * (row % 5) for row in rows])
+        return make(rows) | {"source_name": [SOURCES[row] for row in rows], "source_weights": weights}
+
+    return batch
+
+
 def experts() -> AlignmentModule:
     """SFT whose router loss takes shares over both ranks, which have two and three pieces."""
     torch.manual_seed(0)
@@ -174,6 +191,12 @@ def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
     return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
 
 
+def starting(policy: torch.nn.Module) -> torch.nn.Module:
+    """A policy whose adapters start from what their layers read."""
+    torch.manual_seed(2)
+    return add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, init="eva"))
+
+
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
@@ -205,6 +228,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
             lambda options=options: make("dpo", policy=adapted(policy, **options), reference=None),
             ROWS["dpo"].batch,
         )
+    yield "ppo eva", lambda: make("ppo", policy=starting(policy), reference=None, critic=None), ROWS["ppo"].batch
+    yield "sft eva", lambda: make("sft", policy=starting(policy)), ROWS["sft"].batch
     for name, kind in QUANTIZED:
         held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
         yield (
@@ -230,6 +255,11 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
         row = ROWS["grpo"]
         options, batch = row.variants[label], row.variant_batches.get(label, row.batch)
         yield f"grpo {label}", lambda options=options: make("grpo", **options), batch
+    for label in SOURCED:
+        name, _, variant = label.partition(" ")
+        options = ROWS[name].variants.get(variant, {}) | ({"micro_batch_size": 2} if variant else {})
+        batch = sourced(ROWS[name].batch)
+        yield f"{label} sources", lambda name=name, options=options: make(name, **options), batch
     taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
     yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}

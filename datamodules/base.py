@@ -122,9 +122,8 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
-        self.stream = stream
+        self.max_tokens, self.curriculum, self.stream = max_tokens, curriculum, stream
         self.streaming = stream_options(self)
-        self.max_tokens, self.curriculum = max_tokens, curriculum
         check_scheduling(self)
         if not isinstance(cache, CacheOptions | None):
             raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")

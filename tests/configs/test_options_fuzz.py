@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.classes import CALLBACKS, CURRICULA, REWARDS, TASKS, options_of, path_of, subclasses
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -45,6 +45,7 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "ByColumn": {"column": "level"},
     "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
@@ -67,6 +68,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
@@ -122,7 +124,10 @@ def cases():
     for group, classes in (("model", MODULES), ("data", DATA), ("callback", CALLBACKS), ("schedule", SCHEDULES)):
         for cls in classes:
             yield group, cls
-    for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
+    for group, classes in (
+        *(("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)),
+        ("curriculum", CURRICULA),
+    ):
         for cls in classes:
             yield group, cls
     yield "evaluation", EvaluationConfig
@@ -160,6 +165,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "curriculum":
+        return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
     if group == "cache":
         return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "stream":

@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
+import shlex
 import time
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
 from filelock import FileLock
 
 from alignment_modules.cli.cache import cache_command
+from datamodules import CacheOptions
 from datamodules.cache.store import Store
+
+SECTION = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("## On disk, once\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +92,18 @@ def test_a_folder_that_cannot_be_written_stops_a_run(workplace, align):
     assert done.code == 1
     assert "no-folder/cache cannot be written" in done.text
     assert len(done.text.strip().splitlines()) <= 3, json.dumps(done.text)
+
+
+def test_the_page_shows_every_option_and_commands_that_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("ALIGNMENT_MODULES_CACHE", str(tmp_path))
+    text = re.search("```yaml\n(.*?)```", SECTION, flags=re.DOTALL).group(1)
+    shown = yaml.safe_load(text)["data"]["init_args"]["cache"]
+    assert CacheOptions(**shown).path == Path("/scratch/tables")
+    assert list(shown) == [option.name for option in fields(CacheOptions)]
+    for option in fields(CacheOptions):
+        said = re.search(rf"{option.name}: .*default (\w+)", text).group(1)
+        assert said == ("none" if option.default is None else str(option.default))
+    for line in re.search("```bash\n(.*?)```", SECTION, flags=re.DOTALL).group(1).splitlines():
+        program, command, *arguments = shlex.split(line, comments=True)
+        assert (program, command) == ("align", "cache")
+        assert cache_command(arguments) == 0

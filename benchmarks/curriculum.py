@@ -21,8 +21,8 @@ from quickstart import SAMPLES, Chain
 
 DIGITS = ("--data.train.init_args.digits", "4")
 LONGER = ("--data.test.init_args.digits", "4", "--model.evaluation.max_completion_length", "7")
-# 256 problems six times, of which 32 are drawn for each of 48 steps
-SCHEDULE = ("--data.train.init_args.size", "256", "--trainer.max_epochs", "6", "--model.max_completion_length", "7")
+# 256 problems sixteen times, of which 32 are drawn for each of 128 steps
+SCHEDULE = ("--data.train.init_args.size", "256", "--trainer.max_epochs", "16", "--model.max_completion_length", "7")
 ARMS: dict[str, tuple[str, ...]] = {"uniform": (), "by success": ("--data.curriculum", "BySuccess")}
 SIGNAL = "train/groups_with_signal"
 

@@ -137,8 +137,10 @@ class AlignmentDataModule(LightningDataModule):
         return self._tokenizer
 
     def offered_tokenizers(self) -> list[Any]:
-        """The tokenizer that was given and those of the sources, as they came: objects, folders or hub ids."""
-        found = (self._given_tokenizer, *(getattr(source, "tokenizer", None) for source in self.sources.values()))
+        """The tokenizer that was given, else those of the sources, as they came: objects, folders or hub ids."""
+        if self._given_tokenizer is not None:
+            return [self._given_tokenizer]
+        found = (getattr(source, "tokenizer", None) for source in self.sources.values())
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
     def lend_tokenizer(self, tokenizer: Any) -> None:

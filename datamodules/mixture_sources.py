@@ -91,7 +91,7 @@ def checked_sources(sources: Any) -> dict[str, MixtureSource]:
 
 
 def _check_data(name: str, data: Any) -> None:
-    if not isinstance(data, AlignmentDataModule):
+    if not isinstance(data, AlignmentDataModule) or not data.accepts:
         raise ValueError(
             f"source {name!r} is a {type(data).__name__}; it must be a data module such as SFTDataModule, alone or as "
             "`data` of a MixtureSource"

@@ -31,7 +31,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
 from alignment_modules.training.schedules import Schedule
 from alignment_modules.training.updates import UpdateModule
-from datamodules import AlignmentDataModule, tasks
+from datamodules import AlignmentDataModule, MixtureSource, tasks
 
 BASES = (
     *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
@@ -81,6 +81,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
     "engine": ("engines", lambda: [engines.VLLMEngine]),
+    "sources": ("sources", lambda: [MixtureSource]),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),
 }
 """What stands behind an option, by the last part of its name."""

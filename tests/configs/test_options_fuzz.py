@@ -4,6 +4,7 @@ A value is refused with one message that names the option and the value, or it s
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, bases_of, options_of, path_of, subclasses
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -66,6 +67,8 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
+    "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -122,6 +125,7 @@ def cases():
     for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
         for cls in classes:
             yield group, cls
+    yield "source", datamodules.MixtureSource
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
@@ -177,7 +181,7 @@ def outcome(parser, given):
     stream = io.StringIO()
     try:
         with contextlib.redirect_stderr(stream):
-            built = parser.instantiate(parser.parse_object(given))
+            built = parser.instantiate(parser.parse_object(copy.deepcopy(given)))
             if MuonWithAdamW.__name__ in str(given):
                 built.get("model").make_optimizer(parameter_groups(nn.Linear(2, 2)))
             schedule = getattr(built.get("model"), "make_lr_scheduler", None)
@@ -213,9 +217,7 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed(
-            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
-        ):
+        for value in malformed(parameter.name if bases_of(hint) or group != "source" else "", hint):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from datamodules import (
+    AlignmentDataModule,
     MixtureDataModule,
     MixtureSource,
     PreferenceDataModule,
@@ -14,6 +15,7 @@ from datamodules import (
     SFTDataModule,
     UnpairedDataModule,
 )
+from datamodules.tasks import AdditionPrompts
 
 SUMS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(10)]
 WORDS = [{"question": f"say {word}:", "completion": word} for word in ("ab", "cd", "efg", "h")]
@@ -283,6 +285,15 @@ def test_a_tokenizer_of_a_source_is_that_of_all_or_refused(make_tokenizer):
     sources["b"] = SFTDataModule(train=WORDS, tokenizer=other)
     with pytest.raises(ValueError, match="source 'b' has another tokenizer"):
         MixtureDataModule(sources=sources).setup("fit")
+    with pytest.raises(ValueError, match="source 'b' has another tokenizer"):
+        MixtureDataModule(sources=sources, tokenizer=one).setup("fit")
+
+    def tasks():
+        rows = {f"digits-{n}": AdditionPrompts(split="train", size=2, digits=n, chat=False) for n in (1, 2)}
+        return {name: PromptDataModule(train=own) for name, own in rows.items()}
+
+    assert len(next(batches(MixtureDataModule(sources=tasks())))["source_name"]) == 4
+    assert MixtureDataModule(sources=tasks(), tokenizer=one).tokenizer is one
     with pytest.raises(ValueError, match="tokenizer=None"):
         MixtureDataModule(sources={"a": SFTDataModule(train=SUMS)}).setup("fit")
 
@@ -313,6 +324,7 @@ def part(**options):
     [
         ({}, {}, r"sources=\{\} must be data modules by name"),
         ({"a": 3}, {}, "source 'a' is a int; it must be a data module"),
+        ({"a": AlignmentDataModule(train=SUMS)}, {}, "source 'a' is a AlignmentDataModule; it must be a data module"),
         ({"a/b": part()}, {}, "the name 'a/b' must be of letters"),
         (
             {"a": part(), "b": PromptDataModule(train=SUMS)},

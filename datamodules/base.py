@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,6 +19,9 @@ from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
 from datamodules.rows.splits import check_share
 from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
+from datamodules.streams.loader import StreamLoader
+from datamodules.streams.options import StreamOptions
+from datamodules.streams.stream import TrainStream, is_streamed, stream_options
 from datamodules.text.chat import Chat
 from datamodules.text.encoding import Encoder, load_tokenizer, read_chat_template, with_tokens
 from datamodules.workers import start_worker
@@ -36,7 +39,8 @@ class AlignmentDataModule(LightningDataModule):
 
     Args:
         train: Training rows: a path (JSONL, JSON, CSV, Parquet, text, a folder), a hub id (`owner/name@config:split`),
-            a map-style Dataset of dict rows, or a list of dict rows.
+            a map-style Dataset of dict rows, or a list of dict rows; or an `IterableDataset` of dict rows, of torch or
+            of `datasets`, which is a stream.
         validation: Validation rows, or a share between 0 and 1 of the training rows, split off by `seed`.
         test: Test rows.
         predict: Rows to predict.
@@ -58,6 +62,8 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
+            else whole.
     """
 
     accepts: tuple[str, ...] = ()
@@ -86,6 +92,7 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        stream: StreamOptions | None = None,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -101,12 +108,15 @@ class AlignmentDataModule(LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
+        self.stream = stream
+        self.streaming = stream_options(self)
         self.reports: dict[str, dict[str, Any]] = {}
-        self._given_tokenizer = tokenizer
+        self.given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self._stream: TrainStream | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
@@ -138,14 +148,14 @@ class AlignmentDataModule(LightningDataModule):
 
     def offered_tokenizers(self) -> list[Any]:
         """The tokenizer that was given, else those of the sources, as they came: objects, folders or hub ids."""
-        if self._given_tokenizer is not None:
-            return [self._given_tokenizer]
+        if self.given_tokenizer is not None:
+            return [self.given_tokenizer]
         found = (getattr(source, "tokenizer", None) for source in self.sources.values())
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
     def lend_tokenizer(self, tokenizer: Any) -> None:
         """Gives a tokenizer that others use, too, in place of one's own; the chat template stays one's own."""
-        self._given_tokenizer, self._tokenizer, self._encoder = tokenizer, None, None
+        self.given_tokenizer, self._tokenizer, self._encoder = tokenizer, None, None
 
     @property
     def encoder(self) -> Encoder:
@@ -172,7 +182,7 @@ class AlignmentDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download hub data sets once per machine."""
         for split, source in self.sources.items():
-            if isinstance(source, str) and is_hub_id(source):
+            if isinstance(source, str) and is_hub_id(source) and not is_streamed(self, split):
                 load_from_hub(source, split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -185,11 +195,15 @@ class AlignmentDataModule(LightningDataModule):
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
         for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if self.sources[split] is not None and split not in self._tables:
+            if split == "train" and self.streaming is not None:
+                self._train_stream()
+            elif self.sources[split] is not None and split not in self._tables:
                 self._tables.update(self._make(split))
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of this rank, resumable (see `ResumableLoader`)."""
+    def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
+        """Batches of this rank, resumable (see `ResumableLoader`; those of a stream have no end: `StreamLoader`)."""
+        if self.streaming is not None:
+            return self._train_stream().loader(*self._ranks())
         table, collate = self._table("train")
         replicas, rank = self._ranks()
         order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
@@ -218,9 +232,28 @@ class AlignmentDataModule(LightningDataModule):
     def _table(self, split: str) -> Batches:
         if split not in self._tables and self.sources[split] is None:
             raise ValueError(f"{split}=None; give {type(self).__name__} a source for {split}")
+        if split == "train" and self.streaming is not None:
+            raise ValueError(
+                "train is a stream, which has no table, and one is needed here, as for a mixture; leave stream out"
+            )
         if split not in self._tables:
             self._tables.update(self._make(split))
         return self._tables[split]
+
+    def _train_stream(self) -> TrainStream:
+        if self._stream is None:
+            self._stream = TrainStream(self, self.streaming or StreamOptions())
+            self.reports["train"] = self._stream.report
+        return self._stream
+
+    def without_rows(self) -> Self:
+        """A copy that can go to other processes: the options and the tokenizer, without sources, tables and Trainer."""
+        self._encoder = self.encoder  # loaded once, before there are copies
+        alone = copy.copy(self)
+        alone.__dict__.pop("val_dataloader", None)
+        alone.trainer, alone.sources, alone.reports = None, dict.fromkeys(SPLITS), {}
+        alone._tables, alone._stream, alone.splits = {}, None, Splits(alone)
+        return alone
 
     def _ranks(self) -> tuple[int, int]:
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs

@@ -174,6 +174,11 @@ class ResumableLoader(DataLoader[Any]):
         """
         if not state:
             return
+        if "positions" in state:
+            raise ValueError(
+                "cannot resume the training data: the checkpoint is of a run that read its training rows as a stream. "
+                "Resume with stream, or start a new run from the exported weights"
+            )
         other = self.order.differences(state)
         if state.get("fingerprint", self._fingerprint) != self._fingerprint:
             other["fingerprint"] = self._fingerprint

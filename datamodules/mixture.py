@@ -106,7 +106,7 @@ class MixtureDataModule(AlignmentDataModule):
             shared = super().tokenizer
             for name, part in self.parts.items():
                 own = part.data.offered_tokenizers()
-                if self._given_tokenizer is not None and part.data._given_tokenizer is None:
+                if self.given_tokenizer is not None and part.data.given_tokenizer is None:
                     own = []  # what rows bring along gives way, as it does without a mixture
                 if not all(same_tokenizer(offered[0], one) for one in own):
                     raise ValueError(
@@ -122,8 +122,8 @@ class MixtureDataModule(AlignmentDataModule):
 
     def offered_tokenizers(self) -> list[Any]:
         """The tokenizer that was given, else those of the sources, as they came."""
-        if self._given_tokenizer is not None:
-            return [self._given_tokenizer]
+        if self.given_tokenizer is not None:
+            return [self.given_tokenizer]
         return [tokenizer for part in self.parts.values() for tokenizer in part.data.offered_tokenizers()]
 
     @property

@@ -39,6 +39,8 @@ class SplitReader:
 
     Attributes:
         report: Counts by name: rows read and kept, tokens, and whatever was cut or left out.
+        places: How many numbers of `index` a row of the source takes, where one makes several of the table.
+        may_be_empty: Whether a table without rows is no error, as that of a block of a stream.
         counted: Names of those counts that were taken row by row.
         start: The first row that is read.
         stop: The row before which reading ends.
@@ -62,6 +64,7 @@ class SplitReader:
         self.report: dict[str, Any] = {"rows": len(rows), "format": kind}
         # Whether `label` holds values that are no truth values in the first rows, so that it is just a column.
         self.labelled = any(row.get("label") is not None for row in islice(rows, formats.SAMPLE))
+        self.places, self.may_be_empty = 1, False
         self._lengths = array("q")
         self.counted: dict[str, None] = {}
         self.start, self.stop, self.is_part, self.packing = 0, len(rows), False, False
@@ -182,7 +185,7 @@ class SplitReader:
             ValueError: No row is left; the message says why.
         """
         self.report["kept"] = kept
-        if kept or self.is_part:
+        if kept or self.is_part or self.may_be_empty:
             return
         if self.report.get("dropped_too_long", 0) == self.report["rows"]:
             raise ValueError(

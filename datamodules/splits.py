@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.rows.questions import question_name
-from datamodules.rows.rows import RenamedRows, Rows
+from datamodules.rows.rows import RenamedRows, Rows, SequenceRows
 from datamodules.rows.sources import has_validation, open_source
 from datamodules.rows.splits import first_rows, take_share
+from datamodules.streams.stream import first_of
 
 if TYPE_CHECKING:
     from datamodules.base import AlignmentDataModule
@@ -47,8 +48,8 @@ class Splits:
         data, given = self.data, self.data.sources["validation"]
         share = given if isinstance(given, float) else None
         opened = "train" if share and split == "validation" else split
-        source = data.sources[opened]
-        rows: Rows = open_source(source, opened)
+        source, first = data.sources[opened], first_of(data, opened)
+        rows: Rows = open_source(source, opened) if first is None else SequenceRows(first, str(source))
         if split == "train" and given is None and has_validation(source):
             logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
         if share and split in ("train", "validation"):
@@ -69,17 +70,17 @@ class Splits:
         """
         data, rows = self.data, self.rows(split)
         seen = formats.summary(rows)
-        kind, prompts = self._recognise(split, rows, seen)
+        kind, prompts = self.recognise(split, rows, seen)
         if split == "validation" and prompts:
             rows = first_rows(rows, data.validation_prompts)
-        made = {split: self._made(self._reader(split, rows, kind, seen, data.overflow), prompts)}
+        made = {split: self._made(self.reader(split, rows, kind, seen, data.overflow), prompts)}
         if split == "validation" and not prompts and self._completes_validation():
             made |= self._prompts_of(rows)
         if split == "test" and data.test_targets:
             if data.gives_prompts or kind not in data.accepts:
                 raise ValueError(f"test_targets=True, but {rows.name} has no targets: its format is {kind!r}")
             if prompts:
-                made[TEST_TARGETS] = self._made(self._reader(TEST_TARGETS, rows, kind, seen, data.overflow), False)
+                made[TEST_TARGETS] = self._made(self.reader(TEST_TARGETS, rows, kind, seen, data.overflow), False)
         return made
 
     def first_prompts(self, count: int) -> Batches | None:
@@ -94,8 +95,17 @@ class Splits:
         reader = self._prompt_reader("validation", self.rows("validation"), count, overflow="truncate")
         return None if reader is None else reader.prompt_table()
 
-    def _recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
-        """The format of a split's rows, and whether their prompts alone are used."""
+    def recognise(self, split: str, rows: Rows, seen: dict[str, Any]) -> tuple[str, bool]:
+        """The format of a split's rows, and whether their prompts alone are used.
+
+        Args:
+            split: "train", "validation", "test" or "predict".
+            rows: Its rows.
+            seen: What `formats.summary` says of the first.
+
+        Raises:
+            ValueError: They have no format that the data module accepts.
+        """
         accepted = self.data.accepts
         if split in ("test", "predict"):  # prompts where the rows have some
             if kind := self._prompt_format(seen):
@@ -128,14 +138,23 @@ class Splits:
         first = first_rows(rows, count)
         seen = formats.summary(first)
         kind = self._prompt_format(seen)
-        return None if kind is None else self._reader(name, first, kind, seen, overflow)
+        return None if kind is None else self.reader(name, first, kind, seen, overflow)
 
     def _prompt_format(self, seen: dict[str, Any]) -> str | None:
         """The format of rows that have a prompt, in the module's own formats first; None: they have none."""
         own = [name for name in self.data.accepts if name != formats.TEXT]
         return formats.recognise(seen, own) or formats.recognise(seen, _PROMPTED)
 
-    def _reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
+    def reader(self, split: str, rows: Rows, kind: str, seen: dict[str, Any], overflow: str) -> SplitReader:
+        """Reads rows with the options of the data module.
+
+        Args:
+            split: Name of the split.
+            rows: The rows.
+            kind: Their format.
+            seen: What `formats.summary` says of the first.
+            overflow: What becomes of a row that is too long.
+        """
         data = self.data
         has_template = getattr(data.tokenizer, "chat_template", None) is not None
         as_chat = data.as_chat or (question_name(seen) == "instruction" and has_template)

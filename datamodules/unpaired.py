@@ -37,6 +37,7 @@ class UnpairedDataModule(AlignmentDataModule):
         """Tokenise the completions of a split."""
         pairs = reader.kind != formats.UNPAIRED
         names = ("chosen", "rejected") if pairs else ("completion",)
+        reader.places = len(names)
 
         def encode(examples: Sequence[Example]) -> list[list[tuple[Any, bool]]]:
             rows = zip(*(self.encoder.completions(examples, name) for name in names), strict=True)

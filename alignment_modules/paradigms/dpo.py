@@ -122,10 +122,11 @@ class DPOModule(UpdateModule):
         """Each prompt with its two completions."""
         return pair_segments(batch, takes=COLUMNS)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Moves a reference that follows the policy, before the step that is the first to see it moved."""
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Also moves a reference that follows the policy, before the step that is the first to see it moved."""
         if self.sync is not None:
             self.sync.after(self.global_step)
+        return super().on_train_batch_start(batch, batch_idx)
 
     def extra_state(self) -> dict[str, Any]:
         """After which step the reference was moved."""

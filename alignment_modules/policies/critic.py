@@ -15,6 +15,7 @@ from alignment_modules.policies.adapters import adapter_is_identity, has_adapter
 from alignment_modules.policies.compiling import compile_as
 from alignment_modules.policies.config import PolicyConfig, dtype_name, from_mapping
 from alignment_modules.policies.forward import find_head, language_model
+from alignment_modules.policies.input_start import is_marked, start_later
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import carry_marks, quantized_layers
@@ -139,6 +140,8 @@ def _adapted_as(policy: Any, model: nn.Module) -> nn.Module:
     adapter.task_type, adapter.base_model_name_or_path = "SEQ_CLS", None  # whose head is trained whole
     adapted: Any = peft.get_peft_model(model, adapter)
     adapted.adapter_lr_ratio = getattr(policy, "adapter_lr_ratio", 1.0)
+    if is_marked(policy):
+        start_later(adapted)
     return adapted
 
 

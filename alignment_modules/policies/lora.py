@@ -20,6 +20,7 @@ from alignment_modules.functional.ranges import Count, Positive, Range, check_op
 from alignment_modules.policies.adapter_start import start_from_base, starts_from_base
 from alignment_modules.policies.added_tokens import ends, tied, token_ids
 from alignment_modules.policies.forward import classifies
+from alignment_modules.policies.input_start import start_later, starts_from_inputs
 
 
 @dataclass
@@ -38,8 +39,9 @@ class LoraConfig:
         use_dora: Also train each output's magnitude (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
         init: What the adapters start with. "kaiming" and "gaussian" draw `A` and have `B` at 0. "pissa" starts from the
             principal part of each weight (https://arxiv.org/abs/2404.02948), "pissa_niter_16" from an approximation of
-            it that is faster on wide layers, "olora" from a QR decomposition (https://arxiv.org/abs/2406.01775). The
-            policy starts as its base with any of them.
+            it that is faster on wide layers, "olora" from a QR decomposition (https://arxiv.org/abs/2406.01775). "eva"
+            has `B` at 0 and `A` at the main directions of what each layer reads of the run's first batch
+            (https://arxiv.org/abs/2410.07170). The policy starts as its base with any of them.
         lr_ratio: The adapters' learning rate, in that of the optimizer. 10 makes of a rate that is right for all
             weights one that is right for adapters (Schulman et al. 2025, "LoRA Without Regret").
     """
@@ -52,7 +54,7 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
-    init: Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora", "eva"] = "kaiming"
     lr_ratio: Positive = 1.0
 
 
@@ -112,15 +114,17 @@ def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         ) from error
     if starts_from_base(config.init):
         start_from_base(adapted, config.init)
+    if starts_from_inputs(config.init):
+        start_later(adapted)
     adapted.adapter_lr_ratio = config.lr_ratio
     return adapted
 
 
 def _check_options(config: LoraConfig) -> None:
-    if config.init in ("eva", "corda", "lora_ga"):
+    if config.init in ("corda", "lora_ga"):
         raise ValueError(
-            f"lora.init={config.init!r} starts from activations or gradients on data, and a policy is built before its "
-            "data is read. Of those that need none, 'pissa' and 'olora' start from the weights."
+            f"lora.init={config.init!r} is not supported: it decomposes weights by covariances or gradients on data. "
+            "'eva' starts from what the layers read, 'pissa' and 'olora' from the weights."
         )
     check_options(LoraConfig, vars(config), "lora.")
     if not config.target_modules:

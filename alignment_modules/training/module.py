@@ -44,6 +44,7 @@ from alignment_modules.rollouts.engines import Engine, InProcessEngine
 from alignment_modules.training.checkpoint import CheckpointContract
 from alignment_modules.training.frozen_weights import frozen_children
 from alignment_modules.training.hyperparameters import PlainHyperparameters, keep_hyperparameters
+from alignment_modules.training.input_start import InputStart
 from alignment_modules.training.makers import check_makers, make_optimizers
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.objective import Objective, with_value
@@ -54,7 +55,7 @@ from alignment_modules.training.steps import finish_step, tell_clipped
 from alignment_modules.training.window import TINY, Window
 
 
-class AlignmentModule(CheckpointContract, ShardedModule, PlainHyperparameters, L.LightningModule):
+class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperparameters, L.LightningModule):
     """Common base of all paradigms.
 
     Args:
@@ -99,9 +100,8 @@ class AlignmentModule(CheckpointContract, ShardedModule, PlainHyperparameters, L
         keep_hyperparameters(self)
         self.policy = build_policy(policy, head=self.head, balanced=self.balances_experts)
         self._kept_frozen = ("policy",) if is_fresh(policy) else ()
-        self.make_optimizer = optimizer
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.override_lr = override_lr
-        self.make_lr_scheduler = lr_scheduler
         stops = own_stop_ids(self.policy, vocabulary_size(self.policy))
         self.codec = Codec(load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, stops)
         self.engine: Engine = InProcessEngine(self.codec)

@@ -80,6 +80,37 @@ class SequenceRows:
         return content_of(self) if self._identity is None else self._identity
 
 
+def parse_line(path: Path, raw: bytes, line: int, *, check: bool = True) -> dict[str, Any]:
+    """The row that a line of a JSON Lines file holds.
+
+    Args:
+        path: The file, for messages.
+        raw: The line.
+        line: Its number, from 1.
+        check: Whether to read strictly; a line that was, once, need not be again.
+
+    Raises:
+        ValueError: The line is not valid UTF-8 or JSON, or not an object; the message starts with `path:line`.
+    """
+    try:
+        text = raw.decode("utf-8-sig")
+        row = strict_json(text) if check else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}; each line must hold one JSON object"
+        ) from None
+    except ValueError as error:  # what JSON allows and cannot be used
+        raise ValueError(f"{path}:{line}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{path}:{line}: holds a JSON {type(row).__name__}; each line must hold one JSON object "
+            'such as {"prompt": ..., "completion": ...}'
+        )
+    return row
+
+
 class JsonlRows:
     """A JSON Lines file that stays on disk: every line is checked once, then rows are parsed when asked for.
 
@@ -105,31 +136,11 @@ class JsonlRows:
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
-                    self._parse(raw, number, check=True)
+                    parse_line(self.path, raw, number)
                     offsets.append(offset)
                     lines.append(number)
                 offset += len(raw)
         return Lines.of(offsets, lines)
-
-    def _parse(self, raw: bytes, line: int, check: bool = False) -> dict[str, Any]:
-        try:
-            text = raw.decode("utf-8-sig")
-            row = strict_json(text) if check else json.loads(text)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.path}:{line}: not valid JSON: {error.msg} at column {error.colno}; "
-                "each line must hold one JSON object"
-            ) from None
-        except ValueError as error:  # what JSON allows and cannot be used
-            raise ValueError(f"{self.path}:{line}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{self.path}:{line}: holds a JSON {type(row).__name__}; each line must hold one JSON object "
-                'such as {"prompt": ..., "completion": ...}'
-            )
-        return row
 
     def __len__(self) -> int:
         return len(self._places.offsets)
@@ -137,7 +148,7 @@ class JsonlRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(int(self._places.offsets[index]))
-            return self._parse(file.readline(), int(self._places.lines[index]))
+            return parse_line(self.path, file.readline(), int(self._places.lines[index]), check=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.between(0, len(self))
@@ -152,7 +163,7 @@ class JsonlRows:
                 while not (raw := file.readline()).strip():
                     if not raw:
                         raise ValueError(f"{self.path}:{line}: the file ends here; it was longer when it was opened")
-                yield self._parse(raw, line)
+                yield parse_line(self.path, raw, line, check=False)
 
     def where(self, index: int) -> str:
         """Describe the place of row `index` as `path:line`."""
@@ -214,16 +225,18 @@ class RenamedRows:
     Args:
         rows: The rows.
         names: New name of each old one.
+        first: The row that must have the columns; None: the table's first.
 
     Raises:
-        ValueError: The first row lacks a column that is to be renamed, or a new name is already taken.
+        ValueError: That row lacks a column that is to be renamed, or a new name is already taken.
     """
 
-    def __init__(self, rows: Rows, names: Mapping[str, str]) -> None:
+    def __init__(self, rows: Rows, names: Mapping[str, str], first: Mapping[str, Any] | None = None) -> None:
         self.rows, self.names, self.name = rows, dict(names), rows.name
-        unknown = sorted(set(names) - set(rows[0]))
+        first = rows[0] if first is None else first
+        unknown = sorted(set(names) - set(first))
         if unknown:
-            raise ValueError(f"columns={dict(names)}: {rows.name} has no column {unknown}; found {sorted(rows[0])}")
+            raise ValueError(f"columns={dict(names)}: {rows.name} has no column {unknown}; found {sorted(first)}")
         twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
         if twice:
             raise ValueError(f"columns={dict(names)}: two columns would be called {twice[0]!r}")

@@ -69,20 +69,34 @@ def load_from_hub(source: str, split: str) -> Rows:
     Raises:
         ValueError: It cannot be loaded, or has no such split.
     """
+    picked = hub_split(source, split)
+    files = [identity_of_file(Path(file["filename"])) for file in picked.cache_files]
+    return DatasetRows(picked, source, files or None)
+
+
+def hub_split(source: str, split: str, *, streaming: bool = False) -> Any:
+    """A split of a hub data set: a `datasets.Dataset` or, to be read over the network, an `IterableDataset`.
+
+    Args:
+        source: `owner/name[@config][:split]`.
+        split: "train", "validation", "test" or "predict".
+        streaming: Whether nothing is to be downloaded before it is read.
+
+    Raises:
+        ValueError: It cannot be loaded, or has no such split.
+    """
     import datasets
 
     identifier, _, chosen = source.partition(":")
     identifier, _, config = identifier.partition("@")
     try:
-        loaded = datasets.load_dataset(identifier, config or None)
+        loaded = datasets.load_dataset(identifier, config or None, streaming=streaming)
     except Exception as error:  # the hub client raises many unrelated classes
         raise ValueError(
             f"{split}={source!r} is no file or folder here, and loading it as a hub data set failed: "
             f"{type(error).__name__}: {error}"
         ) from error
-    picked = _pick_split(loaded, chosen, split, source)
-    files = [identity_of_file(Path(file["filename"])) for file in picked.cache_files]
-    return DatasetRows(picked, source, files or None)
+    return _pick_split(loaded, chosen, split, source)
 
 
 def _pick_split(loaded: Mapping[str, Any], chosen: str, split: str, name: str) -> Any:
@@ -113,20 +127,24 @@ def _is_dataset(source: Any) -> bool:
     return datasets is not None and isinstance(source, datasets.Dataset)
 
 
-def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
+def find_path(source: str) -> tuple[Path, str]:
+    """The path that a source names, which may not exist, and the split that stands behind a folder's."""
     location, _, chosen = source.rpartition(":") if ":" in source else (source, "", "")
     path = Path(source).expanduser()
     if not path.exists() and location and Path(location).expanduser().is_dir():
-        path = Path(location).expanduser()  # a saved folder with ":split" at its end
-    else:
-        chosen = ""
+        return Path(location).expanduser(), chosen
+    return path, ""
+
+
+def _open_path_or_hub(source: str, split: str, keeper: Keeper) -> Rows:
+    path, chosen = find_path(source)
     if path.is_dir():
         return _open_folder(path, chosen, split, keeper)
     if path.is_file():
         return _open_file(path, split, keeper)
     if is_hub_id(source):
         return load_from_hub(source, split)
-    raise ValueError(_not_found(source, split))
+    raise ValueError(not_found(source, split))
 
 
 def check_sources(sources: Mapping[str, Any], splits: Sequence[str]) -> None:
@@ -140,24 +158,38 @@ def check_sources(sources: Mapping[str, Any], splits: Sequence[str]) -> None:
         if not isinstance(source, str) or is_hub_id(source):
             continue
         if not any(Path(path).expanduser().exists() for path in (source, source.rpartition(":")[0] or source)):
-            raise ValueError(_not_found(source, split))
+            raise ValueError(not_found(source, split))
 
 
-def _not_found(source: str, split: str) -> str:
+def not_found(source: str, split: str) -> str:
+    """What to say of a path that is not there."""
     folder = Path(source).expanduser().absolute().parent
     there = sorted(entry.name for entry in folder.iterdir())[:10] if folder.is_dir() else []
     found = f"{folder} holds {there}" if folder.is_dir() else f"there is no folder {folder} either"
     return f"{split}={source!r}: no such file or folder; {found}"
 
 
-def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        import datasets
+def open_saved(path: Path, chosen: str, split: str) -> Any:
+    """The `datasets.Dataset` that a folder saved by `datasets` holds for a split; None: the folder is none."""
+    if not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        return None
+    import datasets
 
-        loaded = datasets.load_from_disk(str(path))
-        if isinstance(loaded, datasets.DatasetDict):
-            loaded = _pick_split(loaded, chosen, split, str(path))
-        return DatasetRows(loaded, str(path), [identity_of_folder(path), chosen or split])
+    loaded = datasets.load_from_disk(str(path))
+    return _pick_split(loaded, chosen, split, str(path)) if isinstance(loaded, datasets.DatasetDict) else loaded
+
+
+def folder_files(path: Path, chosen: str, split: str) -> list[Path]:
+    """Data files of a folder for a split, all of one kind, in order.
+
+    Args:
+        path: The folder.
+        chosen: Name of a split; empty: that of `split`, where names of files tell it, else all files.
+        split: "train", "validation", "test" or "predict".
+
+    Raises:
+        ValueError: There are none, or of several kinds.
+    """
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     by_split = split_files(path, SUFFIXES)
     if by_split or chosen:
@@ -179,7 +211,14 @@ def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
             f"{split}={str(path)!r}: the folder must be one saved by `datasets` or hold data files of one kind "
             f"({', '.join(SUFFIXES)}); found {kinds or 'none'}"
         )
-    return ConcatRows([_open_file(file, split, keeper) for file in files], str(path))
+    return files
+
+
+def _open_folder(path: Path, chosen: str, split: str, keeper: Keeper) -> Rows:
+    saved = open_saved(path, chosen, split)
+    if saved is not None:
+        return DatasetRows(saved, str(path), [identity_of_folder(path), chosen or split])
+    return ConcatRows([_open_file(file, split, keeper) for file in folder_files(path, chosen, split)], str(path))
 
 
 def _open_file(path: Path, split: str, keeper: Keeper) -> Rows:

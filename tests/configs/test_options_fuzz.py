@@ -31,6 +31,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
 from alignment_modules.training.schedules import Schedule
+from datamodules.streams.options import StreamOptions
 
 MODULES = [c for c in subclasses([AlignmentModule]) if c.__module__.startswith("alignment_modules.")]
 DATA = [c for c in subclasses([LightningDataModule]) if c.__module__.startswith("datamodules.")]
@@ -69,6 +70,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "columns": [3, "nosuch", [1]],
     "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
     "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
+    "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -129,6 +131,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "stream", StreamOptions
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "stream":
+        return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":
         return configuration("data", datamodules.SFTDataModule, {"train": spec})
     module = "GRPOModule" if group == "reward" else "SFTModule"

@@ -19,6 +19,7 @@ FURTHER += [f"{name} lora" for name in ROWS]
 FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [f"dpo {kind}" for kind in ADAPTERS]
+FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 

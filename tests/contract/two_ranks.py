@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
@@ -174,6 +175,12 @@ def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
     return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
 
 
+def starting(policy: torch.nn.Module) -> torch.nn.Module:
+    """A policy whose adapters start from what their layers read."""
+    torch.manual_seed(2)
+    return add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, init="eva"))
+
+
 def cases(policy: torch.nn.Module) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
@@ -205,6 +212,8 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
             lambda options=options: make("dpo", policy=adapted(policy, **options), reference=None),
             ROWS["dpo"].batch,
         )
+    yield "ppo eva", lambda: make("ppo", policy=starting(policy), reference=None, critic=None), ROWS["ppo"].batch
+    yield "sft eva", lambda: make("sft", policy=starting(policy)), ROWS["sft"].batch
     for name, kind in QUANTIZED:
         held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
         yield (

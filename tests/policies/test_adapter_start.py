@@ -138,7 +138,6 @@ def test_shapes_alone(llama_folder):
         ({"dropout": 0.1}, "lora.dropout=0.1 with lora.init='pissa'"),
         ({"use_dora": True}, "lora.use_dora=True with lora.init='pissa'"),
         ({"r": 17}, r"lora.r=17 with lora.init='pissa': .*k_proj.* has the weight 16 x 32, of rank 16 at most"),
-        ({"init": "eva"}, "lora.init='eva' starts from activations or gradients on data"),
         ({"init": "svd"}, "lora.init='svd'.*kaiming.*pissa_niter_16"),
     ],
 )

@@ -96,6 +96,11 @@ def _check_data(name: str, data: Any) -> None:
             f"source {name!r} is a {type(data).__name__}; it must be a data module such as SFTDataModule, alone or as "
             "`data` of a MixtureSource"
         )
+    if data.streaming is not None:
+        raise ValueError(
+            f"source {name!r}: its training rows are a stream, and a mixture needs to know how many there are; leave "
+            "stream out, or give rows with a length"
+        )
     for option in _OF_THE_MIXTURE:
         value = getattr(data, option)
         if (value or None) != (_DEFAULTS[option] or None):

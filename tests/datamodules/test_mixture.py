@@ -15,6 +15,7 @@ from datamodules import (
     SFTDataModule,
     UnpairedDataModule,
 )
+from datamodules.streams.options import StreamOptions
 from datamodules.tasks import AdditionPrompts
 
 SUMS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(10)]
@@ -344,6 +345,11 @@ def part(**options):
             {"a": MixtureSource(SFTDataModule(validation=SUMS), weight=1)},
             {},
             "source 'a': weight=1 has no effect, as train",
+        ),
+        (
+            {"a": SFTDataModule(train="x.jsonl", stream=StreamOptions())},
+            {},
+            "source 'a': its training rows are a stream",
         ),
         ({"a": MixtureDataModule(sources={"b": part()})}, {}, "a mixture cannot be a source"),
         ({"a": part()}, {"temperature": 0.5}, "temperature=0.5 must be a finite number of 1 or more"),

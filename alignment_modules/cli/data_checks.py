@@ -29,6 +29,12 @@ def check_data(data: Namespace | None, command: str) -> None:
     if data is None or not _is_ours(data.class_path):
         return
     sources = dict(_sources(given))
+    if dotted := next((name for name in sources if "." in name), None):
+        name = dotted.partition(".")[0]
+        raise ValueError(
+            f"data.sources.{dotted}: a source begins with its data module, as in --data.sources.{name} SFTDataModule "
+            f"--data.sources.{name}.train FILE; a weight and the like need a configuration file"
+        )
     if sources and not any(options.get(split) is not None for options in sources.values()):
         raise ValueError(
             f"data.sources: `align {command}` needs rows, and none of {', '.join(sources)} has {split} rows; give one "

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -80,6 +80,8 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None, kind: str
             yield f"--{option}{_shown(read)}: must be {_wanted(name, hint)}"
         return
     if not isinstance(read, dict | str):
+        if any(fits(read, a) for a in _alternatives(hint) if get_origin(a) is Annotated):
+            return
         if hint is None or read is not None or NoneType not in _kinds(hint):
             yield f"--{option}{_shown(read)}: must be {_wanted(name, hint)}"
         return
@@ -146,8 +148,7 @@ def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
 
 def _in_value(option: str, value: Any, hint: Any) -> Iterator[str]:
     """A plain value. Of a union the classes do not count: none of them can be written as plain text."""
-    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = [a for a in alternatives if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
+    plain = [a for a in _alternatives(hint) if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
     read = value.read() if isinstance(value, Text) else value
     if plain and not any(_means(form, a) for a in plain for form in (read, value)):
         yield f"--{option}{_shown(value)}: must be {' or '.join(map(describe, plain))}"
@@ -204,7 +205,11 @@ def _deepest(option: str, value: Any) -> tuple[str, Any]:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    return {get_origin(a) or a for a in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))}
+    return {get_origin(a) or a for a in _alternatives(hint)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _wanted(name: str, hint: Any) -> str:

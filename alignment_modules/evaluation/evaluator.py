@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from alignment_modules.evaluation.config import EvaluationConfig
 from alignment_modules.evaluation.metrics import pass_at_k
 from alignment_modules.evaluation.text import TextPrompts, complete_text
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.sources import SOURCES, by_source
+from alignment_modules.functional.statistics import RowSums, Statistic
 from alignment_modules.rewards import ExactMatch, RewardError, RewardSet
 from alignment_modules.rollouts import Completions, SamplingParameters
 from alignment_modules.rollouts.actor import judge
@@ -28,6 +30,7 @@ from alignment_modules.rollouts.codec import (
     real_tokens,
 )
 from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.limits import check_kept, check_limits, limited_prompts
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
@@ -97,21 +100,22 @@ class Evaluator:
         if greedy is None:
             greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
         reward, rows = self._judge(batch, greedy, self._rows(batch), "completion")
-        applies = ~reward.isnan()
-        statistics = {
-            "exact_match": Statistic((reward >= 1.0).double().sum(), applies.sum()),
-            "reward": Statistic(reward.nansum(), applies.sum()),
-            "frac_not_judged": Statistic((~applies).sum(), float(applies.numel())),
-            **length_statistics(greedy.mask, greedy.truncated),
+        own, applies, lengths = reward[:, 0], ~reward[:, 0].isnan(), greedy.mask.sum(dim=1)
+        told = length_statistics(greedy.mask, greedy.truncated)
+        told["frac_not_judged"] = Statistic((~applies).sum(), float(applies.numel()))
+        sums = {
+            "exact_match": RowSums((own >= 1.0).double(), applies),
+            "reward": RowSums(own.nan_to_num(), applies),
+            "completions/mean_length": RowSums(lengths, torch.ones_like(lengths)),
         }
         if config.num_samples:
             samples = self.generate(policy, batch, self.parameters(), num_samples=config.num_samples, seed=config.seed)
             reward, rows = self._judge(batch, samples, rows, "completions")
             correct, applies = (reward >= 1.0).double(), ~reward.isnan()
-            solved = pass_at_k(correct, config.num_samples)
-            statistics[f"pass@{config.num_samples}"] = Statistic(solved.sum(), applies.any(dim=1).sum())
-            statistics["sample_accuracy"] = Statistic(correct.sum(), applies.sum())
-        return Measured(statistics, rows)
+            sums[f"pass@{config.num_samples}"] = RowSums(pass_at_k(correct, config.num_samples), applies.any(dim=1))
+            sums["sample_accuracy"] = RowSums(correct.sum(dim=1), applies.sum(dim=1))
+        means = {name: one.mean for name, one in sums.items()}
+        return Measured(means | told | by_source(sums, batch.get(SOURCES)), rows)
 
     def predict(self, policy: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.
@@ -175,8 +179,9 @@ class Evaluator:
         """
         if isinstance(batch, (str, list)):
             return complete_text(self, policy, batch, parameters, num_samples=num_samples, seed=seed)
-        prompts = Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"])
-        return self.complete(policy, prompts, parameters, num_samples, Seeds(prompt_indices(batch), seed, step))
+        check_limits(batch, len(batch["prompts"]))
+        seeds = Seeds(prompt_indices(batch), seed, step)
+        return self.complete(policy, limited_prompts(batch), parameters, num_samples, seeds)
 
     def complete(
         self, policy: nn.Module, prompts: Prompts, parameters: SamplingParameters | None, num_samples: int, seeds: Seeds
@@ -190,7 +195,8 @@ class Evaluator:
         if self.codec.tokenizer is None and not parameters.stop_token_ids:
             raise ValueError("tokenizer=None: generation needs one to know where completions stop; give the module one")
         self.engine.push(policy)
-        return self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+        found = self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+        return check_kept(found, prompts.limits, type(self.engine).__name__)
 
     def parameters(self, *, greedy: bool = False) -> SamplingParameters:
         """How `test` and `predict` sample."""

@@ -36,7 +36,7 @@ from alignment_modules.functional.preference import (
     length_desensitized_logps,
     preference_loss,
 )
-from alignment_modules.functional.reductions import REDUCTIONS, aggregate, masked_mean
+from alignment_modules.functional.reductions import REDUCTIONS, aggregate, aggregate_rows, masked_mean
 from alignment_modules.functional.reference_free import (
     REFERENCE_FREE_LOSSES,
     ReferenceFreeLoss,
@@ -95,6 +95,7 @@ __all__ = [
     "Surrogate",
     "UnpairedLoss",
     "aggregate",
+    "aggregate_rows",
     "as_correction",
     "binary_kl",
     "check_reference_free",

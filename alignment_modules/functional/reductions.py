@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignment_modules.functional.checks import check_choice, check_positive, check_same_shape
+from alignment_modules.functional.statistics import RowSums
 
 REDUCTIONS = (
     "token_mean",
@@ -62,6 +63,37 @@ def aggregate(
     >>> aggregate(torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 0, 0]]), reduction="token_mean")
     (tensor(4.), tensor(4.))
     """
+    sums = aggregate_rows(
+        values, mask, reduction=reduction, max_length=max_length, group_size=group_size, prompt_tokens=prompt_tokens
+    )
+    return sums.totals.sum(), sums.weights.sum()
+
+
+def aggregate_rows(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str,
+    max_length: int | None = None,
+    group_size: int | None = None,
+    prompt_tokens: Tensor | None = None,
+) -> RowSums:
+    """What each row adds to both sums of `aggregate`: `[batch]`, or `[prompts]` where `group_size` says what is one.
+
+    Args:
+        values: As in `aggregate`.
+        mask: Likewise.
+        reduction: Likewise.
+        max_length: Likewise.
+        group_size: Likewise.
+        prompt_tokens: Likewise.
+
+    Raises:
+        ValueError: As in `aggregate`.
+
+    >>> aggregate_rows(torch.ones(2, 3), torch.tensor([[1, 1, 1], [1, 0, 0]]), reduction="token_mean").totals
+    tensor([3., 1.])
+    """
     check_choice("reduction", reduction, REDUCTIONS)
     check_same_shape(values=values, mask=mask)
     mask = mask.bool()
@@ -69,22 +101,22 @@ def aggregate(
     counts = mask.sum(dim=-1)
     dtype = torch.promote_types(values.dtype, torch.float32)  # half precision cannot count beyond a few hundred
     if reduction == "token_mean":
-        return sums.sum(), counts.sum().to(dtype)
+        return RowSums(sums, counts.to(dtype))
     if reduction == "prompt_mean" and prompt_tokens is not None:
         shares = torch.where(counts > 0, 1 / prompt_tokens.to(dtype).clamp(min=1), 0.0)
-        return (sums * shares).sum(), (counts * shares).sum()
+        return RowSums(sums * shares, counts * shares)
     if reduction == "prompt_mean":
         rows = check_positive("group_size (needed by reduction='prompt_mean')", group_size or 0)
         if len(sums) % int(rows):
             raise ValueError(f"group_size must divide the batch of {len(sums)} rows, got {group_size}")
         sums, counts = sums.view(-1, int(rows)).sum(dim=1), counts.view(-1, int(rows)).sum(dim=1)
-    weight = (counts > 0).sum().to(dtype)
+    weights = (counts > 0).to(dtype)
     if reduction in ("sequence_mean_token_mean", "prompt_mean"):
-        return (sums / counts.clamp(min=1)).sum(), weight
+        return RowSums(sums / counts.clamp(min=1), weights)
     if reduction == "sequence_mean_token_sum_norm":
         length = check_positive("max_length (needed by reduction='sequence_mean_token_sum_norm')", max_length or 0)
-        return sums.sum() / length, weight
-    return sums.sum(), weight
+        return RowSums(sums / length, weights)
+    return RowSums(sums, weights)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

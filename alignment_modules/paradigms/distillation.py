@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignment_modules.functional import Divergence
 from alignment_modules.functional.divergence import JsdBeta
 from alignment_modules.functional.ranges import Count, Positive, Seed, Share, check_options
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums
 from alignment_modules.policies.divergence import divergence
 from alignment_modules.policies.frozen import Frozen, frozen_companion
 from alignment_modules.policies.load import PolicyConfig
@@ -21,7 +21,7 @@ from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.training.engines import EngineModule
-from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
+from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, row_weights, weigh
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.own_rows import OwnRows
 
@@ -157,21 +157,20 @@ class DistillationModule(EngineModule):
             name: weigh(divergence(reading, lesson, vocabulary=self._compared.get(name), **self.options), mask, weights)
             for name, lesson in lessons.items()
         }
-        total, weight = torch.stack([part.sum() for part in parts.values()]).sum(), total_weight(mask, weights)
-        statistics = {"loss": Statistic(total, weight)} | {
-            f"divergence/{name}": Statistic(part.detach().sum(), total_weight(lessons[name].segments.mask(), weights))
+        losses = torch.stack([part.sum(dim=1) for part in parts.values()]).sum(dim=0)
+        statistics = {
+            f"divergence/{name}": RowSums(part.sum(dim=1), row_weights(lessons[name].segments.mask(), weights)).mean
             for name, part in parts.items()
             if name
         }
+        rows: dict[str, RowSums] = {}
         if not self.training or self.logging_due:
             asked: tuple[Ask, ...] = ("entropy", "accuracy")
             with torch.no_grad():
                 scores = score(reading, ask=asked)
-            tokens = mask.sum()
-            statistics["nll_loss"] = Statistic(-scores.token_logps.sum(), tokens)
-            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), tokens)  # type: ignore[union-attr]
-            statistics["entropy"] = Statistic(scores.entropy.sum(), tokens)  # type: ignore[union-attr]
-        return Objective.of(total, weight, statistics)
+            told = {"nll_loss": -scores.token_logps, "mean_token_accuracy": scores.correct, "entropy": scores.entropy}
+            rows = {name: RowSums(values.sum(dim=1), mask.sum(dim=1)) for name, values in told.items()}  # type: ignore[union-attr]
+        return Objective.of_rows(losses, row_weights(mask, weights), statistics, rows)
 
     def describe(self) -> dict[str, str]:
         """Adds the divergence and its normaliser."""

@@ -109,8 +109,8 @@ class KTOModule(UpdateModule):
         logps, reference_logps, counted = self.logps(batch.get("segments") or self.segments(batch))
         desirable = batch["label"].bool()
         losses = unpaired_loss(logps, reference_logps, desirable, kl, loss=self.loss, beta=self.beta, **self.weights)
-        total, weight = (losses * counted).sum(), counted.sum()
-        statistics = {"loss": Statistic(total, weight)} | ({} if kl is None else {"kl": Statistic(kl * weight, weight)})
+        weight = counted.sum()
+        statistics = {} if kl is None else {"kl": Statistic(kl * weight, weight)}
         kinds = torch.stack([desirable & counted, ~desirable & counted])
         rewards = (self.beta * (logps.detach() - reference_logps) * kinds).sum(dim=1)
         sums, counts = (logps.detach() * kinds).sum(dim=1), kinds.sum(dim=1)
@@ -118,7 +118,7 @@ class KTOModule(UpdateModule):
         for side, name in enumerate(("chosen", "rejected")):
             statistics[f"rewards/{name}"] = Statistic(rewards[side], counts[side])
             statistics[f"logps/{name}"] = Statistic(sums[side], counts[side])
-        return Objective.of(total, weight, statistics)
+        return Objective.of_rows(losses * counted, counted, statistics)
 
     def describe(self) -> dict[str, str]:
         """Adds the loss and its normaliser."""

@@ -1,6 +1,7 @@
 """Odds ratio preference optimization (arXiv:2403.07691): fine-tuning and preference in one loss, no reference."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -71,7 +72,7 @@ class ORPOModule(UpdateModule):
         sides, prompts = lengths[: 2 * pairs].view(-1, 2), lengths[2 * pairs :]
         counted = sides.amin(dim=1) > 0
         tokens = sides[:, 0] + (prompts if self.nll_on_prompt else 0)
-        return {"nll": (tokens * counted).sum(), "odds_ratio": counted.sum()}
+        return {"nll": tokens * counted, "odds_ratio": counted}
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """The likelihood summed over its unit, the odds ratio's term over pairs."""
@@ -96,8 +97,8 @@ class ORPOModule(UpdateModule):
     def _of_tokens(self, found: Objective, nll: Tensor, tokens: Tensor, ratio: Tensor, counted: Tensor) -> Objective:
         """The two terms, each with the number of its units."""
         terms = {
-            "nll": Term((nll * counted).sum(), (tokens * counted).sum()),
-            "odds_ratio": Term((ratio * counted).sum(), counted.sum(), self.beta),
+            "nll": Term.of_rows(nll * counted, tokens * counted),
+            "odds_ratio": Term.of_rows(ratio * counted, counted, self.beta),
         }
         totals = [terms["nll"].total.detach(), -terms["odds_ratio"].scaled.detach()]
         units = torch.stack([term.weight for term in terms.values()])
@@ -105,7 +106,7 @@ class ORPOModule(UpdateModule):
             "loss": Statistic(torch.stack(totals), units, "difference"),
             "nll_loss": Statistic(totals[0], units[0]),
         }
-        return Objective(terms, found.statistics | own)
+        return replace(found, terms=terms, statistics=found.statistics | own)
 
     def describe(self) -> dict[str, str]:
         """Adds the loss and its normaliser."""

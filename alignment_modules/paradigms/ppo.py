@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alignment_modules.functional import (
-    aggregate,
+    aggregate_rows,
     generalized_advantages,
     length_adaptive_lambda,
     token_rewards,
@@ -150,21 +150,21 @@ class PPOModule(ActorCriticModule):
 
     def more_units(self, rollout: Rollout) -> dict[str, Tensor]:
         """The tokens of completions with a reward above 0, where their likelihood is learnt."""
-        return {"positive_nll": _positive(rollout).sum()} if self.positive_nll_coef else {}
+        return {"positive_nll": _positive(rollout).sum(dim=1)} if self.positive_nll_coef else {}
 
     def more_terms(self, rollout: Rollout, scores: Scores) -> dict[str, Term]:
         """The negative log-likelihood of completions with a reward above 0 (VAPO, arXiv:2504.05118, eq. 12)."""
         if not self.positive_nll_coef:
             return {}
         mask = _positive(rollout).to(self.device, non_blocking=True)
-        total, weight = aggregate(-scores.token_logps, mask, reduction="token_mean")
-        return {"positive_nll": Term(total, weight, self.positive_nll_coef)}
+        sums = aggregate_rows(-scores.token_logps, mask, reduction="token_mean")
+        return {"positive_nll": Term.of_rows(*sums, self.positive_nll_coef)}
 
     def policy_objective(self, rollout: Rollout, scores: Scores) -> Objective:
         """Also logs the surrogate under the names of TRL's PPO."""
         found = super().policy_objective(rollout, scores)
         statistics = update_statistics(rollout, scores, found.statistics) if self.logging_due else {}
-        return Objective(found.terms, found.statistics | statistics)
+        return replace(found, statistics=found.statistics | statistics)
 
     def extra_state(self) -> dict[str, Any]:
         """Adds the deviation of the rewards so far."""

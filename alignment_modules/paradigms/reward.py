@@ -13,7 +13,7 @@ from alignment_modules.policies.reading import read
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
-from alignment_modules.training.pairs import PAIR_KEYS, pair_segments, pair_statistics
+from alignment_modules.training.pairs import PAIR_KEYS, pair_rows, pair_segments
 
 _BINS = 10  # of the calibration error, equally wide over probabilities from 0.5 to 1
 
@@ -70,9 +70,8 @@ class RewardModule(AlignmentModule):
             margins=None if margins is None else margins.to(rewards),
             center_coef=self.center_coef,
         )
-        total, weight = (losses * counted).sum(), counted.sum()
-        statistics = {"loss": Statistic(total, weight)} | _statistics(rewards.detach(), counted)
-        return Objective.of(total, weight, statistics)
+        statistics, rows = _statistics(rewards.detach(), counted), pair_rows(rewards, counted)
+        return Objective.of_rows(losses * counted, counted, statistics, rows)
 
     def describe(self) -> dict[str, str]:
         """Adds the loss and its normaliser."""
@@ -83,12 +82,11 @@ class RewardModule(AlignmentModule):
 
 
 def _statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:
-    """What is logged of rewards `[pairs, 2]`, over the pairs that are `counted` `[pairs]`."""
+    """What else is logged of rewards `[pairs, 2]`, over the pairs that are `counted` `[pairs]`."""
     differences = rewards[:, 0] - rewards[:, 1]
     right = (differences > 0).to(differences)
     weight = counted.sum()
-    found = pair_statistics(rewards, counted)
-    found["rewards/mean"] = Statistic((rewards.mean(dim=1) * counted).sum(), weight)
+    found = {"rewards/mean": Statistic((rewards.mean(dim=1) * counted).sum(), weight)}
     for kind, beyond in (("min", torch.inf), ("max", -torch.inf)):
         held = torch.where(counted[:, None], rewards, beyond).flatten()
         held = torch.cat([held, held.new_full((1,), beyond)])

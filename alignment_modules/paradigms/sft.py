@@ -5,15 +5,15 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from alignment_modules.functional import aggregate
+from alignment_modules.functional import aggregate_rows
 from alignment_modules.functional.ranges import NonNegative, Positive, Range, check_options
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums
 from alignment_modules.policies.noise import find_embedding
 from alignment_modules.policies.reading import read
 from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.training.balancing import SHARES, ExpertBalance
-from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, total_weight, weigh
+from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, row_weights, weigh
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.updates import UpdateModule
 
@@ -91,7 +91,7 @@ class SFTModule(UpdateModule):
         if self.balance is None:
             return None
         segments = piece.get("segments") or self.segments(piece)
-        return self.balance.units({"loss": total_weight(segments.mask(), piece.get(LOSS_WEIGHTS))}, segments)
+        return self.balance.units({"loss": row_weights(segments.mask(), piece.get(LOSS_WEIGHTS))}, segments)
 
     def objective(self, batch: dict[str, Any]) -> Objective:
         """Negative log-likelihood summed over the supervised tokens, by their weights."""
@@ -113,13 +113,13 @@ class SFTModule(UpdateModule):
         if scores.normalizer is not None:
             loss = loss + self.z_loss * scores.normalizer.square()
         weights = batch.get(LOSS_WEIGHTS)
-        total, tokens = aggregate(weigh(loss, scores.mask, weights), scores.mask, reduction="token_mean")
-        weight = tokens if weights is None else total_weight(scores.mask, weights)
-        statistics = {"loss": Statistic(total, weight)}
+        losses, tokens = aggregate_rows(weigh(loss, scores.mask, weights), scores.mask, reduction="token_mean")
+        rows: dict[str, RowSums] = {}
         if scores.correct is not None and scores.entropy is not None:
-            statistics["mean_token_accuracy"] = Statistic(scores.correct.sum(), tokens)
-            statistics["entropy"] = Statistic(scores.entropy.detach().sum(), tokens)
-        found = Objective.of(total, weight, statistics)
+            rows["mean_token_accuracy"] = RowSums(scores.correct.sum(dim=1), tokens)
+            rows["entropy"] = RowSums(scores.entropy.sum(dim=1), tokens)
+        units = tokens if weights is None else row_weights(scores.mask, weights)
+        found = Objective.of_rows(losses, units, rows=rows)
         if self.balance is None or reading is None:
             return found
         return self.balance.add(found, reading, batch.get(SHARES))

@@ -47,8 +47,10 @@ class RewardTable:
         names: The functions' names, in order.
         values: Raw rewards `[N, F]`, float32, before weighting; NaN where a function does not apply.
         total: Weighted sum over the functions that apply, `[N]`, float32; NaN where none does.
+        asked: `[N, F]` bool, which completions each function was to judge; None: all.
     """
 
     names: tuple[str, ...]
     values: Tensor
     total: Tensor
+    asked: Tensor | None = None

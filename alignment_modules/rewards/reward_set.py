@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rewards import verifiers
 from alignment_modules.rewards.calling import compute
+from alignment_modules.rewards.judged_rows import judged_rows
 from alignment_modules.rewards.model import SequenceClassifier
 from alignment_modules.rewards.protocol import RewardError, RewardTable
 
@@ -147,6 +149,7 @@ class RewardSet:
         prompt_ids: Sequence[Any] | None = None,
         completion_ids: Sequence[Any] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        judges: Sequence[Sequence[str] | None] | None = None,
     ) -> RewardTable:
         """Judges N completions of P prompts; N is a multiple of P and a prompt's completions are neighbours.
 
@@ -156,6 +159,8 @@ class RewardSet:
             prompt_ids: P (or N) lists of token ids, without padding.
             completion_ids: N lists of token ids, without padding.
             columns: The data set's other columns, each of P (or N) entries.
+            judges: Of P (or N) prompts the names of the rewards that judge them, None: all. A reward sees the
+                completions that it judges and no others, and adds nothing to the others' total. None: all judge all.
 
         Returns:
             The table of all rewards.
@@ -163,6 +168,7 @@ class RewardSet:
         Raises:
             RewardError: If a reward raises, asks for what is not there, or returns anything but N finite numbers (None
                 and NaN mean "not applicable").
+            ValueError: If `judges` names what is no reward.
         """
         count = len(completions)
         given: dict[str, Any] = dict(columns or {})
@@ -174,15 +180,19 @@ class RewardSet:
         }
         given.update({name: value for name, value in own.items() if value is not None})
         prompt_count = count if prompts is None else len(prompts)
-        rows = _Rows(given, count, prompt_count)
+        rows, asked = _Rows(given, count, prompt_count), judged_rows(self.names, judges, count)
         values = torch.full((count, len(self.functions)), math.nan, dtype=torch.float64)
         for column, (function, name, wanted) in enumerate(zip(self.functions, self.names, self._wanted, strict=True)):
             arguments, inner = rows.arguments(name, wanted), _inner(function)
+            judged = range(count) if asked is None else asked[:, column].nonzero().flatten().tolist()
+            if len(judged) < count:
+                arguments = {key: [entries[row] for row in judged] for key, entries in arguments.items()}
             tell(f"judging: {name}")
             # Others may have no completion, or call their reward again: from here on nobody waits for anybody.
             with gathered(inner.model) if isinstance(inner, SequenceClassifier) else nullcontext():
-                values[:, column] = torch.tensor(compute(function, name, arguments, count), dtype=torch.float64)
-        return self.table(values)
+                found = compute(function, name, arguments, len(judged))
+                values[list(judged), column] = torch.tensor(found, dtype=torch.float64)
+        return replace(self.table(values), asked=asked)
 
     def table(self, values: torch.Tensor) -> RewardTable:
         """The table of rewards that are known, each by itself.

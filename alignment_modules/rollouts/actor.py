@@ -1,23 +1,25 @@
 """An actor completes prompts and has the completions judged: what every online paradigm starts a step with."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from alignment_modules.functional.sources import SOURCES, by_source
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rewards import RewardError, RewardSet, RewardTable
+from alignment_modules.rewards.judged_rows import REWARD_NAMES
 from alignment_modules.rollouts.codec import Codec, columns_of, messages_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.given import given_completions
+from alignment_modules.rollouts.limits import check_kept, limited_prompts
 from alignment_modules.rollouts.parameters import SamplingOptions
-from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
 from alignment_modules.rollouts.seeds import Seeds
-from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics
+from alignment_modules.rollouts.statistics import group_statistics, length_statistics, reward_statistics, row_sums
 from alignment_modules.rollouts.stopping import StopStrings
 from alignment_modules.rollouts.words import token_columns
 
@@ -112,9 +114,10 @@ class Actor:
         self.seen.version = self.engine.version() if of_engine else None
         self.statistics = {
             **of_engine,
-            **reward_statistics(table.names, table.values, rewards),
+            **reward_statistics(table.names, table.values, rewards, table.asked),
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
+            **by_source(row_sums(table.names, table.values, rewards.view(-1, group), mask), batch.get(SOURCES)),
         }
         greedy_rewards = self._greedy_rewards(policy, batch, step) if with_greedy else None
         return Rollout(
@@ -132,6 +135,8 @@ class Actor:
             sampled_logps=sampled_logps,
             old_logps=sampled_logps if "old_logprobs" in batch else None,
             support=completions.support,
+            source_name=batch.get(SOURCES),
+            source_weights=batch.get("source_weights"),
         )
 
     def complete(
@@ -144,14 +149,16 @@ class Actor:
             EngineError: If the engine gives none; it names the step.
         """
         parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
+        prompts = limited_prompts(batch)
         try:
             self.engine.push(policy)
             completions = self.engine.generate(
-                Prompts.from_padded(batch["prompts"], batch["prompt_attention_mask"]),
+                prompts,
                 parameters,
                 num_samples=1 if greedy else self.num_generations,
                 seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
             )
+            check_kept(completions, prompts.limits, type(self.engine).__name__)
         except (NonFiniteLogits, EngineError) as error:
             raise type(error)(f"optimizer step {step + 1}: {error}") from error
         if parameters.truncates_support and completions.support is None:
@@ -166,11 +173,17 @@ class Actor:
 
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""
-        table, _ = judge(self.rewards, self.codec, batch, real_tokens(completions.ids, completions.mask))
+        table = self._table(batch, real_tokens(completions.ids, completions.mask))[0]
         total = self.penalised(table.total, completions.truncated.cpu())
         reward = Statistic(total.nansum(), (~total.isnan()).sum())
-        statistics = reward_statistics(table.names, table.values, total)
-        return {"reward": reward, **statistics, **length_statistics(completions.mask, completions.truncated)}
+        statistics = reward_statistics(table.names, table.values, total, table.asked)
+        sums = row_sums(table.names, table.values, total[:, None], completions.mask)
+        return {
+            "reward": reward,
+            **statistics,
+            **length_statistics(completions.mask, completions.truncated),
+            **by_source(sums, batch.get(SOURCES)),
+        }
 
     def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
         """Rewards [completions] float32, less the penalty where a completion ends without a stop.
@@ -208,6 +221,7 @@ class Actor:
             "id": [f"{when}/{index}/{g}" for index in prompt_indices(seen.batch) for g in range(rollout.group)],
             "prompt": _repeat(prompts, rollout.group),
             "completion": seen.texts or (self.codec.decode(seen.completions) if readable else [""] * len(rollout.ids)),
+            **({"source": _repeat(seen.batch[SOURCES], rollout.group)} if SOURCES in seen.batch else {}),
             **seen.rewards,
             "reward": rollout.rewards.tolist(),
             "truncated": rollout.truncated.tolist(),
@@ -241,9 +255,13 @@ class Actor:
                 return self.rewards.table(given.cpu()), None
             return RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu()), None
         try:
-            return judge(self.rewards, self.codec, batch, rows)
+            return self._table(batch, rows)
         except RewardError as error:
             raise RewardError(f"optimizer step {step + 1}: {error}") from error
+
+    def _table(self, batch: Mapping[str, Any], rows: list[list[int]]) -> tuple[RewardTable, list[str]]:
+        """The rewards of completions, each of those that the batch's rows name it for, and the texts."""
+        return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES))
 
     def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
         """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""
@@ -253,7 +271,7 @@ class Actor:
         else:
             greedy = self.complete(policy, batch, step, greedy=True)
             try:
-                table, _ = judge(self.rewards, self.codec, batch, real_tokens(greedy.ids, greedy.mask))
+                table, _ = self._table(batch, real_tokens(greedy.ids, greedy.mask))
             except RewardError as error:
                 raise RewardError(f"optimizer step {step + 1}, greedy completions: {error}") from error
             rewards, lengths = self.penalised(table.total, greedy.truncated.cpu()), greedy.mask.sum(dim=1).float()
@@ -268,9 +286,20 @@ class Actor:
 
 
 def judge(
-    rewards: RewardSet, codec: Codec, batch: Mapping[str, Any], completions: list[list[int]]
+    rewards: RewardSet,
+    codec: Codec,
+    batch: Mapping[str, Any],
+    completions: list[list[int]],
+    judges: Sequence[Sequence[str] | None] | None = None,
 ) -> tuple[RewardTable, list[str]]:
     """Scores completions, given as token ids without padding; returns the table of rewards and the texts.
+
+    Args:
+        rewards: Who judges.
+        codec: Tokens to text.
+        batch: The prompts, with their columns.
+        completions: A prompt's are neighbours.
+        judges: As in `RewardSet.__call__`.
 
     Raises:
         RewardError: If a reward fails.
@@ -282,6 +311,7 @@ def judge(
         prompt_ids=real_tokens(batch["prompts"], batch["prompt_attention_mask"]),
         completion_ids=completions,
         columns=columns_of(batch),
+        judges=judges,
     )
     return table, texts
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment_modules.rewards.judged_rows import REWARD_NAMES
+
 
 class Codec:
     """What acting and evaluation know of text; engines see tokens alone.
@@ -92,8 +94,9 @@ def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def columns_of(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The data set's columns in a batch: its lists, but for the rows' `index`."""
-    return {name: values for name, values in batch.items() if isinstance(values, list) and name != "index"}
+    """The data set's columns in a batch: its lists, but for the rows' `index` and who judges them."""
+    others = ("index", REWARD_NAMES)
+    return {name: values for name, values in batch.items() if isinstance(values, list) and name not in others}
 
 
 def messages_of(batch: Mapping[str, Any]) -> list[list[dict[str, Any]] | None] | None:

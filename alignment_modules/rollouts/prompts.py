@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ class Prompts:
     Attributes:
         ids: `[prompts, longest]` int64, right padded with 0.
         lengths: `[prompts]` int64, all > 0.
+        limits: Most tokens of a completion of each prompt that has a limit of its own below that of the sampling
+            parameters, None for one that has none; None: no prompt has one. `bounds` puts both together.
     """
 
     ids: Tensor
     lengths: Tensor
+    limits: tuple[int | None, ...] | None = None
 
     @classmethod
     def from_padded(cls, prompt_ids: Tensor, prompt_mask: Tensor) -> Prompts:
@@ -58,6 +61,31 @@ class Prompts:
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
         return cls(ids.to(device), lengths.to(device))
+
+    def limited(self, limits: Sequence[int | None] | None) -> Prompts:
+        """The same prompts with limits; None: as they are.
+
+        Args:
+            limits: One a prompt, each at least 1; None for a prompt without.
+
+        Raises:
+            ValueError: If there is another number of them, or one is below 1.
+        """
+        if limits is None:
+            return self
+        if len(limits) != self.count or any(limit is not None and limit < 1 for limit in limits):
+            raise ValueError(f"limits={list(limits)} must hold a number of at least 1 for each of {self.count} prompts")
+        return replace(self, limits=tuple(limits))
+
+    def bounds(self, longest: int) -> list[int] | None:
+        """Most tokens of a completion of each prompt; None: no prompt has a limit of its own.
+
+        Args:
+            longest: What the sampling parameters allow.
+        """
+        if self.limits is None:
+            return None
+        return [longest if limit is None else min(limit, longest) for limit in self.limits]
 
     @property
     def count(self) -> int:

@@ -47,6 +47,8 @@ class Rollout:
             it is not known. Old policy and policy are scored over it.
         covariant: [N, T] bool: what a loss treats apart for its covariance.
         prompt_tokens: [N] int64: trained tokens of all completions of the row's prompt.
+        source_name: P names of the sources that the prompts are from; None: they have none.
+        source_weights: [P] float32, factors of the loss of the prompts' completions; None: 1.
 
     Raises:
         ValueError: If a field has another number of rows than the rollout.
@@ -74,6 +76,8 @@ class Rollout:
     support: Support | None = None
     covariant: Tensor | None = None
     prompt_tokens: Tensor | None = None
+    source_name: list[str] | None = field(default=None, metadata=PER_PROMPT)
+    source_weights: Tensor | None = field(default=None, metadata=PER_PROMPT)
 
     def __post_init__(self) -> None:
         if isinstance(self.support, dict):  # of a state
@@ -90,11 +94,11 @@ class Rollout:
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor | Support, str]]:
-        """Every tensor with its name and what it has a row for: "prompt" or "completion"."""
+    def _tensors(self) -> Iterator[tuple[str, Tensor | Support | list[str], str]]:
+        """Every tensor or list with its name and what it has a row for: "prompt" or "completion"."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, (Tensor, Support)):
+            if isinstance(value, (Tensor, Support, list)):
                 yield one.name, value, one.metadata.get("per", "completion")
 
     def select(self, prompts: Tensor | slice, completions: slice | Tensor = slice(None)) -> "Rollout":
@@ -107,7 +111,9 @@ class Rollout:
         group = len(range(self.group)[completions]) if isinstance(completions, slice) else completions.shape[1]
         cut: dict[str, Any] = {"group": group}
         for name, values, per in self._tensors():
-            if per == "prompt":
+            if isinstance(values, list):
+                cut[name] = [values[place] for place in torch.arange(len(values))[prompts].tolist()]
+            elif per == "prompt":
                 cut[name] = values[prompts]
             elif isinstance(values, Support):
                 grouped = torch.arange(len(values)).view(len(self), self.group)[prompts]
@@ -134,7 +140,9 @@ class Rollout:
                 joined[one.name] = _stack(values, one.name)
             elif all(isinstance(value, Support) for value in values):
                 joined[one.name] = Support.stack(values)
-            elif any(isinstance(value, (Tensor, Support)) for value in values) or any(
+            elif all(isinstance(value, list) for value in values):
+                joined[one.name] = [entry for value in values for entry in value]
+            elif any(isinstance(value, (Tensor, Support, list)) for value in values) or any(
                 value != values[0] for value in values
             ):
                 raise ValueError(f"rollouts cannot be joined: {one.name} is not of one kind in all of them")

@@ -129,7 +129,9 @@ def sample_prompts(
     if len(seeds.indices) != prompts.count:
         raise ValueError(f"prompt_indices must name each of the {prompts.count} prompts, got {len(seeds.indices)}.")
     uniforms = draw_uniforms(seeds, parameters, num_samples, prompts.ids.device)
-    limit = parameters.max_completion_length
+    bounds = prompts.bounds(parameters.max_completion_length)
+    limit = max(bounds) if bounds else parameters.max_completion_length
+    limits = torch.tensor(bounds).repeat_interleave(num_samples) if bounds else None
     with without_checkpointing(policy), without_graphs(policy):
         decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples
@@ -138,6 +140,7 @@ def sample_prompts(
             rows,
             parameters,
             uniforms,
+            limits=limits,
             stop_strings=stop_strings,
             pad_token_id=pad_token_id,
             drop=drop,
@@ -162,6 +165,7 @@ def draw(
     parameters: SamplingParameters,
     uniforms: Tensor | None,
     *,
+    limits: Tensor | None = None,
     stop_strings: StopStrings | None = None,
     pad_token_id: int = 0,
     drop: bool = True,
@@ -174,6 +178,7 @@ def draw(
         count: Rows, a multiple of the decoder's prompts.
         parameters: How to draw and when to stop.
         uniforms: `[max_completion_length, count]` in [0, 1); None: the likeliest tokens.
+        limits: `[count]` int64 on the host, most tokens of each row; None: `max_completion_length` of all.
         stop_strings: Strings that end a completion.
         pad_token_id: Written behind the completions.
         drop: Whether finished rows leave the decoder, which can then not be resumed.
@@ -184,8 +189,9 @@ def draw(
     """
     logits = decoder.prefill()
     logits = logits.repeat_interleave(count // len(logits), dim=0)
-    limit = parameters.max_completion_length
+    limit = parameters.max_completion_length if limits is None else int(limits.max())
     device = logits.device
+    limits = None if limits is None else limits.to(device)
     is_stop = stop_table(parameters.stop_token_ids, logits.shape[-1], device)
     kept_sets = KeptSets(count, limit)
     check_every = 1 if device.type == "cpu" else 8  # counting the alive rows waits for an accelerator
@@ -210,6 +216,8 @@ def draw(
             now = now | torch.tensor(stop_strings.completed(ids[: time + 1, rows].t()), device=device)
         stopped.index_copy_(0, rows, stopped[rows] | now)
         alive = alive & ~now
+        if limits is not None:
+            alive = alive & (limits > time + 1)
         if time + 1 == limit:
             break
         if (time + 1) % check_every == 0:
@@ -223,6 +231,7 @@ def draw(
                 decoder.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
                 uniforms = None if uniforms is None else uniforms[:, kept].contiguous()
+                limits = None if limits is None else limits[kept]
         logits = decoder.step(tokens)
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alignment_modules.functional.advantages import informative_groups
 from alignment_modules.functional.kl import MAX_LOG_RATIO
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums, Statistic
 
 
 def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:
@@ -33,23 +33,29 @@ def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:
     }
 
 
-def reward_statistics(names: Sequence[str], values: Tensor, total: Tensor) -> dict[str, Statistic]:
+def reward_statistics(
+    names: Sequence[str], values: Tensor, total: Tensor, asked: Tensor | None = None
+) -> dict[str, Statistic]:
     """Mean and standard deviation of each reward over the completions it applies to, and the share of the others.
+
+    The share is of those that the reward was asked about.
 
     Args:
         names: One name a reward.
         values: [completions, rewards] float; NaN: not applicable.
         total: The totals of all completions, of any shape; NaN: no reward applies.
+        asked: [completions, rewards] bool, on the host: which completions each reward was to judge; None: all.
     """
+    asked = torch.ones(values.shape, dtype=torch.bool) if asked is None else asked
     statistics = {"frac_not_judged": Statistic(total.isnan().sum(), float(total.numel()))}
-    for name, column in zip(names, values.unbind(dim=1), strict=True):
+    for name, column, own in zip(names, values.unbind(dim=1), asked.unbind(dim=1), strict=True):
         applies = ~column.isnan()
         count, exact = applies.sum(), column.double()
         statistics[f"rewards/{name}/mean"] = Statistic(exact.nansum(), count)
         statistics[f"rewards/{name}/std"] = Statistic(
             torch.stack([exact.nansum(), exact.square().nansum()]), count, kind="std"
         )
-        statistics[f"rewards/{name}/not_applicable"] = Statistic((~applies).sum(), float(len(column)))
+        statistics[f"rewards/{name}/not_applicable"] = Statistic((~applies & own).sum(), own.sum())
     return statistics
 
 
@@ -73,6 +79,28 @@ def group_statistics(rewards: Tensor) -> dict[str, Statistic]:
         "frac_reward_zero_std": Statistic(groups - informative, groups),
         "groups_with_signal": Statistic(informative, groups),
     }
+
+
+def row_sums(names: Sequence[str], values: Tensor, rewards: Tensor, mask: Tensor) -> dict[str, RowSums]:
+    """What is told of completions and their rewards of each source by itself.
+
+    Args:
+        names: One name a reward.
+        values: [completions, rewards] float; NaN: not applicable.
+        rewards: [prompts, group] float, the totals; NaN: no reward applies.
+        mask: [completions, time] bool.
+    """
+    applies, lengths = ~rewards.isnan(), mask.sum(dim=1)
+    count = applies.sum(dim=1)
+    found = {
+        "reward": RowSums(rewards.double().nansum(dim=1) / count.clamp(min=1), count > 0),
+        "completions/mean_length": RowSums(lengths, torch.ones_like(lengths)),
+    }
+    if rewards.shape[1] > 1:
+        found["groups_with_signal"] = RowSums(informative_groups(rewards), count > 0)
+    for name, column in zip(names, values.unbind(dim=1), strict=True):
+        found[f"rewards/{name}/mean"] = RowSums(column.double().nan_to_num(), ~column.isnan())
+    return found
 
 
 def sampling_statistics(sampled_logps: Tensor, token_logps: Tensor, mask: Tensor) -> dict[str, Statistic]:

@@ -27,10 +27,12 @@ from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Reads, Segments
 from alignment_modules.rewards import RewardError, RewardSet
+from alignment_modules.rewards.judged_rows import check_judges
 from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.actor import Actor
 from alignment_modules.rollouts.codec import columns_of
 from alignment_modules.rollouts.given import check_given_rollout
+from alignment_modules.rollouts.limits import check_limits
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.engines import EngineModule
@@ -136,12 +138,14 @@ class ActingModule(EngineModule, UpdateModule):
         """Also checks that what a batch brings of a rollout belongs together, and that the rewards' columns are there.
 
         Raises:
-            ValueError: If a key or column is missing, what is given does not fit together (`check_given_rollout`), or
-                rewards are to read what no tokenizer can decode.
+            ValueError: If a key or column is missing, what is given does not fit together (`check_given_rollout`), a
+                row's limit or rewards are not the module's, or rewards are to read what no tokenizer can decode.
         """
         super().check_batch(batch)
         check_given_rollout(batch)
         prompts, fewest = len(batch["prompts"]), self.fewest_completions
+        check_limits(batch, prompts, self.actor.sampling.max_completion_length)
+        check_judges(batch, self.rewards.names, prompts)
         if "responses" in batch and len(batch["responses"]) < fewest * prompts:
             raise ValueError(
                 f"responses has {len(batch['responses'])} rows for {prompts} prompts: {type(self).__name__} compares a "

@@ -1,6 +1,7 @@
 """A policy with a critic: who the critic is, what it thinks of a rollout, how it learns, and where it is kept."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -11,9 +12,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from alignment_modules.functional import aggregate, value_loss
+from alignment_modules.functional import aggregate_rows, value_loss
 from alignment_modules.functional.ranges import Count, Natural, NonNegative, Positive, check_options
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums, Statistic
 from alignment_modules.policies.architecture import describe_size
 from alignment_modules.policies.critic import as_classifier, build_critic, last_values, read_values, shared_head
 from alignment_modules.policies.export import export_policy
@@ -28,6 +29,7 @@ from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.makers import check_makers
 from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.policy_gradient import PolicyGradientModule, token_mean
+from alignment_modules.training.sources import loss_of
 
 PRETRAINED = "critic-pretrain.ckpt"
 SHARED_COEF = 0.1  # of the value loss on a shared trunk, as in TRL's PPO
@@ -199,7 +201,7 @@ class ActorCriticModule(PolicyGradientModule):
         self.update(pieces, part.empty(), objective=self.value_objective, of="critic")
 
     def more_units(self, rollout: Rollout) -> dict[str, Tensor]:
-        """The weights of `more_terms` in a piece, from masks alone."""
+        """The weights of `more_terms` in a piece, [N], from masks alone."""
         return {}
 
     def more_terms(self, rollout: Rollout, scores: Scores) -> dict[str, Term]:
@@ -213,12 +215,11 @@ class ActorCriticModule(PolicyGradientModule):
 
     def units(self, rollout: Rollout) -> dict[str, Tensor] | None:
         """The weight of each of the policy's terms in a piece; None where there is the surrogate alone."""
-        more = self.more_units(rollout) | ({"value": rollout.trained.sum()} if self.shared else {})
+        more = self.more_units(rollout) | ({"value": rollout.trained.sum(dim=1)} if self.shared else {})
         if not more:
             return None
         mask = rollout.trained.to(self.device, non_blocking=True)
-        weight = self.reduced(torch.zeros(mask.shape, device=mask.device), mask, rollout)[1]
-        return {"policy": weight} | more
+        return {"policy": self.reduced(torch.zeros(mask.shape, device=mask.device), mask, rollout).weights} | more
 
     def objective(self, rollout: Rollout) -> Objective:  # type: ignore[override]
         """The surrogate of a piece of a rollout, what is beside it, and the value loss on a shared trunk."""
@@ -228,14 +229,12 @@ class ActorCriticModule(PolicyGradientModule):
         more, statistics = self.more_terms(rollout, scores), found.statistics
         statistics |= {f"loss/{name}": Statistic(term.total, term.weight) for name, term in more.items()}
         if self.shared:
-            more["value"], seen = self.value_term(rollout, self.values(reading))
-            statistics |= seen
+            sums, seen = self.value_sums(rollout, self.values(reading))
+            more["value"], statistics = Term.of_rows(*sums, self.value_coef), statistics | seen
         if not more:
             return found
-        terms = {"policy": Term(found.total, found.weight)} | more
-        totals = torch.stack([term.scaled.detach().double() for term in terms.values()])
-        weights = torch.stack([term.weight.detach().double() for term in terms.values()])
-        return Objective(terms, statistics | {"loss": Statistic(totals, weights, "sum")})
+        terms = {"policy": found.terms["loss"]} | more
+        return replace(found, terms=terms, statistics=statistics | {"loss": loss_of(terms)})
 
     def targets(self, rollout: Rollout) -> Tensor:
         """[N, T] bool, on the host: all trained tokens, of which hardly any has no advantage."""
@@ -244,11 +243,11 @@ class ActorCriticModule(PolicyGradientModule):
     def value_objective(self, rollout: Rollout) -> Objective:
         """The critic's loss on a piece of a rollout, summed over the trained tokens."""
         values = self.values(read(self.critic, self.segments_of(rollout, rollout.trained)))
-        term, statistics = self.value_term(rollout, values)
-        return Objective.of(term.total, term.weight, statistics | {"critic/loss": Statistic(term.total, term.weight)})
+        sums, statistics = self.value_sums(rollout, values)
+        return Objective.of_rows(*sums, statistics, name="critic/loss")
 
-    def value_term(self, rollout: Rollout, values: Tensor) -> tuple[Term, dict[str, Statistic]]:
-        """The value loss of a piece of a rollout, over the trained tokens, and what is logged of it.
+    def value_sums(self, rollout: Rollout, values: Tensor) -> tuple[RowSums, dict[str, Statistic]]:
+        """The value loss of a piece of a rollout, summed over each row's trained tokens, and what is logged of it.
 
         Args:
             rollout: The piece.
@@ -256,12 +255,12 @@ class ActorCriticModule(PolicyGradientModule):
         """
         mask, old, returns = rollout.trained.to(self.device, non_blocking=True), rollout.values, rollout.returns
         losses = value_loss(values, old, returns, mask, clip=self.value_clip)  # type: ignore[arg-type]
-        total, weight = aggregate(losses, mask, reduction="token_mean")
-        statistics = {"loss/value_avg": Statistic(total, weight)}
+        sums = aggregate_rows(losses, mask, reduction="token_mean")
+        statistics = {"loss/value_avg": sums.mean}
         if self.logging_due and self.value_clip is not None:
             free = value_loss(values, old, returns, mask, clip=None)  # type: ignore[arg-type]
             statistics["val/clipfrac_avg"] = token_mean((losses > free).to(losses), mask)
-        return Term(total, weight, self.value_coef if self.shared else 1.0), statistics
+        return sums, statistics
 
     @torch.no_grad()
     def value_rollout(self, rollout: Rollout, *, last: bool) -> tuple[Tensor, Tensor]:

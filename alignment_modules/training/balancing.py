@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class ExpertBalance:
         units = torch.stack([own.weight.to(total), term.weight.to(total)])
         both = torch.stack([own.scaled.detach().to(total), -term.scaled.detach()])
         more = {"loss": Statistic(both, units, "difference"), "router_loss": Statistic(total.detach(), term.weight)}
-        return Objective({name: own, "router": term}, objective.statistics | more)
+        return replace(objective, terms={name: own, "router": term}, statistics=objective.statistics | more)
 
     def _counts(self, reading: Reading) -> Tensor:
         return _total(expert_counts(layer, self.router.top_k) for layer in reading.router_logits)

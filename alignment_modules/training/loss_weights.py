@@ -56,14 +56,14 @@ def weigh(values: Tensor, mask: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights.float().masked_fill(~mask, 0)
 
 
-def total_weight(mask: Tensor, weights: Tensor | None) -> Tensor:
-    """What a weighted sum is divided by: the weights of the supervised tokens, added up.
+def row_weights(mask: Tensor, weights: Tensor | None) -> Tensor:
+    """What a row adds to the number that a weighted sum is divided by: the weights of its supervised tokens.
 
     Args:
         mask: `[batch, time]` bool, true where a token is supervised.
         weights: `[batch, time]`; None: all weigh 1.
 
     Returns:
-        0-dim, float32 (int64 where all weigh 1).
+        `[batch]`, float32 (int64 where all weigh 1).
     """
-    return mask.sum() if weights is None else weights.float().masked_fill(~mask, 0).sum()
+    return (mask if weights is None else weights.float().masked_fill(~mask, 0)).sum(dim=-1)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from alignment_modules.functional.sources import PRESENT
 from alignment_modules.functional.statistics import Kind, Statistic
 
 Reduce = Callable[[Tensor, str], Tensor]
+Gather = Callable[[dict[str, int]], list[dict[str, int]]]
 
 
 class Meters:
@@ -58,18 +60,29 @@ class Meters:
         pick = {"min": torch.minimum, "max": torch.maximum}.get(key[0], torch.add)
         self._values[key] = pick(held, value)
 
-    def compute(self, reduce: Reduce) -> dict[str, float]:
+    @property
+    def of_sources(self) -> bool:
+        """Whether some of it is told of rows of one source."""
+        return ("source", PRESENT) in self._values
+
+    def compute(self, reduce: Reduce, gather: Gather = lambda names: [names]) -> dict[str, float]:
         """Combines the ranks and returns plain numbers; a mean without units and an extreme of nothing are left out.
 
         Args:
             reduce: `reduce(tensor, "sum" | "min" | "max")` over all ranks. It is called once a kind that is present, so
-                all ranks must hold statistics of the same names.
+                all ranks must hold statistics of the same names, but for those of kind "source": of these it is enough
+                that all ranks hold some.
+            gather: What each rank has, names with sizes, of all ranks; called where there are statistics of sources.
+
+        Raises:
+            ValueError: If what is told of a source has the name of something else that is logged.
         """
         results: dict[str, float] = {}
         devices = {value.device for value in self._values.values()}
         # Host-side numbers, such as rewards and times, join those of the accelerator.
         device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
         kinds: tuple[Kind, ...] = ("mean", "std", "var", "gap", "difference", "sum", "explained", "min", "max")
+        sources = self._of_sources(reduce, gather, device) if self.of_sources else {}
         for kind in kinds:
             how = kind if kind in ("min", "max") else "sum"
             names = sorted(name for held, name in self._values if held == kind)
@@ -91,10 +104,8 @@ class Meters:
                     if count > 0 and others > 0:
                         results[name] = one / count - other / others
                 elif kind == "sum":
-                    totals, counts = value[: len(value) // 2], value[len(value) // 2 :]
-                    if any(count > 0 for count in counts):  # a term without units adds nothing
-                        pairs = zip(totals, counts, strict=True)
-                        results[name] = sum(total / count for total, count in pairs if count > 0)
+                    if (number := _sum_of_means(value)) is not None:
+                        results[name] = number
                 elif kind == "explained":
                     error, errors, target, targets, count = value
                     spread = count * targets - target * target
@@ -105,7 +116,24 @@ class Meters:
                         results[name] = value
                 elif value[1] != 0:
                     results[name] = value[0] / value[1]
-        return results
+        for name in sources.keys() & results.keys():
+            raise ValueError(
+                f"a source of the data is called {name.partition('/')[0]!r}, and what is logged of it would be called "
+                f"{name!r}, like something else: give it another name"
+            )
+        return results | sources
+
+    def _of_sources(self, reduce: Reduce, gather: Gather, device: torch.device) -> dict[str, float]:
+        """What is told of the sources that any rank has seen."""
+        held = {name: value for (kind, name), value in self._values.items() if kind == "source"}
+        sizes: dict[str, int] = {}
+        for names in gather({name: len(value) for name, value in held.items()}):
+            sizes |= names
+        known = {name: torch.zeros(size, dtype=held[PRESENT].dtype) for name, size in sorted(sizes.items())} | held
+        sums = reduce(torch.cat([value.to(device) for value in known.values()]), "sum").cpu()
+        parts = zip(known, sums.split([len(value) for value in known.values()]), strict=True)
+        means = {name: _sum_of_means(part.tolist()) for name, part in parts if name != PRESENT}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -132,3 +160,9 @@ class Meters:
             device: Where the sums go.
         """
         self._values = {(kind, name): value.to(device) for kind in state for name, value in state[kind].items()}  # type: ignore[misc]
+
+
+def _sum_of_means(sums: list[float]) -> float | None:
+    """What totals and, behind them, as many counts say together; a term without units adds nothing."""
+    pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+    return sum(total / count for total, count in pairs if count > 0) if any(count > 0 for _, count in pairs) else None

@@ -41,6 +41,7 @@ from alignment_modules.policies.probing import prepare
 from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import Engine, InProcessEngine
+from alignment_modules.training import publishing
 from alignment_modules.training.checkpoint import CheckpointContract
 from alignment_modules.training.frozen_weights import frozen_children
 from alignment_modules.training.hyperparameters import PlainHyperparameters, keep_hyperparameters
@@ -49,8 +50,8 @@ from alignment_modules.training.makers import check_makers, make_optimizers
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.objective import Objective, with_value
 from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens, reads_as_carried
-from alignment_modules.training.publishing import end_epoch, is_logged, publish, publish_evaluation, publish_training
 from alignment_modules.training.sharded import ShardedModule
+from alignment_modules.training.sources import of_sources
 from alignment_modules.training.steps import finish_step, tell_clipped
 from alignment_modules.training.window import TINY, Window
 
@@ -263,7 +264,7 @@ class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperp
         Lightning and its callbacks read the value; the gradients are normalised before the optimizer step. Without a
         Trainer (in `L.Fabric` or a loop of your own) nobody does that later: value and gradient are the mean's.
         """
-        objective = self.objective(batch)
+        objective = of_sources(self.objective(batch), batch)
         mean = objective.total / objective.weight.clamp(min=TINY)
         if self._trainer is None:
             return mean
@@ -292,7 +293,7 @@ class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperp
         """What is measured of a batch: of prompts what the evaluator says of completions, else the objective."""
         if self._measures_completions(batch):
             return self.writer.test(self.policy, batch)
-        objective = self.objective(batch)
+        objective = of_sources(self.objective(batch), batch)
         return Measured(objective.statistics | self.extra_metrics(batch, objective), [])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -316,7 +317,7 @@ class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperp
 
     def record_evaluation(self, statistics: Mapping[str, Statistic], dataloader_idx: int) -> None:
         """Adds statistics to the means of a validation or test loader."""
-        self._eval_meters.setdefault(dataloader_idx, Meters()).update(statistics)
+        publishing.hold(self, statistics, dataloader_idx)
 
     @property
     def tokenizer(self) -> Any:
@@ -368,32 +369,30 @@ class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperp
         Raises:
             ValueError: If no step of the epoch had a target; of one that was cut short, if no step of the run had any.
         """
-        end_epoch(self)
+        publishing.end_epoch(self)
 
     @property
     def logging_due(self) -> bool:
         """Whether the optimizer step now being built will be logged: costly statistics are computed only then."""
-        return self._trainer is not None and is_logged(self.trainer, self.global_step + 1)
+        return self._trainer is not None and publishing.is_logged(self.trainer, self.global_step + 1)
 
     def log_step(self, step: int) -> None:
         """Logs the means since the last logged step where this optimizer step is one to log."""
-        if is_logged(self.trainer, step):
-            publish_training(self, step)
+        if publishing.is_logged(self.trainer, step):
+            publishing.publish_training(self, step)
         self._keep_totals(step)
 
-    def publish(
-        self, values: Mapping[str, float], stage: Literal["train", "val", "test"], step: int | None = None
-    ) -> None:
+    def publish(self, values: Mapping[str, float], stage: publishing.Stage, step: int | None = None) -> None:
         """Sends numbers to progress bar, callbacks and loggers; the horizontal axis is the optimizer step."""
-        publish(self, values, stage, self.global_step if step is None else step, (*self.bar, "exact_match"))
+        publishing.publish(self, values, stage, self.global_step if step is None else step, (*self.bar, "exact_match"))
 
     def on_validation_epoch_end(self) -> None:
         """Publishes the validation means."""
-        publish_evaluation(self, "val")
+        publishing.publish_evaluation(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Publishes the test means."""
-        publish_evaluation(self, "test")
+        publishing.publish_evaluation(self, "test")
 
     def export(self, directory: str | Path, *, lora: Literal["merge", "adapter"] = "merge") -> Path:
         """Writes the policy, and the tokenizer where there is one, in Hugging Face format."""

@@ -6,13 +6,14 @@ here travels as `(total, weight)` and is divided once, after everything was adde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums, Statistic
 
 
 class Term(NamedTuple):
@@ -22,11 +23,18 @@ class Term(NamedTuple):
         total: 0-dim tensor with a graph: the loss summed over its units (tokens, sequences or pairs).
         weight: 0-dim tensor: the number of units.
         coefficient: What the term's mean over the optimizer step is multiplied by.
+        rows: What each row of the batch adds to both; None: that is not known.
     """
 
     total: Tensor
     weight: Tensor
     coefficient: float = 1.0
+    rows: RowSums | None = None
+
+    @classmethod
+    def of_rows(cls, totals: Tensor, weights: Tensor, coefficient: float = 1.0) -> Term:
+        """The sum over the rows of a batch: [rows] with a graph, and the numbers of their units, [rows]."""
+        return cls(totals.sum(), weights.sum(), coefficient, RowSums(totals, weights))
 
     @property
     def scaled(self) -> Tensor:
@@ -45,10 +53,14 @@ class Objective:
         terms: Sums by name. Several have units of their own (tokens here, pairs there): such an objective is for an
             `UpdateModule` that counts the units of a step first (`units`).
         statistics: What to log, by name (without the "train/" prefix).
+        rows: Of what is told of each source by itself, beside the loss, what each row of the batch adds.
+        name: Under which name of the statistics its value is logged.
     """
 
     terms: dict[str, Term]
     statistics: dict[str, Statistic] = field(default_factory=dict)
+    rows: dict[str, RowSums] = field(default_factory=dict)
+    name: str = "loss"
 
     @classmethod
     def of(cls, total: Tensor, weight: Tensor, statistics: dict[str, Statistic] | None = None) -> Objective:
@@ -60,6 +72,29 @@ class Objective:
             statistics: What to log, by name.
         """
         return cls({"loss": Term(total, weight)}, {} if statistics is None else statistics)
+
+    @classmethod
+    def of_rows(
+        cls,
+        totals: Tensor,
+        weights: Tensor,
+        statistics: Mapping[str, Statistic] | None = None,
+        rows: Mapping[str, RowSums] | None = None,
+        *,
+        name: str = "loss",
+    ) -> Objective:
+        """One sum over the rows of a batch, so that rows may have weights, and their sources are told apart.
+
+        Args:
+            totals: [rows] with a graph: each row's loss summed over its units.
+            weights: [rows]: how many units it has.
+            statistics: What to log, by name, beside its value.
+            rows: What to log of the rows' sources, too.
+            name: Under which name its value is logged.
+        """
+        term, sums = Term.of_rows(totals, weights), dict(rows or {})
+        told = {name: Statistic(term.total, term.weight)} | {key: one.mean for key, one in sums.items()}
+        return cls({"loss": term}, told | dict(statistics or {}), sums, name)
 
     @property
     def total(self) -> Tensor:

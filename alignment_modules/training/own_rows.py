@@ -13,6 +13,7 @@ from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rollouts.codec import Codec, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine, EngineError
+from alignment_modules.rollouts.limits import LIMITS, check_kept, check_limits
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.sampler import NonFiniteLogits
@@ -57,10 +58,13 @@ class OwnRows:
 
         Raises:
             ValueError: If it holds prompts alone and not all rows are the policy's, or more than a prompt and one
-                completion a row, or weights of tokens that will not be there.
+                completion a row, or weights of tokens that will not be there, or a limit beyond the longest completion.
         """
         if not isinstance(batch, Mapping):
             return False
+        rows = batch.get(PROMPTS[0], batch.get("input_ids"))
+        if rows is not None:
+            check_limits(batch, len(rows), self.sampling.max_completion_length)
         for key, why in (("position_ids", "rows are packed"), (LOSS_WEIGHTS, "given tokens have weights")):
             if key in batch:
                 raise ValueError(
@@ -101,12 +105,16 @@ class OwnRows:
             engine.push(policy)  # as the next line: another process may have rows where this one has none
             with gathered(policy):
                 if own:
+                    limits = batch.get(LIMITS)
+                    prompts = Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch))
+                    prompts = prompts.limited(None if limits is None else [limits[row] for row in own])
                     written = engine.generate(
-                        Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch)),
+                        prompts,
                         self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
                         num_samples=1,
                         seeds=Seeds([indices[row] for row in own], self.seed, step),
                     )
+                    check_kept(written, prompts.limits, type(engine).__name__)
                     for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
                         rows[row] = rows[row].followed_by(completion)
                     statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional import sequence_logps
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums, Statistic
 from alignment_modules.policies.frozen import row_keys
 from alignment_modules.policies.layout import Reads
 from alignment_modules.policies.scoring import Ask, Scores, score
@@ -114,11 +114,10 @@ class ScoredPairs:
             logits: Whether the mean logits of the completions' tokens are logged, where they were asked for.
         """
         counted = self.counted
-        total, weight = (losses * counted).sum(), counted.sum()
         values = {"logps/chosen": self.logps[:, 0], "logps/rejected": self.logps[:, 1], **(more or {})}
-        statistics = {"loss": Statistic(total, weight)} | pair_statistics(rewards, counted)
-        statistics |= {name: Statistic((value.detach() * counted).sum(), weight) for name, value in values.items()}
-        return Objective.of(total, weight, statistics | _token_statistics(self.scores, logits))
+        statistics = {name: RowSums(value * counted, counted).mean for name, value in values.items()}
+        statistics |= _token_statistics(self.scores, logits)
+        return Objective.of_rows(losses * counted, counted, statistics, pair_rows(rewards, counted))
 
 
 def score_pairs(
@@ -158,8 +157,8 @@ def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([best.argmax(dim=1), worst.argmin(dim=1)], dim=1), differ
 
 
-def pair_statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:
-    """Means over the counted pairs of what is told of rewards.
+def pair_rows(rewards: Tensor, counted: Tensor) -> dict[str, RowSums]:
+    """What is told of rewards, of each of the counted pairs.
 
     Args:
         rewards: `[pairs, 2]` of the chosen and the rejected completion.
@@ -172,8 +171,7 @@ def pair_statistics(rewards: Tensor, counted: Tensor) -> dict[str, Statistic]:
         "rewards/margins": rewards[:, 0] - rewards[:, 1],
         "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).to(rewards),
     }
-    weight = counted.sum()
-    return {name: Statistic((value * counted).sum(), weight) for name, value in values.items()}
+    return {name: RowSums(value * counted, counted) for name, value in values.items()}
 
 
 def row_means(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignment_modules.training.sources import check_sources
+
 SEGMENTS = "segments"  # what an objective reads: of the whole batch, or a list of those of its pieces
 
 
@@ -81,7 +83,7 @@ def check_keys(batch: Any, keys: Sequence[str], name: str) -> None:
         name: Who reads it, for the message.
 
     Raises:
-        ValueError: If it is not a dictionary or lacks a key.
+        ValueError: If it is not a dictionary or lacks a key, or what it says of its rows' sources is not allowed.
     """
     found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
     missing = [key for key in keys if not isinstance(batch, Mapping) or key not in batch]
@@ -90,6 +92,7 @@ def check_keys(batch: Any, keys: Sequence[str], name: str) -> None:
             f"a batch for {name} must hold {', '.join(keys)}; this one lacks {', '.join(missing)}: it holds {found}. "
             "Does the data module belong to another paradigm?"
         )
+    check_sources(batch)
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, Tensor | int]:

@@ -13,13 +13,14 @@ from alignment_modules.functional import (
     Correction,
     Surrogate,
     aggregate,
+    aggregate_rows,
     importance_ratio,
     kl_penalty,
     validate_kl_placement,
 )
 from alignment_modules.functional.checks import check_choice
 from alignment_modules.functional.ranges import Count, Finite, NonNegative, Positive, Range, Share, check_options
-from alignment_modules.functional.statistics import Statistic
+from alignment_modules.functional.statistics import RowSums, Statistic
 from alignment_modules.policies.frozen import frozen_companion
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Ask, Scores
@@ -318,14 +319,12 @@ class PolicyGradientModule(ActingModule):
         if bonus is not None and scores.entropy is not None:
             values = values - bonus * scores.entropy
             self.coefficients.measure("entropy", token_mean(scores.entropy, mask))
-        total, weight = self.reduced(values, mask, rollout)
-        statistics |= {"loss": Statistic(total, weight)}
         if scores.entropy is not None and self.logging_due:
             statistics |= self._looked_at(rollout, scores, old_logps, advantages)
-        return Objective.of(total, weight, statistics)
+        return Objective.of_rows(*self.reduced(values, mask, rollout), statistics)
 
-    def reduced(self, values: Tensor, mask: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The sum over a piece of a rollout, as the loss's reduction says, and the number of its units.
+    def reduced(self, values: Tensor, mask: Tensor, rollout: Rollout) -> RowSums:
+        """The sums over the completions of a piece of a rollout, as the loss's reduction says, and their units.
 
         Args:
             values: [N, T].
@@ -333,7 +332,8 @@ class PolicyGradientModule(ActingModule):
             rollout: The piece.
         """
         reduction, longest = self.surrogate.reduced_by, self.actor.sampling.max_completion_length
-        return aggregate(values, mask, reduction=reduction, max_length=longest, prompt_tokens=rollout.prompt_tokens)
+        tokens = rollout.prompt_tokens
+        return aggregate_rows(values, mask, reduction=reduction, max_length=longest, prompt_tokens=tokens)
 
     def describe(self) -> dict[str, str]:
         """Adds every choice that defines the objective."""

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import lightning as L
 import torch
 
+from alignment_modules.functional.sources import PRESENT
+from alignment_modules.functional.statistics import Statistic
+from alignment_modules.training.meters import Meters
+from alignment_modules.training.sources import gather_names
 from alignment_modules.training.steps import NO_TARGETS
 
 if TYPE_CHECKING:
     from alignment_modules.training.module import AlignmentModule
+
+
+Stage = Literal["train", "val", "test"]
+_TOGETHER = -1  # the number of all loaders whose rows have sources: these tell them apart
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -24,7 +33,7 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
 def publish(
     module: L.LightningModule,
     values: Mapping[str, float],
-    stage: Literal["train", "val", "test"],
+    stage: Stage,
     step: int,
     bar: Collection[str],
 ) -> None:
@@ -58,16 +67,28 @@ def publish(
 
 def publish_training(module: AlignmentModule, step: int) -> None:
     """Publishes the training means since this was last done, over all ranks, and begins new ones."""
-    values = module._train_meters.compute(module.reduce)
+    values = module._train_meters.compute(module.reduce, partial(gather_names, module))
     values["num_tokens"] = float(module.window.num_tokens)
     values["steps_without_targets"] = float(module.window.skipped)
     module._train_meters.reset()
     module.publish(values, "train", step)
 
 
+def hold(module: AlignmentModule, statistics: Mapping[str, Statistic], loader: int) -> None:
+    """Adds statistics to the means of a validation or test loader; loaders whose rows have sources are one.
+
+    Args:
+        module: Whose means.
+        statistics: Of a batch.
+        loader: Its number.
+    """
+    module._eval_meters.setdefault(_TOGETHER if PRESENT in statistics else loader, Meters()).update(statistics)
+
+
 def publish_evaluation(module: AlignmentModule, stage: Literal["val", "test"]) -> None:
     """Publishes the means of each validation or test loader, over all ranks; what several have gets their numbers."""
-    means = {number: meters.compute(module.reduce) for number, meters in sorted(module._eval_meters.items())}
+    gather, held = partial(gather_names, module), sorted(module._eval_meters.items())
+    means = {number: meters.compute(module.reduce, gather) for number, meters in held}
     found = Counter(name for values in means.values() for name in values)
     for number, values in means.items():
         suffixes = {name: f"/dataloader_idx_{number}" if found[name] > 1 else "" for name in values}

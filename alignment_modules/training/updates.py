@@ -17,6 +17,7 @@ from alignment_modules.functional.waiting import tell
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.pieces import SEGMENTS, count_rows, cut, empty_like, join, reads_as_carried
+from alignment_modules.training.sources import of_sources, weigh_units
 
 Units = Callable[[Any], "dict[str, Tensor] | None"]
 
@@ -103,7 +104,7 @@ class UpdateModule(AlignmentModule):
         """The weight of each of the objective's terms in a piece, from masks alone; None: the objective has one term.
 
         With several terms every total is divided by its own units, and these must be known before the first backward
-        pass.
+        pass. Each is [rows], or 0-dim where the weights of rows (`source_weights`) have no part in it.
         """
         return None
 
@@ -218,7 +219,7 @@ class UpdateModule(AlignmentModule):
         for number, piece in enumerate(padded, start=1):
             tell("updating", number, count)
             with self._gradient_sync(last=number == count):
-                self.manual_backward(self.record(piece, objective(piece), of))
+                self.manual_backward(self.record(piece, of_sources(objective(piece), piece), of))
         wrapped: Any = self.optimizers()  # as Lightning wraps them: their steps are the run's
         optimizer: Any = wrapped[position] if isinstance(wrapped, list) else wrapped
         if len(self.windows) > 1 and isinstance(self.trainer.strategy, DDPStrategy):
@@ -242,7 +243,8 @@ class UpdateModule(AlignmentModule):
         if counted[0] is None:
             return None
         names = list(counted[0])
-        sums = [torch.as_tensor(sum(found[name] for found in counted if found)) for name in names]
+        weighed = [weigh_units(found, piece) for found, piece in zip(counted, pieces, strict=True) if found]
+        sums = [torch.as_tensor(sum(found[name] for found in weighed)) for name in names]
         weights = torch.stack([weight.to(self.device, torch.float32) for weight in sums])
         return dict(zip(names, self.reduce(weights, "sum").unbind(), strict=True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.two_ranks import ADAPTERS, COUPLED, QUANTIZED, VARIANTS, WHOLE
+from tests.contract.two_ranks import ADAPTERS, COUPLED, QUANTIZED, SOURCED, SOURCES, VARIANTS, WHOLE
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,7 @@ FURTHER += ["aot", "aot_unpaired", "experts", "experts weighted", "batch", "unju
 FURTHER += ["orpo tokens", "teachers", "on policy", "on policy lora"]
 FURTHER += [f"{name} lora" for name in ROWS]
 FURTHER += [f"grpo {label}" for label in COUPLED]
+FURTHER += [f"{name} sources" for name in SOURCED]
 FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [f"dpo {kind}" for kind in ADAPTERS]
 FURTHER += ["ppo eva", "sft eva"]
@@ -64,6 +65,10 @@ def sharded_variants(one_of_variants):
     return run(one_of_variants.parent, "fsdp2", "variants", timeout=1200)
 
 
+def sources_of(metrics):
+    return {name: value for name, value in metrics.items() if name.split("/")[1] in SOURCES}
+
+
 def assert_same_update(folder, name):
     one = torch.load(folder.parent / "auto" / f"{name}.pt", weights_only=True)
     two = torch.load(folder / f"{name}.pt", weights_only=True)
@@ -75,6 +80,7 @@ def assert_same_update(folder, name):
     assert two["metrics"]["train/num_tokens"] == one["metrics"]["train/num_tokens"]
     for key in ("train/router_loss", "train/rewards/calibration_error", "train/rewards/min", "train/rewards/max"):
         assert two["metrics"].get(key) == pytest.approx(one["metrics"].get(key), abs=1e-5)
+    assert sources_of(two["metrics"]) == pytest.approx(sources_of(one["metrics"]), rel=1e-5, abs=1e-5)
     for name, state in one["extra"].get("coefficients", {}).items():
         assert two["extra"]["coefficients"][name] == pytest.approx(state, rel=1e-5), name
 
@@ -89,6 +95,13 @@ def test_same_update_as_one_process(results, name):
 @pytest.mark.parametrize("name", [name for name in (*ROWS, *FURTHER) if name not in WHOLE])
 def test_same_update_in_shards(sharded, name):
     assert_same_update(sharded, name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SOURCED)
+def test_a_source_that_one_rank_lacks_is_logged_of_all(results, name):
+    found = sources_of(torch.load(results / f"{name} sources.pt", weights_only=True)["metrics"])
+    assert {f"train/{source}/loss" for source in SOURCES} <= found.keys()
 
 
 @pytest.mark.slow

@@ -112,6 +112,22 @@ def taught(rows):
     return ROWS["distillation"].batch(rows) | {"teacher": ["b" if row > 3 else "a" for row in rows]}
 
 
+SOURCES = ("math", "code", "math", "code", "chat", "chat", "code", "chat")
+"""Of the rows: the first rank has none from the last source, and the second none from the first."""
+SOURCED = ("sft", "dpo", "grpo", "orpo of tokens", "ppo shared with nll")
+"""Paradigms and their variants on rows with sources and weights."""
+
+
+def sourced(make: Callable) -> Callable:
+    """Batches of rows with a source and a weight each."""
+
+    def batch(rows):
+        weights = torch.tensor([0.25 + 0.5 * (row % 5) for row in rows])
+        return make(rows) | {"source_name": [SOURCES[row] for row in rows], "source_weights": weights}
+
+    return batch
+
+
 def experts() -> AlignmentModule:
     """SFT whose router loss takes shares over both ranks, which have two and three pieces."""
     torch.manual_seed(0)
@@ -239,6 +255,11 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
         row = ROWS["grpo"]
         options, batch = row.variants[label], row.variant_batches.get(label, row.batch)
         yield f"grpo {label}", lambda options=options: make("grpo", **options), batch
+    for label in SOURCED:
+        name, _, variant = label.partition(" ")
+        options = ROWS[name].variants.get(variant, {}) | ({"micro_batch_size": 2} if variant else {})
+        batch = sourced(ROWS[name].batch)
+        yield f"{label} sources", lambda name=name, options=options: make(name, **options), batch
     taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
     yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}

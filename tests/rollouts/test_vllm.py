@@ -68,6 +68,17 @@ def test_completions_are_those_of_the_engine_in_process(engine, server, tiny_lla
     assert len({row["sampling_params"]["seed"] for row in rows}) == len({row["request_id"] for row in rows}) == 6
 
 
+def test_a_prompts_own_limit_ends_its_completions(engine, server, tiny_llama):
+    limited, limits = PROMPTS.limited((2, None, 4)), {(3, 8, 1, 9): 2, (11,): 6, (2, 6, 4, 4, 21, 30): 4}
+    wanted = written(InProcessEngine(Codec()), tiny_llama, FILTERED, limited)
+    assert_equal(written(engine, tiny_llama, FILTERED, limited), wanted)
+    rows = server.asked(GENERATE)[1:]
+    assert {row["sampling_params"]["max_tokens"] for row in rows} == {2, 4, 6}
+    assert all(row["sampling_params"]["max_tokens"] == limits[tuple(row["token_ids"])] for row in rows)
+    with pytest.raises(ValueError, match="not for completions of several turns"):
+        engine.open(limited, FILTERED, seeds=SEEDS)
+
+
 def test_a_samples_seed_is_its_own_whatever_else_is_asked_for(engine, server, tiny_llama):
     written(engine, tiny_llama)
     alone = Prompts.from_rows([[11]], torch.device("cpu"))

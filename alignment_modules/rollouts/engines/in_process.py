@@ -89,10 +89,11 @@ class InProcessEngine(Engine):
         """The first turn of a session.
 
         Raises:
+            ValueError: If a prompt has a limit of its own.
             NonFiniteLogits: If the policy's logits are not finite.
         """
-        turn, decoder = self._sample(prompts, parameters, num_samples, seeds, drop=False)
         rows = rows_of(prompts, num_samples)
+        turn, decoder = self._sample(prompts, parameters, num_samples, seeds, drop=False)
         session = _Session(parameters, seeds, num_samples, rows, [], turn, decoder=decoder, version=self._version)
         session.add(turn, range(len(rows)))
         return session

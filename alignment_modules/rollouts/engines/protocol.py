@@ -80,6 +80,9 @@ class Engine(ABC):
     ) -> Completions:
         """`num_samples` completions of each prompt; a prompt's are neighbours.
 
+        A prompt's own limit (`prompts.limits`, or `prompts.bounds(parameters.max_completion_length)`) ends its
+        completions like `max_completion_length` and changes no token before.
+
         Where the parameters truncate the support, the completions tell what was kept at each token (`support`) and
         their log-probabilities are over it. An engine that cannot tell gives log-probabilities over the whole
         vocabulary, or none (NaN): the policy is then scored over the whole vocabulary, from which it did not sample.
@@ -87,6 +90,8 @@ class Engine(ABC):
 
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
         """`generate`, but the completions may be extended; they stand in the session's `turn`.
+
+        Prompts have no limits of their own here.
 
         Raises:
             EngineError: If it has no sessions.

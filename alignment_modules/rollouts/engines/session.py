@@ -117,6 +117,12 @@ class Turns:
 
 
 def rows_of(prompts: Prompts, num_samples: int) -> list[Row]:
-    """The completions of a session before anything is written: a prompt's are neighbours."""
+    """The completions of a session before anything is written: a prompt's are neighbours.
+
+    Raises:
+        ValueError: If a prompt has a limit of its own.
+    """
+    if prompts.limits is not None:
+        raise ValueError(f"limits={list(prompts.limits)} of prompts are not for completions of several turns")
     contexts = real_tokens(prompts.ids, prompts.mask)
     return [Row([*context], len(context)) for context in contexts for _ in range(num_samples)]

@@ -155,18 +155,20 @@ class VLLMEngine(Engine):
             NonFiniteLogits: If its log-probabilities are not numbers.
         """
         contexts = [context for context in real_tokens(prompts.ids, prompts.mask) for _ in range(num_samples)]
-        places = range(len(contexts))
-        return self._write(contexts, places, parameters, seeds, num_samples, prompts.ids.device)
+        given = parameters, seeds, num_samples, prompts.ids.device
+        bounds = prompts.bounds(parameters.max_completion_length)
+        return self._write(contexts, range(len(contexts)), *given, bounds=bounds)
 
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Turns:
         """The first turn of a session.
 
         Raises:
+            ValueError: If a prompt has a limit of its own.
             EngineError: As in `generate`.
             NonFiniteLogits: Likewise.
         """
-        turn = self.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
         rows = rows_of(prompts, num_samples)
+        turn = self.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
         session = Turns(parameters, seeds, num_samples, rows, [], turn)
         session.add(turn, range(len(rows)))
         return session
@@ -182,7 +184,7 @@ class VLLMEngine(Engine):
         session.append(rows, tokens)
         device, contexts = session.turn.ids.device, session.contexts(rows)
         given = session.parameters, session.seeds, session.num_samples
-        return session.add(self._write(contexts, rows, *given, device, session.turns), rows)
+        return session.add(self._write(contexts, rows, *given, device, turn=session.turns), rows)
 
     def close(self, session: Turns) -> Completions:
         """All completions whole, on the host."""
@@ -208,20 +210,24 @@ class VLLMEngine(Engine):
         seeds: Seeds,
         num_samples: int,
         device: torch.device,
+        *,
         turn: int = 0,
+        bounds: Sequence[int] | None = None,
     ) -> Completions:
         """What follows each context; a row's place says which prompt and which of its samples it is."""
         if self.policy is None:
             raise ValueError("the engine has no policy yet: push one first")
         codec = self.codec or Codec()
         strings = StopStrings(parameters.stop_strings, codec.tokenizer) if parameters.stop_strings else None
-        fixed = sampling_params(parameters)
+        fixed, longest = sampling_params(parameters), parameters.max_completion_length
         for _ in range(2):
             requests = []
             for place, context in zip(places, contexts, strict=True):
-                index, sample = seeds.indices[place // num_samples], place % num_samples
+                prompt, sample = divmod(place, num_samples)
+                index, limit = seeds.indices[prompt], longest if bounds is None else bounds[prompt]
                 where = f"{seeds.seed}.{seeds.step}.{seeds.draw}.{index}.{sample}.{turn}"
-                requests.append(self._request(where, context, fixed | {"seed": seeds.number(index, sample, turn)}))
+                own = {"seed": seeds.number(index, sample, turn), "max_tokens": limit}
+                requests.append(self._request(where, context, fixed | own))
             answers = self._answers(requests)
             found = self._others(answers)
             if found is None:

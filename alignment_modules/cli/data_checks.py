@@ -28,7 +28,7 @@ def check_data(data: Namespace | None, command: str) -> None:
     given = dict[str, Any]((data or {}).get("init_args") or {})
     if data is None or not _is_ours(data.class_path):
         return
-    sources = dict(_sources(given))
+    sources = dict(options_of_sources(given))
     if dotted := next((name for name in sources if "." in name), None):
         name = dotted.partition(".")[0]
         raise ValueError(
@@ -50,9 +50,13 @@ def check_data(data: Namespace | None, command: str) -> None:
     check_sources(given, splits)
 
 
-def _sources(given: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The options of each source of a mixture."""
-    for name, source in dict(given.get("sources") or {}).items():
+def options_of_sources(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The name and the data module's options of each source of a mixture; nothing of another data module.
+
+    Args:
+        data: The options of the data module (`init_args`), of mappings or namespaces.
+    """
+    for name, source in dict(data.get("sources") or {}).items():
         module = source.get("data", source)
         yield name, module.get("init_args") or {}
 

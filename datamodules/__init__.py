@@ -1,6 +1,7 @@
 """Data for alignment: sources, row formats, chat masks, packing and resumable loaders as LightningDataModules."""
 
 from datamodules.base import AlignmentDataModule
+from datamodules.cache.options import CacheOptions
 from datamodules.mixture import MixtureDataModule
 from datamodules.mixture_sources import MixtureSource
 from datamodules.preference import PreferenceDataModule
@@ -11,6 +12,7 @@ from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule",
+    "CacheOptions",
     "MixtureDataModule",
     "MixtureSource",
     "PreferenceDataModule",

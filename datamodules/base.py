@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -12,6 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batching import Table
+from datamodules.cache.kept import Kept
+from datamodules.cache.options import CacheOptions
 from datamodules.loader import EvaluationSampler, ResumableLoader
 from datamodules.orders import Order, UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
@@ -29,6 +31,7 @@ from datamodules.workers import start_worker
 logger = logging.getLogger(__name__)
 
 Source = str | Dataset | Sequence[dict[str, Any]] | None
+_CACHE = CacheOptions()
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -64,6 +67,8 @@ class AlignmentDataModule(LightningDataModule):
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
         stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
             else whole.
+        cache: Where the tables of large splits are kept on disk, made at the first start by several processes and
+            mapped into memory at each; None: every start makes all of them in memory.
     """
 
     accepts: tuple[str, ...] = ()
@@ -93,6 +98,7 @@ class AlignmentDataModule(LightningDataModule):
         validation_prompts: Natural = 64,
         test_targets: bool = False,
         stream: StreamOptions | None = None,
+        cache: CacheOptions | None = _CACHE,
     ) -> None:
         check_options(AlignmentDataModule.__init__, locals())
         super().__init__()
@@ -110,6 +116,10 @@ class AlignmentDataModule(LightningDataModule):
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
         self.stream = stream
         self.streaming = stream_options(self)
+        if not isinstance(cache, CacheOptions | None):
+            raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")
+        self.cache = cache
+        self.kept = None if cache is None else Kept(cache)
         self.reports: dict[str, dict[str, Any]] = {}
         self.given_tokenizer = tokenizer
         self._tokenizer: Any = None
@@ -179,11 +189,27 @@ class AlignmentDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
+    def table_options(self) -> Mapping[str, Any]:
+        """Options of this class's own that change what `build` makes, as plain values.
+
+        Tables on disk are told apart by them. A class of your own that overrides `build` keeps its tables in memory
+        unless it overrides this, too; `build` then also gets ranges of the rows, each for itself.
+        """
+        return {}
+
     def prepare_data(self) -> None:
-        """Download hub data sets once per machine."""
+        """Once per machine: download hub data sets, and make the tables on disk that the running stage needs."""
         for split, source in self.sources.items():
             if isinstance(source, str) and is_hub_id(source) and not is_streamed(self, split):
                 load_from_hub(source, split)
+        stage = None if self.trainer is None else self.trainer.state.fn
+        try:
+            for split in self._missing(stage):
+                self._tables.update(self.splits.prepare(split))
+        except (ValueError, OSError):
+            if self.trainer is None or self.trainer.world_size == 1:
+                raise
+            logger.debug("setup raises it again, in all processes: one that ends here leaves the others waiting")
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise the splits that a stage needs, each once.
@@ -194,11 +220,19 @@ class AlignmentDataModule(LightningDataModule):
         Raises:
             ValueError: A source cannot be read or used; the message names split, place and what is needed.
         """
-        for split in SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS):
-            if split == "train" and self.streaming is not None:
-                self._train_stream()
-            elif self.sources[split] is not None and split not in self._tables:
-                self._tables.update(self._make(split))
+        for split in self._missing(stage):
+            self._tables.update(self._make(split))
+        if self.streaming is not None and "train" in self._stage_splits(stage):
+            self._train_stream()
+
+    def _missing(self, stage: Any) -> list[str]:
+        """The splits of a stage that have a source and no table yet, without a stream."""
+        tables = [split for split in self._stage_splits(stage) if split != "train" or self.streaming is None]
+        return [split for split in tables if self.sources[split] is not None and split not in self._tables]
+
+    @staticmethod
+    def _stage_splits(stage: Any) -> tuple[str, ...]:
+        return SPLITS if stage is None else _STAGES.get(str(getattr(stage, "value", stage)), SPLITS)
 
     def train_dataloader(self) -> DataLoader[Any] | StreamLoader:
         """Batches of this rank, resumable (see `ResumableLoader`; those of a stream have no end: `StreamLoader`)."""

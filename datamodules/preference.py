@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,62 +9,14 @@ from typing import Any
 import numpy as np
 
 from datamodules.base import AlignmentDataModule
-from datamodules.batching import Ragged, SidesCollate, Table, cut_left, room
+from datamodules.batching import Ragged, SidesCollate, cut_left, room
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
 from datamodules.rows.messages import scalar, short
+from datamodules.tables import SidesTable
 from datamodules.text.encoding import Encoder
 from datamodules.text.tokens import starts_with
-
-
-class SidesTable(Table):
-    """Rows of a prompt and one or two completions.
-
-    Args:
-        sides: Token ids of each side, by name ("prompt" among them).
-        index: A number of each.
-        columns: One value a row of other keys, by name.
-        loss_masks: Which tokens of a side are to be scored, by the side's name; of a side that lacks one, all.
-        source_rows: Row number in the source of each; None: `index`.
-        fingerprint: That of the content where it is known, else none.
-    """
-
-    def __init__(
-        self,
-        sides: dict[str, Ragged],
-        index: np.ndarray,
-        columns: dict[str, np.ndarray] | None = None,
-        loss_masks: dict[str, Ragged] | None = None,
-        source_rows: np.ndarray | None = None,
-        fingerprint: str = "",
-    ) -> None:
-        self.source_rows = index if source_rows is None else source_rows
-        self.sides, self.index, self.columns, self.loss_masks = sides, index, columns or {}, loss_masks or {}
-        self.fingerprint = fingerprint or self._fingerprint()
-
-    def _fingerprint(self) -> str:
-        checksum = 0
-        for values in self.columns.values():
-            checksum = zlib.crc32(values.tobytes(), checksum)
-        for table in (*self.loss_masks.values(), *self.sides.values()):
-            checksum = table.checksum(checksum)
-        return f"{checksum:08x}"
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row's sides together."""
-        return np.sum([side.lengths for side in self.sides.values()], axis=0)
-
-    def row(self, index: int) -> dict[str, Any]:
-        """The sides' ids, `index`, `{side}_loss_mask` where there are some, and the other columns."""
-        row: dict[str, Any] = {name: side[index] for name, side in self.sides.items()}
-        row.update((f"{name}_loss_mask", mask[index]) for name, mask in self.loss_masks.items())
-        row["index"] = int(self.index[index])
-        return row | {name: values[index].item() for name, values in self.columns.items()}
 
 
 class Sides:

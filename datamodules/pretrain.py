@@ -47,6 +47,10 @@ class PretrainDataModule(AlignmentDataModule):
     def _overflow_policies() -> tuple[str, ...]:
         return ("split", "truncate", "drop", "error")
 
+    def table_options(self) -> dict[str, Any]:
+        """Packing."""
+        return {"packing": self.packing}
+
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise, split and pack the documents of a split."""
         taken = array("q")

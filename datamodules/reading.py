@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
-from datamodules.lengths import how_long, too_long_warning
+from datamodules.lengths import HowLong, how_long, too_long_warning
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
 from datamodules.rows.messages import LARGEST_WEIGHT, truth
@@ -66,6 +66,7 @@ class SplitReader:
         self.labelled = any(row.get("label") is not None for row in islice(rows, formats.SAMPLE))
         self.places, self.may_be_empty = 1, False
         self._lengths = array("q")
+        self.how_long: HowLong | None = None  # where the rows themselves were not read
         self.counted: dict[str, None] = {}
         self.start, self.stop, self.is_part, self.packing = 0, len(rows), False, False
 
@@ -197,7 +198,8 @@ class SplitReader:
 
     def mostly_too_long(self) -> str:
         """A warning that names a fitting length where more than half of the rows are too long, else nothing."""
-        return too_long_warning(self.split, self.max_length, how_long(self.lengths, self.max_length))
+        found = self.how_long or how_long(self.lengths, self.max_length)
+        return too_long_warning(self.split, self.max_length, found)
 
     def describe(self) -> str:
         """The report in words."""

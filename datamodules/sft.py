@@ -59,6 +59,10 @@ class SFTDataModule(AlignmentDataModule):
         if clash := sorted({*self.carry} & {*BATCH_KEYS}):
             raise ValueError(f"carry={self.carry}: batches use {clash} themselves; give the column another name")
 
+    def table_options(self) -> dict[str, Any]:
+        """Targets, packing, and the columns carried on."""
+        return {"loss_on": self.loss_on, "packing": self.packing, "carry": self.carry}
+
     def build(self, reader: SplitReader) -> Batches:
         """Tokenise the demonstrations of a split."""
         taken = array("q")

@@ -35,6 +35,7 @@ class Splits:
 
     def __init__(self, data: AlignmentDataModule) -> None:
         self.data = data
+        self._prepared: dict[str, Rows] = {}
 
     def rows(self, split: str) -> Rows:
         """The rows of a split: its source's, or its share of the training rows, with columns renamed.
@@ -49,7 +50,7 @@ class Splits:
         share = given if isinstance(given, float) else None
         opened = "train" if share and split == "validation" else split
         source, first = data.sources[opened], first_of(data, opened)
-        rows: Rows = open_source(source, opened) if first is None else SequenceRows(first, str(source))
+        rows: Rows = open_source(source, opened, data.kept) if first is None else SequenceRows(first, str(source))
         if split == "train" and given is None and has_validation(source):
             logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
         if share and split in ("train", "validation"):
@@ -58,6 +59,22 @@ class Splits:
                 "%s: %d of %d rows of train, by validation=%s and seed=%d", split, len(rows), every, share, data.seed
             )
         return RenamedRows(rows, data.columns) if data.columns else rows
+
+    def prepare(self, split: str) -> dict[str, Batches]:
+        """Makes the tables of a split that are kept on disk, for other processes; of others nothing.
+
+        Args:
+            split: "train", "validation", "test" or "predict"; it has a source.
+
+        Returns:
+            The tables, by name.
+
+        Raises:
+            ValueError: The rows cannot be read or used; the message names split, place and what is needed.
+        """
+        kept, rows = self.data.kept, self.rows(split)
+        self._prepared[split] = rows
+        return self.make(split) if kept is not None and len(rows) >= kept.options.least_rows else {}
 
     def make(self, split: str) -> dict[str, Batches]:
         """The tables of a split, by name: its own, and the same rows in another form where that is wanted.
@@ -68,7 +85,8 @@ class Splits:
         Raises:
             ValueError: The rows cannot be read or used; the message names split, place and what is needed.
         """
-        data, rows = self.data, self.rows(split)
+        data, rows = self.data, self._prepared.pop(split, None)
+        rows = self.rows(split) if rows is None else rows
         seen = formats.summary(rows)
         kind, prompts = self.recognise(split, rows, seen)
         if split == "validation" and prompts:
@@ -170,7 +188,10 @@ class Splits:
     def _made(self, reader: SplitReader, prompts: bool) -> Batches:
         if reader.split in SPLITS:
             self.data.reports[reader.split] = reader.report
-        made = reader.prompt_table() if prompts else self.data.build(reader)
+        kept = self.data.kept
+        made = None if kept is None else kept.table(self.data, reader, prompts)
+        if made is None:
+            made = reader.prompt_table() if prompts else self.data.build(reader)
         _log(reader)
         return made
 

@@ -31,7 +31,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
 from alignment_modules.training.schedules import Schedule
 from alignment_modules.training.updates import UpdateModule
-from datamodules import AlignmentDataModule, MixtureSource, tasks
+from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, tasks
 
 BASES = (
     *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
@@ -80,6 +80,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "critic": ("policy", lambda: [PolicyConfig]),
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
+    "cache": ("tables on disk", lambda: [CacheOptions]),
     "engine": ("engines", lambda: [engines.VLLMEngine]),
     "sources": ("sources", lambda: [MixtureSource]),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),

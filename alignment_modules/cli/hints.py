@@ -52,6 +52,7 @@ _NAMES = {
     "dtype": "model.policy.dtype",
     "attn_implementation": "model.policy.attn_implementation",
     "gradient_checkpointing": "model.policy.gradient_checkpointing",
+    "activation_offloading": "model.policy.activation_offloading",
     "torch_compile": "model.policy.compile",
     "load_in_4bit": "model.policy.quantization",
     "load_in_8bit": "model.policy.quantization",

@@ -45,6 +45,8 @@ class PolicyConfig:
         gradient_checkpointing: Recompute activations in the backward pass; less memory, more time. True: those of each
             layer, about a third more time. "selective": all but the results of each layer's matrix products and of its
             attention. A number n of 2 or more: those of each n-th layer.
+        activation_offloading: Keep what the backward pass needs in the host's memory until then; less memory of the
+            accelerator, more time. With `gradient_checkpointing` these are the inputs of the layers.
         compile: Compile the forward pass of each layer with `torch.compile`, for training and scoring; completions are
             drawn without it. The first steps wait for the C++ compiler, which must be there.
         head: "lm" gives the distribution of the next token, "scalar" one number for each state (a reward or a value),
@@ -70,6 +72,7 @@ class PolicyConfig:
     frozen: list[str] | None = None
     quantization: Quantization | None = None
     gradient_checkpointing: Recomputed = False
+    activation_offloading: bool = False
     compile: bool = False
     head: Head = "lm"
     revision: str | None = None
@@ -124,6 +127,8 @@ def check_options(policy: PolicyConfig, trainable: bool) -> None:
             "Trainer(precision='bf16-mixed'), or 'bfloat16'; a reference, or a base under lora, may be float16."
         )
     _check_compile(policy)
+    if policy.activation_offloading and not trainable:
+        raise ValueError("policy.activation_offloading=True has no effect: this model is never trained; leave it out.")
     if policy.quantization is not None:
         _check_quantization(policy, trainable)
     _check_added_tokens(policy)

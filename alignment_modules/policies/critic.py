@@ -17,6 +17,7 @@ from alignment_modules.policies.config import PolicyConfig, dtype_name, from_map
 from alignment_modules.policies.forward import find_head, language_model
 from alignment_modules.policies.input_start import is_marked, start_later
 from alignment_modules.policies.load import build_policy
+from alignment_modules.policies.offloading import offload_as
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import carry_marks, quantized_layers
 from alignment_modules.policies.reading import Reading
@@ -53,7 +54,7 @@ def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Modul
             raise type(error)(f"critic: {str(error).replace('policy.', 'critic.')}") from error
     prepare(model)
     if as_policy:
-        compile_as(policy, model)
+        offload_as(policy, compile_as(policy, model))
     inner = language_model(model)
     head = None if inner is None else find_head(inner)
     if head is not None and isinstance(head.linear, nn.Linear):

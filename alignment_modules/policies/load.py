@@ -33,6 +33,7 @@ from alignment_modules.policies.config import (
 from alignment_modules.policies.export import read_note
 from alignment_modules.policies.forward import classifies, language_model
 from alignment_modules.policies.lora import LoraConfig, add_lora
+from alignment_modules.policies.offloading import offload_activations
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.quantization import check_stored, loading_options, mark_shapes, quantized_layers, settle
@@ -173,6 +174,8 @@ def _build(
         free_embedding_output(model)
     if policy.compile:
         compile_layers(model)
+    if policy.activation_offloading:
+        offload_activations(model)
     return model.train()
 
 

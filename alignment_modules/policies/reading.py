@@ -24,6 +24,7 @@ from alignment_modules.policies.forward import (
     padded_states,
 )
 from alignment_modules.policies.noise import EmbeddingNoise
+from alignment_modules.policies.offloading import offloaded
 from alignment_modules.policies.probing import prepare
 from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.sharded import forward_pass, is_sharded
@@ -129,7 +130,8 @@ def read(
             return packed_states(model, segments, hidden=head is not None, trim=trim, noise=noise)
         return padded_states(policy, segments, hidden=head is not None, noise=noise)
 
-    states, routed = forward_pass(policy, compute)
+    with offloaded(policy):
+        states, routed = forward_pass(policy, compute)
     # A stand-in's token is no token.
     return Reading(states, head, segments, tuple(x[:0] if tokens == 0 else x for x in routed) if routers else ())
 

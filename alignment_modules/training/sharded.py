@@ -6,6 +6,7 @@ import lightning as L
 from torch import nn
 
 from alignment_modules.policies.frozen import companions
+from alignment_modules.policies.offloading import check_offloading
 from alignment_modules.policies.sharded import free, gathered
 from alignment_modules.policies.sharding import compute_dtype, shard_children
 from alignment_modules.training.strategies import refuse_strategy
@@ -21,10 +22,14 @@ class ShardedModule(L.LightningModule):
         """Shards policy, critic, references and teachers; with a strategy that shards nothing they stay as they are.
 
         Raises:
-            ValueError: If the strategy is one that is not supported, or a model cannot be sharded.
+            ValueError: If the strategy is one that is not supported, a model cannot be sharded, or its activations
+                cannot be offloaded there.
         """
         if self._trainer is not None:
             refuse_strategy(self._trainer.strategy)
+            if self.trainer.training:
+                device = self.trainer.strategy.root_device
+                check_offloading(self, device, sharded=self.device_mesh is not None)
         if self.device_mesh is not None:
             gather = compute_dtype(str(self.trainer.precision))
             shard_children(self, self.device_mesh["data_parallel"], gather=gather)

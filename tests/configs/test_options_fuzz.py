@@ -70,6 +70,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "columns": [3, "nosuch", [1]],
     "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
     "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
+    "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
 ACCEPTED = {
@@ -86,9 +87,9 @@ def parts(hint):
 
 def malformed(name, hint):
     """Values that an option of this type cannot mean."""
-    if name in OBJECTS:
-        return OBJECTS[name]
     alternatives, optional = parts(hint)
+    if name in OBJECTS and not (name == "cache" and str in alternatives):  # a judge's is a file
+        return OBJECTS[name]
     values = [] if optional else [None]
     kinds = {get_origin(a) or a for a in alternatives}
     for alternative in alternatives:
@@ -131,6 +132,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "cache", datamodules.CacheOptions
     yield "stream", StreamOptions
 
 
@@ -162,6 +164,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "cache":
+        return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "stream":
         return configuration("data", datamodules.SFTDataModule, {"train": "nowhere", "stream": options})
     if group == "task":

@@ -1,0 +1,1 @@
+"""Tables on disk: made once, by several processes, and mapped into memory by all that read them."""

@@ -2,6 +2,7 @@
 
 from datamodules.base import AlignmentDataModule
 from datamodules.cache.options import CacheOptions
+from datamodules.curricula import ByColumn, ByLength, BySuccess
 from datamodules.mixture import MixtureDataModule
 from datamodules.mixture_sources import MixtureSource
 from datamodules.preference import PreferenceDataModule
@@ -12,6 +13,9 @@ from datamodules.unpaired import UnpairedDataModule
 
 __all__ = [
     "AlignmentDataModule",
+    "ByColumn",
+    "ByLength",
+    "BySuccess",
     "CacheOptions",
     "MixtureDataModule",
     "MixtureSource",

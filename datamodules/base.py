@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batching import Table
 from datamodules.cache.kept import Kept
 from datamodules.cache.options import CacheOptions
+from datamodules.curricula import Curriculum
 from datamodules.loader import EvaluationSampler, ResumableLoader
-from datamodules.orders import Order, UniformOrder
 from datamodules.ranges import MAX_INT, Count, Natural, Range, Seed, check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows.sources import is_hub_id, load_from_hub
 from datamodules.rows.splits import check_share
+from datamodules.scheduling import ScheduledRows, check_scheduling
 from datamodules.splits import SPLITS, TEST_TARGETS, VALIDATION_PROMPTS, Splits
 from datamodules.streams.loader import StreamLoader
 from datamodules.streams.options import StreamOptions
@@ -35,7 +36,7 @@ _CACHE = CacheOptions()
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
-class AlignmentDataModule(LightningDataModule):
+class AlignmentDataModule(ScheduledRows, LightningDataModule):
     """Base of the data modules; use one of its subclasses.
 
     A subclass says which row formats it takes (`accepts`) and how it makes a table of them (`build`).
@@ -65,6 +66,11 @@ class AlignmentDataModule(LightningDataModule):
             prompts are also given alone, in a second validation loader, so that completions can be judged. 0: none.
             Modules that write nothing, or are not of this library, get one loader.
         test_targets: Whether test rows with targets are also given with these, in a second test loader.
+        max_tokens: Most padded tokens of a training batch of one process, its rows times the longest of them; rows of
+            similar length come together, as many as fit, in place of `batch_size`. A row counts with its prompt and all
+            of its completions. None: batches have `batch_size` rows.
+        curriculum: The order in which training rows come, or which of them are admitted: `ByColumn`, `ByLength` or
+            `BySuccess`. None: all, in a new order each epoch.
         stream: Read the training rows on the fly, in blocks, for ever; None: an `IterableDataset` is read so, and all
             else whole.
         cache: Where the tables of large splits are kept on disk, made at the first start by several processes and
@@ -97,6 +103,8 @@ class AlignmentDataModule(LightningDataModule):
         columns: dict[str, str] | None = None,
         validation_prompts: Natural = 64,
         test_targets: bool = False,
+        max_tokens: Count | None = None,
+        curriculum: Curriculum | None = None,
         stream: StreamOptions | None = None,
         cache: CacheOptions | None = _CACHE,
     ) -> None:
@@ -116,6 +124,8 @@ class AlignmentDataModule(LightningDataModule):
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
         self.stream = stream
         self.streaming = stream_options(self)
+        self.max_tokens, self.curriculum = max_tokens, curriculum
+        check_scheduling(self)
         if not isinstance(cache, CacheOptions | None):
             raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")
         self.cache = cache
@@ -126,6 +136,7 @@ class AlignmentDataModule(LightningDataModule):
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
         self._tables: dict[str, Batches] = {}
+        self.forget_schedule()
         self._stream: TrainStream | None = None
         own = type(self).val_dataloader is AlignmentDataModule.val_dataloader
         if validation is None and own:  # Lightning runs no validation loop where the hook is its own
@@ -222,6 +233,8 @@ class AlignmentDataModule(LightningDataModule):
         """
         for split in self._missing(stage):
             self._tables.update(self._make(split))
+        if "train" in self._stage_splits(stage) and "train" in self._tables:
+            self.scheduled(self._tables["train"][0])
         if self.streaming is not None and "train" in self._stage_splits(stage):
             self._train_stream()
 
@@ -240,12 +253,13 @@ class AlignmentDataModule(LightningDataModule):
             return self._train_stream().loader(*self._ranks())
         table, collate = self._table("train")
         replicas, rank = self._ranks()
-        order = self._order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
+        order = self.training_order(table, replicas, self.shuffle and not getattr(self.trainer, "overfit_batches", 0))
         loader = ResumableLoader(table, order, rank=rank, collate_fn=collate, **self._loader_options())
         trainer = self.trainer
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
+        self.training_loader = loader
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -287,6 +301,7 @@ class AlignmentDataModule(LightningDataModule):
         alone.__dict__.pop("val_dataloader", None)
         alone.trainer, alone.sources, alone.reports = None, dict.fromkeys(SPLITS), {}
         alone._tables, alone._stream, alone.splits = {}, None, Splits(alone)
+        alone.forget_schedule()
         return alone
 
     def _ranks(self) -> tuple[int, int]:
@@ -301,17 +316,6 @@ class AlignmentDataModule(LightningDataModule):
             "generator": torch.Generator(),
             "worker_init_fn": start_worker,
         }
-
-    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
-        """Which rows make each batch of training."""
-        return UniformOrder(
-            len(table),
-            batch_size=self.batch_size,
-            num_replicas=replicas,
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=self.drop_last,
-        )
 
     def _make(self, split: str) -> dict[str, Batches]:
         """The tables of a split, by name."""

@@ -203,7 +203,8 @@ class MixtureDataModule(AlignmentDataModule):
         self.reports[split] = summed(own.values())
         self.reports |= {f"{split}/{name}": report for name, report in own.items()}
 
-    def _order(self, table: Table, replicas: int, shuffle: bool) -> Order:
+    def training_order(self, table: Table, replicas: int, shuffle: bool) -> Order:
+        """Rows of all sources, by their shares."""
         sizes = table.sizes if isinstance(table, MixedTable) else [len(table)]
         return MixtureOrder(
             sizes,

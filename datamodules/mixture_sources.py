@@ -148,6 +148,12 @@ def check_effects(sources: Mapping[str, MixtureSource], temperature: float | Non
                 raise ValueError(
                     f"temperature={temperature} and {option}={value} of source {name!r}: shares follow one of them"
                 )
+        for option in ("max_tokens", "curriculum"):
+            if getattr(source.data, option) is not None:
+                raise ValueError(
+                    f"source {name!r}: {option}={getattr(source.data, option)} has no effect: the mixture makes the "
+                    "batches"
+                )
         if source.rewards is not None and not gives_prompts:
             raise ValueError(
                 f"source {name!r}: rewards={source.rewards} has no effect, as {type(source.data).__name__} gives no "

@@ -12,6 +12,7 @@ from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.scheduling import check_packing
 
 
 class PretrainDataModule(AlignmentDataModule):
@@ -42,6 +43,7 @@ class PretrainDataModule(AlignmentDataModule):
         check_options(PretrainDataModule.__init__, locals())
         super().__init__(overflow=overflow, **common)
         self.packing = packing
+        check_packing(self, packing)
 
     @staticmethod
     def _overflow_policies() -> tuple[str, ...]:

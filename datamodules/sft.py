@@ -9,6 +9,7 @@ from datamodules.base import AlignmentDataModule
 from datamodules.ranges import check_options
 from datamodules.reading import Batches, SplitReader
 from datamodules.rows import formats
+from datamodules.scheduling import check_packing
 from datamodules.tables import OF_MIXTURES
 from datamodules.text.encoding import LossOn
 
@@ -54,6 +55,7 @@ class SFTDataModule(AlignmentDataModule):
         self.loss_on: LossOn = loss_on
         self.packing = packing
         self.carry = carry or []
+        check_packing(self, packing)
         if self.carry and packing:
             raise ValueError(f"carry={self.carry} with packing=True: a packed row holds several rows' values")
         if clash := sorted({*self.carry} & {*BATCH_KEYS}):

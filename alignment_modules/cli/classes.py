@@ -31,17 +31,18 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
 from alignment_modules.training.schedules import Schedule
 from alignment_modules.training.updates import UpdateModule
-from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, tasks
+from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, curricula, tasks
 
 BASES = (
     *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
-    *(AlignmentDataModule, Schedule, LoggedMetrics),
+    *(AlignmentDataModule, Schedule, LoggedMetrics, curricula.Curriculum),
 )
 """Classes that only others are made of; the command line refuses them by name."""
 
 CLASSES_ONLY = {
     "model": AlignmentModule,
     "data": LightningDataModule,
+    "curriculum": curricula.Curriculum,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
     "critic_optimizer": Optimizer,
@@ -62,6 +63,7 @@ def public_classes(package: types.ModuleType, base: type | None = None) -> list[
 _NO_REWARDS = (rewards.RewardSet, rewards.RewardFunction)
 REWARDS = [c for c in public_classes(rewards) if "__call__" in vars(c) and c not in _NO_REWARDS]
 TASKS = [c for c in public_classes(tasks) if c is not tasks.AdditionTask]
+CURRICULA = public_classes(curricula, curricula.Curriculum)
 CALLBACKS = public_classes(callbacks, Callback)
 
 _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
@@ -83,6 +85,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "cache": ("tables on disk", lambda: [CacheOptions]),
     "engine": ("engines", lambda: [engines.VLLMEngine]),
     "sources": ("sources", lambda: [MixtureSource]),
+    "curriculum": ("curricula", lambda: CURRICULA),
     **dict.fromkeys(("train", "validation", "test", "predict"), ("tasks", lambda: TASKS)),
 }
 """What stands behind an option, by the last part of its name."""

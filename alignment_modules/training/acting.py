@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.engines import EngineModule
 from alignment_modules.training.objective import EarlyRead
+from alignment_modules.training.recording import tell_scores
 from alignment_modules.training.updates import UpdateModule
 
 
@@ -68,6 +69,8 @@ class ActingModule(EngineModule, UpdateModule):
 
     compares_log_probs = True
     batch_keys = ("prompts", "prompt_attention_mask")
+    tells_scores: ClassVar[bool] = True
+    """Whether the data module hears of rewards (`tell_scores`)."""
 
     def __init__(
         self,
@@ -224,6 +227,7 @@ class ActingModule(EngineModule, UpdateModule):
                 "completions"
             )
         self.engine.sleep()  # all ranks have their completions
+        self.actor.statistics |= tell_scores(getattr(self._trainer, "datamodule", None), self, batch, self.rollout)
         return self.rollout
 
     def parts(self, rollout: Rollout, *, passes: int, count: int, first: bool) -> Iterator[Rollout]:

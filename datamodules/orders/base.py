@@ -34,9 +34,13 @@ class Order:
         """Row numbers of global batch `start` and all that follow it in an epoch, each int64 `[rows of the batch]`."""
         raise NotImplementedError
 
+    def room(self, size: int) -> int | None:
+        """How many tokens a row of a global batch of `size` rows may have; None: any number."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """Plain values that must be the same for a position to mean the same rows."""
-        raise NotImplementedError
+        return {"world_size": self.num_replicas, "num_rows": self.rows, "max_tokens": None, "curriculum": None}
 
     def differences(self, then: Mapping[str, Any]) -> dict[str, Any]:
         """The settings, as they are now, that are others than `then` and forbid to resume; what is absent is no other.
@@ -72,3 +76,19 @@ class Order:
             Numbers to log, by name.
         """
         return {}
+
+
+def same_steps(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the batches of all ranks together hold the same rows as before, dealt to another number of ranks.
+
+    Args:
+        then: Settings that a state was saved with.
+        now: Settings of an order whose batches have `batch_size` rows a rank.
+    """
+    if then.get("batch_size") is None or "world_size" not in then:
+        return False
+    step = now["world_size"] * now["batch_size"]
+    tail = 0 if now["drop_last"] else now["num_rows"] % step
+    # a tail of fewer rows than ranks is filled up with rows that come twice
+    alike = tail == 0 or tail >= max(then["world_size"], now["world_size"])
+    return alike and then["world_size"] * then["batch_size"] == step

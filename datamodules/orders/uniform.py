@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.orders.base import Order
+from datamodules.orders.base import Order, same_steps
 from datamodules.ranges import Count, Natural, Seed, check_options
 
 
@@ -66,10 +66,8 @@ class UniformOrder(Order):
 
     def settings(self) -> dict[str, Any]:
         """The options."""
-        return {
-            "world_size": self.num_replicas,
+        return super().settings() | {
             "batch_size": self.batch_size,
-            "num_rows": self.rows,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "drop_last": self.drop_last,
@@ -78,15 +76,6 @@ class UniformOrder(Order):
     def differences(self, then: Mapping[str, Any]) -> dict[str, Any]:
         """Another number of ranks may take a run up if their batches together have as many rows."""
         found = super().differences(then)
-        if self._same_steps(then):
+        if same_steps(then, self.settings()):
             return {name: value for name, value in found.items() if name not in ("world_size", "batch_size")}
         return found
-
-    def _same_steps(self, then: Mapping[str, Any]) -> bool:
-        """Whether the batches of all ranks together hold the same rows as before, dealt to another number of ranks."""
-        if not {"world_size", "batch_size"} <= then.keys():
-            return False
-        tail = 0 if self.drop_last else self.rows % self.step
-        # a tail of fewer rows than ranks is filled up with rows that come twice
-        alike = tail == 0 or tail >= max(then["world_size"], self.num_replicas)
-        return alike and then["world_size"] * then["batch_size"] == self.step

@@ -18,7 +18,16 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, REWARDS, TASKS, bases_of, options_of, path_of, subclasses
+from alignment_modules.cli.classes import (
+    CALLBACKS,
+    CURRICULA,
+    REWARDS,
+    TASKS,
+    bases_of,
+    options_of,
+    path_of,
+    subclasses,
+)
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -46,6 +55,7 @@ NEEDED = {
     "PPOModule": {"rewards": "ExactMatch"},
     "ChatJudge": {"url": "http://localhost:8000/v1", "model_name": "small"},
     "RegexMatch": {"pattern": "x"},
+    "ByColumn": {"column": "level"},
     "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
 }
@@ -70,6 +80,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "columns": [3, "nosuch", [1]],
     "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
     "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
+    "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
 }
@@ -125,7 +136,10 @@ def cases():
     for group, classes in (("model", MODULES), ("data", DATA), ("callback", CALLBACKS), ("schedule", SCHEDULES)):
         for cls in classes:
             yield group, cls
-    for group, classes in (("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)):
+    for group, classes in (
+        *(("reward", REWARDS), ("task", TASKS), ("optimizer", OPTIMIZERS)),
+        ("curriculum", CURRICULA),
+    ):
         for cls in classes:
             yield group, cls
     yield "source", datamodules.MixtureSource
@@ -164,6 +178,8 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "curriculum":
+        return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
     if group == "cache":
         return configuration("data", datamodules.SFTDataModule, {"cache": options})
     if group == "stream":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -122,9 +123,8 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         self.chat_template, self.as_chat, self.columns = chat_template, as_chat, columns
         self.added_tokens = tuple(added_tokens or ())
         self.validation_prompts, self.test_targets = validation_prompts, test_targets
-        self.stream = stream
+        self.max_tokens, self.curriculum, self.stream = max_tokens, curriculum, stream
         self.streaming = stream_options(self)
-        self.max_tokens, self.curriculum = max_tokens, curriculum
         check_scheduling(self)
         if not isinstance(cache, CacheOptions | None):
             raise ValueError(f"cache={cache!r} must be CacheOptions(...) or null")
@@ -259,7 +259,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
-        self.training_loader = loader
+        self.training_loader = weakref.ref(loader)
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

@@ -117,12 +117,9 @@ class RunReport(LoggedMetrics, Callback):
 def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     reports: Mapping[str, Mapping[str, Any]] = getattr(getattr(trainer, "datamodule", None), "reports", {})
-    counts = [
-        f"{split} {report.get('kept', report.get('rows')):,} rows"
-        + (f", {report['tokens']:,} tokens" if "tokens" in report else "")
-        for split, report in reports.items()
-    ]
+    counts = [_counted(split, report) for split, report in reports.items()]
     batches = trainer.num_training_batches
+    endless = math.isinf(batches)
     total: Any = getattr(module, "total_optimizer_steps", None) or trainer.estimated_stepping_batches
     most = "at most " if getattr(module, "may_take_fewer_steps", False) else ""
     length = f"{most}{total} optimizer steps" if math.isfinite(total) and total > 0 else "no limit"
@@ -133,10 +130,18 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
     own = {"objective": type(module).__name__, "policy": f"{trained:,} parameters trained"}
     return ({} if hasattr(module, "describe") else own) | {
         "data": "; ".join(counts) or f"{batches} batches an epoch",
-        "steps": f"{length}; an epoch has {batches} batches{rows} on {split}"
+        "steps": f"{length}; {'batches' if endless else f'an epoch has {batches} batches'}{rows} on {split}"
         + (f", {accumulated} of them a step" if accumulated > 1 else ""),
         "writes to": str(trainer.default_root_dir),
     }
+
+
+def _counted(split: str, report: Mapping[str, Any]) -> str:
+    """What was read of a split; nothing yet of a stream."""
+    if not report.get("rows"):
+        return f"{split} a stream"
+    tokens = f", {report['tokens']:,} tokens" if "tokens" in report else ""
+    return f"{split} {report.get('kept', report['rows']):,} rows{tokens}"
 
 
 def _print(trainer: L.Trainer, lines: Mapping[str, str]) -> None:

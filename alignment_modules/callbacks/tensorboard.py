@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -17,6 +18,9 @@ _WORKINGS = (
     *("completions/m??_length", "completions/*_terminated_length", "rewards/m??", "rewards/*/std"),
     *("rewards/*/not_applicable", "sample_accuracy", "samples_per_second", "padding_share", "num_tokens"),
     *("steps_without_targets", "time/*", "grad_norm", "learning_rate", "reward_std", "tokens_per_second"),
+    # of each source of the data, what is not a loss, a reward or an accuracy
+    *("*/entropy", "*/nll_loss", "*/rewards/chosen", "*/rewards/rejected", "*/rewards/margins", "*/rewards/*/mean"),
+    *("*/completions/mean_length", "*/groups_with_signal", "*/sample_accuracy"),
 )
 _LAYOUT = {  # charts of the page CUSTOM SCALARS, and the metrics that each holds; a run has those of its first metrics
     "loss": ("train/loss", "val/loss"),
@@ -32,6 +36,13 @@ _LAYOUT = {  # charts of the page CUSTOM SCALARS, and the metrics that each hold
     "gradient norm": ("train/grad_norm",),
     "learning rate": ("train/learning_rate",),
 }
+_BY_SOURCE = {  # likewise, of each source of the data, of which there may be more than in the first metrics
+    "loss by source": r"^train/(?!critic/)[^/]+/loss$",
+    "reward by source": r"^train/(?!greedy/)[^/]+/reward$",
+    "accuracy by source": r"^train/[^/]+/mean_token_accuracy$",
+    "preferred over rejected by source": r"^train/[^/]+/rewards/accuracies$",
+    "exact match by source": r"^val/[^/]+/exact_match$",
+}
 _EVERY_RUN = ("exact match", "gradient norm", "learning rate")  # what other hooks log, later
 
 
@@ -42,6 +53,8 @@ def tag_of(name: str) -> str:
     Example:
         >>> tag_of("train/loss"), tag_of("train/clip_ratio/low_mean")
         ('train/loss', 'workings/train/clip_ratio/low_mean')
+        >>> tag_of("train/math/loss"), tag_of("train/math/entropy")
+        ('train/math/loss', 'workings/train/math/entropy')
     """
     stage, _, rest = name.partition("/")
     base = rest.partition("/dataloader_idx_")[0]
@@ -77,6 +90,9 @@ class TensorBoard(TensorBoardLogger):
                 for title, names in _LAYOUT.items()
                 if title in _EVERY_RUN or any(name in metrics for name in names)
             }
+            for title, pattern in _BY_SOURCE.items():
+                if any(re.match(pattern, name) for name in metrics):
+                    charts[title] = ["Multiline", [pattern]]
             self.experiment.add_custom_scalars({"what matters": charts})
         for name, value in metrics.items():
             if name != "epoch":

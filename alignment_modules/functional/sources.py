@@ -41,8 +41,9 @@ def by_source(sums: Mapping[str, RowSums], sources: Sequence[str] | None) -> dic
             each = chosen.repeat_interleave(rows // len(sources), dim=1)
             moved[device, rows] = each.to(device, non_blocking=True)
         exact = torch.float32 if device.type == "mps" else torch.float64
-        for source, own in zip(names, moved[device, rows], strict=True):
-            # not a product: what is not a number in one source is none of the others' business
-            total, weight = (torch.where(own, part.detach().to(exact), 0.0).sum(dim=-1) for part in (totals, weights))
+        own = moved[device, rows].unflatten(0, (len(names), *[1] * (totals.dim() - 1)))
+        # not a product: what is not a number in one source is none of the others' business
+        parts = [torch.where(own, part.detach().to(exact), 0.0).sum(dim=-1) for part in (totals, weights)]
+        for source, total, weight in zip(names, *parts, strict=True):
             found[f"{source}/{name}"] = Statistic(total, weight, "source")
     return found

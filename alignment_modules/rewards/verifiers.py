@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from alignment_modules.functional.http import short
@@ -197,7 +198,7 @@ class SoftOverlong:
 
     Args:
         max_length: Tokens of a completion from which the penalty is -1; None: the longest that is sampled, the module's
-            `max_completion_length`.
+            `max_completion_length`, or a row's own limit where it has one.
         buffer: Tokens before `max_length` over which the penalty grows; None: a fifth of it, as in the paper.
 
     Raises:
@@ -236,11 +237,15 @@ class SoftOverlong:
             raise ValueError(f"buffer={buffer} must lie within [1, max_length={max_length}]")
         self.max_length, self.buffer = max_length, buffer
 
-    def __call__(self, completion_ids: list[Sequence[int]]) -> list[float]:
+    def __call__(
+        self, completion_ids: list[Sequence[int]], completion_limits: list[int | None] | None = None
+    ) -> list[float]:
         """Judges each completion by its number of tokens.
 
         Args:
             completion_ids: N lists of token ids, without padding.
+            completion_limits: N longest completions of rows with a limit of their own, which then takes the place of
+                that of all, with as large a share of it to ramp over; not read where a `max_length` was given.
 
         Returns:
             N numbers within [-1, 0].
@@ -250,5 +255,12 @@ class SoftOverlong:
         """
         if self.max_length is None or self.buffer is None:
             raise RewardError("max_length=None: the longest completion is known to a module alone; give max_length")
-        start = self.max_length - self.buffer
-        return [max(-1.0, min(0.0, (start - len(ids)) / self.buffer)) for ids in completion_ids]
+        limits = completion_limits if completion_limits is not None and self._given[0] is None else []
+        return [self._of(len(ids), limit) for ids, limit in zip_longest(completion_ids, limits)]
+
+    def _of(self, length: int, limit: int | None) -> float:
+        """What a completion gets whose limit is this; None: that of all."""
+        longest, buffer = self.max_length or 1, self.buffer or 1
+        if limit is not None and limit < longest:
+            longest, buffer = limit, max(buffer * limit // longest, 1)
+        return max(-1.0, min(0.0, (longest - buffer - length) / buffer))

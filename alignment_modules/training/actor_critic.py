@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -29,7 +30,7 @@ from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.makers import check_makers
 from alignment_modules.training.objective import Objective, Term
 from alignment_modules.training.policy_gradient import PolicyGradientModule, token_mean
-from alignment_modules.training.sources import loss_of
+from alignment_modules.training.sources import gather_names, loss_of
 
 PRETRAINED = "critic-pretrain.ckpt"
 SHARED_COEF = 0.1  # of the value loss on a shared trunk, as in TRL's PPO
@@ -179,7 +180,7 @@ class ActorCriticModule(PolicyGradientModule):
         done, saver = self.pretraining_rollouts, self.trainer.checkpoint_callback
         if self.global_step or not done or (self.pretraining and done % self.pretrain_save_every):
             return
-        found = self._train_meters.compute(self.reduce)
+        found = self._train_meters.compute(self.reduce, partial(gather_names, self))
         self._train_meters.reset()  # what is logged with the policy's first step is of that step
         names = {"loss": "critic/loss", "explained variance": "critic/explained_variance"}
         told = ", ".join(f"{word} {found[name]:.3g}" for word, name in names.items() if name in found)

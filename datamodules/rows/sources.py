@@ -116,7 +116,7 @@ def _open_object(source: Any, split: str) -> Rows:
     if isinstance(source, Mapping) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise ValueError(
             f"{split}={type(source).__name__} cannot be used: a source needs __len__ and __getitem__ (a map-style "
-            "Dataset, a list of dict rows) or must be a path or hub id; streams without a length are not supported"
+            "Dataset, a list of dict rows) or must be a path or hub id. An IterableDataset is a stream of training rows"
         )
     return DatasetRows(source, name) if _is_dataset(source) else SequenceRows(source, name)
 

@@ -146,23 +146,24 @@ class StreamLoader:
     def _begin(self, bookmarks: Sequence[Bookmark], handed: int) -> None:
         self._bookmarks, self._handed = list(bookmarks), handed
         self._recent: deque[tuple[int, Bookmark]] = deque()  # shard and its new place, batch by batch
-        self._batches: Iterator[Given] | None = None
+        # Lightning ends the workers of an iterator of this name when a fit is over
+        self._iterator: Iterator[Given] | None = None
         self._reports: dict[int, Report] = {}
 
     def __iter__(self) -> Iterator[Any]:
         first = self._handed if self.done is None else self.done()
-        if self._batches is None or first != self._handed:
+        if self._iterator is None or first != self._handed:
             behind = all(mark.batches <= first for mark in self._bookmarks)
             self._begin(self._bookmarks if behind else self._start, first)
         return self._hand_out()
 
     def _hand_out(self) -> Iterator[Any]:
         while True:
-            if self._batches is None:
-                self._batches = iter(self._loader())
-            given = next(self._batches)
+            if self._iterator is None:
+                self._iterator = iter(self._loader())
+            given = next(self._iterator)
             if given.error is not None:
-                self._batches = None
+                self._iterator = None
                 raise ValueError(given.error)
             self._note(given)
             yield given.batch

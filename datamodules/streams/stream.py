@@ -37,6 +37,8 @@ def stream_options(data: AlignmentDataModule) -> StreamOptions | None:
         ValueError: Options contradict each other.
     """
     train, options = data.sources["train"], data.stream
+    if not isinstance(options, StreamOptions | None):
+        raise ValueError(f"stream={options!r} must be StreamOptions(...) or null")
     if options is None and not is_stream(train):
         return None
     options = options or StreamOptions()
@@ -47,6 +49,12 @@ def stream_options(data: AlignmentDataModule) -> StreamOptions | None:
         )
     if data.drop_last:
         raise ValueError("drop_last=True has no effect on a stream, all of whose batches are full; leave it out")
+    for name in ("curriculum", "max_tokens"):
+        if getattr(data, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(data, name)!r} chooses among all rows, and a stream knows those of a block alone; "
+                f"leave {name} out, or give a table"
+            )
     others = [split for split in ("validation", "test", "predict") if _bounded(data.sources[split])]
     if options.eval_rows is not None and not others:
         raise ValueError(

@@ -8,7 +8,11 @@ import torch
 from alignment_modules import EvaluationConfig
 from alignment_modules.paradigms import GRPOModule, OnlineDPOModule, PPOModule
 from alignment_modules.rewards import RewardError
+from alignment_modules.rollouts.codec import Codec
+from alignment_modules.rollouts.engines import InProcessEngine
+from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
+from alignment_modules.training.own_rows import OwnRows
 from tests.batches import Digits, prompts, threes
 
 NAMES = ["math", "code", "math", "code"]
@@ -206,3 +210,18 @@ def test_evaluation_ends_at_the_smaller_of_both_limits(make):
         ValueError, match="row 1 of a batch has completion_limits=0; it must be a whole number at least 1, or None"
     ):
         module.generate(prompts(2) | {"completion_limits": [1, 0]})
+
+
+def test_rows_that_a_student_writes_end_at_their_limit(tiny_llama):
+    sampling, limits = SamplingOptions(6), [1, None, 3, 6]
+    own, engine = OwnRows(1.0, sampling, 3), InProcessEngine(Codec(Digits()))
+    free, held = (
+        own.write(tiny_llama, engine, Codec(Digits()), batch, 0)[0]
+        for batch in (prompts(), prompts() | {"completion_limits": limits})
+    )
+    lengths = [(batch["labels"] != -100).sum(dim=1).tolist() for batch in (free, held)]
+    assert lengths[1] == [min(length, limit or 6) for length, limit in zip(lengths[0], limits, strict=True)]
+    width = held["input_ids"].shape[1]
+    assert torch.equal(held["input_ids"], free["input_ids"][:, :width] * held["attention_mask"])
+    with pytest.raises(ValueError, match=r"row 1 of a batch has completion_limits=7.*max_completion_length=6"):
+        own.check(prompts(2) | {"completion_limits": [None, 7]}, "DistillationModule")

@@ -194,6 +194,15 @@ def test_soft_overlong_follows_its_three_pieces():
     assert reward(completion_ids=[[0] * n for n in lengths]) == [0, 0, -1 / 8, -0.5, -7 / 8, -1, -1, -1]
 
 
+def test_soft_overlong_takes_the_limits_of_rows():
+    lengths, limits = [5, 9, 10, 17, 1, 20], [10, 10, 10, None, 1, 50]
+    reward, fixed = SoftOverlong(), SoftOverlong(20, 4)
+    reward.limit_to(20)
+    ids = [[0] * n for n in lengths]
+    assert reward(completion_ids=ids, completion_limits=limits) == [0, -0.5, -1, -0.25, -1, -1]
+    assert fixed(completion_ids=ids, completion_limits=limits) == fixed(completion_ids=ids) == [0, 0, 0, -0.25, 0, -1]
+
+
 def test_soft_overlong_takes_the_limit_of_who_samples():
     reward = SoftOverlong()
     with pytest.raises(RewardError, match="max_length=None: the longest completion is known to a module alone"):

@@ -14,21 +14,30 @@ from alignment_modules.functional.statistics import RowSums, Statistic
 def length_statistics(mask: Tensor, truncated: Tensor) -> dict[str, Statistic]:
     """Completion lengths in tokens, of all and of those that stopped by themselves, and the share that did not.
 
+    The same names where there is no completion: other processes may have some.
+
     Args:
         mask: [completions, time] bool.
         truncated: [completions] bool.
     """
     lengths = mask.sum(dim=1).float()
     ended = ~truncated
-    infinity = torch.full_like(lengths, torch.inf)
+    infinity, nothing = torch.full_like(lengths, torch.inf), lengths.new_full((1,), torch.inf)
     count = float(len(lengths))
+
+    def least(values: Tensor) -> Tensor:
+        return torch.cat((values, nothing)).min()
+
+    def most(values: Tensor) -> Tensor:
+        return -least(-values)
+
     return {
         "completions/mean_length": Statistic(lengths.sum(), count),
-        "completions/min_length": Statistic(lengths.min(), kind="min"),
-        "completions/max_length": Statistic(lengths.max(), kind="max"),
+        "completions/min_length": Statistic(least(lengths), kind="min"),
+        "completions/max_length": Statistic(most(lengths), kind="max"),
         "completions/mean_terminated_length": Statistic((lengths * ended).sum(), ended.sum()),
-        "completions/min_terminated_length": Statistic(torch.where(ended, lengths, infinity).min(), kind="min"),
-        "completions/max_terminated_length": Statistic(torch.where(ended, lengths, -infinity).max(), kind="max"),
+        "completions/min_terminated_length": Statistic(least(torch.where(ended, lengths, infinity)), kind="min"),
+        "completions/max_terminated_length": Statistic(most(torch.where(ended, lengths, -infinity)), kind="max"),
         "completions/clipped_ratio": Statistic(truncated.float().sum(), count),
     }
 

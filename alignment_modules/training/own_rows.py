@@ -100,7 +100,7 @@ class OwnRows:
         rows, indices = _rows(batch), prompt_indices(batch)
         drawn = Seeds(indices, self.seed, step).uniforms(1, 1, turn=1)[:, 0]  # turn 0 is the samples'
         own = [row for row, one in enumerate(rows) if one.start and float(drawn[row]) < self.share]
-        statistics: dict[str, Statistic] = {}
+        mask, truncated = torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
         try:
             engine.push(policy)  # as the next line: another process may have rows where this one has none
             with gathered(policy):
@@ -117,7 +117,7 @@ class OwnRows:
                     check_kept(written, prompts.limits, type(engine).__name__)
                     for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
                         rows[row] = rows[row].followed_by(completion)
-                    statistics = length_statistics(written.mask.cpu(), written.truncated.cpu())
+                    mask, truncated = written.mask.cpu(), written.truncated.cpu()
         except (NonFiniteLogits, EngineError) as error:
             raise type(error)(f"optimizer step {step + 1}: {error}") from error
         tensors = {
@@ -126,9 +126,8 @@ class OwnRows:
             "attention_mask": _padded([[1] * len(row.ids) for row in rows], 0),
         }
         kept = {name: value for name, value in batch.items() if name not in _GIVEN}
-        return kept | {
-            name: value.to(_device(batch)) for name, value in tensors.items()
-        }, engine.statistics() | statistics
+        kept |= {name: value.to(_device(batch)) for name, value in tensors.items()}
+        return kept, engine.statistics() | length_statistics(mask, truncated)
 
 
 class _Row(NamedTuple):

@@ -1,6 +1,7 @@
 """Distillation: its loss row by row, one teacher and several, what is compared and what is refused."""
 
 import copy
+import math
 from typing import ClassVar
 
 import lightning as L
@@ -297,6 +298,12 @@ class TestOwnRows:
         assert (written["input_ids"][:, :4] == given[0][:, :4]).all()
         assert (written["labels"][:, :4] == -100).all()
         assert logged["completions/clipped_ratio"].weight == float((~kept).sum())
+        given_alone = {name: value[7:8] for name, value in batch.items()}
+        _, nothing = module.own_rows.write(module.policy, module.engine, module.codec, given_alone, 0)
+        assert nothing.keys() == logged.keys()  # which all processes add up together
+        assert nothing["completions/mean_length"].weight == 0
+        assert float(nothing["completions/min_length"].total) == math.inf
+        assert float(nothing["completions/max_terminated_length"].total) == -math.inf
         other, _ = module.own_rows.write(module.policy, module.engine, module.codec, batch, 1)
         assert not torch.equal(other["input_ids"], written["input_ids"])
 

@@ -245,13 +245,15 @@ class TestAServerThatGoes:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_ask_for_their_own_prompts_and_one_pushes(server, folder, tmp_path):
+@pytest.mark.parametrize("paradigm", ["grpo", "distillation"])
+def test_two_ranks_ask_for_their_own_prompts_and_one_pushes(server, folder, tmp_path, paradigm):
     ends = []
     for name, url in (("process", []), ("server", [server.url])):
-        command = [sys.executable, "-m", "tests.rollouts.two_ranks", folder, str(tmp_path / name), *url]
+        command = [sys.executable, "-m", "tests.rollouts.two_ranks", paradigm, folder, str(tmp_path / name), *url]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         ends += [torch.load(tmp_path / f"{name}.{rank}", weights_only=True) for rank in (0, 1)]
     assert all(equal(ends[0], end) for end in ends)
     assert len(server.asked("/collective_rpc")) == 2
-    assert len(server.asked(GENERATE)) == 2 + 4 * (2 + 3 + 4 + 5)
+    samples = {"grpo": 4 * (2 + 3 + 4 + 5), "distillation": 0 + 2 + 2 + 4}[paradigm]
+    assert len(server.asked(GENERATE)) == 2 + samples

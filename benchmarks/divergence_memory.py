@@ -8,13 +8,12 @@ of its own. Prints what each needs beyond its inputs, its seconds, and how far v
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure import MARK, peak_rss
+from measure import MARK, measured_apart, peak_rss
 
 WAYS = ("chunked", "plain")
 
@@ -59,9 +58,7 @@ def main() -> None:
         return
     found = {}
     for way in WAYS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[way] = json.loads(done.stdout.split(MARK)[1])
+        found[way] = measured_apart("--way", way)
     logits = arguments.tokens * arguments.vocabulary * 4 / 1e6
     print(
         f"one [tokens, vocabulary] of float32: {logits:,.0f} MB\n\n| | MB beyond the inputs | seconds |\n|---|---|---|"

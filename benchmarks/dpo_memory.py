@@ -8,7 +8,6 @@ the interpreter and its libraries, and what a checkpoint holds.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import workload
-from measure import MARK, peak_rss
+from measure import MARK, measured_apart, peak_rss
 
 WAYS: dict[str, tuple[dict[str, Any] | None, str]] = {  # options of `lora`, and the reference
     "all weights, reference a copy": (None, "none"),
@@ -98,9 +97,7 @@ def main() -> None:
         prepare(Path(made), arguments.size)
         print("| | peak MB | checkpoint MB |\n|---|---|---|")
         for way in WAYS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--folder", made]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.split(MARK)[1])
+            result = measured_apart("--way", way, "--folder", made)
             print(f"| {way} | {result['megabytes']:,.0f} | {result['checkpoint']:,.1f} |", flush=True)
 
 

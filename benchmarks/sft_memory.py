@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import workload
-from measure import MARK, peak_rss, rows_folder
+from measure import MARK, measured_apart, peak_rss, rows_folder
 
 WAYS: dict[str, dict[str, Any]] = {
     "all weights": {"adapters": False},
@@ -132,9 +131,7 @@ def main() -> None:
     rows_folder(arguments)
     print("| SFT | weights, MB | trained, M | peak of the steps, MB | seconds a step |\n|---|---|---|---|---|")
     for way in WAYS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.split(MARK)[1])
+        found = measured_apart("--way", way)
         numbers = f"{found['weights']:,.0f} | {found['trained']:.1f} | {found['peak']:,.0f} | {found['seconds']:.2f}"
         print(f"| {way} | {numbers} |", flush=True)
 

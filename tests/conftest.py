@@ -9,18 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-TINY_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.3,
-}
+from tests.shapes import LLAMA
+
+TINY_LLAMA = LLAMA | {"max_position_embeddings": 128, "tie_word_embeddings": True}
 
 
 CHAT_TEMPLATE = (

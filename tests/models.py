@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from alignment_modules.policies import LoraConfig, PolicyConfig, build_policy
 from alignment_modules.policies.critic import scalar_copy
 from alignment_modules.policies.lora import add_lora
+from tests.shapes import SIZES
 
 MIXTRAL = {
     "model_type": "mixtral",
-    "vocab_size": 40,
-    "hidden_size": 32,
+    **SIZES,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "initializer_range": 0.3,

@@ -43,8 +43,8 @@ from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.policy_options import follow_policy, policy_path
-from alignment_modules.cli.run_folder import earlier_run, last_checkpoint, locked, set_aside
-from alignment_modules.cli.runs import checkpoint_folders, follow_parent, is_of_run, resume_command
+from alignment_modules.cli.run_folder import earlier_run, locked, set_aside
+from alignment_modules.cli.runs import checkpoint_folders, checkpoint_meant, follow_parent, is_of_run, resume_command
 from alignment_modules.policies.export import stages_of
 from alignment_modules.policies.weights import is_first_process, on_first_process
 from alignment_modules.training.module import AlignmentModule
@@ -124,8 +124,8 @@ class AlignCLI(LightningCLI):
         trainer = config.trainer
         refuse_strategy(getattr(trainer.strategy, "class_path", trainer.strategy))
         _check_exists(config.get("ckpt_path"))
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = str(last_checkpoint(Path(trainer.default_root_dir), checkpoint_folders(config)))
+        if config.get("ckpt_path") in ("last", "best"):
+            config.ckpt_path = checkpoint_meant(config)
             self._as_given[self.subcommand].ckpt_path = config.ckpt_path  # the last is another one after this run
         if self.subcommand == "fit":
             self._claim_folder(config)
@@ -296,7 +296,7 @@ def main(args: ArgsType = None) -> None:
 
 
 def _check_exists(checkpoint: str | None) -> None:
-    """Finds a mistyped path before anything is loaded; "last", "best" and remote paths are Lightning's business."""
+    """Finds a mistyped path before anything is loaded; "last", "best" and remote paths are looked for later."""
     is_file = checkpoint is not None and ("/" in checkpoint or checkpoint.endswith(".ckpt"))
     if checkpoint is None or not is_file or "://" in checkpoint:
         return

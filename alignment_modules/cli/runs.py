@@ -8,6 +8,10 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from alignment_modules.cli.run_folder import last_checkpoint
+from alignment_modules.training.best import best_of_state
+from alignment_modules.training.sharded_checkpoints import open_checkpoint
+
 
 def resume_command(arguments: Sequence[str]) -> str:
     """The command that goes on with a run, in words.
@@ -37,6 +41,24 @@ def checkpoint_folders(config: Namespace) -> list[Path]:
         option.get(key) for option in [*options, config.get("checkpoints") or {}] for key in ("dirpath", "save_dir")
     ]
     return [Path(name) for name in names if isinstance(name, str) and "://" not in name]
+
+
+def checkpoint_meant(config: Namespace) -> str | None:
+    """The checkpoint that a command's `ckpt_path` means; `last` and `best` are of the run in its folder.
+
+    Args:
+        config: A subcommand's configuration.
+
+    Raises:
+        ValueError: If there is none, or nothing says which is the best.
+    """
+    name = config.get("ckpt_path")
+    if name not in ("last", "best"):
+        return name
+    last = last_checkpoint(Path(config.trainer.default_root_dir), checkpoint_folders(config))
+    if name == "last":
+        return str(last)
+    return str(best_of_state(open_checkpoint(last)[0].get("callbacks", {}), last, "ckpt_path").path)
 
 
 def is_of_run(checkpoint: str | None, folders: Sequence[Path]) -> bool:

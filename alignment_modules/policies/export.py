@@ -167,7 +167,11 @@ def _write(policy: Any, folder: Path, lora: str) -> dict[str, Any]:
         shutil.rmtree(folder / policy.active_adapter, ignore_errors=True)
         if has_start(policy):
             save_as_lora(policy, folder)
-        _edit_json(folder / "adapter_config.json", {"base_model_name_or_path": _base_path(policy)})
+        options = policy.peft_config[policy.active_adapter]
+        names = {name: getattr(options, name, None) for name in ("target_modules", "exclude_modules")}
+        # the order of a set is another in each process
+        changes = {name: sorted(found) for name, found in names.items() if isinstance(found, set)}
+        _edit_json(folder / "adapter_config.json", changes | {"base_model_name_or_path": _base_path(policy)})
     elif has_adapter(policy):
         note["format"] = "merged"
         base, state = merged_state(policy)

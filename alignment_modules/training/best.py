@@ -51,12 +51,13 @@ def monitoring_callback(callbacks: Sequence[Callback]) -> ModelCheckpoint:
     )
 
 
-def best_of_state(callbacks: Mapping[str, Any], where: Path) -> Best:
+def best_of_state(callbacks: Mapping[str, Any], where: Path, option: str = "which") -> Best:
     """The best checkpoint by the state of a run's callbacks.
 
     Args:
         callbacks: The entry `callbacks` of a checkpoint.
         where: That checkpoint; where the run's folder was moved, the best is looked for beside it.
+        option: Which one asks for the best, for errors.
 
     Raises:
         ValueError: If no callback monitored a metric, several did, or the file is gone.
@@ -66,11 +67,11 @@ def best_of_state(callbacks: Mapping[str, Any], where: Path) -> Best:
     if len(found) != 1:
         names = ", ".join(str(state["monitor"]) for state in found)
         reason = f"several callbacks name one ({names})" if found else "its run had no ModelCheckpoint(monitor=...)"
-        raise ValueError(f"which='best': {str(where)!r} does not say which checkpoint is the best: {reason}")
+        raise ValueError(f"{option}='best': {str(where)!r} does not say which checkpoint is the best: {reason}")
     state, path = found[0], Path(found[0]["best_model_path"])
     moved = where.parent / path.name
     if not path.exists() and not moved.exists():
-        raise ValueError(f"which='best': {str(where)!r} names {str(path)!r} as the best, which is not there")
+        raise ValueError(f"{option}='best': {str(where)!r} names {str(path)!r} as the best, which is not there")
     score = state.get("best_model_score")
     return Best(path if path.exists() else moved, str(state["monitor"]), None if score is None else float(score))
 

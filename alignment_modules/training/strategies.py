@@ -36,6 +36,11 @@ class FSDP2Strategy(ShardedCheckpoints):
         super().__init__(1, 1, save_distributed_checkpoint, process_group_backend, timeout)
         self.saves_folder = save_distributed_checkpoint
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the rows this process reads; known before the processes have met."""
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
     def setup_environment(self) -> None:
         """Takes the data-parallel size from devices and nodes, which are not known before."""
         self._data_parallel_size = self.num_nodes * self.num_processes

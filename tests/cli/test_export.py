@@ -109,6 +109,23 @@ def test_adapters_alone_or_merged(align, tmp_path):
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_the_best_checkpoint_by_name(run, align, caplog):
+    (checkpoint,) = run.root.rglob("*.ckpt")
+    options = ("--config", "sft.yaml", "--data.validation", "others.jsonl", "--trainer.default_root_dir", run.root)
+    done = align("validate", *options, "--ckpt_path", "best")
+    assert done.code == 0, done.text
+    assert f"Loaded model weights from the checkpoint at {checkpoint}" in caplog.text
+
+
+def test_no_checkpoint_is_the_best_where_nothing_was_monitored(align):
+    done = align("fit", "--config", "sft.yaml", "--trainer.max_epochs", "1", "--trainer.max_steps", "1")
+    assert done.code == 0, done.text
+    again = align("validate", "--config", "sft.yaml", "--ckpt_path", "best", "--trainer.default_root_dir", done.root)
+    assert again.code == 1
+    assert "ckpt_path='best': " in again.text
+    assert "its run had no ModelCheckpoint(monitor=...)" in again.text
+
+
 def test_push_uploads_only_when_asked(run, align, tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -280,6 +280,24 @@ def test_memory_is_that_of_the_model(inspected, model_folder):
     assert figure(sgd.out, "Memory of a device", "optimizer") == "0"
 
 
+def test_memory_of_what_processes_share(inspected):
+    """Each holds its part of weights, gradients, optimizer states and a reference."""
+    sharded = ("--trainer.devices=2", "--trainer.strategy=fsdp2")
+    for name in ("sft", "dpo"):
+        whole, shared = inspected(name, "--rows=0").out, inspected(name, *sharded, "--rows=0")
+        assert shared.code == 0, shared.err
+        assert figure(shared.out, "Memory of a device", "shared by") == "2"
+        held = ("weights", "gradients", "optimizer", "in all", *(["frozen"] if name == "dpo" else []))
+        for what in held:
+            alone = float(figure(whole, "Memory of a device", what))
+            assert float(figure(shared.out, "Memory of a device", what)) == pytest.approx(alone / 2, rel=0.02), what
+        assert "what is gathered" in shared.out
+        assert "what is gathered" not in whole
+        parameters = [figure(text, "Memory of a device", "parameters") for text in (whole, shared.out)]
+        assert parameters[0] == parameters[1]
+    assert "of one of 2 processes" in shared.out
+
+
 REFUSED = {
     "mistyped option": ("sft", ["--data.max_lenght=5"], "did you mean 'max_length'"),
     "mistyped option of its own": ("sft", ["--rwos=5"], "did you mean 'rows'"),

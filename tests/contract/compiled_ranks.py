@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule
 from alignment_modules.policies import LoraConfig, PolicyConfig, build_policy
-from tests.contract.two_ranks import LLAMA, Batches
+from tests.contract.two_ranks import Batches
 from tests.paradigms import ROWS, build
+from tests.shapes import LLAMA
 
 MODEL = LLAMA | {"num_hidden_layers": 3}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # paradigm, of the policy, of the module

@@ -20,9 +20,10 @@ from alignment_modules.callbacks import FiniteGuard
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.sharded import is_sharded, local, whole
-from tests.contract.two_ranks import LLAMA, NoTokenizer, many_threes
+from tests.contract.two_ranks import NoTokenizer, many_threes
 from tests.models import Plain, adapted, other_than
 from tests.paradigms import ROWS, build
+from tests.shapes import LLAMA
 
 TIED = LLAMA | {"tie_word_embeddings": True}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.two_ranks import ADAPTERS, COUPLED, QUANTIZED, SOURCED, SOURCES, VARIANTS, WHOLE
+from tests.contract.two_ranks import ADAPTERS, BESIDE, COUPLED, QUANTIZED, SOURCED, SOURCES, VARIANTS, WHOLE
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ FURTHER += [f"{name} lora" for name in ROWS]
 FURTHER += [f"grpo {label}" for label in COUPLED]
 FURTHER += [f"{name} sources" for name in SOURCED]
 FURTHER += ["teacher", "muon", "sft part", "dpo part"]
-FURTHER += [f"dpo {kind}" for kind in ADAPTERS]
+FURTHER += [*(f"dpo {kind}" for kind in ADAPTERS), *BESIDE]
 FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 

@@ -18,23 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from alignment_modules import AlignmentModule, PolicyConfig, SFTModule
+from alignment_modules.policies.export import export_policy
+from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
-from tests.models import MIXTRAL, adapted, other_than, quantized
+from tests.models import MIXTRAL, adapted, moved, other_than, quantized
 from tests.paradigms import ROWS, build, headed
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
+from tests.shapes import LLAMA
 
 
 @dataclass
@@ -68,6 +60,8 @@ QUANTIZED = (("sft", "8bit"), ("dpo", "4bit"), ("grpo", "4bit")) if importlib.ut
 """Paradigms on a quantized base, where its package is installed."""
 ADAPTERS = {"dora": {"use_dora": True}, "pissa": {"init": "pissa"}, "olora": {"init": "olora"}}
 """Kinds of adapters beside the usual one."""
+BESIDE = ("sft further", "dpo further", "dpo beside", "dpo beside dora")
+"""Runs with a saved adapter that stays one (`merge_adapter=False`)."""
 
 
 class NoTokenizer:
@@ -191,6 +185,27 @@ def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
     return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
 
 
+def on_one_base(policy: torch.nn.Module, base: Path) -> list[Case]:
+    """A saved adapter that is trained further, and one that is the reference on the policy's base."""
+    make, saved = maker(policy), PolicyConfig(path=str(base / "saved"), merge_adapter=False)
+
+    def changed(config: PolicyConfig) -> torch.nn.Module:
+        torch.manual_seed(2)
+        return moved(build_policy(config))
+
+    def fresh(**options: Any) -> torch.nn.Module:
+        return changed(PolicyConfig(path=str(base), lora=LoraConfig(alpha=4, **options)))
+
+    export_policy(fresh(r=3), base / "saved", lora="adapter")
+    made: dict[str, Callable[[], AlignmentModule]] = {
+        "sft further": lambda: make("sft", policy=build_policy(saved)),
+        "dpo further": lambda: make("dpo", policy=changed(saved), reference=saved),
+        "dpo beside": lambda: make("dpo", policy=fresh(r=2), reference=saved),
+        "dpo beside dora": lambda: make("dpo", policy=fresh(r=2, use_dora=True), reference=saved),
+    }
+    return [(name, made[name], ROWS[name.partition(" ")[0]].batch) for name in BESIDE]
+
+
 def starting(policy: torch.nn.Module) -> torch.nn.Module:
     """A policy whose adapters start from what their layers read."""
     torch.manual_seed(2)
@@ -202,6 +217,7 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     make, other = maker(policy), other_than(policy)
     base = tempfile.TemporaryDirectory()  # of each rank
     policy.save_pretrained(base.name)  # type: ignore[operator]  # now: once ranks have met, one alone would write
+    with_saved_adapters = on_one_base(policy, Path(base.name))
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
         for label, batch in row.batches.items():
@@ -237,6 +253,7 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
             lambda name=name, kind=kind, held=held: make(name, policy=quantized(policy, kind, Path(base.name)), **held),
             ROWS[name].batch,
         )
+    yield from with_saved_adapters
     base.cleanup()
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
@@ -269,8 +286,6 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
 def main(folder: Path, devices: int, strategy: str, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
     L.seed_everything(0)
-    from alignment_modules.policies.load import build_policy
-
     for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA))):
         if strategy == "fsdp2" and name in WHOLE:
             continue

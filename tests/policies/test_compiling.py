@@ -19,6 +19,7 @@ from alignment_modules.policies.scoring import score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.rollouts import SamplingParameters, sample
 from tests.models import MIXTRAL
+from tests.shapes import SIZES
 
 GPT2 = {
     "model_type": "gpt2",
@@ -33,12 +34,7 @@ GPT2 = {
 }
 GEMMA2 = {
     "model_type": "gemma2",
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "head_dim": 8,
     "sliding_window": 4,
 }

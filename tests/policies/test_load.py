@@ -289,3 +289,14 @@ def test_vocabulary(tiny_llama, tokenizer):
     with pytest.raises(ValueError, match=r"41 ids .*embeddings for 40"):
         check_vocabulary(tiny_llama, tokenizer)
     check_vocabulary(nn.Linear(2, 2), tokenizer)  # tells no size
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_stay_in_their_file(llama_folder):
+    """They are mapped, so that reading a large model takes none of the process's own memory."""
+    policy = build_policy(str(llama_folder))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if str(llama_folder) in line[-1]]
+    assert mapped
+    for name, parameter in policy.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in mapped), name

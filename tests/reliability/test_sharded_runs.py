@@ -20,16 +20,23 @@ def saver(root):
     return ("--trainer.callbacks", json.dumps([{"class_path": "ModelCheckpoint", "init_args": options}]))
 
 
-def begin(workplace, root, *options):
-    command = [sys.executable, "-m", "alignment_modules", "fit", "-c", "sft.yaml", "--trainer.max_epochs", "3"]
-    command += ["--trainer.default_root_dir", str(root), *options]
-    return subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def start(workplace, command, *options):
+    line = [sys.executable, "-m", "alignment_modules", command, *options]
+    return subprocess.Popen(line, cwd=workplace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def run(workplace, root, *options):
-    process = begin(workplace, root, *options)
+def begin(workplace, root, *options, config="sft.yaml"):
+    more = ("--trainer.max_epochs", "3", "--trainer.default_root_dir", str(root))
+    return start(workplace, "fit", "-c", config, *more, *options)
+
+
+def finish(process):
     _, text = process.communicate(timeout=300)  # a hang is a failure
     assert process.returncode == 0, text[-4000:]
+
+
+def run(workplace, root, *options, config="sft.yaml"):
+    finish(begin(workplace, root, *options, config=config))
     return root
 
 

@@ -16,15 +16,10 @@ from alignment_modules.rollouts import sampler
 from alignment_modules.rollouts.decoders.base import RecomputeDecoder
 from alignment_modules.rollouts.decoders.cached import CachedDecoder
 from alignment_modules.rollouts.decoders.llama.decoder import FastDecoder
+from tests.shapes import SIZES
 
 DECODERS = {"recompute": RecomputeDecoder, "cached": CachedDecoder, "fast": FastDecoder}
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+BOUNDED = SIZES | {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,
     "bos_token_id": None,
@@ -54,7 +49,7 @@ def make_policy():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**SIZES, **options})
+        config = AutoConfig.for_model(model_type, **{**BOUNDED, **options})
         policy = AutoModelForCausalLM.from_config(config).eval()
         for name, parameter in policy.named_parameters():
             if "norm" in name:

@@ -19,9 +19,10 @@ from alignment_modules.policies import LoraConfig
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.weights import on_first_process
 from alignment_modules.training.strategies import FSDP2Strategy
-from tests.contract.two_ranks import LLAMA, Batches
+from tests.contract.two_ranks import ADAPTERS, Batches
 from tests.models import other_than
 from tests.paradigms import ROWS, build
+from tests.shapes import LLAMA
 
 TIED = LLAMA | {"tie_word_embeddings": True}
 
@@ -41,7 +42,8 @@ def make(name: str) -> AlignmentModule:
     name, _, label = name.partition(" ")
     torch.manual_seed(1)
     with on_first_process():
-        lora = LoraConfig(r=2, alpha=4) if label == "lora" else None
+        kinds = ADAPTERS | {"lora": {}}
+        lora = LoraConfig(r=2, alpha=4, **kinds[label]) if label in kinds else None
         policy = build_policy(PolicyConfig(config=TIED if name == "sft" else LLAMA, lora=lora))
         options = {"optimizer": momentum if label == "momentum" else adamw}
         if lora is not None:

@@ -15,7 +15,7 @@ from tests.training.sharded_resumes import fit, make
 ROOT = Path(__file__).parents[2]
 FAST = ("sft:folder", "sft:file", "dpo lora:folder", "ppo:file", "sft momentum:folder")
 SLOW = ("dpo:folder", "dpo:file", "grpo:folder", "grpo:file", "ppo:folder", "dpo lora:file", "sft lora:folder")
-SLOW += ("ppo shared:folder", "kto:file")
+SLOW += ("ppo shared:folder", "kto:file", "dpo dora:folder", "dpo pissa:file", "sft olora:folder")
 
 
 def start(folder, wanted):

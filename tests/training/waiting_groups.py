@@ -15,7 +15,8 @@ from alignment_modules import GRPOModule, PolicyConfig
 from datamodules.loader import ResumableLoader
 from datamodules.orders import UniformOrder
 from tests.batches import rollouts
-from tests.contract.two_ranks import LLAMA, NoTokenizer
+from tests.contract.two_ranks import NoTokenizer
+from tests.shapes import LLAMA
 
 KEYS = ("prompts", "prompt_attention_mask")
 PROMPTS = [{**{key: rollouts([n, n + 1])[key] for key in KEYS}, "index": [n, n + 1]} for n in range(0, 20, 2)]

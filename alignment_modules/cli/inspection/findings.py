@@ -143,7 +143,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device holds through the run, where nothing is sharded.
+    """Bytes that one device holds through the run: where weights are sharded, its share of them.
 
     Attributes:
         parameters: Number of parameters of the policy.
@@ -153,6 +153,7 @@ class Memory:
         optimizer: Bytes of the optimizer's state; None: it cannot be told without weights.
         frozen: Bytes of what is not trained: a base under LoRA, a reference.
         optimizer_name: Class of the optimizer.
+        processes: That share everything between them; 1: nothing is sharded.
     """
 
     parameters: int
@@ -162,6 +163,7 @@ class Memory:
     optimizer: int | None
     frozen: int
     optimizer_name: str
+    processes: int = 1
 
     @property
     def total(self) -> int:

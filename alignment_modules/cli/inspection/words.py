@@ -9,6 +9,7 @@ from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory
 from alignment_modules.cli.inspection.tokens import printable
 
 LEFT_OUT = "activations, buffers, copies that a strategy makes, reward models, and a sampler's cache"
+GATHERED = "what is gathered of weights and gradients while a layer computes, embeddings and head"
 _BINS = 10
 _WHY = {
     "truncated": "longer than max_length, cut to it",
@@ -64,7 +65,8 @@ def sections(found: Inspection) -> Iterator[Section]:
     if found.plan is not None:
         yield Section("The run", tuple(_run(found.plan, found.sizes)))
     if found.memory is not None:
-        yield Section("Memory of a device", tuple(_memory(found.memory)), note=f"Left out: {LEFT_OUT}.")
+        left_out = LEFT_OUT if found.memory.processes == 1 else f"{GATHERED}, {LEFT_OUT}"
+        yield Section("Memory of a device", tuple(_memory(found.memory)), note=f"Left out: {left_out}.")
     if found.rewards:
         yield Section("Rewards", tuple(map(_reward, found.rewards)))
 
@@ -171,6 +173,8 @@ def _run(plan: Plan, sizes: Sizes) -> Iterator[Fact]:
 def _memory(memory: Memory) -> Iterator[Fact]:
     trained = "all trained" if memory.trained == memory.parameters else f"{memory.trained:,} trained"
     yield Fact("parameters", f"{memory.parameters:,}", trained)
+    if memory.processes > 1:
+        yield Fact("shared by", f"{memory.processes} processes", "each of which holds what follows")
     yield Fact("weights", _size(memory.weights), "of what is trained")
     yield Fact("gradients", _size(memory.gradients))
     state = "not known without weights" if memory.optimizer is None else _size(memory.optimizer)

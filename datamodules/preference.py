@@ -105,7 +105,7 @@ class PreferenceDataModule(AlignmentDataModule):
         given = {name for name in _NUMBERS if scalar(reader.rows[0].get(name)) is not None}
 
         def encode(examples: Sequence[Example]) -> list[Any]:
-            return [_join(row) for row in zip(*(self.encoder.completions(examples, n) for n in names), strict=True)]
+            return [_join(row) for row in self.encoder.completions(examples, names)]
 
         def see(row: Mapping[str, Any]) -> None:
             for name, found in numbers.items():

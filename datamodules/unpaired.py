@@ -40,7 +40,7 @@ class UnpairedDataModule(AlignmentDataModule):
         reader.places = len(names)
 
         def encode(examples: Sequence[Example]) -> list[list[tuple[Any, bool]]]:
-            rows = zip(*(self.encoder.completions(examples, name) for name in names), strict=True)
+            rows = self.encoder.completions(examples, names)
             labels = [(True, False) if pairs else (bool(example.label),) for example in examples]
             return [list(zip(*both, strict=True)) for both in zip(rows, labels, strict=True)]
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 
 COMMANDS = {
+    "cache": "alignment_modules.cli.cache:cache_command",
     "chat": "alignment_modules.cli.chat:chat_command",
     "export": "alignment_modules.cli.export:export_command",
     "generate": "alignment_modules.cli.generate:generate_command",

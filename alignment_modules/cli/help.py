@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
-from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of
+from alignment_modules.cli.classes import OURS, bases_of, choices, import_path, last, options_of, path_of
 from alignment_modules.functional import (
     LOSS_REDUCTIONS,
     PREFERENCE_LOSSES,
@@ -36,6 +36,7 @@ _COMMANDS = {
     "chat": "talk with a policy: align chat --policy runs/sft/export",
     "generate": "complete prompts, or make data of them: align generate --policy runs/sft/export '1+1='",
     "export": "a run's checkpoint as a folder in Hugging Face format: align export runs/sft OUT",
+    "cache": "tokenised tables on disk, and their removal: align cache --clear 30",
     "list": f"what there is: align list {' | '.join([*_KINDS, 'losses', 'presets'])}",
 }
 
@@ -157,7 +158,8 @@ def class_help(cls: type, option: str) -> str:
         kind = _kind(hint)
         default = "required" if parameter.default is parameter.empty else f"default {_shown(parameter.default)}"
         default = "" if default == "default <factory>" else default
-        own = f" Its options: --{option}.{parameter.name}.help" if choices(parameter.name) else ""
+        takes_classes = choices(parameter.name) and bases_of(hint)
+        own = f" Its options: --{option}.{parameter.name}.help" if takes_classes else ""
         words = words if _is_ours(level) else _cut(re.sub(r" \(default: .*?\)+", "", words), 160)
         told = ", ".join(filter(None, (kind, default)))
         lines.append(_entry(parameter.name, f"{words}{own}{f' [{told}]' if told else ''}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -129,7 +130,7 @@ class Building:
         """Joins the parts into the arrays of the whole table."""
         places = [self._place(start) for start in starts]
         parts = [json.loads((place / "part.json").read_text(encoding="utf-8")) for place in places]
-        reader, packing = self.reader, any(part["packing"] for part in parts)
+        reader, packing = copy.copy(self.reader), any(part["packing"] for part in parts)
         counted = {name for part in parts for name in part["counted"]}
         reader.report = _join_reports([part["report"] for part in parts], counted)
         facts = join_facts([part["table"] for part in parts])

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what lies in the folder."""
-_UNFINISHED, _META, _USED = "unfinished-", "entry.json", "used"
+UNFINISHED, USED = "unfinished-", "used"
+"""What the names of folders begin with that are not whole yet, and the file of an entry that each use touches."""
+_META = "entry.json"
 _GIVEN_UP = 7 * 24 * 3600  # seconds after which what nobody finished is removed
 
 
@@ -81,7 +83,7 @@ class Store:
             return None
         entry = read_entry(folder)
         with contextlib.suppress(OSError):
-            (folder / _USED).touch()
+            (folder / USED).touch()
         return entry
 
     def obtain(self, digest: str, about: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]) -> Entry:
@@ -107,7 +109,7 @@ class Store:
                 logger.warning("%s: %s; it is made again", self.folder / digest, problem)
                 self.remove(digest)
             self._sweep()
-            unfinished = self.folder / f"{_UNFINISHED}{digest}"
+            unfinished = self.folder / f"{UNFINISHED}{digest}"
             with self.explained():
                 unfinished.mkdir(exist_ok=True)
             facts = make(unfinished)
@@ -120,7 +122,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Removes an entry, or what is unfinished of one; who has it open keeps it."""
-        gone = self.folder / f"{_UNFINISHED}removed-{name}-{os.getpid()}"
+        gone = self.folder / f"{UNFINISHED}removed-{name}-{os.getpid()}"
         with self.explained(), contextlib.suppress(FileNotFoundError):
             (self.folder / name).rename(gone)  # so that no half of it is ever found
             shutil.rmtree(gone)
@@ -135,8 +137,8 @@ class Store:
         except OSError as error:
             raise CacheError(
                 f"the cache of tables in {self.folder} cannot be written: {error.strerror or error}{self._left()}; "
-                "free space (align cache --clear), name another folder (cache.folder, or the environment variable "
-                "ALIGNMENT_MODULES_CACHE), or keep tables in memory (cache=null)"
+                "free space (align cache shows what lies there), name another folder (cache.folder, or the environment "
+                "variable ALIGNMENT_MODULES_CACHE), or keep tables in memory (cache=null)"
             ) from error
 
     def _left(self) -> str:
@@ -162,10 +164,10 @@ class Store:
 
     def _sweep(self) -> None:
         """Removes what others began long ago and did not finish."""
-        for folder in self.folder.glob(f"{_UNFINISHED}*"):
+        for folder in self.folder.glob(f"{UNFINISHED}*"):
             with contextlib.suppress(OSError, Timeout):
-                if time.time() - _last_change(folder) > _GIVEN_UP:
-                    with FileLock(self.folder / "locks" / f"{folder.name.removeprefix(_UNFINISHED)}.lock", timeout=0):
+                if time.time() - last_change(folder) > _GIVEN_UP:
+                    with FileLock(self.folder / "locks" / f"{folder.name.removeprefix(UNFINISHED)}.lock", timeout=0):
                         self.remove(folder.name)
 
 
@@ -206,14 +208,14 @@ def _finish(unfinished: Path, target: Path, meta: dict[str, Any]) -> None:
     shutil.rmtree(unfinished / "parts", ignore_errors=True)
     files = {}
     for path in sorted(unfinished.iterdir()):
-        if path.name in (_META, _USED):
+        if path.name in (_META, USED):
             continue
         flush(path)
         found = path.stat()
         files[path.name] = [found.st_size, found.st_mtime_ns, file_checksum(path)]
     meta = {"format": FORMAT, **meta, "files": files}
     (unfinished / _META).write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1), encoding="utf-8")
-    (unfinished / _USED).touch()
+    (unfinished / USED).touch()
     flush(unfinished / _META)
     flush(unfinished)
     unfinished.rename(target)
@@ -224,5 +226,10 @@ def _checksum(meta: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def _last_change(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in (folder, *folder.rglob("*"))), default=0.0)
+def last_change(folder: Path) -> float:
+    """When anything in a folder last changed, in seconds since 1970."""
+    times = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)

@@ -95,6 +95,8 @@ def short(value: Any) -> str:
 
 def without_null(value: Any) -> Any:
     """The value without keys that hold None: Arrow tables give every mapping the keys of all the others."""
+    if isinstance(value, (str, int, float)) or value is None:
+        return value
     if isinstance(value, Mapping):
         return {key: without_null(item) for key, item in value.items() if item is not None}
     value = plain_list(value)

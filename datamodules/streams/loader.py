@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,6 +103,15 @@ class StreamBatches(IterableDataset[Given]):
         return rows
 
 
+def _end_workers(loader: weakref.ref[StreamLoader]) -> None:
+    """Ends the workers of a loader that is not exhausted, as none ever is, when the interpreter does.
+
+    They leave the signal alone by which `multiprocessing` would end them.
+    """
+    if (found := loader()) is not None:
+        found.close()
+
+
 class StreamLoader:
     """Endless batches of one rank of a stream, which begin where the run stands.
 
@@ -150,6 +161,10 @@ class StreamLoader:
         self._iterator: Iterator[Given] | None = None
         self._reports: dict[int, Report] = {}
 
+    def close(self) -> None:
+        """Ends the workers; a later iterator goes on all the same."""
+        self._iterator = None
+
     def __iter__(self) -> Iterator[Any]:
         first = self._handed if self.done is None else self.done()
         if self._iterator is None or first != self._handed:
@@ -161,6 +176,8 @@ class StreamLoader:
         while True:
             if self._iterator is None:
                 self._iterator = iter(self._loader())
+                if self.num_workers:
+                    atexit.register(_end_workers, weakref.ref(self))
             given = next(self._iterator)
             if given.error is not None:
                 self._iterator = None

@@ -43,9 +43,12 @@ class Found(NamedTuple):
 
 
 def checksum_of(row: Mapping[str, Any]) -> int:
-    """A checksum of a row's values; of objects that are no data only the type counts."""
+    """A checksum of a row's values; of objects that are no data only the type counts; 0 for nesting without bound."""
     checksum = RowChecksum()
-    checksum.add(row)
+    try:
+        checksum.add(row)
+    except RecursionError:  # told when the column is read, if it is
+        return 0
     return checksum.value
 
 

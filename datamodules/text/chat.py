@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from datamodules.rows.messages import Message
+from datamodules.text.pieces import Pieces
 from datamodules.text.rendering import Renderer, joined
+from datamodules.text.spans import Span, SpanEncoder
 from datamodules.text.templates import Frame, Stops, find_frame, rewriting
-from datamodules.text.tokens import continuation, starts_with, tokenise
+from datamodules.text.together import Ids, Way
 from datamodules.text.unseen import Unseen
 
 # For base models: plain words as roles, each reply ended by the tokenizer's own end-of-sequence token.
@@ -23,20 +24,6 @@ PLAIN_TEMPLATE = (
     "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-
-
-class Span(NamedTuple):
-    """A reply in a conversation, as positions of characters or of tokens.
-
-    Attributes:
-        opening: Where a sampler starts to write; None where the conversation rewrites what came before.
-        start: Where the supervised part starts.
-        end: Where it ends.
-    """
-
-    opening: int | None
-    start: int
-    end: int
 
 
 class Chat:
@@ -53,8 +40,13 @@ class Chat:
     is learnt behind the generation prompt, any other behind its header as the conversation shows it. What a template
     does not show is refused where it was to be learnt, and else said once.
 
+    What tokenises is given as a way (`together`), so that many rows are tokenised at once.
+
     Args:
         tokenizer: A `transformers` tokenizer with a chat template.
+
+    Attributes:
+        pieces: Gives the ids of the template's texts.
 
     Raises:
         ValueError: The tokenizer has no chat template.
@@ -72,19 +64,22 @@ class Chat:
         self._ends = set(self._stops.special)  # and the stop tokens that the template writes, special or not
         self._frames: dict[bool, Frame | None] = {}
         self._unseen = Unseen()
+        self._spanned = SpanEncoder(tokenizer, self._ends)
+        self.pieces = Pieces(tokenizer)
 
-    def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> np.ndarray:
+    def encode_prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Way[np.ndarray]:
         """Prompt ids, int32 `[time]`, that end with a reply's header or with the last assistant message left open."""
         if messages[-1]["role"] == "assistant":
             text = self.renderer.left_open(messages, tools)
         else:
             text = self._before(messages, tools)
         self._check_shown(messages, [], text, tools)
-        return self._encode([text])[0]
+        (ids,) = yield Ids((text,))
+        return ids
 
     def encode(
         self, messages: list[Message], *, first: int = 0, last_only: bool = False, tools: list[Any] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Way[tuple[np.ndarray, np.ndarray]]:
         """Token ids and loss mask of a conversation, up to its last supervised token.
 
         Args:
@@ -102,7 +97,7 @@ class Chat:
             ValueError: No assistant turn to learn from, or the tokens of one cannot be told with certainty.
         """
         turns = self._turns(messages, first, last_only)
-        ids, spans = self._encode_spans(*self._spans(messages, turns, tools))
+        ids, spans = yield from self._spanned.encode(*self._spans(messages, turns, tools))
         weights = [messages[turn].get("learn", True) for turn in turns]
         mask = np.zeros(len(ids), dtype=bool if all(weight is True for weight in weights) else np.float32)
         for span, weight in zip(spans, weights, strict=True):
@@ -114,7 +109,7 @@ class Chat:
 
     def encode_completion(
         self, prompt: list[Message], completion: list[Message], tools: list[Any] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Way[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Prompt and completion ids, int32 `[time]` each, and the completion's loss mask, bool `[time]`.
 
         The completion starts after the reply's header and ends with its stop token. The mask is true on what the
@@ -131,7 +126,7 @@ class Chat:
         text, spans = self._spans(messages, replies, tools)
         if spans[0].opening is None:
             text, spans = self._between_renderings(messages, replies, tools)  # says why it cannot be told
-        ids, spans = self._encode_spans(text, spans)
+        ids, spans = yield from self._spanned.encode(text, spans)
         mask = np.zeros(len(ids), dtype=bool)
         for reply, span in zip(replies, spans, strict=True):
             mask[span.start : span.end] = reply in turns
@@ -158,10 +153,6 @@ class Chat:
             roles = [message["role"] for message in messages]
             raise ValueError(f"the conversation has no assistant message to learn from; its roles are {roles}")
         return turns[-1:] if last_only else turns
-
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # Templates write special tokens themselves; adding them again would double the first one.
-        return tokenise(self.tokenizer, texts)
 
     def _spans(self, messages: list[Message], turns: list[int], tools: list[Any] | None) -> tuple[str, list[Span]]:
         """The conversation up to its last turn as text, and the characters of each turn."""
@@ -291,70 +282,3 @@ class Chat:
                 raise rewriting(turn, last, self._before(messages[:turn], tools), whole)
             spans.append(Span(opening, opening, len(reply)))
         return whole[: spans[-1].end], spans
-
-    def _encode_spans(self, text: str, spans: list[Span]) -> tuple[np.ndarray, list[Span]]:
-        """Ids of a text and the tokens of its spans, each up to its stop token and with it."""
-        ids, place = self._encode_cut(text, {position for span in spans for position in span if position is not None})
-        found = [
-            Span(None if span.opening is None else place[span.opening], place[span.start], place[span.end])
-            for span in spans
-        ]
-        stops = [self._stop_in(ids, span.start, span.end) for span in found]
-        if stops[-1] is None:  # the template closes the last turn behind its span, or not at all
-            end = found[-1].end
-            tail = next((i for i in range(end, len(ids)) if int(ids[i]) in self._ends), None)
-            if tail is None:
-                ids = self._append_eos(ids[:end])
-                found[-1] = found[-1]._replace(end=len(ids))
-            else:
-                found = [span._replace(end=self._through(ids, span.end, int(ids[tail]))) for span in found]
-            stops = [self._stop_in(ids, span.start, span.end) for span in found]
-        return ids, [
-            span if stop is None else span._replace(end=stop + 1) for span, stop in zip(found, stops, strict=True)
-        ]
-
-    def _encode_cut(self, text: str, cuts: Iterable[int]) -> tuple[np.ndarray, dict[int, int]]:
-        """Ids of a text and the token position of each character cut; no token lies across a cut.
-
-        Up to a cut the text is tokenised as a whole where that begins with the ids of the cut before it (what the model
-        sees when it starts to write there); else the part between the two is tokenised apart.
-        """
-        edges = sorted({*cuts, len(text)})
-        heads = self._encode([text[:edge] for edge in edges])
-        ids = context = heads[0][:0]
-        place, last = {}, 0
-        for edge, head in zip(edges, heads, strict=True):
-            if starts_with(head, ids):
-                ids = head
-            else:
-                ids = np.concatenate((ids, continuation(self.tokenizer, ids, text[last:edge], head, context)))
-            place[edge] = len(ids)
-            last, context = edge, head
-        return ids, place
-
-    def _through(self, ids: np.ndarray, end: int, stop_id: int) -> int:
-        """End of a span moved behind its stop token, if only white space lies between."""
-        position = end
-        while position < len(ids) and int(ids[position]) != stop_id:
-            if int(ids[position]) in self._ends or self._text(ids[position : position + 1]).strip():
-                return end
-            position += 1
-        return position + 1 if position < len(ids) else end
-
-    def _stop_in(self, ids: np.ndarray, start: int, end: int) -> int | None:
-        """Position of the special token that ends a span (only white space may follow), or None."""
-        for position in range(end - 1, start - 1, -1):
-            if int(ids[position]) in self._ends:
-                return position
-            if self._text(ids[position : position + 1]).strip():
-                return None
-        return None
-
-    def _append_eos(self, ids: np.ndarray) -> np.ndarray:
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError("the chat template writes no stop token and the tokenizer has no eos_token; set one")
-        return np.append(ids, np.int32(eos))
-
-    def _text(self, ids: np.ndarray) -> str:
-        return str(self.tokenizer.decode(ids.tolist()))

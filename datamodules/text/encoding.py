@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from datamodules.rows.formats import Example
 from datamodules.text.chat import PLAIN_TEMPLATE, Chat
-from datamodules.text.tokens import continuation, first_text, first_tokens, starts_with, tokenise
+from datamodules.text.continuing import continuation
+from datamodules.text.together import Ids, Way, together
+from datamodules.text.tokens import first_text, first_tokens, starts_with, tokenise
 
+T = TypeVar("T")
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids of a prompt and a completion, and the latter's loss mask
 LossOn = Literal["completion", "last_turn", "all"]
 
 
@@ -34,6 +38,15 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError ...
         raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def written_backend(tokenizer: Any) -> str | None:
+    """All that decides the ids of a fast tokenizer, as text; None: it has no form to write."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        return None
+    before, added, content = backend.to_str().partition('"added_tokens"')  # before: settings of the last call
+    return str(content if added else before)
 
 
 def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
@@ -89,6 +102,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
+        self._end = np.asarray([self.eos], dtype=np.int32)
         pad = tokenizer.pad_token_id
         self.pad = int(self.eos if pad is None else pad)
         self.first = first_tokens(tokenizer)
@@ -105,60 +119,67 @@ class Encoder:
             self._chat = Chat(self.tokenizer)
         return self._chat
 
-    def texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text alone, nothing added."""
-        return tokenise(self.tokenizer, texts)
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return tokenise(self.tokenizer, texts) if self._chat is None else self._chat.pieces.ids(texts)
+
+    def _along(self, ways: Iterable[Way[T]]) -> list[T]:
+        return together(self.tokenizer, ways, self._ids)
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """First tokens, text, end-of-sequence token."""
-        return [self._close(self._open(ids)) for ids in self.texts(texts)]
+        return self._along(map(self._document, texts))
 
-    def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _document(self, text: str) -> Way[np.ndarray]:
+        (ids,) = yield Ids((text,))
+        return self._close(self._open(ids))
+
+    def pair(self, prompt: str, completion: str) -> Way[tuple[np.ndarray, np.ndarray]]:
         """Prompt and completion ids, the completion closed by the end-of-sequence token.
 
         Both are tokenised as one text where that leaves the prompt's own tokens as they are (what a sampler sees);
         else the completion is tokenised apart, so that no token lies across the boundary.
         """
-        joint = self.texts([*prompts, *(p + c for p, c in zip(prompts, completions, strict=True))])
-        rows = []
-        for head, whole, completion in zip(joint[: len(prompts)], joint[len(prompts) :], completions, strict=True):
-            if starts_with(whole, head):
-                tail = whole[len(head) :]
-            else:
-                tail = continuation(self.tokenizer, head, completion, whole, head)
-            rows.append((self._open(head), self._close(tail)))
-        return rows
+        head, whole = yield Ids((prompt, prompt + completion))
+        if starts_with(whole, head):
+            tail = whole[len(head) :]
+        else:
+            tail = yield from continuation(head, completion, whole, head)
+        return self._open(head), self._close(tail)
 
     def _open(self, ids: np.ndarray) -> np.ndarray:
         """Puts the first tokens before ids that lack them (a prompt decoded with its special tokens has them)."""
-        there = len(self.first) and np.array_equal(ids[: len(self.first)], self.first)
-        return ids if there else np.concatenate((self.first, ids))
+        return ids if starts_with(ids, self.first) else np.concatenate((self.first, ids))
 
     def _close(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) and int(ids[-1]) == self.eos:
             return ids
-        return np.append(ids, np.int32(self.eos))
+        return np.concatenate((ids, self._end))
 
     def prompts(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Ids of each example's prompt, ready to be continued."""
-        plain = iter(self.texts([e.prompt or "" for e in examples if not isinstance(e.prompt, list)]))
-        return [
-            self.chat.encode_prompt(example.prompt, example.tools)
-            if isinstance(example.prompt, list)
-            else self._open(next(plain))
-            for example in examples
-        ]
+        return self._along(map(self._prompt, examples))
 
-    def completions(self, examples: Sequence[Example], side: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Prompt ids, completion ids and the completion's loss mask; `side` is "completion", "chosen" or "rejected"."""
-        plain = [example for example in examples if not isinstance(example.prompt, list)]
-        pairs = iter(self.pairs([str(e.prompt or "") for e in plain], [getattr(e, side) for e in plain]))
-        return [
-            self.chat.encode_completion(example.prompt, getattr(example, side), example.tools)
-            if isinstance(example.prompt, list)
-            else _whole(*next(pairs))
-            for example in examples
-        ]
+    def _prompt(self, example: Example) -> Way[np.ndarray]:
+        if isinstance(example.prompt, list):
+            return (yield from self.chat.encode_prompt(example.prompt, example.tools))
+        (ids,) = yield Ids((example.prompt or "",))
+        return self._open(ids)
+
+    def completions(self, examples: Sequence[Example], sides: Sequence[str]) -> list[list[Encoded]]:
+        """Prompt ids, completion ids and the completion's loss mask, of each side of each example.
+
+        Args:
+            examples: The examples.
+            sides: Of "completion", "chosen" and "rejected".
+        """
+        found = iter(self._along(self._completion(example, side) for example in examples for side in sides))
+        return [[next(found) for _ in sides] for _ in examples]
+
+    def _completion(self, example: Example, side: str) -> Way[Encoded]:
+        if isinstance(example.prompt, list):
+            return (yield from self.chat.encode_completion(example.prompt, getattr(example, side), example.tools))
+        prompt, completion = yield from self.pair(str(example.prompt or ""), getattr(example, side))
+        return prompt, completion, np.ones(len(completion), dtype=bool)
 
     def supervised(self, examples: Sequence[Example], loss_on: LossOn) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and loss mask (int32 and bool `[time]`) of texts, prompt/completion pairs and conversations.
@@ -166,25 +187,22 @@ class Encoder:
         Where a reply has a weight of its own, the mask is float32 and holds the targets' weights, 0 elsewhere. The
         first token of a row is never a target, since nothing comes before it.
         """
-        texts = iter(self.documents([e.text for e in examples if e.text is not None]))
-        plain = [e for e in examples if isinstance(e.prompt, str) and e.messages is None and e.text is None]
-        pairs = iter(self.pairs([str(e.prompt) for e in plain], [str(e.completion) for e in plain]))
-        rows = []
-        for example in examples:
-            if example.text is not None:
-                ids = next(texts)
-                mask = np.ones(len(ids), dtype=bool)
-            elif example.messages is not None or isinstance(example.prompt, list):
-                ids, mask = self._conversation(example, loss_on)
-            else:
-                prompt, completion = next(pairs)
-                ids = np.concatenate((prompt, completion))
-                mask = np.arange(len(ids)) >= (0 if loss_on == "all" else len(prompt))
+        rows = self._along(self._supervised(example, loss_on) for example in examples)
+        for _, mask in rows:
             mask[:1] = False
-            rows.append((ids, mask))
         return rows
 
-    def _conversation(self, example: Example, loss_on: LossOn) -> tuple[np.ndarray, np.ndarray]:
+    def _supervised(self, example: Example, loss_on: LossOn) -> Way[tuple[np.ndarray, np.ndarray]]:
+        if example.text is not None:
+            ids = yield from self._document(example.text)
+            return ids, np.ones(len(ids), dtype=bool)
+        if example.messages is not None or isinstance(example.prompt, list):
+            return (yield from self._conversation(example, loss_on))
+        prompt, completion = yield from self.pair(str(example.prompt), str(example.completion))
+        ids = np.concatenate((prompt, completion))
+        return ids, np.arange(len(ids)) >= (0 if loss_on == "all" else len(prompt))
+
+    def _conversation(self, example: Example, loss_on: LossOn) -> Way[tuple[np.ndarray, np.ndarray]]:
         last = loss_on == "last_turn"
         marked = [*(example.messages or []), *(m for m in example.completion or [] if isinstance(m, dict))]
         if loss_on == "all" and any(message.get("learn", True) is not True for message in marked):
@@ -192,15 +210,10 @@ class Encoder:
                 "a message is marked as not to be learnt, or has a weight, but here every token is learnt alike"
             )
         if example.messages is not None:
-            ids, mask = self.chat.encode(example.messages, last_only=last, tools=example.tools)
+            ids, mask = yield from self.chat.encode(example.messages, last_only=last, tools=example.tools)
         else:
             prompt: list[Any] = list(example.prompt or [])
             completion: list[Any] = list(example.completion or [])
             messages = [*prompt, *completion]
-            ids, mask = self.chat.encode(messages, first=len(prompt), last_only=last, tools=example.tools)
+            ids, mask = yield from self.chat.encode(messages, first=len(prompt), last_only=last, tools=example.tools)
         return ids, np.ones_like(mask) if loss_on == "all" else mask
-
-
-def _whole(prompt: np.ndarray, completion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A plain pair, all of whose completion is to be scored."""
-    return prompt, completion, np.ones(len(completion), dtype=bool)

@@ -1,15 +1,14 @@
-"""What every use of a tokenizer here shares: ids of texts, its first tokens, and text that continues given tokens."""
+"""What every use of a tokenizer here shares: ids of texts, texts of ids, and its first tokens."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
-
-# Texts whose own tokens seldom merge with what follows; a piece is tokenised behind one of them.
-_ANCHORS = ("\n", "=", "a", "0")
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
@@ -21,12 +20,39 @@ def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     if not texts:
         return []
     try:
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        backend = _backend(tokenizer)
+        if backend is None:
+            encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        else:
+            encoded = [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     except (TypeError, UnicodeEncodeError):
         for text in texts:
             _refuse_surrogates(text)
         raise
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """What a call of the tokenizer comes down to, which gives the same ids for less; None where it may do more."""
+    kind: Any = type(tokenizer)
+    if not getattr(tokenizer, "is_fast", False) or not _calls_backend_alone(kind):
+        return None
+    backend = tokenizer.backend_tokenizer
+    as_called = backend.truncation is None and backend.padding is None
+    return backend if as_called and backend.encode_special_tokens == tokenizer.split_special_tokens else None
+
+
+@cache
+def _calls_backend_alone(kind: type) -> bool:
+    """Whether a class of tokenizers adds nothing but a constructor to `PreTrainedTokenizerFast`."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not issubclass(kind, PreTrainedTokenizerFast):
+        return False
+    added = kind.__mro__[: kind.__mro__.index(PreTrainedTokenizerFast)]
+    return not any(
+        inspect.isfunction(value) for one in added for name, value in vars(one).items() if name != "__init__"
+    )
 
 
 def _refuse_surrogates(text: str) -> None:
@@ -64,43 +90,10 @@ def first_text(tokenizer: Any) -> str:
 
 def starts_with(ids: np.ndarray, head: np.ndarray) -> bool:
     """Whether `ids` begin with `head`."""
-    return np.array_equal(ids[: len(head)], head)
+    return len(ids) >= len(head) and bool((ids[: len(head)] == head).all())
 
 
-def continuation(tokenizer: Any, head: np.ndarray, piece: str, whole: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """Ids of a piece of text behind the ids `head`, for where the whole text's own ids do not begin with `head`.
-
-    Many tokenizers put a space before every text, so a piece tokenised alone would gain one. Of the ways to tokenise
-    the piece, the first is taken that reads, behind `head`, as the whole text does.
-
-    Args:
-        tokenizer: The tokenizer.
-        head: Ids of the text before the piece, `[time]`.
-        piece: The text that continues it.
-        whole: Ids of the text with the piece, tokenised as one.
-        context: Ids of the text before the piece, tokenised as one.
-
-    Returns:
-        int32 `[time]`.
-    """
-    if not piece:
-        return whole[:0]
-    wanted = _read(tokenizer, whole)
-    for ids in _ways(tokenizer, piece, whole, context):
-        if _read(tokenizer, np.concatenate((head, ids))) == wanted:
-            return ids
-    return tokenise(tokenizer, [piece])[0]
-
-
-def _ways(tokenizer: Any, piece: str, whole: np.ndarray, context: np.ndarray) -> Iterator[np.ndarray]:
-    if starts_with(whole, context):
-        yield whole[len(context) :]
-    yield tokenise(tokenizer, [piece])[0]
-    for anchor in _ANCHORS:
-        before, both = tokenise(tokenizer, [anchor, anchor + piece])
-        if len(before) and starts_with(both, before):
-            yield both[len(before) :]
-
-
-def _read(tokenizer: Any, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def read(tokenizer: Any, rows: Iterable[np.ndarray]) -> list[str]:
+    """Text of each row of ids, `[time]`, special tokens and spaces as they are."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return [str(tokenizer.decode(ids.tolist(), **options)) for ids in rows]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodules.text.chat import Chat
+from tests.datamodules.alone import Chat
 
 CONVERSATION = [
     {"role": "user", "content": "hi"},

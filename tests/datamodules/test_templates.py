@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
-from datamodules.text.chat import PLAIN_TEMPLATE, Chat
+from datamodules.text.chat import PLAIN_TEMPLATE
+from tests.datamodules.alone import Chat
 
 EACH, END = "{% for m in messages %}", "{% endfor %}"
 CHATML = EACH + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n" + END

@@ -10,6 +10,7 @@ from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModu
 from datamodules.rows.formats import Example
 from datamodules.text.encoding import Encoder
 from datamodules.text.tokens import first_tokens
+from tests.datamodules.alone import alone
 
 SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
 USER, REPLY = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "The answer is 2."}
@@ -109,7 +110,7 @@ def test_nothing_behind_a_marked_stop_token_is_supervised(templates):
 def test_a_completion_gains_no_space(scheme, prompt, completion):
     tokenizer = prefix_space(scheme)
     encoder = Encoder(tokenizer)
-    ((head, tail),) = encoder.pairs([prompt], [completion])
+    head, tail = alone(tokenizer, encoder.pair(prompt, completion))
     assert head.tolist() == encoder.prompts([Example(prompt=prompt)])[0].tolist()
     assert tokenizer.decode([*head[1:], *tail[:-1]]) == prompt + completion
     assert (head[0], tail[-1]) == (1, 2)

@@ -367,6 +367,26 @@ CASES = {
     "a truncated checkpoint": Case(
         "sft", ["--ckpt_path", "bad/short.ckpt"], ["'bad/short.ckpt'", "truncated at 300 bytes", "earlier checkpoint"]
     ),
+    "a stream without an end": Case(
+        "sft",
+        ["--data.stream.buffer_size", "5"],
+        ["trainer.max_steps=-1", "the training rows are a stream", "set trainer.max_steps"],
+    ),
+    "a stream that is to be validated at its end": Case(
+        "sft",
+        ["--data.stream.buffer_size=5", "--trainer.max_steps=4", "--data.validation", "sft.jsonl"],
+        ["trainer.val_check_interval=1.0", "a stream has no end of an epoch", "to an integer"],
+    ),
+    "a share of a stream": Case(
+        "sft",
+        ["--data.stream.buffer_size=5", "--data.validation=0.1"],
+        ["validation=0.1 is a share of the training rows, and a stream does not tell how many it has"],
+    ),
+    "a stream of a folder of the wrong kind": Case(
+        "sft",
+        ["--data.stream.buffer_size=5", "--trainer.max_steps=4", "--data.train", "sft.yaml"],
+        ["train='sft.yaml'", "'.yaml' cannot be read as a stream", ".jsonl, .ndjson, .txt, .parquet"],
+    ),
     "a checkpoint of weights alone": Case(
         "sft", ["--ckpt_path", "bad/weights.ckpt"], ["'bad/weights.ckpt'", "pytorch-lightning_version", "no Trainer"]
     ),

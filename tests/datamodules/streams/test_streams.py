@@ -3,6 +3,10 @@
 import itertools
 import json
 import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -19,6 +23,7 @@ from datamodules import (
 )
 from datamodules.curricula import ByLength
 
+ROOT = Path(__file__).parents[3]
 ROWS = {
     PretrainDataModule: [{"text": "0123456789"[: 2 + n % 8] + str(n)} for n in range(37)],
     SFTDataModule: [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(37)],
@@ -421,3 +426,49 @@ def test_columns_are_renamed(loader, write):
     assert next(iter(made))["input_ids"].shape[0] == 4
     with pytest.raises(ValueError, match="has no column"):
         loader(write(rows), columns={"question": "prompt"})
+
+
+def test_hub_ids_are_read_over_the_network(tokenizer, monkeypatch):
+    asked = []
+
+    def load(identifier, config, streaming=False):
+        asked.append((identifier, config, streaming))
+        rows = datasets.Dataset.from_list(ROWS[SFTDataModule])
+        return {"train": rows.to_iterable_dataset(), "test": rows.to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = {"train": "owner/name@part", "validation": "owner/name:test", "stream": StreamOptions(eval_rows=6)}
+    data = SFTDataModule(tokenizer=tokenizer, **options)
+    data.prepare_data()
+    data.setup("fit")
+    assert set(asked) == {("owner/name", "part", True), ("owner/name", None, True)}  # nothing is downloaded
+    assert next(iter(data.train_dataloader()))["labels"].shape[0] == 8
+    assert data.reports["validation"]["rows"] == 6
+
+
+def test_ranks_that_read_other_rows_are_refused(loader, write, monkeypatch):
+    monkeypatch.setattr("datamodules.streams.stream._Ranks.gather", lambda self, value: [value, "another"])
+    with pytest.raises(ValueError, match="gives other rows on each rank"):
+        loader(write(ROWS[SFTDataModule]), ranks=2)
+
+
+def test_what_goes_to_workers_can_be_sent(loader, write):
+    """As where processes do not begin as a fork."""
+    batches = loader(write(ROWS[SFTDataModule]))._loader().dataset
+    first, again = next(iter(batches)), next(iter(pickle.loads(pickle.dumps(batches))))
+    same(first.batch, again.batch)
+
+
+def test_a_program_ends_while_workers_wait(write, tmp_path):
+    code = f"""
+import sys
+from datamodules import SFTDataModule, StreamOptions
+from tests.datamodules.conftest import build_tokenizer
+data = SFTDataModule(train={write(ROWS[SFTDataModule])!r}, tokenizer=build_tokenizer(), num_workers=1,
+                     stream=StreamOptions())
+data.setup("fit")
+batches = iter(data.train_dataloader())
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

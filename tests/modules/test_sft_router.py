@@ -268,3 +268,29 @@ def test_dropout_off_and_checkpointing_still_record(mixtral, update, assert_same
     again.gradient_checkpointing_enable({"use_reentrant": False})
     disable_dropout(again.train())
     assert_same(update(make(again, micro_batch_size=4), [batch]), gradient(mixtral.eval(), batch))
+
+
+def test_weights_of_rows_are_of_the_likelihood_alone(mixtral, update, assert_same):
+    """The router balances all tokens, whatever their rows weigh; a source's loss is its likelihood."""
+    weights = torch.tensor([1.0, 2.0, 0.0, 0.5] * 2)
+    batch = supervised(ROWS) | {"source_weights": weights, "source_name": ["math", "code"] * 4}
+    rows = [supervised([row]) for row in ROWS]
+    sums = torch.stack([computed(mixtral, row)[0].sum() for row in rows])
+    counts = torch.tensor([len(computed(mixtral, row)[0]) for row in rows])
+    router = brute(mixtral, supervised(ROWS))[1]
+    loss = (sums * weights).sum() / (counts * weights).sum() + COEFFICIENT * router
+    wanted = torch.autograd.grad(loss, [p for _, p in mixtral.named_parameters()], materialize_grads=True)
+    names = [f"policy.{name}" for name, _ in mixtral.named_parameters()]
+    expected = {name: -g for name, g in zip(names, wanted, strict=True)}
+    for size in (None, 3):
+        assert_same(expected, update(make(mixtral, micro_batch_size=size), [batch]))
+
+
+def test_a_source_is_told_of_without_the_router(mixtral, train):
+    batch = supervised(ROWS) | {"source_weights": torch.full((8,), 0.5), "source_name": ["math", "code"] * 4}
+    metrics = train(make(mixtral)(), [batch]).callback_metrics
+    for source, rows in (("math", ROWS[::2]), ("code", ROWS[1::2])):
+        alone = computed(mixtral, supervised(rows))[0].mean()
+        assert float(metrics[f"train/{source}/loss"]) == pytest.approx(float(alone), rel=1e-5)
+    wanted = brute(mixtral, supervised(ROWS))[0]
+    assert float(metrics["train/loss"]) == pytest.approx(float(wanted), rel=1e-5)

@@ -133,7 +133,8 @@ def test_success_is_told_by_the_numbers_of_the_source(tokenizer):
     data = PromptDataModule(train=rows, tokenizer=tokenizer, **options)
     assert data.record([7], [1.0]) == {}  # nothing was drawn yet
     data.setup("fit")
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = iter(loader)
     first = next(batches)["index"]
     assert min(first) >= 4
     other = next(index for index in range(4, 24) if index not in first)

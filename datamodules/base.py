@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -130,7 +131,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         self.cache = cache
         self.kept = None if cache is None else Kept(cache)
         self.reports: dict[str, dict[str, Any]] = {}
-        self._given_tokenizer = tokenizer
+        self.given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._encoder: Encoder | None = None
         self.splits = Splits(self)
@@ -167,13 +168,15 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         return self._tokenizer
 
     def offered_tokenizers(self) -> list[Any]:
-        """The tokenizer that was given and those of the sources, as they came: objects, folders or hub ids."""
-        found = (self._given_tokenizer, *(getattr(source, "tokenizer", None) for source in self.sources.values()))
+        """The tokenizer that was given, else those of the sources, as they came: objects, folders or hub ids."""
+        if self.given_tokenizer is not None:
+            return [self.given_tokenizer]
+        found = (getattr(source, "tokenizer", None) for source in self.sources.values())
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
     def lend_tokenizer(self, tokenizer: Any) -> None:
         """Gives a tokenizer that others use, too, in place of one's own; the chat template stays one's own."""
-        self._given_tokenizer, self._tokenizer, self._encoder = tokenizer, None, None
+        self.given_tokenizer, self._tokenizer, self._encoder = tokenizer, None, None
 
     @property
     def encoder(self) -> Encoder:
@@ -214,7 +217,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         try:
             for split in self._missing(stage):
                 self._tables.update(self.splits.prepare(split))
-        except (ValueError, OSError):
+        except (ValueError, OSError, RuntimeError):
             if self.trainer is None or self.trainer.world_size == 1:
                 raise
             logger.debug("setup raises it again, in all processes: one that ends here leaves the others waiting")
@@ -256,7 +259,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             loader.in_flight = lambda: progress.current.ready - progress.current.processed  # type: ignore[attr-defined]
-        self.training_loader = loader
+        self.training_loader = weakref.ref(loader)
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

@@ -102,10 +102,13 @@ class MixtureDataModule(AlignmentDataModule):
             ValueError: None was given and no source has one, it cannot be loaded, or a source has another.
         """
         if self._tokenizer is None:
-            given = self.offered_tokenizers()
+            offered = self.offered_tokenizers()
             shared = super().tokenizer
             for name, part in self.parts.items():
-                if not all(same_tokenizer(given[0], own) for own in part.data.offered_tokenizers()):
+                own = part.data.offered_tokenizers()
+                if self.given_tokenizer is not None and part.data.given_tokenizer is None:
+                    own = []  # what rows bring along gives way, as it does without a mixture
+                if not all(same_tokenizer(offered[0], one) for one in own):
                     raise ValueError(
                         f"source {name!r} has another tokenizer than the mixture or a source before it; all need the "
                         "same: give it once, as the mixture's tokenizer"
@@ -118,11 +121,10 @@ class MixtureDataModule(AlignmentDataModule):
         return self._tokenizer
 
     def offered_tokenizers(self) -> list[Any]:
-        """The tokenizer that was given and those of the sources, as they came."""
-        return [
-            *super().offered_tokenizers(),
-            *(t for part in self.parts.values() for t in part.data.offered_tokenizers()),
-        ]
+        """The tokenizer that was given, else those of the sources, as they came."""
+        if self.given_tokenizer is not None:
+            return [self.given_tokenizer]
+        return [tokenizer for part in self.parts.values() for tokenizer in part.data.offered_tokenizers()]
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from datamodules.base import AlignmentDataModule
 from datamodules.mixed import Origin
 from datamodules.orders.shares import tempered, whole_shares
 from datamodules.ranges import Count, Positive, check_options
-from datamodules.text.encoding import load_tokenizer
+from datamodules.text.encoding import load_tokenizer, written_backend
 
 _OF_THE_MIXTURE = ("batch_size", "eval_batch_size", "shuffle", "drop_last", "num_workers", "added_tokens")
 """Options of a data module that have no effect in a mixture, which has them itself."""
@@ -91,10 +91,15 @@ def checked_sources(sources: Any) -> dict[str, MixtureSource]:
 
 
 def _check_data(name: str, data: Any) -> None:
-    if not isinstance(data, AlignmentDataModule):
+    if not isinstance(data, AlignmentDataModule) or not data.accepts:
         raise ValueError(
             f"source {name!r} is a {type(data).__name__}; it must be a data module such as SFTDataModule, alone or as "
             "`data` of a MixtureSource"
+        )
+    if data.streaming is not None:
+        raise ValueError(
+            f"source {name!r}: its training rows are a stream, and a mixture needs to know how many there are; leave "
+            "stream out, or give rows with a length"
         )
     for option in _OF_THE_MIXTURE:
         value = getattr(data, option)
@@ -205,11 +210,8 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 def _content(tokenizer: Any) -> Any:
     """What makes ids: the whole backend where there is one, else the vocabulary, else the object itself."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return backend.to_str()
     vocabulary = getattr(tokenizer, "get_vocab", None)
-    return vocabulary() if callable(vocabulary) else id(tokenizer)
+    return written_backend(tokenizer) or (vocabulary() if callable(vocabulary) else id(tokenizer))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ class ScheduledRows:
 
     curriculum: Curriculum | None
     splits: Splits
-    training_loader: ResumableLoader | None
+    training_loader: weakref.ref[ResumableLoader] | None
+    """Weak: a loader that nobody uses any more is to end its workers at once, and not when the program does."""
     _scheduling: Scheduling | None
 
     @property
@@ -47,9 +49,10 @@ class ScheduledRows:
         Raises:
             ValueError: If a number is none of a training row.
         """
-        if self.training_loader is None or self._scheduling is None:
+        loader = None if self.training_loader is None else self.training_loader()
+        if loader is None or self._scheduling is None:
             return {}
-        return self.training_loader.record(self._scheduling.find(index), scores)
+        return loader.record(self._scheduling.find(index), scores)
 
     def training_order(self, table: Table, replicas: int, shuffle: bool) -> Order:
         """Which rows make each batch of training.

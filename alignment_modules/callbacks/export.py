@@ -153,13 +153,16 @@ def _started_from(module: L.LightningModule) -> str | None:
 
 
 def _data_facts(datamodule: Any) -> list[DataFacts]:
-    """What was read in training, as a data module with `sources` and `reports` tells it."""
+    """What was read in training, as a data module with `sources` and `reports` tells it; of a mixture each source."""
     sources, reports = getattr(datamodule, "sources", {}), getattr(datamodule, "reports", {})
-    return [
-        DataFacts(split, _named(sources.get(split)), report.get("kept", report.get("rows")), report.get("tokens"))
-        for split, report in reports.items()
-        if split in ("train", "validation")
-    ]
+    facts = []
+    for name, report in reports.items():
+        split, _, part = name.partition("/")
+        source = sources.get(split)
+        if split in ("train", "validation") and (part or not isinstance(source, Mapping)):
+            source = (source or {})[part] if part else source
+            facts.append(DataFacts(name, _named(source), report.get("kept", report.get("rows")), report.get("tokens")))
+    return facts
 
 
 def _named(source: Any) -> str:

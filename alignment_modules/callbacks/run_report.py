@@ -137,8 +137,8 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
 
 
 def _counted(split: str, report: Mapping[str, Any]) -> str:
-    """What was read of a split; nothing yet of a stream."""
-    if not report.get("rows"):
+    """What was read of a split; a stream, of which passes are counted, is read in training."""
+    if "passes" in report:
         return f"{split} a stream"
     tokens = f", {report['tokens']:,} tokens" if "tokens" in report else ""
     return f"{split} {report.get('kept', report['rows']):,} rows{tokens}"

@@ -1,7 +1,6 @@
 """`align fit | validate | test | predict --config ...`: LightningCLI with both packages in reach."""
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -40,6 +39,7 @@ from alignment_modules.callbacks import (
 )
 from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.cli.commands import COMMANDS, run_command
+from alignment_modules.cli.data_checks import check_data
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.policy_options import follow_policy, policy_path
@@ -49,7 +49,6 @@ from alignment_modules.policies.export import stages_of
 from alignment_modules.policies.weights import is_first_process, on_first_process
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.strategies import refuse_strategy, shards_weights
-from datamodules.rows.sources import check_sources
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +136,7 @@ class AlignCLI(LightningCLI):
                 init_args=Namespace(save_dir=trainer.default_root_dir, stages=stages),
             )
         data = (config.get("data") or {}).get("init_args") or {}
-        split = {"fit": "train", "validate": "validation"}.get(self.subcommand, self.subcommand)
-        if split in data and data[split] is None and _is_ours(config.data):
-            raise ValueError(f"data.{split}=None: `align {self.subcommand}` needs rows; give --data.{split} a source")
-        if data and _is_ours(config.data):
-            check_sources(data, ("train", "validation") if split == "train" else (split,))
+        check_data(config.get("data"), self.subcommand)
         for name, value in follow_policy(data, (config.model.get("init_args") or {}).get("policy")).items():
             data[name] = value
 
@@ -196,14 +191,6 @@ class AlignCLI(LightningCLI):
         if has_own or config.get("enable_checkpointing") is False or config.get("barebones"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoints)]
         return super()._instantiate_trainer(config, [*callbacks, StopAndSave(resume_command(self._arguments))])
-
-
-def _is_ours(data: Namespace) -> bool:
-    """Whether a data module takes its rows from a source per split, and from nowhere else."""
-    module, _, name = data.class_path.rpartition(".")
-    hooks = ("val_dataloader", "test_dataloader", "predict_dataloader")
-    found, base = getattr(importlib.import_module(module), name), datamodules.AlignmentDataModule
-    return issubclass(found, base) and all(getattr(found, hook) is getattr(base, hook) for hook in hooks)
 
 
 def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = AlignCLI) -> AlignCLI:

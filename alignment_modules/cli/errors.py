@@ -73,7 +73,7 @@ class AlignArgumentParser(LightningArgumentParser):
 
     def parse_object(self, cfg_obj: Any, *more: Any, **keywords: Any) -> Any:
         """Parses a configuration, and remembers it for the same end."""
-        self._tree = cfg_obj if isinstance(cfg_obj, dict) else None
+        self._tree = _copied(cfg_obj) if isinstance(cfg_obj, dict) else None  # parsing changes what it is given
         return super().parse_object(cfg_obj, *more, **keywords)
 
     def _refuse_bases(self) -> None:
@@ -124,6 +124,13 @@ class AlignArgumentParser(LightningArgumentParser):
         program = (parser or self._command()).prog.replace(" [options]", "")
         sys.stderr.write(f"{program}: error: {message}\n  help: {program} --help\n")
         sys.exit(2)
+
+
+def _copied(tree: Any) -> Any:
+    """A tree of options whose mappings and lists are its own."""
+    if isinstance(tree, dict):
+        return {key: _copied(branch) for key, branch in tree.items()}
+    return [_copied(branch) for branch in tree] if isinstance(tree, list) else tree
 
 
 def find_cause(error: BaseException) -> BaseException:

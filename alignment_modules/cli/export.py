@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from alignment_modules.cli.classes import import_path
+from alignment_modules.cli.data_checks import options_of_sources
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.options import OptionParser
 from alignment_modules.cli.policy_options import follow_policy, policy_path
@@ -167,7 +168,8 @@ def _facts(
     best: Best | None,
 ) -> CardFacts:
     data = (config.get("data") or {}).get("init_args") or {}
-    sources = [(split, data.get(split)) for split in ("train", "validation")]
+    parts = [(f"/{name}", options) for name, options in options_of_sources(data)] or [("", data)]
+    sources = [(split + name, options.get(split)) for split in ("train", "validation") for name, options in parts]
     steps = f"after {state.get('global_step')} optimizer steps"
     return CardFacts(
         base=policy_path(_policy(config)),

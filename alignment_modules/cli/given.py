@@ -85,7 +85,8 @@ def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def _as_class(key: str, node: Any) -> dict[str, Any]:
     """The options that follow belong to the class that was named before, if it was one and not a folder."""
     read = node.read() if isinstance(node, Text) else node
-    known = {name for c in choices(key) for name in (c.__name__, path_of(c))}
+    classes = (*choices(key), *choices("data"))  # a mixture's sources have names of the user's
+    known = {name for c in classes for name in (c.__name__, path_of(c))}
     dotted = isinstance(read, str) and "." in read and all(map(str.isidentifier, read.split(".")))
     if isinstance(read, str) and (dotted or key in CLASSES_ONLY or read in known):
         return {"class_path": read, "init_args": {}}

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from alignment_modules.cli.classes import (
     CLASSES_ONLY,
     OURS,
+    bases_of,
     choices,
     import_path,
     last,
@@ -24,6 +25,7 @@ from alignment_modules.cli.given import STRAY, Text
 from alignment_modules.cli.hints import instead
 from alignment_modules.functional.ranges import describe, fits
 from alignment_modules.training.moved import new_paths
+from datamodules import AlignmentDataModule, MixtureSource
 
 _LONGEST = 300  # characters of a value or of a list of what is allowed
 OPTIONAL = ("bitsandbytes", "torchao")
@@ -62,23 +64,26 @@ def _in_group(group: str, given: dict[str, Any], names: Iterable[str]) -> Iterat
             yield from _in_value(f"{group}.{name}", value, hints[name])
 
 
-def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterator[str]:
-    name, known = last(option), choices(option)
+def _in_class(option: str, value: Any, hint: Any, default: Any = None, kind: str | None = None) -> Iterator[str]:
+    name = kind or last(option)
+    known = choices(name)
     read = value.read() if isinstance(value, Text) else value
     if isinstance(read, list) and read and (hint is None or list in _kinds(hint)):
         for entry in read:
             if isinstance(entry, dict | str):
                 yield from _in_class(option, entry, hint)
             else:
-                yield f"--{option}{_shown(entry)}: must be {_wanted(option, hint)}"
+                yield f"--{option}{_shown(entry)}: must be {_wanted(name, hint)}"
         return
     if isinstance(read, str) and name not in CLASSES_ONLY:
         if hint is not None and str not in _kinds(hint):
-            yield f"--{option}{_shown(read)}: must be {_wanted(option, hint)}"
+            yield f"--{option}{_shown(read)}: must be {_wanted(name, hint)}"
         return
     if not isinstance(read, dict | str):
+        if any(fits(read, a) for a in _alternatives(hint) if get_origin(a) is Annotated):
+            return
         if hint is None or read is not None or NoneType not in _kinds(hint):
-            yield f"--{option}{_shown(read)}: must be {_wanted(option, hint)}"
+            yield f"--{option}{_shown(read)}: must be {_wanted(name, hint)}"
         return
     if isinstance(read, str):
         path, given = read, dict[str, Any]()
@@ -88,11 +93,7 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterat
         path, given = "", read
     if not path and _several(given, known, hint):
         for key, entry in given.items():
-            inner = entry.read() if isinstance(entry, Text) else entry
-            if isinstance(inner, dict):
-                yield from _in_options(f"{option}.{key}", known[0], inner)
-            elif not isinstance(inner, str):
-                yield f"--{option}.{key}{_shown(inner)}: must be {_wanted(option, hint)}"
+            yield from _in_entry(f"{option}.{key}", entry, known[0], hint)
         return
     if not path and name == "data":
         where, value = _deepest(option, given)
@@ -102,14 +103,30 @@ def _in_class(option: str, value: Any, hint: Any, default: Any = None) -> Iterat
     if not path:
         cls = known[0] if len(known) == 1 else default if inspect.isclass(default) else None
     else:
-        cls = yield from _find(option, path, known)
+        cls = yield from _find(option, path, known, CLASSES_ONLY.get(name))
     if cls is not None:
         yield from _in_options(option, cls, given)
 
 
+def _in_entry(option: str, value: Any, cls: type, hint: Any) -> Iterator[str]:
+    """One of several values under names of the user's: a class's options, or what else their type allows."""
+    read = value.read() if isinstance(value, Text) else value
+    named = isinstance(read, str) or (isinstance(read, dict) and bool({"class_path", "init_args"} & {*read}))
+    if named and cls is MixtureSource:  # its data module alone
+        yield from _in_class(option, value, AlignmentDataModule, kind="data")
+    elif cls is MixtureSource and isinstance(read, dict) and "data" not in read:
+        yield f"--{option}{_shown(read)}: has no `data`; name its data module, as in class_path: SFTDataModule"
+    elif isinstance(read, dict):
+        yield from _in_options(option, cls, read)
+    elif not isinstance(read, str):
+        yield f"--{option}{_shown(read)}: must be {_wanted(last(option), hint)}"
+
+
 def _several(given: dict[str, Any], known: list[type], hint: Any) -> bool:
     """Whether values of a class by names of the user's are given, not the class's options."""
-    return dict in _kinds(hint) and len(known) == 1 and bool(given) and not {*given} & {*option_names(known[0])}
+    kinds = _kinds(hint)
+    known_names = set() if kinds == {dict} else {*option_names(known[0])} if len(known) == 1 else set(given)
+    return dict in kinds and bool(given) and not {*given} & known_names
 
 
 def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
@@ -120,7 +137,7 @@ def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
         if name not in names:
             more = f"\n  help: align fit --{option}.help {cls.__name__}" if "." not in option else ""
             yield _unknown(f"{option}.{name}", value, cls.__name__, names) + more
-        elif name in found and choices(name):
+        elif name in found and choices(name) and bases_of(found[name][1]):
             yield from _in_class(f"{option}.{name}", value, found[name][1], found[name][0].default)
         elif name in found:
             yield from _in_value(f"{option}.{name}", value, found[name][1])
@@ -131,8 +148,7 @@ def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
 
 def _in_value(option: str, value: Any, hint: Any) -> Iterator[str]:
     """A plain value. Of a union the classes do not count: none of them can be written as plain text."""
-    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = [a for a in alternatives if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
+    plain = [a for a in _alternatives(hint) if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
     read = value.read() if isinstance(value, Text) else value
     if plain and not any(_means(form, a) for a in plain for form in (read, value)):
         yield f"--{option}{_shown(value)}: must be {' or '.join(map(describe, plain))}"
@@ -142,12 +158,11 @@ def _means(value: Any, hint: Any) -> bool:
     return isinstance(value, dict) if get_origin(hint) is dict else fits(value, hint)
 
 
-def _find(option: str, path: str, known: list[type]) -> Any:
+def _find(option: str, path: str, known: list[type], base: type | None) -> Any:
     """Yields what is wrong with the name of a class, and returns the class where nothing is."""
     cls = next((c for c in known if path in (c.__name__, path_of(c))), None)
     if cls is not None:
         return cls
-    base = CLASSES_ONLY.get(last(option))
     ours = [c.__name__ for c in known if c.__module__.partition(".")[0] in OURS]
     names = ours if len(ours) > 1 else [c.__name__ for c in known]  # of optimizers nearly all are torch's
     if new := new_paths(path).get(path):
@@ -190,11 +205,15 @@ def _deepest(option: str, value: Any) -> tuple[str, Any]:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    return {get_origin(a) or a for a in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))}
+    return {get_origin(a) or a for a in _alternatives(hint)}
 
 
-def _wanted(option: str, hint: Any) -> str:
-    base = CLASSES_ONLY.get(last(option))
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _wanted(name: str, hint: Any) -> str:
+    base = CLASSES_ONLY.get(name)
     return f"the name or import path of a subclass of {base.__name__}" if base else describe(hint)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import datamodules
 from datamodules.cache.store import FORMAT
 from datamodules.reading import SplitReader
+from datamodules.text.encoding import written_backend
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
@@ -72,13 +73,12 @@ def _maker(data: Any) -> list[Any] | None:
 
 def _tokenizer(tokenizer: Any) -> str | None:
     """A hash of all that decides a tokenizer's ids; None where it has no form to write."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
+    content = written_backend(tokenizer)
+    if content is None:
         return None
-    before, added, content = backend.to_str().partition('"added_tokens"')  # before: settings of the last call
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     given = {n: value for n, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
-    parts = [content if added else before, type(tokenizer).__name__, repr(tokenizer.chat_template)]
+    parts = [content, type(tokenizer).__name__, repr(tokenizer.chat_template)]
     parts += [repr(sorted(values.items())) for values in (named, given)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

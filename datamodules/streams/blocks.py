@@ -109,7 +109,7 @@ class ShardRows:
         at = position or {}
         self.maker, self.deal, self.word = maker, deal, word
         self.turn, self.block, self.kept = (int(at.get(name, 0)) for name in ("turn", "block", "kept"))
-        self.report: Report = dict(at.get("report", {}))
+        self.report: Report = dict(at.get("report", {"passes": 0}))
         self.collate: Callable[[list[Any]], Any] = list
         self._before = self._state(at.get("source"))
         self._table = Table()
@@ -225,9 +225,9 @@ class ShardRows:
 
 
 def add_report(total: Report, report: Report) -> None:
-    """Adds the counts of one report to another; of `longest` the larger is kept."""
+    """Adds the counts of one report to another; of `longest` and `passes` the larger is kept."""
     for name, value in report.items():
-        if name == "longest":
+        if name in ("longest", "passes"):
             total[name] = max(total.get(name, 0), value)
         elif isinstance(value, int) and not isinstance(value, bool):
             total[name] = total.get(name, 0) + value

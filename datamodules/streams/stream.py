@@ -144,7 +144,7 @@ class TrainStream:
         table, _, reader = self._maker.make(found)
         self._maker = replace(self._maker, keys=tuple(table.row(0)) if len(table) else ())
         self.fingerprint, self._next_log = table.fingerprint, _FIRST_REPORT
-        self.report: Report = {"rows": 0, "format": kind}
+        self.report: Report = {"passes": 0, "rows": 0, "format": kind}
         _log(f"train from {self.source.name}, a stream; its first rows: {reader.describe()}", reader.report)
 
     def loader(self, replicas: int, rank: int) -> StreamLoader:

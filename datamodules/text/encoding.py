@@ -40,6 +40,15 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"tokenizer={path!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def written_backend(tokenizer: Any) -> str | None:
+    """All that decides the ids of a fast tokenizer, as text; None: it has no form to write."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        return None
+    before, added, content = backend.to_str().partition('"added_tokens"')  # before: settings of the last call
+    return str(content if added else before)
+
+
 def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """A tokenizer that knows tokens, each as one id that no text around it changes and that decoding may leave out.
 

@@ -4,6 +4,7 @@ A value is refused with one message that names the option and the value, or it s
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -17,7 +18,16 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 
 import datamodules
-from alignment_modules.cli.classes import CALLBACKS, CURRICULA, REWARDS, TASKS, options_of, path_of, subclasses
+from alignment_modules.cli.classes import (
+    CALLBACKS,
+    CURRICULA,
+    REWARDS,
+    TASKS,
+    bases_of,
+    options_of,
+    path_of,
+    subclasses,
+)
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.evaluation import EvaluationConfig
@@ -68,6 +78,8 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
+    "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
@@ -130,6 +142,7 @@ def cases():
     ):
         for cls in classes:
             yield group, cls
+    yield "source", datamodules.MixtureSource
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
@@ -193,7 +206,7 @@ def outcome(parser, given):
     stream = io.StringIO()
     try:
         with contextlib.redirect_stderr(stream):
-            built = parser.instantiate(parser.parse_object(given))
+            built = parser.instantiate(parser.parse_object(copy.deepcopy(given)))
             if MuonWithAdamW.__name__ in str(given):
                 built.get("model").make_optimizer(parameter_groups(nn.Linear(2, 2)))
             schedule = getattr(built.get("model"), "make_lr_scheduler", None)
@@ -229,9 +242,7 @@ def test_what_an_option_cannot_mean_is_refused(parser, monkeypatch, group, cls):
     for level, parameter, hint, _ in options_of(cls):
         if group in ("model", "data") and level not in vars_of(cls, group):
             continue
-        for value in malformed(
-            "" if cls is datamodules.MixtureSource and parameter.name == "rewards" else parameter.name, hint
-        ):
+        for value in malformed(parameter.name if bases_of(hint) or group != "source" else "", hint):
             if (parameter.name, value if isinstance(value, int) else None) in ACCEPTED:
                 continue
             count += 1

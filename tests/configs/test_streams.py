@@ -20,8 +20,7 @@ def test_the_command_runs(align, workplace, capfd):  # noqa: F811
     done = align(*arguments, *QUIET, "--trainer.enable_model_summary=false")
     assert done.code == 0, done.error
     assert (done.root / "export" / "model.safetensors").exists()
-    card = (done.root / "export" / "README.md").read_text()
-    assert "train" in card
+    assert "| train | `text.jsonl` |" in (done.root / "export" / "README.md").read_text()
 
 
 def test_the_overlay_is_explained():

@@ -1,8 +1,11 @@
 import ast
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -299,3 +302,19 @@ def test_the_first_prompts_of_the_validation_rows(tokenizer):
     pairs = [{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]
     shared = PreferenceDataModule(train=pairs, validation=pairs, tokenizer=tokenizer).first_prompts(2)
     assert shared["prompt"] == ["1+1="]
+
+
+def test_a_loader_that_nobody_uses_any_more_ends_its_workers(tokenizer):
+    """At once: what is left to the end of the program waits for workers that heed no signal."""
+    before, loader = multiprocessing.active_children(), prompts(tokenizer, workers=1).train_dataloader()
+    iterator = iter(loader)
+    next(iterator)
+    [worker] = [process for process in multiprocessing.active_children() if process not in before]
+    started = time.monotonic()
+    gc.disable()
+    try:
+        del loader, iterator
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
+    assert time.monotonic() - started < 5

@@ -1,11 +1,15 @@
 """A mixture's batches against those of its sources, its options, and what it says when they do not fit together."""
 
 import itertools
+import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
 from datamodules import (
+    CacheOptions,
     MixtureDataModule,
     MixtureSource,
     PreferenceDataModule,
@@ -14,6 +18,7 @@ from datamodules import (
     SFTDataModule,
     UnpairedDataModule,
 )
+from datamodules.tasks import AdditionPrompts
 
 SUMS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(10)]
 WORDS = [{"question": f"say {word}:", "completion": word} for word in ("ab", "cd", "efg", "h")]
@@ -283,6 +288,15 @@ def test_a_tokenizer_of_a_source_is_that_of_all_or_refused(make_tokenizer):
     sources["b"] = SFTDataModule(train=WORDS, tokenizer=other)
     with pytest.raises(ValueError, match="source 'b' has another tokenizer"):
         MixtureDataModule(sources=sources).setup("fit")
+    with pytest.raises(ValueError, match="source 'b' has another tokenizer"):
+        MixtureDataModule(sources=sources, tokenizer=one).setup("fit")
+
+    def tasks():
+        rows = {f"digits-{n}": AdditionPrompts(split="train", size=2, digits=n, chat=False) for n in (1, 2)}
+        return {name: PromptDataModule(train=own) for name, own in rows.items()}
+
+    assert len(next(batches(MixtureDataModule(sources=tasks())))["source_name"]) == 4
+    assert MixtureDataModule(sources=tasks(), tokenizer=one).tokenizer is one
     with pytest.raises(ValueError, match="tokenizer=None"):
         MixtureDataModule(sources={"a": SFTDataModule(train=SUMS)}).setup("fit")
 
@@ -302,61 +316,6 @@ def test_a_column_of_a_name_that_batches_use_is_refused(tokenizer, name):
         two(tokenizer, rows=(rows, WORDS)).setup("fit")
     with pytest.raises(ValueError, match=rf"carry=.*batches use \['{name}'\]"):
         SFTDataModule(train=rows, carry=[name])
-
-
-def part(**options):
-    return MixtureSource(SFTDataModule(train=SUMS), **options)
-
-
-@pytest.mark.parametrize(
-    ("sources", "options", "message"),
-    [
-        ({}, {}, r"sources=\{\} must be data modules by name"),
-        ({"a": 3}, {}, "source 'a' is a int; it must be a data module"),
-        ({"a/b": part()}, {}, "the name 'a/b' must be of letters"),
-        (
-            {"a": part(), "b": PromptDataModule(train=SUMS)},
-            {},
-            "'a' and 'b' are of two classes, SFTDataModule and Prompt",
-        ),
-        ({"a": part(weight=1), "b": part()}, {}, "source 'a' has a weight and source 'b' has none"),
-        ({"a": part(weight=1), "b": part(epochs=1)}, {}, "source 'a' has a weight and source 'b' has epochs"),
-        ({"a": part(weight=1)}, {"temperature": 2.0}, "temperature=2.0 and weight=1 of source 'a'"),
-        ({"a": part(epochs=2)}, {"temperature": 2.0}, "temperature=2.0 and epochs=2 of source 'a'"),
-        ({"a": part(rewards=["x"])}, {}, r"source 'a': rewards=\['x'\] has no effect, as SFTDataModule"),
-        ({"a": SFTDataModule(train=SUMS, batch_size=4)}, {}, "source 'a': batch_size=4 has no effect"),
-        ({"a": SFTDataModule(train=SUMS, shuffle=False)}, {}, "source 'a': shuffle=False has no effect"),
-        ({"a": SFTDataModule(train=SUMS, num_workers=1)}, {}, "source 'a': num_workers=1 has no effect"),
-        ({"a": SFTDataModule(train=SUMS, added_tokens=["x"])}, {}, "source 'a': added_tokens="),
-        (
-            {"a": MixtureSource(SFTDataModule(validation=SUMS), weight=1)},
-            {},
-            "source 'a': weight=1 has no effect, as train",
-        ),
-        ({"a": MixtureDataModule(sources={"b": part()})}, {}, "a mixture cannot be a source"),
-        ({"a": part()}, {"temperature": 0.5}, "temperature=0.5 must be a finite number of 1 or more"),
-    ],
-)
-def test_options_that_do_not_fit_together(sources, options, message):
-    with pytest.raises(ValueError, match=message):
-        MixtureDataModule(sources=sources, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weight": 0}, "weight=0 must be a finite number > 0"),
-        ({"epochs": float("nan")}, "epochs=nan must be"),
-        ({"loss_weight": -1}, "loss_weight=-1 must be"),
-        ({"max_completion_length": 0}, "max_completion_length=0 must be"),
-        ({"rewards": []}, r"rewards=\[\] judges nothing"),
-        ({"rewards": "exact_match"}, "rewards='exact_match' must be a list of text"),
-        ({"weight": 1, "epochs": 1}, "weight=1 and epochs=1 of one source"),
-    ],
-)
-def test_options_of_a_source(options, message):
-    with pytest.raises(ValueError, match=message):
-        part(**options)
 
 
 def test_what_is_logged(tokenizer, caplog):
@@ -384,3 +343,37 @@ def test_ranks_deal_the_batches_of_one_process(tokenizer):
     one, halves = rows(4, 1, 0), [rows(2, 2, rank) for rank in range(2)]
     for whole, first, second in zip(one, *halves, strict=True):
         assert whole == [n for pair in itertools.zip_longest(first, second) for n in pair if n is not None]
+
+
+@pytest.mark.parametrize("cls", ROWS)
+def test_tables_on_disk_give_the_same_batches(tokenizer, tmp_path, cls):
+    def make(cache):
+        halves = {"first": cls(train=files[0], cache=cache), "second": cls(train=files[1], cache=cache)}
+        return MixtureDataModule(sources=halves, tokenizer=tokenizer, batch_size=3)
+
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    for file, rows in zip(files, (ROWS[cls][:6], ROWS[cls][6:]), strict=True):
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cached, kept = CacheOptions(folder=str(tmp_path / "cache"), least_rows=1, num_proc=1), make(None)
+    for data in (make(cached), make(cached)):
+        data.prepare_data()
+        data.setup("fit")
+        assert data.train_dataloader().state_dict() == kept.train_dataloader().state_dict()
+        for one, other in zip(batches(data), batches(kept), strict=True):
+            assert one.keys() == other.keys()
+            assert all(equal(value, other[key]) for key, value in one.items())
+    assert len(list((tmp_path / "cache").rglob("*"))) > 1
+
+
+def test_the_page_says_what_works(tokenizer):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("\n## Mixtures\n")[1].split("\n## ")[0]
+    [code] = [part.split("```")[0] for part in page.split("```python\n")[1:]]
+    found = {}
+    exec(code.replace('"my-model"', "tokenizer"), {"tokenizer": tokenizer}, found)
+    shares = [
+        batch["source_name"].count("sums") / 8 for batch in batches(found["data"]) if len(batch["source_name"]) == 8
+    ]
+    assert set(shares) == {0.75}
+    table = page.split("| option of a source |")[1].split("\n\n")[0]
+    told = {line.split("`")[1] for line in table.splitlines()[2:]}
+    assert told == {field.name for field in fields(MixtureSource)}

@@ -90,14 +90,16 @@ def test_a_checkpoint_in_a_folder_is_validated(trained, align, workplace, tmp_pa
     assert (metrics(tmp_path)["val/loss"] == pytest.approx(score, rel=1e-5)) == (which != "last")
 
 
-@pytest.mark.parametrize("which", ["best", "last"])
-def test_a_checkpoint_in_a_folder_is_tested(trained, align, which):
-    done = align(
-        "test", "-c", "sft.yaml", *LORA, *ALONE, "--data.test", "others.jsonl", "--ckpt_path", which,
-        "--trainer.default_root_dir", trained,
-    )  # fmt: skip
-    assert done.code == 0, done.text
-    assert len((trained / "test.jsonl").read_text().splitlines()) == 9
+@pytest.mark.parametrize("processes", [ALONE, SHARDS])
+def test_a_checkpoint_in_a_folder_is_tested(trained, align, workplace, tmp_path, processes):
+    options = ("-c", "sft.yaml", *LORA, *processes, "--data.test", "others.jsonl", "--ckpt_path", "best")
+    options += ("--trainer.default_root_dir", str(trained), "--predictions.test_path", str(tmp_path / "test.jsonl"))
+    if processes is ALONE:
+        done = align("test", *options)
+        assert done.code == 0, done.text
+    else:
+        finish(start(workplace, "test", *options))
+    assert len((tmp_path / "test.jsonl").read_text().splitlines()) == 9
 
 
 @pytest.fixture(scope="module")

@@ -94,13 +94,15 @@ def _count_batches(trainer: Trainer, datamodule: LightningDataModule) -> int | N
 
 
 def _check_validation(module: AlignmentModule, datamodule: LightningDataModule, trainer: Trainer) -> None:
-    """Checks a first batch of what is validated on, where there is any."""
+    """Checks a first batch of each loader that is validated on, where there is any."""
     if "validation" not in getattr(datamodule, "reports", {}):
         return
     trainer.validating = True
-    for batch in datamodule.val_dataloader():
-        module.on_before_batch_transfer(batch, 0)
-        break
+    found = datamodule.val_dataloader()
+    for loader in found if isinstance(found, list) else [found]:
+        for batch in loader:
+            module.on_before_batch_transfer(batch, 0)
+            break
     trainer.training = True
 
 

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+from alignment_modules.callbacks import RunReport
 from datamodules import SFTDataModule, StreamOptions
 
 ROWS = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(50)]
@@ -111,3 +112,17 @@ def test_a_batch_that_failed_is_given_again(data, tmp_path):
         run.fit(module, datamodule=rows)
     run.save_checkpoint(tmp_path / "failed.ckpt")
     assert fit(data(), tmp_path, ckpt_path=tmp_path / "failed.ckpt", max_steps=6) == whole[3:]
+
+
+def test_a_run_tells_that_it_reads_a_stream(data, tmp_path, capsys):
+    fit(data(num_workers=2), tmp_path, max_steps=3, callbacks=[RunReport()])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["data", "train", "a", "stream"] for line in lines)
+    assert any("3 optimizer steps; batches of 4 rows on one process" in line for line in lines)
+
+
+def test_passes_of_several_workers(data, tmp_path):
+    read = data(num_workers=2)
+    fit(read, tmp_path, max_steps=20)
+    assert read.reports["train"]["passes"] == 1
+    assert 60 < read.reports["train"]["rows"] < 130

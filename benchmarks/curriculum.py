@@ -3,10 +3,10 @@
     python benchmarks/curriculum.py --seeds 0 1 2
 
 One policy is pretrained and fine-tuned as in the quickstart, on summands of four digits; what is there below the root
-is taken. From it GRPO starts twice a seed, with as many steps and samples and the same problems, seven in eight of which
-it solves from the start: drawn uniformly, and with those set aside that are solved always or never (`BySuccess`). A seed
-draws its own problems and samples. Prints a table in Markdown of held-out problems of four digits; exits with 1 where
-the curriculum does not win with every seed.
+is taken. From it GRPO starts twice a seed, with as many steps and samples on the same problems, of which it solves
+seven in eight from the start: drawn uniformly, and with those set aside that are solved always or never (`BySuccess`).
+A seed draws its own problems and samples. Prints a table in Markdown of held-out problems of four digits; exits with 1
+where the curriculum does not win with every seed.
 """
 
 import argparse

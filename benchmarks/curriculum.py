@@ -59,7 +59,8 @@ def problems(seed: int) -> list[dict[str, Any]]:
     pairs = np.stack((small.first, small.second), axis=1)
     plain = ((pairs % 10).sum(axis=1) < 10) & ((pairs // 10).sum(axis=1) < 10)
     rows = [small.row(*written(first, second)) for first, second in pairs[plain][:EASY].tolist()]
-    return rows + list(AdditionPrompts(split="train", size=HARD, seed=seed, digits=DIGITS))
+    hard = AdditionPrompts(split="train", size=HARD, seed=seed, digits=DIGITS)
+    return rows + [hard[index] for index in range(HARD)]
 
 
 def written(first: int, second: int) -> tuple[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,7 +155,8 @@ def _rendered_call(tokenizer: Any, arguments: Mapping[str, str] | str) -> tuple[
     answered = [*question, {"role": "assistant", "content": "", "tool_calls": [call]}]
     render = functools.partial(tokenizer.apply_chat_template, tools=[_PROBE_SCHEMA], tokenize=False)
     text, prompt = render(answered), render(question, add_generation_prompt=True)
-    return text[text.rindex(_QUESTION) + len(_QUESTION) :], text[len(os.path.commonprefix([text, prompt])) :]
+    common = next((place for place, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
+    return text[text.rindex(_QUESTION) + len(_QUESTION) :], text[common:]
 
 
 def _reads(format_: ToolFormat, written: str) -> bool:

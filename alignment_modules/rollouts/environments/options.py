@@ -15,8 +15,8 @@ class ToolOptions:
     """How the calls that a policy writes are read, run and answered.
 
     Args:
-        format: How calls are written: "json_tags", "llama" or "qwen_xml"; or a function from a turn's text to its calls,
-            or the import path of one. None: as the tokenizer's chat template writes them.
+        format: How calls are written: "json_tags", "llama" or "qwen_xml"; or a function from a turn's text to its
+            calls, or the import path of one. None: as the tokenizer's chat template writes them.
         time_limit: Seconds for one call, and for `reset` and `get_reward` of an environment.
         in_process: False runs tools that are given by import path each in a process of their own, which is ended when
             it is late. True: in threads, and one that is late is left to itself.

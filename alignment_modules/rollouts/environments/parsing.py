@@ -229,10 +229,7 @@ class Llama(_Scanned):
         if text.find(_THOUGHT) == begin + len(text[begin:]) - len(text[begin:].lstrip()):
             ended = text.find(_END_OF_THOUGHT, begin)
             begin = len(text) if ended < 0 else ended + len(_END_OF_THOUGHT)
-        if place <= begin:
-            found = self._first.match(text, begin)
-        else:
-            found = self._following.match(text, place)
+        found = self._first.match(text, begin) if place <= begin else self._following.match(text, place)
         return found or self._tag.search(text, max(place, begin))
 
     def _read(self, text: str, found: re.Match[str]) -> tuple[Call, int]:

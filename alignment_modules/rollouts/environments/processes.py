@@ -102,9 +102,15 @@ class _Worker:
             Failure: If there is no answer in time, or never will be.
         """
         stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None and stdout is not None  # noqa: S101 - for mypy: both are pipes
+        if stdin is None or stdout is None:
+            raise RuntimeError("a process of a tool has no pipes")
         over = threading.Event()
-        timer = threading.Timer(seconds, lambda: (over.set(), self._kill()))
+
+        def give_up() -> None:
+            over.set()
+            self._kill()
+
+        timer = threading.Timer(seconds, give_up)
         timer.daemon = True
         timer.start()
         try:

@@ -24,9 +24,9 @@ class EnvironmentSet:
     """What a policy can act on.
 
     Args:
-        environments: A factory (anything that returns a new environment when called without arguments, such as a class),
-            its import path, or `{"class_path": ..., "init_args": {...}}`; or several by name, of which a row's column
-            `environment`, or else its source in a mixture, chooses one. None: there are tools alone.
+        environments: A factory (anything that returns a new environment when called without arguments, such as a
+            class), its import path, or `{"class_path": ..., "init_args": {...}}`; or several by name, of which a row's
+            column `environment`, or else its source in a mixture, chooses one. None: there are tools alone.
         tools: Functions without state that every row has, or their import paths; or objects, whose public methods then
             are tools.
         in_process: False: tools run in other processes, and must therefore be functions given by import path.
@@ -60,7 +60,7 @@ class EnvironmentSet:
             raise ValueError("environments=None and tools=None: one of them must be given")
         if not in_process and tools is None:
             raise ValueError(
-                "tool_options.in_process=False without tools has no effect: environments keep their state in this process"
+                "tool_options.in_process=False without tools has no effect: environments keep their state here"
             )
         self._tools = _tools_of(tools, in_process)
         self._by_row = isinstance(environments, Mapping) and "class_path" not in environments
@@ -171,9 +171,8 @@ class EnvironmentSet:
             return  # a source's rows have its own environment's columns
         for name, entry in self._entries.items():
             if missing := [one for one in entry.reset.required if one not in {*columns, "seed"}]:
-                raise ValueError(
-                    f"reset of environment {name!r} asks for {', '.join(map(repr, missing))}, which is not there; {told}"
-                )
+                asked = ", ".join(map(repr, missing))
+                raise ValueError(f"reset of environment {name!r} asks for {asked}, which is not there; {told}")
 
     def _look_at(self, name: str, factory: Callable[[], Any]) -> _Entry:
         """Makes two environments, and tells what all of them have."""
@@ -265,7 +264,8 @@ def _factories_of(environments: Environments | None) -> dict[str, Callable[[], A
 
 def _factory(given: Any, option: str) -> tuple[Callable[[], Any], str]:
     """What makes an environment, and what it is called."""
-    label, arguments = f"{option}={given!r}", {}
+    label = f"{option}={given!r}"
+    arguments: dict[str, Any] = {}
     if isinstance(given, Mapping):
         given, arguments = _class_path(given, label)
     if isinstance(given, str):

@@ -12,10 +12,11 @@ from alignment_modules.functional.http import short
 from alignment_modules.functional.import_path import import_object, is_import_path
 from alignment_modules.rollouts.environments.schemas import Tool, methods_of, tool_of
 
-Environments = str | Callable[..., Any] | dict[str, Any]
+_Given = str | Callable[..., Any] | dict[str, str | dict[str, Any] | None]
+Environments = _Given | dict[str, _Given]
 """One environment for all rows, or several by name: factories, import paths, or `class_path` with `init_args`."""
-Tools = str | Callable[..., Any] | dict[str, Any] | list[Any]
-"""Tools without state: functions, import paths, or objects whose methods they are."""
+Tools = _Given | list[_Given]
+"""Tools without state: functions, import paths, or `class_path` of objects whose methods they are."""
 
 _COLUMNS = ("environment", "source_name")
 
@@ -54,7 +55,11 @@ class EnvironmentSet:
     """
 
     def __init__(
-        self, environments: Environments | None = None, tools: Tools | None = None, *, in_process: bool = True
+        self,
+        environments: Environments | None = None,
+        tools: Tools | Sequence[Any] | None = None,
+        *,
+        in_process: bool = True,
     ) -> None:
         if environments is None and tools is None:
             raise ValueError("environments=None and tools=None: one of them must be given")
@@ -293,7 +298,7 @@ def _class_path(given: Mapping[str, Any], label: str) -> tuple[str, dict[str, An
     return given["class_path"], dict(arguments)
 
 
-def _tools_of(given: Tools | None, in_process: bool) -> dict[str, Tool]:
+def _tools_of(given: Tools | Sequence[Any] | None, in_process: bool) -> dict[str, Tool]:
     if given is None:
         return {}
     entries = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]

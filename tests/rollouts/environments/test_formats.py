@@ -1,4 +1,4 @@
-"""What a chat template writes is read back as the same calls, and what a policy writes wrongly is told, never raised."""
+"""What a chat template writes is read back as the same calls; what a policy writes wrongly is told, never raised."""
 
 import json
 import random
@@ -98,7 +98,12 @@ JSON_TAGS = {
     "one good, one not finished": (f"{GOOD}<tool_call>", [F], ["not finished"], ""),
     "nested": (f"<tool_call>{GOOD}</tool_call> text", [], ["a call stands within a call"], "text"),
     "nested behind": (f'<tool_call>{{"name": "f", "arguments": {{}}}} {GOOD}</tool_call>', [], ["within a call"], ""),
-    "more behind the JSON": ('<tool_call>{"name": "f", "arguments": {}} x</tool_call>', [], ["must follow its JSON"], ""),
+    "more behind the JSON": (
+        '<tool_call>{"name": "f", "arguments": {}} x</tool_call>',
+        [],
+        ["must follow its JSON"],
+        "",
+    ),
     "bad, then good": (f"<tool_call>nope</tool_call>{GOOD}", [F], ["cannot be read"], ""),
     "a list": ("<tool_call>[1]</tool_call>", [], ['must be an object with "name" and "arguments"'], ""),
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', [], ['must have a text "name"'], ""),
@@ -128,7 +133,12 @@ LLAMA = {
     "not finished": ('{"name": "f", "parameters": {"x"', [], ["its JSON cannot be read"], ""),
     "nested": ('{"name": "f", "parameters": {"name": "g", "parameters": {}}}', None, [], ""),
     "no name": ('{"parameters": {}}', [], ['must have a text "name"'], ""),
-    "behind a thought": ('<think>{"name": "g", "parameters": {}}</think>\n{"name": "f", "parameters": {"x": 1}}', [F], [], None),
+    "behind a thought": (
+        '<think>{"name": "g", "parameters": {}}</think>\n{"name": "f", "parameters": {"x": 1}}',
+        [F],
+        [],
+        None,
+    ),
 }
 G = Call("f", {"x": "1"}, as_text=True)
 XML = "<function=f>\n<parameter=x>\n1\n</parameter>\n</function>"
@@ -136,7 +146,12 @@ QWEN = {
     "one": (f"<tool_call>\n{XML}\n</tool_call>", [G], [], ""),
     "bare": (f"a {XML} b", [G], [], "a\nb"),
     "none": ("x < 3", [], [], "x < 3"),
-    "lines stay": ("<function=f><parameter=x>\n\n a\n\n</parameter></function>", [Call("f", {"x": "\n a\n"}, True)], [], ""),
+    "lines stay": (
+        "<function=f><parameter=x>\n\n a\n\n</parameter></function>",
+        [Call("f", {"x": "\n a\n"}, True)],
+        [],
+        "",
+    ),
     "no parameter": ("<function=f>\n</function>", [Call("f", {}, True)], [], ""),
     "no name": ("<function=>\n</function> b", [], ["names no tool"], "b"),
     "not finished": ("<tool_call>\n<function=f>\n<parameter=x>\n1", [], ["not finished"], ""),
@@ -152,7 +167,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "case", "text", "calls", "errors", "content"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+@pytest.mark.parametrize(
+    ("name", "case", "text", "calls", "errors", "content"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES]
+)
 def test_what_stands_in_a_turn(name, case, text, calls, errors, content):
     parsed = FORMATS[name].parse(text)
     if calls is not None:
@@ -167,7 +184,15 @@ def test_what_stands_in_a_turn(name, case, text, calls, errors, content):
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_text_raises_and_none_takes_long(name):
     pieces = [GOOD, XML, "<tool_call>", "</tool_call>", "<function=", ">", "{", "}", '"name":', "<think>", "</think>"]
-    pieces += ["<|python_tag|>", '{"name": "f", "parameters": {}}', "\x00", "\ud800", "[" * 70, "<parameter=x>", "</function>"]
+    pieces += [
+        "<|python_tag|>",
+        '{"name": "f", "parameters": {}}',
+        "\x00",
+        "\ud800",
+        "[" * 70,
+        "<parameter=x>",
+        "</function>",
+    ]
     generator = random.Random(0)
     for _ in range(3000):
         text = "".join(generator.choices(pieces, k=generator.randrange(12)))

@@ -4,7 +4,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 _HEAD = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
 {%- for tool in tools %}{{ tool | tojson }}\\n{% endfor %}
-{{- 'Answer with <tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' }}
+{{- 'Answer with <tool_call>\\n{"name": <function-name>, "arguments": <args>}\\n</tool_call><|im_end|>\\n' }}
 {%- endif %}"""
 _OTHERS = """{%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}

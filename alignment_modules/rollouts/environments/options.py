@@ -21,7 +21,7 @@ class ToolOptions:
         in_process: False runs tools that are given by import path each in a process of their own, which is ended when
             it is late. True: in threads, and one that is late is left to itself.
         max_workers: Calls at the same time.
-        max_result_length: Longest result, in tokens; the rest is cut.
+        max_result_length: Longest result, in tokens; of a text 32 characters for each are kept before it is tokenised.
 
     Raises:
         ValueError: If a value is outside its range.

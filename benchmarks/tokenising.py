@@ -148,7 +148,7 @@ def ours(path: Path, case: str, folder: Path) -> int:
     from datamodules import PreferenceDataModule, PromptDataModule, SFTDataModule
 
     modules = {"sft": SFTDataModule, "preference": PreferenceDataModule, "prompts": PromptDataModule}
-    data = modules[case.split()[0]](train=str(path), tokenizer=load_tokenizer(folder / "tokenizer", case))
+    data = modules[case.split()[0]](train=str(path), tokenizer=load_tokenizer(folder / "tokenizer", case), cache=None)
     data.prepare_data()
     data.setup("fit")
     return len(data.train_dataloader().dataset)

@@ -217,7 +217,7 @@ class AlignmentDataModule(ScheduledRows, LightningDataModule):
         try:
             for split in self._missing(stage):
                 self._tables.update(self.splits.prepare(split))
-        except (ValueError, OSError):
+        except (ValueError, OSError, RuntimeError):
             if self.trainer is None or self.trainer.world_size == 1:
                 raise
             logger.debug("setup raises it again, in all processes: one that ends here leaves the others waiting")

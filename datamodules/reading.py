@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from datamodules.batching import PromptCollate, Ragged, Table, TokenCollate, TokenTable, cut_left, cut_row, mark, pack
 from datamodules.lengths import HowLong, how_long, too_long_warning
+from datamodules.progress import Progress, lost
 from datamodules.rows import formats
 from datamodules.rows.formats import Example
 from datamodules.rows.messages import LARGEST_WEIGHT, truth
@@ -118,24 +118,16 @@ class SplitReader:
         see: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Rows passed through `encode` in chunks, with their numbers; an error inside names the row."""
-        shown = None if self.bar else True  # None: where the output is a terminal
-        examples = iter(
-            tqdm(
-                self.examples(see),
-                desc=f"tokenising {self.split}",
-                total=self.stop - self.start,
-                disable=shown,
-                delay=1.0,
-                leave=False,
-                ncols=79,
-            )
-        )
-        while chunk := list(islice(examples, _CHUNK)):
-            try:
-                results = encode([example for _, example in chunk])
-            except ValueError:
-                results = [self._encode_one(encode, index, example) for index, example in chunk]
-            yield from zip((index for index, _ in chunk), results, strict=True)
+        examples, done = self.examples(see), self.start
+        with Progress(self.split, self.stop - self.start, self.bar and not self.is_part) as progress:
+            while chunk := list(islice(examples, _CHUNK)):
+                try:
+                    results = encode([example for _, example in chunk])
+                except ValueError:
+                    results = [self._encode_one(encode, index, example) for index, example in chunk]
+                yield from zip((index for index, _ in chunk), results, strict=True)
+                progress.add(chunk[-1][0] + 1 - done, lost(self.report))
+                done = chunk[-1][0] + 1
 
     def _encode_one(self, encode: Callable[[Sequence[Example]], Sequence[Any]], index: int, example: Example) -> Any:
         try:

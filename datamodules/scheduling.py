@@ -89,9 +89,6 @@ def check_scheduling(data: AlignmentDataModule) -> None:
     curriculum, budget = data.curriculum, data.max_tokens
     if curriculum is not None and (not isinstance(curriculum, Curriculum) or type(curriculum) is Curriculum):
         raise ValueError(f"curriculum={curriculum!r} must be a Curriculum, such as ByColumn, ByLength or BySuccess")
-    if data.streaming is not None and (curriculum is not None or budget is not None):
-        given = f"max_tokens={budget}" if curriculum is None else f"curriculum={curriculum}"
-        raise ValueError(f"{given} puts rows in order, and those of a stream are not known before they come")
     if not data.shuffle and (curriculum is not None or budget is not None):
         given = f"max_tokens={budget}" if curriculum is None else f"curriculum={curriculum}"
         raise ValueError(f"shuffle=False keeps the order of the source, and {given} has one of its own")

@@ -106,6 +106,8 @@ def workplace(write_model, tmp_path_factory):
     write_model(folder / "small", vocabulary=10, seed=2, **config)
     sums = [(a, b) for a in range(6) for b in range(4)]
     write_lines(folder / "sft.jsonl", [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in sums])
+    uneven = [{"prompt": f"{a}+{b}=" * (a % 3 + 1), "completion": str(a + b)} for a, b in sums]
+    write_lines(folder / "uneven.jsonl", uneven)
     write_lines(
         folder / "preference.jsonl",
         [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 1)} for a, b in sums],

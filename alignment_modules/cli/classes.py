@@ -31,7 +31,7 @@ from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
 from alignment_modules.training.schedules import Schedule
 from alignment_modules.training.updates import UpdateModule
-from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, curricula, tasks
+from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, StreamOptions, curricula, tasks
 
 BASES = (
     *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
@@ -83,6 +83,7 @@ _LISTS: dict[str, tuple[str, Callable[[], list[type]]]] = {
     "lora": ("adapters", lambda: [LoraConfig]),
     "evaluation": ("evaluation", lambda: [EvaluationConfig]),
     "cache": ("tables on disk", lambda: [CacheOptions]),
+    "stream": ("streams", lambda: [StreamOptions]),
     "engine": ("engines", lambda: [engines.VLLMEngine]),
     "sources": ("sources", lambda: [MixtureSource]),
     "curriculum": ("curricula", lambda: CURRICULA),

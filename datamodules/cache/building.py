@@ -7,12 +7,12 @@ import copy
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from datamodules.batching import Ragged, TokenTable, pack
 from datamodules.cache.arrays import file_checksum, open_array, write_array
@@ -27,6 +27,7 @@ from datamodules.cache.forms import (
 )
 from datamodules.cache.workers import in_processes
 from datamodules.lengths import how_long
+from datamodules.progress import Progress, lost
 from datamodules.reading import Batches, SplitReader
 from datamodules.tables import PromptTable
 
@@ -71,26 +72,13 @@ class Building:
         with self.explained():
             (folder / "parts").mkdir(exist_ok=True)
         starts = list(range(0, len(self.reader.rows), ROWS_OF_A_PART))
-        dropped = dict[str, int]()
-        with self._bar() as bar:
+        total = Counter[str]()
+        with Progress(self.reader.split, len(self.reader.rows), self.reader.bar) as progress:
             for number, report in in_processes(self._part, starts, self.processes):
-                bar.update(min(ROWS_OF_A_PART, len(self.reader.rows) - starts[number]))
-                for name, count in report.items():
-                    if name.startswith("dropped") or name in ("truncated", "ties"):
-                        dropped[name] = dropped.get(name, 0) + count
-                bar.set_postfix(dropped, refresh=False)
+                total += lost(report)
+                progress.add(min(ROWS_OF_A_PART, len(self.reader.rows) - starts[number]), total)
         ((_, facts),) = in_processes(self._join, [starts], 1)
         return dict(facts)
-
-    def _bar(self) -> Any:
-        return tqdm(
-            desc=f"tokenising {self.reader.split}",
-            total=len(self.reader.rows),
-            unit=" rows",
-            disable=None if self.reader.bar else True,  # None: where the output is no terminal
-            delay=1.0,
-            leave=False,
-        )
 
     def _place(self, start: int) -> Path:
         return self.folder / "parts" / f"{start:012d}"

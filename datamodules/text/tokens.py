@@ -95,5 +95,8 @@ def starts_with(ids: np.ndarray, head: np.ndarray) -> bool:
 
 def read(tokenizer: Any, rows: Iterable[np.ndarray]) -> list[str]:
     """Text of each row of ids, `[time]`, special tokens and spaces as they are."""
+    ids, backend = [row.tolist() for row in rows], _backend(tokenizer)
+    if backend is not None:
+        return list(backend.decode_batch(ids, skip_special_tokens=False))
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [str(tokenizer.decode(ids.tolist(), **options)) for ids in rows]
+    return [str(tokenizer.decode(one, **options)) for one in ids]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -133,6 +134,16 @@ def test_half_and_half_is_what_both_halves_are_apart(align, demonstrations):
         assert cli.trainer.global_step == 3
         weights.append([p.detach().clone() for p in cli.model.parameters()])
     assert all((one - other).abs().max() < 1e-6 for one, other in zip(*weights, strict=True))
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(align, demonstrations):
+    """Stopped in the middle of the second epoch."""
+    few = ("--trainer.max_epochs=2", "--checkpoints.every_n_steps=7")
+    whole = align("fit", *demonstrations, *few, "--trainer.default_root_dir=whole")
+    align("fit", *demonstrations, *few, "--trainer.default_root_dir=parts", "--trainer.max_steps=7")
+    again = align("fit", *demonstrations, *few, "--trainer.default_root_dir=parts", "--ckpt_path=last")
+    assert whole.trainer.global_step == again.trainer.global_step == 10
+    assert all(map(torch.equal, whole.model.state_dict().values(), again.model.state_dict().values()))
 
 
 def test_inspect_shows_each_source(align, demonstrations):

@@ -55,3 +55,19 @@ def test_other_paradigms_train_on_streams(paradigm, align):  # noqa: F811
     options = ("--data.stream.buffer_size=5", "--trainer.max_epochs=-1", "--trainer.max_steps=2")
     done = align("fit", "--config", f"{paradigm}.yaml", *options)
     assert done.code == 0, (done.error, done.text)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "bufer_size=3",
+            "--data.stream.bufer_size=3: StreamOptions has no option 'bufer_size'; did you mean 'buffer_size'?",
+        ),
+        ("buffer_size=x", "--data.stream.buffer_size=x: must be an integer from 1 to 2147483647"),
+    ],
+)
+def test_a_mistake_is_named(option, message, align):  # noqa: F811
+    done = align("fit", "--config", "sft.yaml", f"--data.stream.{option}")
+    assert done.code != 0
+    assert message in f"{done.error} {done.text}"

@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from alignment_modules.cli import main
 from alignment_modules.policies.load import build_policy, load_tokenizer
 from tests.paradigms import ROWS
+from tests.row import Resume
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"  # the schedule is the recipe's own
 
@@ -39,13 +40,29 @@ MUON += ("--trainer.callbacks.decay=0.8", "--export.unaveraged=true")
 """Muon, and an average of its steps."""
 
 
-def run(name, *options, workers=0, kill=None, odd=False, resume=None):
-    root = RESULTS / name
+CURRICULA = {
+    "sft": Resume(
+        ("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2", "--data.train", "uneven.jsonl",
+         "--data.max_tokens", "28", "--data.curriculum", "ByLength", "--data.curriculum.mode", "admission",
+         "--data.curriculum.start", "0.5", "--data.curriculum.steps", "12"),
+        every=2, start=8, kill=9,
+    ),
+    "grpo": Resume(
+        ("--trainer.max_epochs", "6", "--data.curriculum", "BySuccess", "--data.curriculum.low", "0.3",
+         "--data.curriculum.high", "0.7", "--data.curriculum.decay", "0.1", "--model.max_completion_length", "3"),
+        every=1, start=10, kill=13,
+    ),
+}  # fmt: skip
+"""Rows that come by a curriculum: by length within a budget of tokens, and by success."""
+
+
+def run(name, *options, workers=0, kill=None, odd=False, resume=None, when=None):
+    root, when = RESULTS / name, when or WHEN
     root.mkdir(parents=True)
     checkpoint = {
         "dirpath": str(root / "checkpoints"),
         "filename": "{step}",
-        "every_n_train_steps": WHEN.every,
+        "every_n_train_steps": when.every,
         "save_top_k": -1,
         "save_on_exception": True,
     }
@@ -54,10 +71,10 @@ def run(name, *options, workers=0, kill=None, odd=False, resume=None):
         {"class_path": "my_callbacks.Rows", "init_args": {"path": str(root / "rows.jsonl")}},
     ]
     if kill is not None:
-        when = {"step": WHEN.kill, "signal": int(kill), "odd": odd, "inside": WHEN.inside}
-        callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": when})
+        moment = {"step": when.kill, "signal": int(kill), "odd": odd, "inside": when.inside}
+        callbacks.append({"class_path": "my_callbacks.KillAt", "init_args": moment})
     arguments = ["fit", "--config", str(RECIPES / f"{PARADIGM}.yaml"), "--config", f"{PARADIGM}.yaml"]
-    arguments += [*WHEN.options, "--data.num_workers", str(workers)]
+    arguments += [*when.options, "--data.num_workers", str(workers)]
     arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.default_root_dir", str(root), *options]
     if resume is not None:
         arguments += ["--ckpt_path", str(resume)]
@@ -93,4 +110,9 @@ if __name__ == "__main__":
         codes["averaged_killed"] = run("averaged_killed", *MUON, kill=signal.SIGKILL)
         last = RESULTS / "averaged_killed" / "checkpoints" / f"step={WHEN.start}.ckpt"
         codes["averaged_resumed"] = run("averaged_resumed", *MUON, resume=last)
+    if given := CURRICULA.get(PARADIGM):
+        codes["curriculum"] = run("curriculum", workers=2, when=given)
+        codes["curriculum_killed"] = run("curriculum_killed", workers=2, when=given, kill=signal.SIGKILL)
+        last = RESULTS / "curriculum_killed" / "checkpoints" / f"step={given.start}.ckpt"
+        codes["curriculum_resumed"] = run("curriculum_resumed", workers=2, when=given, resume=last)
     (RESULTS / "codes.json").write_text(json.dumps(codes))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.contract.killed_runs import CURRICULA
 from tests.paradigms import ROWS, expensive
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,24 @@ class TestAfterSIGKILL:
         assert not list(folder.glob("*.tmp"))
         for path in folder.iterdir():
             assert torch.load(path, weights_only=True)["alignment_module"]["paradigm"] == paradigm
+
+
+@pytest.mark.parametrize("paradigm", ["sft", "grpo"])
+def test_a_curriculum_after_sigkill(all_runs, paradigm):
+    """Two workers draw ahead; the rows by length within a budget of tokens, or by success, and the weights are those of
+    the uninterrupted run."""
+    find, given = all_runs(paradigm), CURRICULA[paradigm]
+    whole, resumed = find("curriculum"), find("curriculum_resumed")
+    killed = rows(find("curriculum_killed", code=-signal.SIGKILL))
+    position = next(i for i, batch in enumerate(rows(whole)) if batch["step"] == given.start)
+    assert killed == rows(whole)[: len(killed)]
+    assert len(killed) > position + 1
+    assert rows(resumed) == rows(whole)[position:]
+    assert equal(weights(whole), weights(resumed))
+    epochs = {batch["epoch"]: [] for batch in rows(whole)}
+    for batch in rows(whole):
+        epochs[batch["epoch"]] += [str(row) for row in batch["rows"]]
+    assert any(len(set(epoch)) < len(epoch) for epoch in epochs.values())  # some rows took the place of others
 
 
 def test_random_numbers_matter(runs):

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from datamodules import (
     ByColumn,
@@ -14,8 +16,8 @@ from datamodules import (
     PromptDataModule,
     SFTDataModule,
 )
-from datamodules.streams.options import StreamOptions
 
+ROOT = Path(__file__).parents[2]
 HUGE = 10**400
 ROWS = [{"prompt": "1+" * (n % 7 + 1), "completion": "2" * (n % 5 + 1), "level": n % 3, "id": n} for n in range(60)]
 
@@ -131,7 +133,8 @@ def test_success_is_told_by_the_numbers_of_the_source(tokenizer):
     data = PromptDataModule(train=rows, tokenizer=tokenizer, **options)
     assert data.record([7], [1.0]) == {}  # nothing was drawn yet
     data.setup("fit")
-    batches = iter(data.train_dataloader())
+    loader = data.train_dataloader()
+    batches = iter(loader)
     first = next(batches)["index"]
     assert min(first) >= 4
     other = next(index for index in range(4, 24) if index not in first)
@@ -162,11 +165,6 @@ REFUSED = {
     ),
     "tokens of prompts": (PromptDataModule, {"max_tokens": 9}, r"max_tokens=9 counts tokens that are given"),
     "rewards of demonstrations": (SFTDataModule, {"curriculum": BySuccess()}, r"BySuccess.* needs to be told rewards"),
-    "a stream": (
-        SFTDataModule,
-        {"curriculum": ByLength(), "stream": StreamOptions()},
-        r"ByLength.* a stream are not kn",
-    ),
     "packed": (SFTDataModule, {"curriculum": ByLength(), "packing": True}, r"packing=True .* set packing=False"),
     "packed text": (PretrainDataModule, {"curriculum": ByLength()}, r"packing=True .* set packing=False"),
 }
@@ -200,3 +198,20 @@ def test_what_does_not_fit_the_rows(tokenizer):
     data = sft(tokenizer, curriculum=ByLength(mode="admission", start=0.01, steps=5))
     with pytest.raises(ValueError, match=r"start=0.01 admits 1 of 60 rows, fewer than the 4 of a batch"):
         data.train_dataloader()
+
+
+def test_what_the_page_shows():
+    section = (ROOT / "docs" / "data.md").read_text().partition("## Curricula\n")[2]
+    found = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], found)
+    assert str(found["data"].curriculum) == "ByColumn(column='level', mode='sorted', descending=False)"
+
+
+def test_the_overlay():
+    from datamodules import curricula
+
+    given = yaml.safe_load((ROOT / "configs" / "data" / "curriculum.yaml").read_text())["data"]["init_args"][
+        "curriculum"
+    ]
+    made = getattr(curricula, given["class_path"])(**given["init_args"])
+    assert str(made) == str(BySuccess())

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import PreferenceDataModule, PretrainDataModule, PromptDataModule, SFTDataModule, UnpairedDataModule
+from datamodules import (
+    MixtureDataModule,
+    PreferenceDataModule,
+    PretrainDataModule,
+    PromptDataModule,
+    SFTDataModule,
+    UnpairedDataModule,
+)
 
 ASKED, SAID = "whatisit", "fortytwo"
 CHAT = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
@@ -126,3 +133,27 @@ def test_a_row_is_used_or_refused_by_name(make_tokenizer, name, module, behind):
                 assert all(text.count(said) >= len(rows) for said in shown if said in whole), (column, row, text)
             if "kindly" in whole and name != "text":
                 assert "kindly" in text, (column, row, text)
+
+
+@pytest.mark.parametrize("name", ["completion", "messages", "prompt", "scored"])
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_a_source_of_a_mixture_is_used_or_refused_by_name(make_tokenizer, name, module):
+    """With the very words that it is refused with alone, and the rest of the mixture is as it is without."""
+    good = {PretrainDataModule: "text", PreferenceDataModule: "preference", UnpairedDataModule: "unpaired"}
+    tokenizer, options = make_tokenizer("boundaries"), {"max_length": 4096}
+    for row, _ in list(cases(ROWS[name]))[::3]:
+        alone, told = outcome(module, [row], tokenizer)
+        sources = {"good": module(train=[ROWS[good.get(module, "completion")]], **options)}
+        sources["other"] = module(train=[row], **options)
+        refusal, batches = "", []
+        try:
+            batches = list(MixtureDataModule(sources=sources, tokenizer=tokenizer).train_dataloader())
+        except ValueError as error:
+            refusal = str(error)
+        if refusal:
+            assert refusal == f"source 'other': {told}" or "source 'good' has" in refusal, (refusal, told)
+            continue
+        assert alone is not None, (row, told)
+        names = [name for batch in batches for name in batch["source_name"]]
+        assert names.count("good") >= 1
+        assert names.count("other") >= 1

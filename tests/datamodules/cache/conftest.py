@@ -1,6 +1,7 @@
 """Sources that are tokenised in several parts, and comparison of what two data modules give."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,14 @@ def _small_parts(monkeypatch):
 
 @pytest.fixture
 def options(tmp_path):
-    """Everything of ten rows or more is kept; three parts, two processes."""
-    return CacheOptions(folder=str(tmp_path / "cache"), num_proc=2, least_rows=10)
+    """Everything of ten rows or more is kept, in several parts."""
+    return CacheOptions(folder=str(tmp_path / "cache"), num_proc=1, least_rows=10)
+
+
+@pytest.fixture
+def two(options):
+    """The same, made by two processes."""
+    return replace(options, num_proc=2)
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ from datamodules import CacheOptions
 from datamodules.cache import building
 from tests.datamodules.test_rows_fuzz import MODULES, ROWS, cases
 
-FAST = {("SFTDataModule", "completion")}
-
 
 def outcome(module, rows, tokenizer, cache):
     """What a start gives: the fingerprint and the report, or the refusal."""
@@ -19,14 +17,9 @@ def outcome(module, rows, tokenizer, cache):
     return data._tables["train"][0].fingerprint, data.reports["train"]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        pytest.param(module, name, marks=() if (module.__name__, name) in FAST else pytest.mark.slow)
-        for module in MODULES
-        for name in ROWS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_the_same_comes_of_it(make_tokenizer, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(building, "ROWS_OF_A_PART", 2)
     here = lambda task, pieces, processes: ((number, task(piece)) for number, piece in enumerate(pieces))  # noqa: E731

@@ -129,7 +129,7 @@ def test_a_source_that_changes_is_made_anew(write, tokenizer, options, folder):
     assert len(entries(folder, "table")) == 2
 
 
-def test_a_killed_build_leaves_nothing_but_whole_parts(write, tokenizer, options, folder, monkeypatch):
+def test_a_killed_build_leaves_nothing_but_whole_parts(write, tokenizer, two, folder, monkeypatch):
     path, made = write(ROWS), folder.parent / "made"
     made.mkdir()
     build = SFTDataModule.build
@@ -142,7 +142,7 @@ def test_a_killed_build_leaves_nothing_but_whole_parts(write, tokenizer, options
 
     monkeypatch.setattr(SFTDataModule, "build", slow)
     monkeypatch.setattr("datamodules.cache.keys._maker", lambda data: "sft")
-    builder = multiprocessing.get_context("fork").Process(target=started, args=(tokenizer, options, path))
+    builder = multiprocessing.get_context("fork").Process(target=started, args=(tokenizer, two, path))
     builder.start()
     deadline = time.monotonic() + 60
     while len(list(folder.glob("unfinished-*/parts/??????000???"))) < 4 and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ def test_a_killed_build_leaves_nothing_but_whole_parts(write, tokenizer, options
     for mark in made.iterdir():
         mark.unlink()
     (made / "killed").touch()
-    table = started(tokenizer, options, path)
+    table = started(tokenizer, two, path)
     assert {mark.name for mark in made.iterdir()} == {"killed", "150", "200", "250", "300"}
     assert table.fingerprint == started(tokenizer, None, path).fingerprint
     assert not list(folder.glob("unfinished-*"))

@@ -9,7 +9,7 @@ from typing import Any
 from alignment_modules.rollouts.environments.results import late
 
 ANSWER_SECONDS = 1.0
-"""How long a loop may take to say that it is alive."""
+"""How long a loop may take to say that it is alive, and a promise to end once it is cancelled."""
 
 
 class AsyncLoop:
@@ -37,14 +37,16 @@ class AsyncLoop:
         if not inspect.isawaitable(value):
             return value
         loop = self._running()
-        future = asyncio.run_coroutine_threadsafe(_awaited(value), loop)
+        ended = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(_awaited(value, ended), loop)
         try:
             return future.result(timeout)
         except TimeoutError:
             if future.done():  # the tool's own
                 raise
             future.cancel()
-            self._replace_if_blocked(loop)
+            if not ended.wait(ANSWER_SECONDS):  # its `finally` may still change the environment
+                self._replace_if_blocked(loop)
             raise late(timeout) from None
 
     def _running(self) -> asyncio.AbstractEventLoop:
@@ -63,5 +65,8 @@ class AsyncLoop:
                     self._loop = None
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
+async def _awaited(value: Any, ended: threading.Event) -> Any:
+    try:
+        return await value
+    finally:
+        ended.set()

@@ -227,7 +227,7 @@ def _grace(function: Callable[..., Any]) -> float:
     if isinstance(function, _InProcess):
         return START_SECONDS + 1.0
     inner = function.function if isinstance(function, _AsText) else function
-    return 2 * ANSWER_SECONDS if inspect.iscoroutinefunction(inner) else 0.0
+    return 3 * ANSWER_SECONDS if inspect.iscoroutinefunction(inner) else 0.0
 
 
 def _result(outcome: Outcome) -> Result:

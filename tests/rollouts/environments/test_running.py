@@ -1,6 +1,7 @@
 """Whatever a tool does becomes a result, in time, and nothing of it is seen."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -25,6 +26,13 @@ def request(function, owner=None, **arguments):
 def once(function, options=None, **arguments):
     [[result]] = Runner(options or ToolOptions(time_limit=5)).run([[request(function, **arguments)]])
     return result
+
+
+def join_tools():
+    """Waits for threads that were left to themselves."""
+    for thread in threading.enumerate():
+        if thread.name == "tool":
+            thread.join(10)
 
 
 class Weird(Exception):
@@ -182,7 +190,7 @@ def test_an_environment_that_hangs_answers_nothing_else_until_it_is_back():
     assert (late.reason, busy.reason, other.text) == ("time_limit", "busy", "4")
     assert runner.run([[request(things.double, owner, number=2)]])[0][0].reason == "busy"
     release.set()
-    time.sleep(0.2)
+    join_tools()
     assert runner.run([[request(things.double, owner, number=2)]]) == [[Result("4")]]
 
 
@@ -220,7 +228,7 @@ def test_no_more_workers_than_allowed():
             running[0] -= 1
 
     Runner(ToolOptions(max_workers=3)).run([[request(work)] for _ in range(20)])
-    assert most[0] == 3
+    assert most[0] <= 3
 
 
 def test_promises_are_awaited_in_one_loop():
@@ -295,7 +303,7 @@ def test_what_tools_print_is_not_seen(capsys):
     runner.run([[request(chatter)]])
     watching.join()
     release.set()
-    time.sleep(0.1)
+    join_tools()
     print("AFTER")
     runner.run([[request(things.double, number=1)]])
     assert sys.stdout is before
@@ -347,13 +355,21 @@ def test_processes():
     assert hung == Result("Error: no answer within 2 seconds", True, "time_limit")
     assert after.text.isdigit()
     assert after != first
-    known = {"promise": tool_of(things.promise, "x", path=f"{things.__name__}.promise")}
-    [[promised]] = runner.run([[Request(Call("promise", {"number": 2}), known)]])
+    again, hung = ask("process", "hang")
+    assert (again, hung.reason) == (after, "time_limit")
+    with pytest.raises(ProcessLookupError):  # what was late is ended
+        os.kill(int(again.text), 0)
+    others = {"promise": tool_of(things.promise, "x", path=f"{things.__name__}.promise")}
+    [[promised]] = runner.run([[Request(Call("promise", {"number": 2}), others)]])
     assert promised == Result("[2]")
-    known = {"gone": tool_of(things.double, "x", path=f"{things.__name__}.gone")}
-    [[gone]] = runner.run([[Request(Call("gone", {"number": 2}), known)]])
+    others = {"gone": tool_of(things.double, "x", path=f"{things.__name__}.gone")}
+    [[gone]] = runner.run([[Request(Call("gone", {"number": 2}), others)]])
     assert gone.text.startswith("Error: AttributeError")
+    [last] = ask("process")
+    os.kill(int(last.text), 0)
     runner.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(last.text), 0)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from alignment_modules.functional.import_path import import_object, is_import_path
 from alignment_modules.functional.waiting import tell
 from alignment_modules.policies.sharded import gathered
 from alignment_modules.rewards import verifiers
@@ -24,7 +24,6 @@ from alignment_modules.rewards.judged_rows import judged_rows
 from alignment_modules.rewards.model import SequenceClassifier
 from alignment_modules.rewards.protocol import RewardError, RewardTable
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _BUILT_IN = ("prompts", "completions", "prompt_ids", "completion_ids")
 
 
@@ -268,8 +267,8 @@ def _resolve(reward: Any, place: str) -> Callable[..., Any]:
             return SequenceClassifier(reward)
         if getattr(verifier := getattr(verifiers, reward, None), "__module__", "") == verifiers.__name__:
             reward = verifier
-        elif _IMPORT_PATH.fullmatch(reward):
-            reward = _import(reward, label)
+        elif is_import_path(reward):
+            reward = import_object(reward, label, " and no folder of that name")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", reward):
             return SequenceClassifier(reward)
         else:
@@ -287,23 +286,6 @@ def _resolve(reward: Any, place: str) -> Callable[..., Any]:
     if not callable(reward):
         raise ValueError(f"{label} must be callable, an import path, or the path of a reward model")
     return reward
-
-
-def _import(path: str, label: str) -> Any:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # a module that is there but imports something that is not must not be reported as missing itself
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
-        raise ValueError(
-            f"{label}: no module named {error.name!r} and no folder of that name; a file of your own must "
-            "lie on Python's path (PYTHONPATH, or an installed package)"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"{label}: module {module_name!r} has no attribute {attribute!r}")
-    return getattr(module, attribute)
 
 
 def _name(function: Any) -> str:

@@ -1,0 +1,25 @@
+"""Several turns and tools: environments, the calls a policy writes, and what runs them."""
+
+from alignment_modules.rollouts.environments.formats import Call, Parsed, ToolFormat, detect, tool_format
+from alignment_modules.rollouts.environments.options import ToolOptions
+from alignment_modules.rollouts.environments.results import Result
+from alignment_modules.rollouts.environments.running import Job, Outcome, Request, Runner
+from alignment_modules.rollouts.environments.schemas import ArgumentError, Tool
+from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
+
+__all__ = [
+    "ArgumentError",
+    "Call",
+    "EnvironmentSet",
+    "Job",
+    "Outcome",
+    "Parsed",
+    "Request",
+    "Result",
+    "Runner",
+    "Tool",
+    "ToolFormat",
+    "ToolOptions",
+    "detect",
+    "tool_format",
+]

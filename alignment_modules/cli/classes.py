@@ -134,6 +134,16 @@ def bases_of(typehint: Any) -> set[type]:
     return set().union(*(bases_of(argument) for argument in arguments if argument is not typehint))
 
 
+def takes_classes(option: str, typehint: Any) -> bool:
+    """Whether an option takes the classes of `choices`: its type has a class, or anything that can be called."""
+    return bool(choices(option)) and (bool(bases_of(typehint)) or _takes_callables(typehint))
+
+
+def _takes_callables(typehint: Any) -> bool:
+    called = Callable in (typehint, typing.get_origin(typehint))
+    return called or any(map(_takes_callables, typing.get_args(typehint)))
+
+
 def import_path(path: str) -> Any:
     """What an import path names."""
     module, _, name = path.rpartition(".")

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from alignment_modules.cli.classes import CLASSES_ONLY, choices, path_of
+from alignment_modules.cli.classes import CLASSES_ONLY, choices, option_names, path_of
 
 STRAY = ""
 """The key of words that belong to no option."""
@@ -97,8 +97,23 @@ def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
     for key, value in more.items():
         there = tree.get(key)
         if isinstance(there, dict) and isinstance(value, dict):
+            if isinstance(value.get("class_path"), str):
+                _rename(key, there, value["class_path"])
             _merge(there, value)
         elif isinstance(there, dict) and isinstance(value, str) and ("class_path" in there or "init_args" in there):
-            there["class_path"] = value  # the options that the new class has stay
+            _rename(key, there, value)
         else:
             tree[key] = value
+
+
+def _rename(key: str, node: dict[str, Any], path: str) -> None:
+    """Names another class, to which the options stay that it has."""
+    before, cls = (_class_of(key, name) for name in (node.get("class_path"), path))
+    if None not in (before, cls) and before is not cls and isinstance(node.get("init_args"), dict):
+        names = {*option_names(cls)}
+        node["init_args"] = {name: value for name, value in node["init_args"].items() if name in names}
+    node["class_path"] = path
+
+
+def _class_of(key: str, path: Any) -> type | None:
+    return next((c for c in choices(key) if path in (c.__name__, path_of(c))), None)

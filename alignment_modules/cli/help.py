@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
-from alignment_modules.cli.classes import OURS, bases_of, choices, import_path, last, options_of, path_of
+from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of, takes_classes
 from alignment_modules.functional import (
     LOSS_REDUCTIONS,
     PREFERENCE_LOSSES,
@@ -158,8 +158,8 @@ def class_help(cls: type, option: str) -> str:
         kind = _kind(hint)
         default = "required" if parameter.default is parameter.empty else f"default {_shown(parameter.default)}"
         default = "" if default == "default <factory>" else default
-        takes_classes = choices(parameter.name) and bases_of(hint)
-        own = f" Its options: --{option}.{parameter.name}.help" if takes_classes else ""
+        classes = takes_classes(parameter.name, hint)
+        own = f" Its options: --{option}.{parameter.name}.help" if classes else ""
         words = words if _is_ours(level) else _cut(re.sub(r" \(default: .*?\)+", "", words), 160)
         told = ", ".join(filter(None, (kind, default)))
         lines.append(_entry(parameter.name, f"{words}{own}{f' [{told}]' if told else ''}"))

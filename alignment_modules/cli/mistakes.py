@@ -13,13 +13,13 @@ from lightning.pytorch import Trainer
 from alignment_modules.cli.classes import (
     CLASSES_ONLY,
     OURS,
-    bases_of,
     choices,
     import_path,
     last,
     option_names,
     options_of,
     path_of,
+    takes_classes,
 )
 from alignment_modules.cli.given import STRAY, Text
 from alignment_modules.cli.hints import instead
@@ -137,7 +137,7 @@ def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
         if name not in names:
             more = f"\n  help: align fit --{option}.help {cls.__name__}" if "." not in option else ""
             yield _unknown(f"{option}.{name}", value, cls.__name__, names) + more
-        elif name in found and choices(name) and bases_of(found[name][1]):
+        elif name in found and takes_classes(name, found[name][1]):
             yield from _in_class(f"{option}.{name}", value, found[name][1], found[name][0].default)
         elif name in found:
             yield from _in_value(f"{option}.{name}", value, found[name][1])

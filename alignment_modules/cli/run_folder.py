@@ -120,12 +120,13 @@ def _remove_empty(folder: Path) -> None:
     folder.rmdir()
 
 
-def last_checkpoint(root: Path, others: Iterable[Path] = ()) -> Path:
+def last_checkpoint(root: Path, others: Iterable[Path] = (), asked: str = "last") -> Path:
     """What `--ckpt_path last` means: the checkpoint with the most optimizer steps of the newest run.
 
     Args:
         root: The run's folder; checkpoints of all loggers and at any depth below it count.
         others: More folders, such as a `ModelCheckpoint`'s own `dirpath`.
+        asked: What `ckpt_path` was, for the message.
 
     Returns:
         The file. Where the one with the most steps cannot be read, the one before; which is said in the log.
@@ -141,7 +142,7 @@ def last_checkpoint(root: Path, others: Iterable[Path] = ()) -> Path:
                 runs.setdefault(_run_of(path, folder), set()).add(path)
     if not runs:
         names = " and ".join(map(str, folders))
-        raise ValueError(f"ckpt_path='last': {names} holds no checkpoint (*.ckpt) to resume from")
+        raise ValueError(f"ckpt_path={asked!r}: {names} holds no checkpoint (*.ckpt) to resume from")
     newest = max(_without_old_versions(runs), key=lambda run: max(path.stat().st_mtime_ns for path in runs[run]))
     steps, damaged = {}, {}
     for path in runs[newest]:

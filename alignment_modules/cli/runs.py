@@ -55,7 +55,7 @@ def checkpoint_meant(config: Namespace) -> str | None:
     name = config.get("ckpt_path")
     if name not in ("last", "best"):
         return name
-    last = last_checkpoint(Path(config.trainer.default_root_dir), checkpoint_folders(config))
+    last = last_checkpoint(Path(config.trainer.default_root_dir), checkpoint_folders(config), name)
     if name == "last":
         return str(last)
     return str(best_of_state(open_checkpoint(last)[0].get("callbacks", {}), last, "ckpt_path").path)

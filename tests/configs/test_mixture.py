@@ -255,3 +255,20 @@ def test_rewards_that_are_none_of_the_modules(align, files, model_folder):
         align("fit", *recipe(model_folder), "--data.sources.math.rewards=[exact]")
     with pytest.raises(ValueError, match=r"source 'words'.*completion_limits=99"):
         align("fit", *recipe(model_folder), "--data.sources.words.max_completion_length=99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.betta=3"], "--model.betta=3: GRPOModule has no option 'betta'; did you mean 'beta'?"),
+        (
+            ["--data.sources.words.wieght=3"],
+            "--data.sources.words.wieght=3: MixtureSource has no option 'wieght'; did you mean 'weight'?",
+        ),
+    ],
+)
+def test_a_mistake_beside_the_recipe_is_named(align, files, capfd, arguments, message):
+    recipes = (f"--config={CONFIGS / name}" for name in ("recipes/grpo.yaml", "data/mixture.yaml"))
+    with pytest.raises(SystemExit):
+        align("fit", *recipes, "--model.policy.path=nowhere", *arguments)
+    assert message in capfd.readouterr().err

@@ -311,7 +311,7 @@ CASES = {
     "validation after more batches than there are": Case(
         "sft", ["--trainer.val_check_interval", "50", "--data.validation", "sft.jsonl"], ["val_check_interval", "50"]
     ),
-    "the best of no checkpoints": Case("sft", ["--ckpt_path", "best"], ['ckpt_path="best"', "ModelCheckpoint"]),
+    "the best of no checkpoints": Case("sft", ["--ckpt_path", "best"], ["ckpt_path='best'", "holds no checkpoint"]),
     "batches that cannot be counted": Case(
         "sft",
         ["--model.lr_scheduler", "CosineSchedule", "--trainer.limit_train_batches", "0"],

@@ -58,3 +58,11 @@ def test_what_an_earlier_run_found_is_read(online, monkeypatch):
     assert list(bars)[:2] == ["GRPO at least 15% over SFT", "PPO at least 15% over SFT"]
     low = first | {"PPO": benchmark.Measured("PPO", 0.6, 0.6, 2.0)}
     assert benchmark.bars({0: low}, root)["PPO at least 15% over SFT"] == [False]
+
+
+def test_a_curriculum_is_trained_and_measured(online):
+    import curriculum
+
+    found = curriculum.run(curriculum.Chain(online[1] / "seed0", overrides=FEW), 7, "by success")
+    assert 0 <= found["test/exact_match"] <= found["test/pass@8"] <= 1
+    assert 0 <= found[curriculum.SIGNAL] <= 1

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.tasks.problems import SPLITS, split_of
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -188,3 +191,22 @@ def test_the_memory_of_a_divergence_is_measured_both_ways(kind):
     assert "| chunked |" in done.stdout
     assert "| plain |" in done.stdout
     assert float(done.stdout.split()[-1]) < 1e-4
+
+
+def test_the_curriculum_is_measured_on_a_few_hard_problems_among_easy_ones(script):
+    curriculum = script("curriculum")
+    rows = curriculum.problems(7)
+    read = [[int(number[::-1]) for number in (*row["prompt"][0]["content"].split("+"), row["answer"])] for row in rows]
+    first, second, answers = np.array(read).T
+    assert (answers == first + second).all()
+    assert {len(row["prompt"][0]["content"]) for row in rows} == {9}
+    assert {len(row["answer"]) for row in rows} == {5}
+    assert (split_of(first, second) == SPLITS.index("train")).all()
+    assert len({(min(pair), max(pair)) for pair in zip(first, second, strict=True)}) == len(rows) == 512
+    small = np.maximum(first, second) < 100
+    carried = (first % 10 + second % 10 > 9) | (first // 10 % 10 + second // 10 % 10 > 9)
+    assert small[:448].all()
+    assert not carried[:448].any()
+    assert small[448:].sum() <= 1
+    assert carried[448:].mean() > 0.5
+    assert rows != curriculum.problems(8)

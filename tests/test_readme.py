@@ -285,7 +285,7 @@ def test_contributing_example(workplace, align, tmp_path, monkeypatch):
         )
         (tmp_path / Path(path).name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_unlikelihood.py"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout

@@ -234,7 +234,7 @@ def test_commands_without_rows(align, demonstrations):
 
 
 def test_sources_on_the_command_line(align, demonstrations, model_folder):
-    given = ("--model=SFTModule", f"--model.policy={model_folder}", "--model.optimizer=SGD", *QUIET, *NEW)
+    given = ("--model=SFTModule", f"--model.policy={model_folder}", "--model.optimizer=torch.optim.SGD", *QUIET, *NEW)
     sources = ("--data.sources.sums=SFTDataModule", "--data.sources.sums.train=sums.jsonl")
     assert align("fit", *given, *sources, "--trainer.max_steps=1").trainer.global_step == 1
     with pytest.raises(ValueError, match=r"data.sources.sums.data: a source begins with its data module, as in"):

@@ -38,7 +38,9 @@ class EndAt(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step >= self.step and batch_idx % 2 == self.odd and trainer.is_global_zero:
-            (os.killpg if self.signal == signal.SIGKILL else os.kill)(os.getpid(), self.signal)
+            if self.signal == signal.SIGKILL:
+                os.killpg(os.getpgrp(), self.signal)  # a rank does not lead the group
+            os.kill(os.getpid(), self.signal)
 
 
 class Rows(Callback):

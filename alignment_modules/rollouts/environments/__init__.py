@@ -1,5 +1,6 @@
 """Several turns and tools: environments, the calls a policy writes, and what runs them."""
 
+from alignment_modules.rollouts.environments.episode import STOP_REASONS, CallMade, Episode
 from alignment_modules.rollouts.environments.formats import Call, Parsed, ToolFormat, detect, tool_format
 from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.rollouts.environments.results import Result
@@ -8,9 +9,12 @@ from alignment_modules.rollouts.environments.schemas import ArgumentError, Tool
 from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
 
 __all__ = [
+    "STOP_REASONS",
     "ArgumentError",
     "Call",
+    "CallMade",
     "EnvironmentSet",
+    "Episode",
     "Job",
     "Outcome",
     "Parsed",

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from tests.reliability.forked_runs import TWO_RANKS, Runs, last
+from tests.workplace import write_lines
 
 KILL = int(signal.SIGKILL)
 # two steps a batch; three epochs of the curriculum
@@ -32,7 +33,9 @@ def mixture(paradigm, sources):
 if __name__ == "__main__":
     runs = Runs(sys.argv[1])
     supervised = mixture("sft", {"sums": {"train": "sft.jsonl"}, "uneven": {"train": "uneven.jsonl", "max_length": 12}})
-    sampled = mixture("grpo", {"sums": {"train": "prompts.jsonl"}, "others": {"train": "labelled.jsonl"}})
+    others = [{"prompt": f"{number}+{number}=", "answer": str(2 * number)} for number in range(20)]
+    write_lines(Path("others.jsonl"), others)
+    sampled = mixture("grpo", {"sums": {"train": "prompts.jsonl"}, "others": {"train": "others.jsonl"}})
     several = {
         "sft": (supervised, ("--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=3"), 9),
         "grpo": (sampled, ("--model.num_iterations=2", "--trainer.max_epochs=2"), 10),

@@ -73,13 +73,22 @@ class PlainText:
 
     def _piece(self, text: str, behind: str) -> list[int]:
         """Ids of a text that stands within another one: no space is put before it that only begins texts."""
-        if not text or (not behind and self._spelled.match(text)):
-            return self._encode(text)
-        for anchor in (behind,) if behind else _ANCHORS:
-            before, both = self._encode(anchor), self._encode(anchor + text)
-            if both[: len(before)] == before and (behind or self._decode(both) == anchor + text):
-                return both[len(before) :]
+        if behind:
+            return self._encode_behind(behind, text) or self._encode(text)
+        control = self._spelled.search(text)
+        plain = text[: control.start()] if control else text
+        for anchor in _ANCHORS if plain else ():
+            # what follows the first control token no longer sees what stands before
+            if self._decode(self._encode(anchor + plain)) == anchor + plain and (
+                ids := self._encode_behind(anchor, text)
+            ):
+                return ids
         return self._encode(text)
+
+    def _encode_behind(self, before: str, text: str) -> list[int]:
+        """Ids of a text behind another one; none where the two share a token."""
+        ids, both = self._encode(before), self._encode(before + text)
+        return both[len(ids) :] if both[: len(ids)] == ids else []
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -1,4 +1,4 @@
-"""Tiny policies, a naive rescoring that shares no code with the sampler, a server that stands in for vLLM, its engine."""
+"""Tiny policies, a naive rescoring that shares no code with the sampler, a stand-in server for vLLM and its engine."""
 
 import json
 import os

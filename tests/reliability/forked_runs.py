@@ -1,25 +1,15 @@
-"""Runs of `align fit` from one process, each in a fork of its own, so that the imports are paid once.
-
-Each run ends as it ends, also by a signal to itself.
-"""
+"""Runs of `align fit`, each in a fork of one process; it ends as it ends, also by a signal to itself."""
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
-import traceback
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-from alignment_modules.cli import main
-from alignment_modules.policies.load import build_policy, load_tokenizer
+from tests.forked import align, import_all
 
 MODULE = __name__
 TWO_RANKS = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
@@ -52,26 +42,12 @@ def end(number):
     os.kill(os.getpid(), number)
 
 
-def align(log, arguments):
-    os.setsid()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["align", *arguments]
-    try:
-        main()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(70)
-
-
 class Runs:
     """Runs whose folders are in `results`; how each ended is in `results/codes.json`, written by `save`."""
 
     def __init__(self, results):
         self.results, self.codes = Path(results), {}
-        build_policy("policy")  # imports what a run imports
-        load_tokenizer("policy")
+        import_all("policy")
 
     def __call__(self, name, config, *options, every, callbacks=(), end=None, resume=None):
         """Runs one and returns its folder, which has `rows.RANK.jsonl`, `checkpoints` and `log.txt`.
@@ -96,13 +72,7 @@ class Runs:
         arguments += ["--trainer.default_root_dir", str(root), *options]
         if resume is not None:
             arguments += ["--ckpt_path", str(resume)]
-        process = multiprocessing.get_context("fork").Process(target=align, args=(root / "log.txt", arguments))
-        process.start()
-        process.join(timeout=150)
-        if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        self.codes[name] = process.exitcode
+        self.codes[name] = align(root / "log.txt", arguments, seconds=150)
         return root
 
     def save(self):

@@ -14,12 +14,20 @@ from datamodules.text.templates import Frame, Stops, find_frame, rewriting
 from datamodules.text.together import Ids, Way
 from datamodules.text.unseen import Unseen
 
-# For base models: plain words as roles, each reply ended by the tokenizer's own end-of-sequence token.
+# For base models: plain words as roles, calls of tools in tags, each reply ended by the tokenizer's own end-of-sequence
+# token.
 PLAIN_TEMPLATE = (
+    "{% if tools %}Tools:\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    'Calls: <tool_call>{"name": ..., "arguments": {...}}</tool_call>\n{% endif %}'
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}: "
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% generation %}{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{% set called = call['function'] or call %}"
+    "{{ '\n' if message['content'] or not loop.first else '' }}"
+    "{{ '<tool_call>{\"name\": ' }}{{ called['name'] | tojson }}{{ ', \"arguments\": ' }}"
+    "{{ called['arguments'] if called['arguments'] is string else called['arguments'] | tojson }}{{ '}</tool_call>' }}"
+    "{% endfor %}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}"
     "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"

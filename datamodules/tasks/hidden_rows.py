@@ -1,4 +1,4 @@
-"""Searches for hidden numbers as a complete set of data: notes of careless players, their conversations, and prompts."""
+"""Searches for hidden numbers as a set of data: notes of careless players, their conversations, and prompts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HiddenNumberPrompts(HiddenNumberTask):
 
     Examples:
         >>> HiddenNumberPrompts(split="test", size=1)[0]
-        {'prompt': [{'role': 'user', 'content': '42-60'}], 'number': 46, 'answer': '46'}
+        {'prompt': [{'role': 'user', 'content': '55-76'}], 'number': 72, 'answer': '72'}
     """
 
     def __init__(self, *, split: Split, size: Count, seed: Seed = 0, width: Width = 32) -> None:
@@ -93,7 +93,7 @@ class HiddenNumberNotes(_Played):
 
     Examples:
         >>> HiddenNumberNotes(split="train", size=1, width=16, carelessness=0.0)[0]
-        {'text': '66-81?73>?77>?79≤?78≤=78'}
+        {'text': '59-71?65≤?62≤?60≤?59>=60'}
     """
 
     def __init__(

@@ -1,0 +1,86 @@
+"""The benchmark of environments at a tiny size: its commands run; what they reach is for the slow test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from datamodules.tasks import question_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW = (
+    *("--trainer.max_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+    *("--data.batch_size", "2", "--model.max_turns", "2", "--data.test.init_args.size", "3"),
+    *("--model.evaluation.num_samples", "1"),
+)
+
+
+def tiny_policy(folder):
+    tokenizer = question_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """The benchmark, and one whose chain has run so far."""
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+    import environments
+
+    root = tmp_path_factory.mktemp("environments")
+    for stage in ("pretrain", "sft"):
+        tiny_policy(root / stage / "export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", sys.argv[:1])
+        yield environments, environments.Environments(root, FEW)
+
+
+def test_the_start_is_measured_with_the_tool_and_the_decoy(benchmark):
+    environments, chain = benchmark
+    start = chain.prepare()
+    assert list(start) == [environments.START, environments.BLIND_START]
+    assert all(0 <= found["solved"] <= 1 for found in start.values())
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_method_is_trained_and_measured_once(benchmark, number):
+    environments, chain = benchmark
+    name = [*environments.METHODS][number]
+    found = chain.run_seed(7, [name])
+    assert found[name].keys() == {"solved", "greedy", "calls", "seconds"}
+    assert json.loads((chain.root / "seed7" / "results.json").read_text())[name] == found[name]
+    assert chain.run_seed(7, [name]) == found
+
+
+def test_bars(benchmark):
+    environments, chain = benchmark
+    start = {
+        environments.START: {"solved": 0.4, "calls": 6.0},
+        environments.BLIND_START: {"solved": 0.04, "calls": 6.0},
+    }
+    good, bad = {"solved": 0.75, "calls": 5.0}, {"solved": 0.65, "calls": 6.5}
+
+    def held(run):
+        return list(environments.bars(start, {0: run}, chain.root).values())
+
+    assert held({"GRPO": good, environments.BLIND: {"solved": 0.05}}) == [[True], [True], [True]]
+    assert held({"GRPO": bad, environments.BLIND: {"solved": 0.08}}) == [[False], [False], [False]]
+
+
+@pytest.mark.slow
+def test_every_bar_holds_on_another_seed(tmp_path):
+    """From a fresh policy to both methods and both controls; the script exits with 1 where a bar is missed."""
+    command = [sys.executable, "benchmarks/environments.py", "--seeds", "3", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("held:") == 6

@@ -11,6 +11,7 @@ nothing can be known. That one is measured where it was trained. A run that has 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -37,7 +38,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     BLIND: ("grpo", DECOY),
 }
 START, BLIND_START = "SFT", "SFT, tool answers for another number"
-Found = dict[str, float]
+Found = dict[str, float | None]
 SHOWN = {"solved": "sample_accuracy", "greedy": "exact_match", "calls": "tools/calls_solved"}
 
 
@@ -81,10 +82,10 @@ class Environments(Chain):
         return self.play(folder, DECOY if name == BLIND else ()) | {"seconds": seconds}
 
     def play(self, folder: Path, options: Sequence[str] = ()) -> Found:
-        """The held-out episodes, by the policy that a stage left in its folder."""
+        """The held-out episodes, by the policy that a stage left in its folder; where none is solved it has no calls."""
         more = ["--model.policy", str(folder / "export"), "--trainer.default_root_dir", str(folder / "test")]
         metrics = self.align("test", "grpo", *more, *options)
-        return {name: metrics[f"test/{metric}"] for name, metric in SHOWN.items()}
+        return {name: metrics.get(f"test/{metric}") for name, metric in SHOWN.items()}
 
     def kept(self, folder: str, make: Mapping[str, Callable[[], Found]]) -> dict[str, Found]:
         """What was found earlier in a folder, and what is made now because it was not."""
@@ -130,7 +131,8 @@ def table(start: dict[str, Found], found: dict[int, dict[str, Found]]) -> str:
         each = [f"{run['solved']:.1%}" for run in runs] if len(runs) == len(found) else [""] * len(found)
         values = [f"{mean(run[key] for run in runs):.1%}" for key in ("solved", "greedy")]
         seconds = [run["seconds"] for run in runs if "seconds" in run]
-        cells = [name, *each, *values, f"{mean(run['calls'] for run in runs):.2f}"]
+        calls = [run["calls"] for run in runs if run["calls"] is not None]
+        cells = [name, *each, *values, f"{mean(calls):.2f}" if calls else ""]
         lines.append(" | ".join([*cells, f"{mean(seconds):.0f}" if seconds else ""]))
     return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
 

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from datamodules.tasks import question_tokenizer
+from tests.test_benchmark_offline import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = (
@@ -17,17 +16,6 @@ FEW = (
     *("--data.batch_size", "2", "--model.max_turns", "2", "--data.test.init_args.size", "3"),
     *("--model.evaluation.num_samples", "1"),
 )
-
-
-def tiny_policy(folder):
-    tokenizer = question_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,7 @@ def benchmark(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("environments")
     for stage in ("pretrain", "sft"):
-        tiny_policy(root / stage / "export")
+        tiny_policy(root / stage / "export", question_tokenizer())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", sys.argv[:1])

@@ -34,7 +34,7 @@ FROZEN, BLIND = "control: GRPO with learning rate 0", "control: GRPO, tool answe
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "GRPO": ("grpo", ()),
     "PPO, advantages by turn": ("ppo", ()),
-    FROZEN: ("grpo", ("--model.optimizer.init_args.lr", "0.0", "--trainer.max_steps", "3")),
+    FROZEN: ("grpo", ("--model.optimizer.init_args.lr", "0.0", "--trainer.max_steps", "5")),
     BLIND: ("grpo", DECOY),
 }
 START, BLIND_START = "SFT", "SFT, tool answers for another number"
@@ -82,7 +82,7 @@ class Environments(Chain):
         return self.play(folder, DECOY if name == BLIND else ()) | {"seconds": seconds}
 
     def play(self, folder: Path, options: Sequence[str] = ()) -> Found:
-        """The held-out episodes, by the policy that a stage left in its folder; where none is solved it has no calls."""
+        """The held-out episodes, by the policy that a stage left in its folder; None where none is solved."""
         more = ["--model.policy", str(folder / "export"), "--trainer.default_root_dir", str(folder / "test")]
         metrics = self.align("test", "grpo", *more, *options)
         return {name: metrics.get(f"test/{metric}") for name, metric in SHOWN.items()}
@@ -107,7 +107,7 @@ def bars(start: dict[str, Found], found: dict[int, dict[str, Found]], root: Path
         held[f"{name} solves {GAIN:.0%} more than SFT"] = [
             run["solved"] - start[START]["solved"] >= GAIN for run in runs
         ]
-        held[f"{name} needs fewer calls for it"] = [run["calls"] < start[START]["calls"] for run in runs]
+        held[f"{name} needs fewer calls for it"] = [(run["calls"] or math.inf) < start[START]["calls"] for run in runs]
     if FROZEN in names:
         folders = [root / f"seed{seed}" / slug(FROZEN) for seed in found]
         held["learning rate 0 changes no weight"] = [

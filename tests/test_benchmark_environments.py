@@ -12,7 +12,7 @@ from tests.test_benchmark_offline import tiny_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = (
-    *("--trainer.max_steps", "1", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+    *("--trainer.max_steps", "5", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
     *("--data.batch_size", "2", "--model.max_turns", "2", "--data.test.init_args.size", "3"),
     *("--model.evaluation.num_samples", "1"),
 )

@@ -133,7 +133,8 @@ def sample_prompts(
     limit = max(bounds) if bounds else parameters.max_completion_length
     limits = torch.tensor(bounds).repeat_interleave(num_samples) if bounds else None
     with without_checkpointing(policy), without_graphs(policy):
-        decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
+        reach = prompts.longest + limit if bounds is None else prompts.reach(bounds)
+        decoder = select_decoder(policy, reach)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples
         found = draw(
             decoder,

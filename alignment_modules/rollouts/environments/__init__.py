@@ -7,6 +7,7 @@ from alignment_modules.rollouts.environments.results import Result
 from alignment_modules.rollouts.environments.running import Job, Outcome, Request, Runner
 from alignment_modules.rollouts.environments.schemas import ArgumentError, Tool
 from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
+from alignment_modules.rollouts.environments.turns import TurnRenderer
 
 __all__ = [
     "STOP_REASONS",
@@ -24,6 +25,7 @@ __all__ = [
     "Tool",
     "ToolFormat",
     "ToolOptions",
+    "TurnRenderer",
     "detect",
     "tool_format",
 ]

@@ -221,7 +221,7 @@ class VLLMEngine(Engine):
         turn: int = 0,
         bounds: Sequence[int] | None = None,
     ) -> Completions:
-        """What follows each context, at most `bounds` tokens of each; a place says which prompt's which sample it is."""
+        """What follows each context, within its bound; a row's place says which prompt's and which sample it is."""
         if self.policy is None:
             raise ValueError("the engine has no policy yet: push one first")
         codec = self.codec or Codec()

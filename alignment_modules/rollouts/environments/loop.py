@@ -13,7 +13,6 @@ from torch import nn
 from alignment_modules.policies.context import context_length
 from alignment_modules.rollouts.codec import Codec, columns_of, real_tokens
 from alignment_modules.rollouts.engines import Engine
-from alignment_modules.rollouts.environments.episode import Episode
 from alignment_modules.rollouts.environments.formats import tool_format
 from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.rollouts.environments.parsing import Parsed
@@ -59,12 +58,13 @@ class Episodes:
         self.max_turns, self.max_tool_calls = max_turns, max_tool_calls
         self.options = options or ToolOptions()
         self._renderer: TurnRenderer | None = None
+        self._tokenizer: Any = None
         self._checked: set[tuple[Any, ...]] = set()
         self._runner: Runner | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without threads and what depends on the tokenizer, which are made anew."""
-        return self.__dict__ | {"_renderer": None, "_checked": set(), "_runner": None}
+        return self.__dict__ | {"_renderer": None, "_tokenizer": None, "_checked": set(), "_runner": None}
 
     def describe(self) -> str:
         """The environments, tools and limits in words."""
@@ -94,10 +94,10 @@ class Episodes:
             ValueError: If there is no tokenizer, or its chat template cannot.
         """
         tokenizer = self.codec.require_tokenizer()
-        if self._renderer is None or self._renderer.codec.tokenizer is not tokenizer or self._renderer_of is not tokenizer:
+        if self._renderer is None or self._tokenizer is not tokenizer:
             format_, longest = tool_format(self.options.format, tokenizer), self.options.max_result_length
             self._renderer = TurnRenderer(self.codec, format_, max_result_length=longest)
-            self._renderer_of, self._checked = tokenizer, set()
+            self._tokenizer, self._checked = tokenizer, set()
         for name in self._names:
             if (name, *self.codec.stop_token_ids) not in self._checked:
                 self._renderer.check(self.environments.schemas(name))
@@ -233,8 +233,8 @@ class Episodes:
             left = limits[number] if context is None else context - len(row)
             if left < 1:
                 raise ValueError(
-                    f"row {number} of a batch: its prompt has {len(row)} tokens with the tools, and the policy's context "
-                    f"is {context}: no room is left to write"
+                    f"row {number} of a batch: its prompt has {len(row)} tokens with the tools, and the policy's "
+                    f"context is {context}: no room is left to write"
                 )
             for one in episodes[number * num_samples : (number + 1) * num_samples]:
                 one.limit, one.by_context = min(limits[number], left), left < limits[number]
@@ -254,8 +254,9 @@ class Episodes:
             one.turns, one.used = one.turns + 1, one.used + len(ids)
             parsed = renderer.read(ids)
             one.messages.append(renderer.message(parsed, first=_readable(one)))
-            limits = {"max_turns": self.max_turns, "max_tool_calls": self.max_tool_calls}
-            one.stop_reason = one.reason_to_end(parsed, truncated=truncated, **limits)
+            one.stop_reason = one.reason_to_end(
+                parsed, truncated=truncated, max_turns=self.max_turns, max_tool_calls=self.max_tool_calls
+            )
             if one.stop_reason is None:
                 asking.append((one, parsed, ids[-1] in stops))
         found: list[tuple[UnderWay, list[int]]] = []

@@ -51,8 +51,7 @@ class ActingModule(EpisodeModule, UpdateModule):
     ratio is off by the mass that was kept.
 
     Args:
-        rewards: Reward functions: objects, import paths, or folders of sequence-classification models; None: only that
-            of `environments`.
+        rewards: Reward functions: objects, import paths, or folders of reward models; None: that of `environments`.
         reward_weights: One weight a reward, with or without one more for that of the environments; None: all 1.
         num_generations: G, completions of each prompt.
         max_completion_length: Longest completion in tokens.

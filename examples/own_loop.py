@@ -5,8 +5,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from alignment_modules import GRPOModule, PolicyConfig
-from alignment_modules.rollouts import Codec, Prompts, SamplingParameters, Seeds
-from alignment_modules.rollouts.engines import InProcessEngine
+from alignment_modules.rollouts import Prompts, SamplingParameters, Seeds
 
 HIGHEST, TURNS, SAMPLES, STEPS = 7, 3, 32, 100  # three guesses find one of seven numbers, if they halve what is left
 HIGHER, LOWER, START = range(HIGHEST + 1, HIGHEST + 4)  # tokens; the smaller ones are the numbers
@@ -17,8 +16,8 @@ LLAMA = {"model_type": "llama", "vocab_size": START + 1, "num_key_value_heads": 
 class Games(Dataset):
     """Entry `step` is played when a DataLoader without workers asks for it: by the policy as it is at that step."""
 
-    def __init__(self, policy: torch.nn.Module) -> None:
-        self.policy, self.engine = policy, InProcessEngine(Codec())
+    def __init__(self, module: GRPOModule) -> None:
+        self.policy, self.engine = module.policy, module.engine
 
     def __len__(self) -> int:
         return STEPS
@@ -28,7 +27,7 @@ class Games(Dataset):
         rows, won = list(range(len(hidden))), torch.zeros(len(hidden))
         prompts, seeds = Prompts.from_rows([[START]] * HIGHEST, torch.device("cpu")), Seeds(range(HIGHEST), step=step)
         self.engine.push(self.policy)
-        session = self.engine.open(prompts, SamplingParameters(1), num_samples=SAMPLES, seeds=seeds)  # a turn: one token
+        session = self.engine.open(prompts, SamplingParameters(1), num_samples=SAMPLES, seeds=seeds)  # one token
         for turn in range(TURNS):
             guesses = dict(zip(rows, session.turn.ids[:, 0].tolist(), strict=True))
             won[[row for row in rows if guesses[row] == hidden[row]]] = 1.0
@@ -50,7 +49,7 @@ def main() -> None:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
         rewards=lambda completions: [None] * len(completions),  # none is judged: the games bring their rewards
     )
-    games = Games(module.policy)
+    games = Games(module)
     before = games[0]["rewards"].mean()
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, log_every_n_steps=10)
     trainer.fit(module, DataLoader(games, batch_size=None))

@@ -5,20 +5,14 @@ ends, also by a signal to itself; RESULTS/codes.json tells how.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lightning.pytorch import Callback
 
-from alignment_modules.cli import main
-from alignment_modules.policies.load import build_policy, load_tokenizer
+from tests.forked import align, import_all
 
 OPTIONS = {
     # blocks of 5 of 24 documents, packed; batches of 2 rows, and two of them a step
@@ -52,19 +46,6 @@ class Rows(Callback):
             file.write(json.dumps({"step": trainer.global_step, "batch": batch_idx, "rows": rows}) + "\n")
 
 
-def align(log, arguments):
-    os.setsid()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["align", *arguments]
-    try:
-        main()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(70)
-
-
 def run(paradigm, name, *options, workers, end=None, resume=None):
     root = RESULTS / paradigm / name
     root.mkdir(parents=True)
@@ -80,13 +61,7 @@ def run(paradigm, name, *options, workers, end=None, resume=None):
     arguments += ["--trainer.default_root_dir", str(root), *options]
     if resume is not None:
         arguments += ["--ckpt_path", str(resume)]
-    process = multiprocessing.get_context("fork").Process(target=align, args=(root / "log.txt", arguments))
-    process.start()
-    process.join(timeout=150)
-    if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-    CODES[f"{paradigm}/{name}"] = process.exitcode
+    CODES[f"{paradigm}/{name}"] = align(root / "log.txt", arguments, seconds=150)
     return root
 
 
@@ -98,8 +73,7 @@ MODULE = "tests.reliability.streamed_runs"
 
 if __name__ == "__main__":
     RESULTS, CODES = Path(sys.argv[1]), {}
-    build_policy("policy")  # imports what a run imports
-    load_tokenizer("policy")
+    import_all("policy")
     for paradigm, step, odd in (("pretrain", 9, False), ("grpo", 18, True)):
         run(paradigm, "whole", workers=2)
         killed = run(paradigm, "killed", workers=2, end={"step": step, "signal": int(signal.SIGKILL), "odd": odd})

@@ -9,7 +9,7 @@ from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.parsing import Parsed, ToolFormat
 from alignment_modules.rollouts.environments.plain_text import PlainText
 from alignment_modules.rollouts.environments.results import Result
-from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, answers, call_id
+from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, call_id, name_of
 
 
 class TurnRenderer:
@@ -32,7 +32,7 @@ class TurnRenderer:
         self.codec, self.tool_format, self.max_result_length = codec, tool_format, max_result_length
         self._template = Template(codec.require_tokenizer())
         self._plain = PlainText(codec.tokenizer)
-        self._turns: dict[tuple[int, tuple[int, ...], str], Turn] = {}
+        self._turns: dict[tuple[tuple[str, ...], tuple[int, ...], str], Turn] = {}
 
     def check(self, schemas: Schemas) -> None:
         """Refuses, before anything is generated, a chat template that episodes cannot be written with.
@@ -47,12 +47,10 @@ class TurnRenderer:
         """
         if not schemas:
             return
+        stops = {self._turn([name_of(schemas[0])] * count, schemas).stop for count in (1, 2)} - {""}
         self._template.check(schemas)
-        for count in (1, 2):
-            stop = self._turn(count, schemas).stop
-            index = self.codec.tokenizer.convert_tokens_to_ids(stop) if stop else None
-            if index is not None and index not in self.codec.stop_token_ids:
-                self.codec.data_stops = (*self.codec.data_stops, int(index))
+        new = {int(self.codec.tokenizer.convert_tokens_to_ids(stop)) for stop in stops} - {*self.codec.stop_token_ids}
+        self.codec.data_stops = (*self.codec.data_stops, *sorted(new))
 
     def prompt(self, messages: Sequence[Message], schemas: Schemas) -> list[int]:
         """Ids of the messages before the policy's first turn, with the tools and the turn's header.
@@ -63,13 +61,22 @@ class TurnRenderer:
         text = self._template.text(messages, schemas)
         return list(self.codec.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def appended(self, results: Sequence[Result], *, stopped: bool, schemas: Schemas) -> list[int]:
+    def appended(
+        self,
+        results: Sequence[Result],
+        *,
+        stopped: bool,
+        schemas: Schemas,
+        calls: Sequence[Message | None] = (),
+    ) -> list[int]:
         """Ids between the end of what the policy wrote and the start of its next turn.
 
         Args:
             results: What its calls were answered with, in their order; at least one.
             stopped: Whether the policy wrote the token that ends a turn; else it is appended, too.
             schemas: Of the episode's tools.
+            calls: The `tool_calls` of `message` that were answered, None for one that could not be read; for templates
+                that write a tool's name beside its result.
 
         Returns:
             The ids.
@@ -77,10 +84,12 @@ class TurnRenderer:
         Raises:
             ValueError: If the template refuses them.
         """
-        turn = self._turn(len(results), schemas)
+        known = [name_of(schema) for schema in schemas] or ["tool"]
+        called = [call["function"]["name"] if call else "" for call in calls] or [""] * len(results)
+        turn = self._turn([name if name in known else known[0] for name in called], schemas)
         mark = self._plain.mark(*(result.text for result in results))
         texts = [self._guarded(result.text, mark) for result in results]
-        text = self._template.text([*turn.messages, *answers(turn.names, texts)], schemas)
+        text = self._template.text([*turn.messages, *turn.answers(texts)], schemas)
         end = text.index(turn.last) + len(turn.last) + turn.end
         if stopped:
             return self._plain.ids(text[end + len(turn.stop) :], mark, turn.stop)
@@ -119,10 +128,10 @@ class TurnRenderer:
         named = {} if call is None else {"name": call["function"]["name"], "tool_call_id": call["id"]}
         return {"role": "tool", **named, "content": result.text}
 
-    def _turn(self, count: int, schemas: Schemas) -> Turn:
-        key = count, self.codec.stop_token_ids, json.dumps(schemas, sort_keys=True, default=str)
+    def _turn(self, names: Sequence[str], schemas: Schemas) -> Turn:
+        key = tuple(names), self.codec.stop_token_ids, json.dumps(schemas, sort_keys=True, default=str)
         if key not in self._turns:
-            self._turns[key] = self._template.turn(count, schemas, self._ends)
+            self._turns[key] = self._template.turn(names, schemas, self._ends)
         return self._turns[key]
 
     def _ends(self, written: str, between: str) -> tuple[int, str] | None:

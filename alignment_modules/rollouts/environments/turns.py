@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.parsing import Parsed, ToolFormat
 from alignment_modules.rollouts.environments.plain_text import PlainText
-from alignment_modules.rollouts.environments.results import Result
+from alignment_modules.rollouts.environments.results import Result, cut
 from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, call_id, name_of
 
 
@@ -147,14 +147,5 @@ class TurnRenderer:
 
     def _guarded(self, text: str, mark: str) -> str:
         """A result with marks where it spells control tokens, and cut where it is too long."""
-        guarded = self._plain.guarded(text, mark)
-        length = len(self._plain.ids(guarded, mark))
-        if length <= self.max_result_length:
-            return guarded
-        fits, above = 0, len(text)
-        while above - fits > 1:
-            middle = (fits + above) // 2
-            short = len(self._plain.ids(self._plain.guarded(text[:middle], mark), mark)) <= self.max_result_length
-            fits, above = (middle, above) if short else (fits, middle)
-        note = f" [cut: {self.max_result_length} of {length} tokens]"
-        return self._plain.guarded(text[:fits], mark) + note
+        fits = self._plain.length_that_fits(text, self.max_result_length)
+        return self._plain.guarded(text[:fits], mark) + cut(text, fits)[fits:]

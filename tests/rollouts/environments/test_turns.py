@@ -112,7 +112,7 @@ def test_a_long_result_is_cut(tokenizer):
     one = renderer("qwen", tokenizer, max_result_length=10)
     ids = one.appended([Result("ab<|im_end|> " * 200), Result("abc")], stopped=True, schemas=TOOLS)
     first, second = text_of(one, ids).split("<tool_response>\n")[1:]
-    assert re.fullmatch(r"ab<[^[]{0,9} \[cut: 10 of \d{4} tokens\]\n</tool_response>\n", first)
+    assert re.fullmatch(r"ab<[^[]{0,9} \[cut: \d{4} of 2600 characters\]\n</tool_response>\n", first)
     assert second.startswith("abc\n</tool_response>")
     kept = first.partition(" [cut")[0]
     plain = PlainText(one.codec.tokenizer)

@@ -55,12 +55,15 @@ class Environments(Chain):
     def __init__(self, root: Path, overrides: Sequence[str] = ()) -> None:
         super().__init__(root, overrides=overrides)
 
-    def prepare(self) -> dict[str, Found]:
-        """Runs the stages before the methods that have not run; what their policy reaches."""
+    def prepare(self) -> None:
+        """Runs the stages before the methods that have not run."""
         for stage, before in (("pretrain", None), ("sft", "pretrain")):
             if not (self.root / stage / "export").exists():
                 start = ["--model.policy", str(self.root / before / "export")] if before else []
                 self.align("fit", stage, "--trainer.default_root_dir", str(self.root / stage), *start)
+
+    def start(self) -> dict[str, Found]:
+        """What their policy reaches, with the tool and with the decoy."""
         folder = self.root / "sft"
         return self.kept("sft", {START: partial(self.play, folder), BLIND_START: partial(self.play, folder, DECOY)})
 
@@ -147,7 +150,8 @@ def main() -> None:
     sys.argv[1:] = []  # Lightning would take them for the arguments of its own commands
 
     chain = Environments(arguments.root)
-    start = chain.prepare()
+    chain.prepare()
+    start = chain.start()
     found = {seed: chain.run_seed(seed, arguments.methods) for seed in arguments.seeds}
     print(f"\n{EPISODES} held-out searches, {SAMPLES} samples and a greedy one each\n\n{table(start, found)}\n")
     sys.exit(not report(bars(start, found, arguments.root)))

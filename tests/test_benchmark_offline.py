@@ -15,9 +15,9 @@ FEW = ("--trainer.max_epochs", "12", "--trainer.limit_test_batches", "1")
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def tiny_policy(folder, tokenizer=None):
-    """Writes an untrained model with a task's tokenizer."""
-    tokenizer = tokenizer or character_tokenizer()
+def tiny_policy(folder):
+    """Writes an untrained model with the task's tokenizer."""
+    tokenizer = character_tokenizer()
     torch.manual_seed(0)
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = AutoModelForCausalLM.from_config(

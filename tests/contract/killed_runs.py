@@ -5,34 +5,15 @@ it ends, also by a signal to itself; RESULTS/codes.json tells how.
 """
 
 import json
-import multiprocessing
-import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from alignment_modules.cli import main
-from alignment_modules.policies.load import build_policy, load_tokenizer
+from tests.forked import align, import_all
 from tests.paradigms import ROWS
 from tests.row import Resume
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"  # the schedule is the recipe's own
-
-
-def align(log, arguments):
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["align", *arguments]
-    try:
-        main()
-    except Exception:
-        traceback.print_exc()
-        sys.exit(70)
 
 
 MUON = ("--model.optimizer=MuonWithAdamW", "--model.optimizer.lr=0.01", "--trainer.callbacks+=PolicyAverage")
@@ -78,20 +59,13 @@ def run(name, *options, workers=0, kill=None, odd=False, resume=None, when=None)
     arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.default_root_dir", str(root), *options]
     if resume is not None:
         arguments += ["--ckpt_path", str(resume)]
-    process = multiprocessing.get_context("fork").Process(target=align, args=(root / "log.txt", arguments))
-    process.start()
-    process.join(timeout=120)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return process.exitcode
+    return align(root / "log.txt", arguments, seconds=120)
 
 
 if __name__ == "__main__":
     RESULTS, PARADIGM = Path(sys.argv[1]), sys.argv[2]
     WHEN = ROWS[PARADIGM].resume
-    build_policy("policy")  # imports what a run imports
-    load_tokenizer("policy")
+    import_all("policy")
     codes = {"whole": run("whole")}
     for workers in (0, 2):
         codes[f"killed_{workers}"] = run(f"killed_{workers}", workers=workers, kill=signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Bad input, through the command line: the table of `bad_cases`, and what does not fit into it."""
+"""Bad input, through the command line: the tables of `bad_options` and `bad_cases`, and what does not fit into them."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from alignment_modules.callbacks import CheckpointError
 from alignment_modules.cli.failures import is_message
 from alignment_modules.rewards import RewardError
 from tests.reliability.bad_cases import CASES, FRESH, PARSING, TRAINING, Case
+from tests.reliability.bad_options import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for folder in ("quickstart", "recipes") for path in (ROOT / "configs" / folder).glob("*.yaml"))
@@ -33,13 +34,17 @@ class Masked(SFTDataModule):
 
 @pytest.fixture(scope="module", autouse=True)
 def bad(workplace):
-    """The files that the table names."""
+    """The files that the tables name."""
     folder = workplace / "bad"
     (folder / "empty").mkdir(parents=True)
     row = json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n"
     files = {
         "option.yaml": "model: {init_args: {betta: 0.3}}\n",
         "trainer.yaml": "trainer: {max_epoch: 3}\n",
+        "twice.yaml": "model:\n  init_args:\n    optimizer: {class_path: SGD, init_args: {\n      lr: 1.0,\n"
+        "      momentum: 0.5,\n      lr: 2.0}}\n",
+        "policy.yaml": "path: policy\ndtype: float32\npath: start\n",
+        "names.yaml": "model: {init_args: {policy: bad/policy.yaml}}\n",
         "broken.yaml": "trainer: {max_epochs: [\n",
         "line.jsonl": row * 2 + '{"prompt": "1+1=", "comp\n' + row,
         "number.jsonl": row + "12\n",
@@ -63,9 +68,8 @@ def bad(workplace):
     (folder / "short.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:300])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input(align, name):
-    case = CASES[name]
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (OPTIONS | CASES).items()])
+def test_bad_input(align, case):
     result = align("fit", "-c", f"{case.paradigm}.yaml", "--trainer.max_epochs", "1", *case.arguments)
     message = result.text if result.error is None else f"{result.text}\n{result.error}"
     assert result.code == (2 if case.when == PARSING else 1), message

@@ -1,4 +1,4 @@
-"""Tiny policies, a naive rescoring that shares no code with the sampler, and a server that stands in for vLLM."""
+"""Tiny policies, a naive rescoring that shares no code with the sampler, a stand-in server for vLLM and its engine."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from alignment_modules.rollouts import sampler
 from alignment_modules.rollouts.decoders.base import RecomputeDecoder
 from alignment_modules.rollouts.decoders.cached import CachedDecoder
 from alignment_modules.rollouts.decoders.llama.decoder import FastDecoder
+from alignment_modules.rollouts.engines import VLLMEngine
 from tests.shapes import SIZES
 
 DECODERS = {"recompute": RecomputeDecoder, "cached": CachedDecoder, "fast": FastDecoder}
@@ -177,3 +178,8 @@ def folder(built_llama, tmp_path_factory):
 @pytest.fixture
 def server(stand_in, folder):
     return stand_in(folder)
+
+
+@pytest.fixture
+def engine(server, tmp_path):
+    return VLLMEngine(server.url, str(tmp_path / "weights"), timeout=20, retries=2)

@@ -1,60 +1,18 @@
-"""The engine over HTTP against a server process that has its routes: the same completions, and whatever goes wrong."""
+"""The engine over HTTP against a server process that has its routes: the same completions, and changed weights sent."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from alignment_modules.policies import LoraConfig, PolicyConfig, build_policy
-from alignment_modules.policies.lora import add_lora
-from alignment_modules.rollouts import NonFiniteLogits, SamplingParameters
+from alignment_modules.policies import build_policy
+from alignment_modules.rollouts import SamplingParameters
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.engines import EngineError, InProcessEngine, VLLMEngine, vllm
-from alignment_modules.rollouts.engines.answers import completions_of, read_answer
 from alignment_modules.rollouts.engines.server import UNFINISHED
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
-
-GENERATE = "/inference/v1/generate"
-PARAMETERS = SamplingParameters(6, temperature=0.8, stop_token_ids=tuple(range(0, 40, 5)))
-FILTERED = SamplingParameters(6, temperature=0.9, top_k=12, top_p=0.9, min_p=0.02, stop_token_ids=(0, 5))
-PROMPTS = Prompts.from_rows([[3, 8, 1, 9], [11], [2, 6, 4, 4, 21, 30]], torch.device("cpu"))
-SEEDS = Seeds([5, 2, 9], seed=3, step=1, draw=1)
-
-
-@pytest.fixture
-def engine(server, tmp_path):
-    return VLLMEngine(server.url, str(tmp_path / "weights"), timeout=20, retries=2)
-
-
-def changed(policy):
-    """The same policy after an update that can be seen."""
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.mul_(1.2)
-    return policy
-
-
-def written(engine, policy, parameters=PARAMETERS, prompts=PROMPTS, seeds=SEEDS, num_samples=2):
-    engine.push(policy)
-    return engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
-
-
-def assert_equal(found, wanted):
-    """Tokens and ends exactly; log-probabilities to the rounding of another batch."""
-    assert torch.equal(found.ids, wanted.ids)
-    assert torch.equal(found.mask, wanted.mask)
-    assert torch.equal(found.truncated, wanted.truncated)
-    torch.testing.assert_close(found.token_logps, wanted.token_logps, atol=1e-5, rtol=0)
-    assert (found.support is None) == (wanted.support is None)
-    if found.support is not None:
-        sets = [
-            one.take(torch.arange(one.sizes.numel())).excluded(slice(None), 40)
-            for one in (found.support, wanted.support)
-        ]
-        assert torch.equal(*sets)
+from tests.rollouts.served import FILTERED, GENERATE, PARAMETERS, PROMPTS, SEEDS, assert_equal, changed, written
 
 
 @pytest.mark.parametrize("parameters", [PARAMETERS, FILTERED, SamplingParameters(6, greedy=True, stop_token_ids=(5,))])
@@ -209,158 +167,6 @@ class TestPush:
         server.wrong(missing=["/weight_info"])
         with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
             engine.push(tiny_llama)
-
-
-class TestTrouble:
-    def test_a_busy_server_is_asked_again_and_what_was_answered_is_kept(self, engine, server, tiny_llama):
-        engine.push(tiny_llama)
-        before = len(server.asked(GENERATE))
-        server.wrong(busy={"route": GENERATE, "times": 2})
-        assert_equal(written(engine, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
-        assert len(server.asked(GENERATE)) - before == 6 + 2
-
-    def test_a_slow_server(self, server, tiny_llama, tmp_path):
-        engine = VLLMEngine(server.url, str(tmp_path), timeout=1.0, retries=0)
-        engine.push(tiny_llama)
-        server.wrong(slow={"route": GENERATE, "seconds": 2.0})
-        with pytest.raises(EngineError, match=rf"{GENERATE} gave no answer within timeout=1 seconds; asked 1 times"):
-            written(engine, tiny_llama)
-
-    def test_a_server_that_is_gone(self, engine, server, tiny_llama):
-        engine.push(tiny_llama)
-        server.kill()
-        with pytest.raises(EngineError, match=r"cannot be reached: .*; asked 3 times. Is the server running\? The run"):
-            engine.generate(PROMPTS, PARAMETERS, seeds=SEEDS)
-
-    def test_a_server_that_was_restarted_before_a_push_gets_the_weights_again(self, engine, server, tiny_llama):
-        engine.push(changed(tiny_llama))
-        server.kill()
-        server.start()
-        assert_equal(written(engine, tiny_llama), written(InProcessEngine(Codec()), tiny_llama))
-        assert engine.version() == 1
-
-    def test_a_server_that_was_restarted_after_a_push_gets_them_again_and_writes_anew(self, engine, server, tiny_llama):
-        engine.push(changed(tiny_llama))
-        server.kill()
-        server.start()
-        found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
-        assert_equal(found, written(InProcessEngine(Codec()), tiny_llama))
-
-    def test_a_server_that_stops_for_a_while(self, engine, server, tiny_llama):
-        engine.push(tiny_llama)
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
-            import threading
-
-            threading.Timer(0.5, os.kill, [server.pid, signal.SIGCONT]).start()
-            found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
-        assert_equal(found, written(InProcessEngine(Codec()), tiny_llama))
-
-    def test_answers_of_another_version_are_refused(self, engine, server, tiny_llama):
-        engine.push(tiny_llama)
-        server.wrong(version="of another run")
-        with pytest.raises(EngineError, match="answers with the weights 'of another run' again, though 'policy-"):
-            engine.generate(PROMPTS, PARAMETERS, seeds=SEEDS)
-
-    @pytest.mark.parametrize(
-        ("wrong", "message"),
-        [
-            ({"no_logps": True}, "answered without tokens and their log-probabilities"),
-            ({"no_mask": True}, "start it with --return-sampling-mask"),
-            ({"finish_reason": "abort"}, r"ended request '3\.1\.1.*' with finish_reason='abort'"),
-        ],
-    )
-    def test_half_an_answer(self, engine, server, tiny_llama, wrong, message):
-        engine.push(tiny_llama)
-        server.wrong(**wrong)
-        with pytest.raises(EngineError, match=message):
-            engine.generate(PROMPTS, FILTERED, seeds=SEEDS)
-
-    def test_what_an_answer_must_hold(self):
-        request = {"request_id": "x"}
-        choice = {"finish_reason": "stop", "token_ids": [1, 2], "logprobs": {"content": [{"logprob": -1.0}]}}
-        with pytest.raises(EngineError, match="2 tokens, 1 log-probabilities"):
-            read_answer(choice, request)
-        choice["logprobs"]["content"].append({"logprob": float("nan")})
-        choice["sampling_mask"] = [[1, 4], [4, 5]]
-        answer = read_answer(choice, request)
-        device = torch.device("cpu")
-        with pytest.raises(NonFiniteLogits):
-            completions_of([answer], FILTERED, None, pad_token_id=0, device=device)
-        choice["logprobs"]["content"][1]["logprob"] = -2.0
-        with pytest.raises(EngineError, match="drew token 2 from a set without it"):
-            completions_of([read_answer(choice, request)], FILTERED, None, pad_token_id=0, device=device)
-
-
-class TestAdapters:
-    @pytest.fixture
-    def policy(self, folder):
-        torch.manual_seed(1)
-        return adapted(build_policy(PolicyConfig(path=folder, lora=LoraConfig(r=2, alpha=4))))
-
-    def test_each_version_is_an_adapter_of_its_own_name(self, engine, server, policy, tmp_path):
-        names = []
-        for _ in range(2):
-            assert_equal(written(engine, adapted(policy)), written(InProcessEngine(Codec()), policy))
-            names.append(server.asked(GENERATE)[-1]["model"])
-            assert {body["lora_name"] for body in server.asked("/v1/load_lora_adapter")} == {*names}
-            assert [path.name for path in (tmp_path / "weights").iterdir()] == [names[-1]]
-        assert len({*names}) == 2
-        assert server.asked("/v1/unload_lora_adapter") == [{"lora_name": names[0]}]
-        assert not server.asked("/collective_rpc")
-
-    def test_a_restarted_server_is_given_the_adapter_again(self, engine, server, policy):
-        engine.push(policy)
-        for again in (engine.push, lambda policy: None):
-            server.kill()
-            server.start()
-            again(policy)
-            found = engine.generate(PROMPTS, PARAMETERS, num_samples=2, seeds=SEEDS)
-            assert_equal(found, written(InProcessEngine(Codec()), policy))
-
-    def test_another_base_is_found_out(self, stand_in, built_llama, policy, tmp_path):
-        changed(built_llama[0].from_pretrained(policy.peft_config["default"].base_model_name_or_path)).save_pretrained(
-            tmp_path / "other"
-        )
-        engine = VLLMEngine(stand_in(tmp_path / "other").url, str(tmp_path / "weights"))
-        with pytest.raises(EngineError, match="Was it started with another model"):
-            engine.push(policy)
-
-    def test_merged_with_its_base(self, server, policy, tmp_path):
-        engine = VLLMEngine(server.url, str(tmp_path), lora="merge")
-        found, wanted = (written(one, policy) for one in (engine, InProcessEngine(Codec())))
-        assert torch.equal(found.ids, wanted.ids)
-        assert not server.asked("/v1/load_lora_adapter")
-        assert len(server.asked("/collective_rpc")) == 1
-
-    def test_another_process_waits_for_the_adapter(self, engine, server, policy, tmp_path, monkeypatch):
-        engine.push(policy)
-        monkeypatch.setattr(vllm, "rank_and_world_size", lambda: (1, 2))
-        second = VLLMEngine(server.url, str(tmp_path), timeout=0.3)
-        assert_equal(written(second, policy), written(InProcessEngine(Codec()), policy))
-        with pytest.raises(EngineError, match="process 1 waited"):
-            second.push(adapted(policy))
-
-    def test_what_vllm_reads_no_adapter_of(self, engine, tiny_llama):
-        policy = add_lora(tiny_llama, LoraConfig(r=2, use_dora=True))
-        with pytest.raises(ValueError, match=r"lora.use_dora=True: vLLM reads no adapter with it"):
-            engine.push(policy)
-
-    def test_a_server_that_takes_no_adapters(self, engine, server, policy):
-        server.wrong(missing=["/v1/load_lora_adapter"])
-        with pytest.raises(EngineError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
-            engine.push(policy)
-
-
-def adapted(policy):
-    """The same LoRA policy after an update that can be seen."""
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return policy.eval()
 
 
 @pytest.mark.parametrize(

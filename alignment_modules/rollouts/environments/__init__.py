@@ -6,7 +6,9 @@ from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.rollouts.environments.results import Result
 from alignment_modules.rollouts.environments.running import Job, Outcome, Request, Runner
 from alignment_modules.rollouts.environments.schemas import ArgumentError, Tool
+from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
+from alignment_modules.rollouts.environments.turns import TurnRenderer
 
 __all__ = [
     "STOP_REASONS",
@@ -24,6 +26,8 @@ __all__ = [
     "Tool",
     "ToolFormat",
     "ToolOptions",
+    "TurnRenderer",
     "detect",
+    "episode_statistics",
     "tool_format",
 ]

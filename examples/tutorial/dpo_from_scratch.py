@@ -42,10 +42,10 @@ def pairs_of(count: int = 64, seed: int = 0) -> list[Pair]:
 def completion_log_probs(model: nn.Module, rows: list[Row]) -> Tensor:
     """The log-probability of each row's completion given its prompt, [rows].
 
-    By the chain rule of probability it is the sum over the completion's tokens; those of the prompt are given.
+    By the chain rule of probability it is the sum over the completion's tokens. Those of the prompt are given: log 1.
     """
-    log_probs, counted = token_log_probs(model, collate(rows))
-    return torch.where(counted, log_probs, 0.0).sum(dim=1)
+    log_probs, _ = token_log_probs(model, collate(rows))
+    return log_probs.sum(dim=1)
 
 
 def dpo_losses(policy: nn.Module, reference: nn.Module, pairs: list[Pair], beta: float = BETA) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
 
 
 def token_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The log p of each token given those before it, and whether it is to be learnt: [batch, time - 1] both.
+    """The log p of each token given those before it, 0 where none is to be learnt, and where one is: [batch, time - 1].
 
     The logits at t are about the token at t + 1, hence the shift. log p is the token's logit less the log of the sum of
     all exp(logit); it is taken in float32, also where the model computes in bfloat16 and its 8 bits of precision.

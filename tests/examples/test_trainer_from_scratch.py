@@ -143,5 +143,5 @@ def test_what_a_reader_sees(printed):
     lines = printed("trainer_from_scratch").splitlines()
     losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
     assert losses[0] > 3
-    assert losses[-1] < 0.5
-    assert lines[-1] == "stopped at 15 and resumed: the same bits"
+    assert losses[-1] < 0.3
+    assert lines[-1] == "stopped at 25 and resumed: the same bits"

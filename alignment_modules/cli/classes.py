@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from alignment_modules import callbacks, rewards
 from alignment_modules.callbacks.logged_metrics import LoggedMetrics
@@ -62,7 +63,8 @@ def public_classes(package: types.ModuleType, base: type | None = None) -> list[
 
 _NO_REWARDS = (rewards.RewardSet, rewards.RewardFunction)
 REWARDS = [c for c in public_classes(rewards) if "__call__" in vars(c) and c not in _NO_REWARDS]
-TASKS = [c for c in public_classes(tasks) if c is not tasks.AdditionTask]
+_BASES_OF_TASKS = (tasks.AdditionTask, tasks.HiddenNumberTask)
+TASKS = [c for c in public_classes(tasks, Dataset) if c not in _BASES_OF_TASKS]
 CURRICULA = public_classes(curricula, curricula.Curriculum)
 CALLBACKS = public_classes(callbacks, Callback)
 

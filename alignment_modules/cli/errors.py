@@ -22,9 +22,10 @@ from alignment_modules.cli.classes import (
     path_of,
 )
 from alignment_modules.cli.commands import COMMANDS
-from alignment_modules.cli.given import given_options
+from alignment_modules.cli.given import configs, given_options
 from alignment_modules.cli.help import print_help
 from alignment_modules.cli.mistakes import allowed, close, mistakes
+from alignment_modules.cli.repeated_keys import RepeatedKeyError, refuse_in_options, refuse_repeated_keys
 
 _WRAPPING = (
     "Does not validate against",
@@ -69,6 +70,11 @@ class AlignArgumentParser(LightningArgumentParser):
         except ValueError as error:
             self._refuse(str(error))
         self._refuse_bases()
+        try:
+            folders = [self._folder, *(self._folder / Path(value).parent for value in configs(self._given))]
+            refuse_in_options(given_options(self._given, self._folder), folders)
+        except RepeatedKeyError as error:
+            self._refuse(str(error))
         return super().parse_args([lengthen_argument(argument) for argument in self._given], *more, **keywords)
 
     def parse_object(self, cfg_obj: Any, *more: Any, **keywords: Any) -> Any:
@@ -87,10 +93,13 @@ class AlignArgumentParser(LightningArgumentParser):
     def parse_path(self, path: Any, *more: Any, **keywords: Any) -> Any:
         """Reads a configuration file; a file that holds no options is refused by its name."""
         try:
-            with Path(path).expanduser().open(encoding="utf-8") as file:
-                options = yaml.safe_load(file)
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            refuse_repeated_keys(text, f"--config={path}")
+            options = yaml.safe_load(text)
         except OSError:
             pass  # told below
+        except RepeatedKeyError as error:
+            self._refuse(str(error))
         except yaml.YAMLError as error:
             self._refuse(f"--config={path}: is not valid YAML: {error}")
         except UnicodeDecodeError as error:

@@ -45,6 +45,11 @@ def given_options(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     return tree
 
 
+def configs(arguments: Sequence[str]) -> list[str]:
+    """The configuration files of a command, as they were typed."""
+    return [value for option, value in _pairs(arguments) if option in ("-c", "--config")]
+
+
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     waiting = ""
     for number, argument in enumerate(arguments):

@@ -1,7 +1,14 @@
-"""Data that the package makes itself, so that everything runs without a network."""
+"""Tasks that make their own data, tokenizer and environment, so that everything runs without a network."""
 
 from datamodules.tasks.addition import AdditionCorpus, AdditionInstructions, AdditionPrompts, AdditionTask
 from datamodules.tasks.characters import character_tokenizer
+from datamodules.tasks.hidden_number import HiddenNumber, question_tokenizer, read_questions
+from datamodules.tasks.hidden_rows import (
+    HiddenNumberEpisodes,
+    HiddenNumberNotes,
+    HiddenNumberPrompts,
+    HiddenNumberTask,
+)
 from datamodules.tasks.problems import split_of, write_sums
 
 __all__ = [
@@ -9,7 +16,14 @@ __all__ = [
     "AdditionInstructions",
     "AdditionPrompts",
     "AdditionTask",
+    "HiddenNumber",
+    "HiddenNumberEpisodes",
+    "HiddenNumberNotes",
+    "HiddenNumberPrompts",
+    "HiddenNumberTask",
     "character_tokenizer",
+    "question_tokenizer",
+    "read_questions",
     "split_of",
     "write_sums",
 ]

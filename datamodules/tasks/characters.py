@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+ROLES = ("<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -16,14 +18,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def character_tokenizer(characters: str = "0123456789+=") -> Any:
-    """A `transformers` tokenizer whose tokens are six special ones and the given characters, in this order.
+def character_tokenizer(
+    characters: str = "0123456789+=", *, roles: Sequence[str] = ROLES, chat_template: str = CHAT_TEMPLATE
+) -> Any:
+    """A `transformers` tokenizer whose tokens are four special ones, the roles and the given characters, in this order.
 
     Text starts with `<bos>`. The chat template marks turns with `<user>` and `<assistant>`, ends replies with `<eos>`
     and marks what is generated, so that loss masks are exact.
 
     Args:
         characters: The alphabet; any other character becomes `<unk>`.
+        roles: Special tokens that the template begins turns with.
+        chat_template: The template.
 
     Raises:
         ValueError: A character comes twice, or there is none.
@@ -33,7 +39,7 @@ def character_tokenizer(characters: str = "0123456789+=") -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *roles, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106  no password
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -46,7 +52,7 @@ def character_tokenizer(characters: str = "0123456789+=") -> Any:
         bos_token="<bos>",  # noqa: S106
         eos_token="<eos>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106
-        additional_special_tokens=["<user>", "<assistant>"],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[*roles],
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )

@@ -166,6 +166,24 @@ OPTIONS = {
     "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
     "an empty configuration": Case("sft", ["-c", "bad/nothing.yaml"], ["--config=bad/nothing.yaml", "empty"], PARSING),
     "a configuration that is a list": Case("sft", ["-c", "bad/list.yaml"], ["--config=bad/list.yaml", "list"], PARSING),
+    "a configuration that gives an option twice": Case(
+        "sft",
+        ["-c", "bad/twice.yaml"],
+        ["--config=bad/twice.yaml: model.init_args.optimizer.init_args.lr is given twice, in lines 4 and 6"],
+        PARSING,
+    ),
+    "a configuration that a configuration names and that gives an option twice": Case(
+        "sft",
+        ["-c", "bad/names.yaml"],
+        ["--model.policy=bad/policy.yaml: path is given twice, in lines 1 and 3"],
+        PARSING,
+    ),
+    "a typed value that gives a key twice": Case(
+        "sft",
+        ["--model.policy", '{"path": "policy", "path": "start"}'],
+        ["--model.policy=", "path is given twice, in line 1"],
+        PARSING,
+    ),
     "a configuration that is no text": Case(
         "sft", ["-c", "bad/binary.yaml"], ["--config=bad/binary.yaml", "UTF-8"], PARSING
     ),

@@ -41,6 +41,10 @@ def bad(workplace):
     files = {
         "option.yaml": "model: {init_args: {betta: 0.3}}\n",
         "trainer.yaml": "trainer: {max_epoch: 3}\n",
+        "twice.yaml": "model:\n  init_args:\n    optimizer: {class_path: SGD, init_args: {\n      lr: 1.0,\n"
+        "      momentum: 0.5,\n      lr: 2.0}}\n",
+        "policy.yaml": "path: policy\ndtype: float32\npath: start\n",
+        "names.yaml": "model: {init_args: {policy: bad/policy.yaml}}\n",
         "broken.yaml": "trainer: {max_epochs: [\n",
         "line.jsonl": row * 2 + '{"prompt": "1+1=", "comp\n' + row,
         "number.jsonl": row + "12\n",

@@ -1,49 +1,14 @@
 """Runs on streams, killed and resumed, end where the uninterrupted run ends, bit for bit."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from tests.reliability.forked_runs import rows, same_weights
 from tests.reliability.streamed_runs import EVERY
 
-ROOT = Path(__file__).parents[2]
+RUNS = "tests.reliability.streamed_runs"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runs(workplace, tmp_path_factory):
-    """`runs(name, code)`: the folder of a run that ended so."""
-    results = tmp_path_factory.mktemp("streams")
-    command = [sys.executable, "-m", "tests.reliability.streamed_runs", str(results)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    codes = json.loads((results / "codes.json").read_text())
-
-    def find(name, code=0):
-        assert codes[name] == code, (results / name / "log.txt").read_text()[-3000:]
-        return results / name
-
-    return find
-
-
-def rows(folder, rank=0):
-    return [json.loads(line) for line in (folder / f"rows.{rank}.jsonl").read_text().splitlines()]
-
-
-def same_weights(one, other, start):
-    one, other = (load_file(folder / "export" / "model.safetensors") for folder in (one, other))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    before = load_file(start / "model.safetensors")
-    assert not any(torch.equal(value, before[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("workers", [2, 0])

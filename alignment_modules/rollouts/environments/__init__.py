@@ -6,6 +6,7 @@ from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.rollouts.environments.results import Result
 from alignment_modules.rollouts.environments.running import Job, Outcome, Request, Runner
 from alignment_modules.rollouts.environments.schemas import ArgumentError, Tool
+from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
 from alignment_modules.rollouts.environments.turns import TurnRenderer
 
@@ -27,5 +28,6 @@ __all__ = [
     "ToolOptions",
     "TurnRenderer",
     "detect",
+    "episode_statistics",
     "tool_format",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ class Turn:
 
     Attributes:
         messages: Both.
-        names: The tools' names.
+        names: Of the tools, one for each result.
         last: A word in the last argument, which the turn writes nowhere else.
         end: Characters between that word and the end of what the policy writes.
         stop: The control token that then ends the turn; empty: there is none.
@@ -37,6 +37,14 @@ class Turn:
     last: str
     end: int = 0
     stop: str = ""
+
+    def answers(self, texts: Sequence[str]) -> list[Message]:
+        """Messages of results, for its calls in their order."""
+        ids = [call["id"] for call in self.messages[1]["tool_calls"]]
+        return [
+            {"role": "tool", "name": name, "tool_call_id": ids[min(number, len(ids) - 1)], "content": text}
+            for number, (name, text) in enumerate(zip(self.names, texts, strict=True))
+        ]
 
 
 class Template:
@@ -73,11 +81,11 @@ class Template:
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(f"the chat template refuses a conversation of {roles}: {error}{_OTHER}") from error
 
-    def turn(self, count: int, schemas: Schemas, ends: Ends) -> Turn:
-        """A turn that is answered with `count` results, and where in a rendering it ends.
+    def turn(self, names: Sequence[str], schemas: Schemas, ends: Ends) -> Turn:
+        """A turn that is answered with results, and where in a rendering it ends.
 
         Args:
-            count: Results behind it.
+            names: Of the tools that are called, one for each result.
             schemas: Of the tools.
             ends: Finds the token that ends a turn, see `Ends`.
 
@@ -85,12 +93,12 @@ class Template:
             ValueError: If the template cannot show such a turn, or not where it ends.
         """
         failure: ValueError | None = None
-        for calls in dict.fromkeys((count, 1)):  # some take no more than one call a turn
+        results = [_result_word(number) for number in range(len(names))]
+        for calls in dict.fromkeys((len(names), 1)):  # some take no more than one call a turn
             for as_text in (False, True):  # templates differ in how they take arguments
-                turn = _called(calls, schemas, as_text)
-                results = [_result_word(number) for number in range(count)]
+                turn = replace(_called(names[:calls], as_text), names=tuple(names))
                 try:
-                    text = self.text([*turn.messages, *answers(turn.names, results)], schemas)
+                    text = self.text([*turn.messages, *turn.answers(results)], schemas)
                 except ValueError as error:
                     failure = failure or error
                     continue
@@ -98,19 +106,19 @@ class Template:
                     missing = "calls of tools" if turn.last not in text else "the results of tools (role 'tool')"
                     failure = ValueError(f"the chat template does not show {missing}{_OTHER}")
                     continue
-                return self._with_end(turn, text, results[0], schemas, ends)
+                return self._with_end(turn, text, results, schemas, ends)
         raise failure or ValueError("the chat template shows no calls of tools")
 
-    def _with_end(self, turn: Turn, text: str, result: str, schemas: Schemas, ends: Ends) -> Turn:
+    def _with_end(self, turn: Turn, text: str, results: list[str], schemas: Schemas, ends: Ends) -> Turn:
         prompt = self.text(turn.messages[:1], schemas)
         place = text.index(turn.last) + len(turn.last)
-        written, between = text[len(prompt) : place], text[place : text.index(result, place)]
+        written, between = text[len(prompt) : place], text[place : text.index(results[0], place)]
         if (found := ends(written, between)) is not None:
             return replace(turn, end=found[0], stop=found[1])
         # No token ends it; what stands between words and a result does.
-        spoken = [turn.messages[0], {"role": "assistant", "content": _WORDS}, *answers(turn.names, [result])]
+        spoken = [turn.messages[0], {"role": "assistant", "content": _WORDS}, *turn.answers(results)[:1]]
         _, shown, behind = self.text(spoken, schemas).partition(_WORDS)
-        closing = behind[: behind.find(result)]
+        closing = behind[: behind.find(results[0])]
         if not shown or not closing or not between.endswith(closing):
             raise ValueError(
                 f"it cannot be told where the chat template ends a turn with calls: it writes {short(between)} between "
@@ -128,11 +136,23 @@ class Template:
         prompt = self.text(ask, schemas)
         if prompt == self._without_tools(ask):
             raise ValueError(f"the chat template does not show the tools, so the policy would not see them{_OTHER}")
+        self._check_header(ask, prompt, schemas)
         opened = _opens_thought(prompt[prompt.rfind(_ASK) :])
         if not opened:
             self._check_kept("", schemas, prompt)
         if opened or _END_OF_THOUGHT in self._source(schemas):
             self._check_kept(_THOUGHT, schemas, prompt)
+
+    def _check_header(self, ask: list[Message], prompt: str, schemas: Schemas) -> None:
+        if prompt != self.text(ask, schemas, prompt=False):
+            return
+        answered = self.text([*ask, {"role": "assistant", "content": _WORDS}], schemas, prompt=False)
+        header = answered[len(prompt) :].partition(_WORDS)[0]
+        if answered.startswith(prompt) and header.strip():
+            raise ValueError(
+                f"the chat template ignores add_generation_prompt, so that no turn of the policy gets its header, "
+                f"{header!r}{_OTHER}"
+            )
 
     def _without_tools(self, messages: Sequence[Message]) -> str | None:
         try:
@@ -143,9 +163,9 @@ class Template:
     def _check_kept(self, thought: str, schemas: Schemas, prompt: str) -> None:
         """Whether a turn stands, behind what it was written to, as it is before results and another turn."""
         turn = self._shown(schemas, f"{_THINK}\n{thought}\n{_END_OF_THOUGHT}\n\n" if thought else "")
-        once = [*turn.messages, *answers(turn.names, [_result_word(0)])]
+        once = [*turn.messages, *turn.answers([_result_word(0)])]
         first = self.text(once, schemas)
-        second = self.text([*once, turn.messages[1], *answers(turn.names, [_result_word(1)])], schemas)
+        second = self.text([*once, turn.messages[1], *turn.answers([_result_word(1)])], schemas)
         if thought not in first:
             how = "it takes the policy's thoughts (<think>...</think>) out of turns that call tools"
         elif not first.startswith(prompt):
@@ -163,9 +183,9 @@ class Template:
     def _shown(self, schemas: Schemas, content: str) -> Turn:
         failure: ValueError | None = None
         for as_text in (False, True):
-            turn = _called(1, schemas, as_text, content)
+            turn = _called([name_of(schemas[0])], as_text, content)
             try:
-                self.text([*turn.messages, *answers(turn.names, [_ASK])], schemas)
+                self.text([*turn.messages, *turn.answers([_ASK])], schemas)
             except ValueError as error:
                 failure = failure or error
             else:
@@ -184,36 +204,24 @@ def call_id(number: int) -> str:
     return f"call{number:05d}"
 
 
-def answers(names: Sequence[str], texts: Sequence[str]) -> list[Message]:
-    """Messages of results, for the calls of a turn in their order."""
-    return [
-        {
-            "role": "tool",
-            "name": names[min(number, len(names) - 1)],
-            "tool_call_id": call_id(min(number, len(names) - 1)),
-            "content": text,
-        }
-        for number, text in enumerate(texts)
-    ]
+def name_of(schema: Mapping[str, Any]) -> str:
+    """The name of a tool."""
+    return str(schema["function"]["name"])
 
 
 def _result_word(number: int) -> str:
     return f"qzresult{number}zq"
 
 
-def _called(count: int, schemas: Schemas, as_text: bool, content: str = "") -> Turn:
-    name = str(schemas[0]["function"]["name"]) if schemas else "tool"
-    words = [f"qzargument{number}zq" for number in range(count)]
-    calls = [
-        {
-            "id": call_id(number),
-            "type": "function",
-            "function": {"name": name, "arguments": json.dumps({"value": word}) if as_text else {"value": word}},
-        }
-        for number, word in enumerate(words)
-    ]
+def _called(names: Sequence[str], as_text: bool, content: str = "") -> Turn:
+    words = [f"qzargument{number}zq" for number in range(len(names))]
+    calls = []
+    for number, (name, word) in enumerate(zip(names, words, strict=True)):
+        arguments = json.dumps({"value": word}) if as_text else {"value": word}
+        function = {"name": name, "arguments": arguments}
+        calls.append({"id": call_id(number), "type": "function", "function": function})
     turn = {"role": "assistant", "content": content, "tool_calls": calls}
-    return Turn(({"role": "user", "content": _ASK}, turn), (name,) * count, words[-1])
+    return Turn(({"role": "user", "content": _ASK}, turn), tuple(names), words[-1])
 
 
 def _difference(before: str, after: str) -> str:

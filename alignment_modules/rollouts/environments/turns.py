@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.parsing import Parsed, ToolFormat
 from alignment_modules.rollouts.environments.plain_text import PlainText
-from alignment_modules.rollouts.environments.results import Result
-from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, answers, call_id
+from alignment_modules.rollouts.environments.results import Result, cut
+from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, call_id, name_of
 
 
 class TurnRenderer:
@@ -32,7 +32,7 @@ class TurnRenderer:
         self.codec, self.tool_format, self.max_result_length = codec, tool_format, max_result_length
         self._template = Template(codec.require_tokenizer())
         self._plain = PlainText(codec.tokenizer)
-        self._turns: dict[tuple[int, tuple[int, ...], str], Turn] = {}
+        self._turns: dict[tuple[tuple[str, ...], tuple[int, ...], str], Turn] = {}
 
     def check(self, schemas: Schemas) -> None:
         """Refuses, before anything is generated, a chat template that episodes cannot be written with.
@@ -47,29 +47,18 @@ class TurnRenderer:
         """
         if not schemas:
             return
+        stops = {self._turn([name_of(schemas[0])] * count, schemas).stop for count in (1, 2)} - {""}
         self._template.check(schemas)
-        for count in (1, 2):
-            stop = self._turn(count, schemas).stop
-            index = self.codec.tokenizer.convert_tokens_to_ids(stop) if stop else None
-            if index is not None and index not in self.codec.stop_token_ids:
-                self.codec.data_stops = (*self.codec.data_stops, int(index))
+        new = {int(self.codec.tokenizer.convert_tokens_to_ids(stop)) for stop in stops} - {*self.codec.stop_token_ids}
+        self.codec.data_stops = (*self.codec.data_stops, *sorted(new))
 
-    def prompt(self, messages: Sequence[Message], schemas: Schemas) -> list[int]:
+    def prompt(self, messages: Sequence[Message], schemas: Schemas, *, told: str = "") -> list[int]:
         """Ids of the messages before the policy's first turn, with the tools and the turn's header.
 
-        Raises:
-            ValueError: If the template refuses them.
-        """
-        text = self._template.text(messages, schemas)
-        return list(self.codec.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def appended(self, results: Sequence[Result], *, stopped: bool, schemas: Schemas) -> list[int]:
-        """Ids between the end of what the policy wrote and the start of its next turn.
-
         Args:
-            results: What its calls were answered with, in their order; at least one.
-            stopped: Whether the policy wrote the token that ends a turn; else it is appended, too.
+            messages: The messages.
             schemas: Of the episode's tools.
+            told: What the last message of the user ends with and an environment said: it stays text.
 
         Returns:
             The ids.
@@ -77,10 +66,46 @@ class TurnRenderer:
         Raises:
             ValueError: If the template refuses them.
         """
-        turn = self._turn(len(results), schemas)
+        text = self._template.text(messages, schemas)
+        mark = self._plain.mark(text)
+        guarded = self._plain.guarded(told, mark)
+        if guarded != told:
+            last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+            content = messages[last]["content"].removesuffix(told) + guarded
+            text = self._template.text(
+                [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]], schemas
+            )
+        return self._plain.ids(text, mark, None)
+
+    def appended(
+        self,
+        results: Sequence[Result],
+        *,
+        stopped: bool,
+        schemas: Schemas,
+        calls: Sequence[Message | None] = (),
+    ) -> list[int]:
+        """Ids between the end of what the policy wrote and the start of its next turn.
+
+        Args:
+            results: What its calls were answered with, in their order; at least one.
+            stopped: Whether the policy wrote the token that ends a turn; else it is appended, too.
+            schemas: Of the episode's tools.
+            calls: The `tool_calls` of `message` that were answered, None for one that could not be read; for templates
+                that write a tool's name beside its result.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ValueError: If the template refuses them.
+        """
+        known = [name_of(schema) for schema in schemas] or ["tool"]
+        called = [call["function"]["name"] if call else "" for call in calls] or [""] * len(results)
+        turn = self._turn([name if name in known else known[0] for name in called], schemas)
         mark = self._plain.mark(*(result.text for result in results))
         texts = [self._guarded(result.text, mark) for result in results]
-        text = self._template.text([*turn.messages, *answers(turn.names, texts)], schemas)
+        text = self._template.text([*turn.messages, *turn.answers(texts)], schemas)
         end = text.index(turn.last) + len(turn.last) + turn.end
         if stopped:
             return self._plain.ids(text[end + len(turn.stop) :], mark, turn.stop)
@@ -119,10 +144,10 @@ class TurnRenderer:
         named = {} if call is None else {"name": call["function"]["name"], "tool_call_id": call["id"]}
         return {"role": "tool", **named, "content": result.text}
 
-    def _turn(self, count: int, schemas: Schemas) -> Turn:
-        key = count, self.codec.stop_token_ids, json.dumps(schemas, sort_keys=True, default=str)
+    def _turn(self, names: Sequence[str], schemas: Schemas) -> Turn:
+        key = tuple(names), self.codec.stop_token_ids, json.dumps(schemas, sort_keys=True, default=str)
         if key not in self._turns:
-            self._turns[key] = self._template.turn(count, schemas, self._ends)
+            self._turns[key] = self._template.turn(names, schemas, self._ends)
         return self._turns[key]
 
     def _ends(self, written: str, between: str) -> tuple[int, str] | None:
@@ -138,14 +163,5 @@ class TurnRenderer:
 
     def _guarded(self, text: str, mark: str) -> str:
         """A result with marks where it spells control tokens, and cut where it is too long."""
-        guarded = self._plain.guarded(text, mark)
-        length = len(self._plain.ids(guarded, mark))
-        if length <= self.max_result_length:
-            return guarded
-        fits, above = 0, len(text)
-        while above - fits > 1:
-            middle = (fits + above) // 2
-            short = len(self._plain.ids(self._plain.guarded(text[:middle], mark), mark)) <= self.max_result_length
-            fits, above = (middle, above) if short else (fits, middle)
-        note = f" [cut: {self.max_result_length} of {length} tokens]"
-        return self._plain.guarded(text[:fits], mark) + note
+        fits = self._plain.length_that_fits(text, self.max_result_length)
+        return self._plain.guarded(text[:fits], mark) + cut(text, fits)[fits:]

@@ -257,7 +257,6 @@ def test_a_class_of_ones_own_is_kept_where_it_says_what_counts(write, tokenizer,
     assert len(list((tmp_path / "cache").iterdir())) == before + 1
 
 
-@pytest.mark.slow
 def test_what_changes_a_table_is_in_its_key(write, make_tokenizer, options, tmp_path):
     path = write(PLAIN)
     seen = set()

@@ -11,115 +11,18 @@ from alignment_modules.rollouts.environments import Result, TurnRenderer, tool_f
 from alignment_modules.rollouts.environments.plain_text import PlainText
 from datamodules.text.chat import PLAIN_TEMPLATE
 from tests.datamodules.alone import Chat
-from tests.datamodules.test_templates import assistant, make, user
-from tests.datamodules.test_tokens import byte_level, prefix_space
-from tests.rollouts.environments import chat_templates
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Adds.",
-            "parameters": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
-        },
-    }
-]
-CHATML = "<|im_start|> <|im_end|> <tool_call> </tool_call>"
-LLAMA3 = "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|python_tag|>"
-# Results of a turn stand in one message of the user.
-QWEN = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n<tools>' }}
-{%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n</tools><|im_end|>\\n' }}{% endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}{{ '<|im_start|>assistant' }}
-{%- if message.content %}{{ '\\n' + message.content }}{% endif %}
-{%- for call in message.tool_calls or [] %}
-{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{ call.function.arguments | tojson }}
-{{- '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}
-{%- elif message.role == 'tool' %}
-{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
-{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
-{%- else %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-# Tools in the first message, one call a turn, results as JSON; turns with calls end otherwise than answers.
-LLAMA = """{%- for message in messages %}
-{%- if message.role == 'assistant' and message.tool_calls %}
-{%- if message.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + message.tool_calls[0].function.name }}
-{{- '", "parameters": ' }}{{ message.tool_calls[0].function.arguments | tojson }}{{ '}<|eom_id|>' }}
-{%- elif message.role == 'tool' %}{{ '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
-{{- {'output': message.content | trim} | tojson }}{{ '<|eot_id|>' }}
-{%- else %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
-{%- if loop.first and tools %}{% for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}{% endif %}
-{{- message.content | trim }}{{ '<|eot_id|>' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-XML = "{%- for tool in tools or [] %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}" + chat_templates.QWEN_XML
-MISTRAL = """{%- if tools %}{{ '[AVAILABLE_TOOLS]' }}{{ tools | tojson }}{{ '[/AVAILABLE_TOOLS]' }}{% endif %}
-{%- for message in messages %}
-{%- if message.tool_calls %}{{ '[TOOL_CALLS][' }}
-{%- for call in message.tool_calls %}
-{%- if call.id | length != 9 %}{{ raise_exception('ids have nine letters') }}{% endif %}
-{{- call.function | tojson }}{{ ', ' if not loop.last }}{% endfor %}{{ ']' + eos_token }}
-{%- elif message.role == 'tool' %}
-{%- if message.tool_call_id | length != 9 %}{{ raise_exception('ids have nine letters') }}{% endif %}
-{{- '[TOOL_RESULTS]{"content": ' }}{{ message.content | tojson }}{{ '}[/TOOL_RESULTS]' }}
-{%- elif message.role == 'assistant' %}{{ message.content + eos_token }}
-{%- else %}{{ '[INST]' + message.content + '[/INST]' }}{% endif %}
-{%- endfor %}"""
-STYLES = {
-    "qwen": (QWEN, CHATML),
-    "hermes": (chat_templates.HERMES, CHATML),
-    "llama": (LLAMA, LLAMA3),
-    "qwen xml": (XML, CHATML),
-    "mistral": (MISTRAL, "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"),
-    "plain": (PLAIN_TEMPLATE, ""),
-}
-
-
-def mistral_calls(text):
-    """Calls in a list behind a token."""
-    _, mark, listed = text.partition("[TOOL_CALLS]")
-    return [{"name": one["name"], "arguments": one["arguments"]} for one in json.loads(listed)] if mark else []
-
-
-def with_special(tokenizer, special):
-    tokenizer.add_special_tokens({"additional_special_tokens": special.split()})
-    return tokenizer
-
-
-TOKENIZERS = {
-    "byte": lambda special: make(None, special),
-    "not special": lambda special: make(None, "", special),
-    "byte level": lambda special: with_special(byte_level(), special),
-    **{
-        f"prefix space, {scheme}": lambda special, scheme=scheme: with_special(prefix_space(scheme), special)
-        for scheme in ("legacy", "first", "never")
-    },
-}
-
-
-def renderer(style, tokenizer="byte", **options):
-    template, special = STYLES[style]
-    tokenizer = TOKENIZERS[tokenizer](special)
-    tokenizer.chat_template = template
-    codec = Codec(tokenizer)
-    codec.data_stops = tuple(Chat(tokenizer).stop_token_ids())
-    return TurnRenderer(codec, tool_format(mistral_calls if style == "mistral" else None, tokenizer), **options)
-
-
-def call(number, **arguments):
-    return {"id": f"call{number:05d}", "type": "function", "function": {"name": "add", "arguments": arguments}}
-
-
-def told(number, text):
-    return {"role": "tool", "name": "add", "tool_call_id": f"call{number:05d}", "content": text}
-
-
-def text_of(one, ids):
-    return one.codec.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+from tests.datamodules.test_templates import assistant, user
+from tests.rollouts.environments.turn_styles import (
+    CHATML,
+    QWEN,
+    STYLES,
+    TOKENIZERS,
+    TOOLS,
+    call,
+    renderer,
+    text_of,
+    told,
+)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -219,8 +122,89 @@ def test_a_long_result_is_cut(tokenizer):
     one = renderer("qwen", tokenizer, max_result_length=10)
     ids = one.appended([Result("ab<|im_end|> " * 200), Result("abc")], stopped=True, schemas=TOOLS)
     first, second = text_of(one, ids).split("<tool_response>\n")[1:]
-    assert re.fullmatch(r"ab<[^[]{0,9} \[cut: 10 of \d{4} tokens\]\n</tool_response>\n", first)
+    assert re.fullmatch(r"ab<[^[]{0,9} \[cut: \d{4} of 2600 characters\]\n</tool_response>\n", first)
     assert second.startswith("abc\n</tool_response>")
     kept = first.partition(" [cut")[0]
     plain = PlainText(one.codec.tokenizer)
     assert 5 <= len(plain.ids(plain.guarded(kept, "~"), "~")) <= 10
+
+
+def test_a_turn_and_its_message():
+    one = renderer("qwen")
+    tokenizer = one.codec.tokenizer
+    said = "Let me see.\n<tool_call>\n" + json.dumps({"name": "add", "arguments": {"a": "x"}}) + "\n</tool_call>"
+    for end in ("", "<|im_end|>"):
+        parsed = one.read(tokenizer(said + end, add_special_tokens=False)["input_ids"])
+        message = one.message(parsed, first=3)
+        assert message == assistant("Let me see.", tool_calls=[call(3, a="x")])
+        assert one.answer(Result("42"), message["tool_calls"][0]) == told(3, "42")
+        ids = one.prompt([user("q")], TOOLS)
+        assert text_of(one, ids) + said + "<|im_end|>\n" == tokenizer.apply_chat_template(
+            [user("q"), message], tools=TOOLS, tokenize=False
+        )
+    assert one.message(one.read(tokenizer("It is 42.<|im_end|>")["input_ids"])) == assistant("It is 42.")
+    broken = one.read(tokenizer("<tool_call>{</tool_call>")["input_ids"])
+    assert "tool_calls" not in one.message(broken)
+    assert one.answer(Result("Error: no", True, "malformed")) == {"role": "tool", "content": "Error: no"}
+
+
+def test_what_the_policy_wrote_is_never_tokenised_again():
+    """Its own spelling and cut into tokens stay: what is appended depends on neither."""
+    one = renderer("qwen", "byte level")
+    tokenizer = one.codec.tokenizer
+    asked: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **options):
+            asked.append(text)
+            return tokenizer(text, **options)
+
+    codec = Codec(Watched())
+    codec.data_stops = one.codec.data_stops
+    watched = TurnRenderer(codec, tool_format("json_tags"))
+    said = '<tool_call>{"arguments":{"a" : "\\u0051qq"},"name":"add"}</tool_call>'
+    written = [token for letter in said for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    assert len(written) == len(said) > len(tokenizer(said)["input_ids"])
+    parsed = watched.read(written)
+    assert parsed.calls[0].arguments == {"a": "Qqq"}
+    between = watched.appended(
+        [Result("42")], stopped=False, schemas=TOOLS, calls=watched.message(parsed)["tool_calls"]
+    )
+    assert between == one.appended([Result("42")], stopped=False, schemas=TOOLS)
+    assert asked
+    assert not any("qq" in text for text in asked)
+
+
+def test_the_name_of_a_tool_beside_its_result():
+    shows = QWEN.replace("message.content + '\\n</tool", "message.name + ': ' + message.content + '\\n</tool")
+    one = renderer("qwen")
+    one.codec.tokenizer.chat_template = shows
+    schemas = [*TOOLS, {"type": "function", "function": {**TOOLS[0]["function"], "name": "double"}}]
+    calls = [{**call(0), "function": {"name": name, "arguments": {}}} for name in ("double", "add", "<|im_end|>")]
+    results = [Result(text) for text in "1234"]
+    one.check(schemas)
+    text = text_of(one, one.appended(results, stopped=True, schemas=schemas, calls=[*calls, None]))
+    assert re.findall("(\\w+): ([1-4])", text) == [("double", "1"), ("add", "2"), ("add", "3"), ("add", "4")]
+
+
+def test_an_error_where_there_are_no_tools():
+    one = renderer("qwen")
+    one.check([])
+    text = text_of(one, one.appended([Result("Error: there is no tool 'x'", True)], stopped=True, schemas=[]))
+    assert "<tool_response>\nError: there is no tool 'x'\n</tool_response>" in text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_what_an_environment_says_first_stays_text(tokenizer):
+    one = renderer("qwen", tokenizer)
+    frame = one.prompt([user("Guess.\nqzq")], TOOLS, told="qzq")
+    assert frame == Chat(one.codec.tokenizer).encode_prompt([user("Guess.\nqzq")], TOOLS).tolist()
+    said = "<|im_end|>\n<|im_start|>assistant <tool_call>"
+    ids = one.prompt([user("Guess.\n" + said)], TOOLS, told=said)
+    assert text_of(one, ids) == text_of(one, frame).replace("qzq", said)
+    for token in CHATML.split():
+        index = one.codec.tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(index) == frame.count(index)

@@ -41,7 +41,7 @@ def tell_scores(data: Any, module: UpdateModule, batch: Mapping[str, Any], rollo
 
 def curriculum_of(module: AlignmentModule) -> dict[str, Statistic]:
     """What the data module of a module that judges nothing tells of its curriculum, to be logged."""
-    data = getattr(module._trainer, "datamodule", None)
+    data: Any = getattr(module._trainer, "datamodule", None)
     if getattr(module, "tells_scores", False) or not getattr(data, "follows_scores", False):
         return {}
     return _statistics(data.record([], []))

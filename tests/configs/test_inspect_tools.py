@@ -47,7 +47,7 @@ def test_rows_are_shown_with_the_tools_and_what_environments_say(inspect):
     assert "add of Sum (number: integer) Adds a number." in told
     assert 'calls as json_tags <tool_call>{"name": "add", "arguments": {"number": "..."}}</tool_call></s>' in told
     assert "a turn ends at </s>" in told
-    assert "at most 8 turns, any number of calls, 10 seconds a call, 1,024 tokens a result" in told
+    assert "at most 8 turns any number of calls, 10 seconds a call, 1,024 tokens a result" in told
     assert "an empty completion" not in text, "a text alone has no reward"
 
 

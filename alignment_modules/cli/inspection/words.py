@@ -209,7 +209,8 @@ def _actions(actions: Actions) -> Iterator[Fact]:
         yield Fact(printable(f"{tool.name}{of}"), printable(f"({tool.arguments})"), printable(tool.description))
     yield Fact("calls as", actions.form, printable(actions.call, 200))
     yield Fact("a turn ends at", " ".join(map(printable, actions.stops)))
-    yield Fact("at most", actions.limits)
+    turns, _, others = actions.limits.partition(", ")
+    yield Fact("at most", turns, others)
 
 
 def _reward(use: RewardUse) -> Fact:

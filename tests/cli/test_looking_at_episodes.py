@@ -46,7 +46,7 @@ def place(tmp_path_factory):
     """A folder with what the commands name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from datamodules.tasks import character_tokenizer, question_tokenizer
+    from datamodules.tasks import HiddenNumberPrompts, character_tokenizer, question_tokenizer
     from datamodules.text.encoding import read_chat_template
 
     folder = tmp_path_factory.mktemp("place")
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
         tokenizer.save_pretrained(folder / "runs" / name / "export")
     (folder / "runs" / "grpo" / "config.yaml").write_text(RUN)
     (folder / "my_tools.py").write_text(TOOLS)
-    rows = [{"prompt": "17-48", "number": number, "answer": str(number)} for number in (29, 40)]
+    rows = [dict(row) for row in HiddenNumberPrompts(split="train", size=4)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder

@@ -3,7 +3,6 @@
 Needs `pip install 'alignment-modules[reasoning-gym]'`. A minute or two on a laptop's CPU.
 """
 
-import argparse
 import string
 
 import lightning as L
@@ -42,7 +41,10 @@ def trainer(steps: int) -> L.Trainer:
 def run(seed: int, sft_steps: int, grpo_steps: int, lr: float = 5e-4) -> tuple[float, float]:
     """Mean scores of the likeliest answers to held-out problems, after SFT and after GRPO."""
     L.seed_everything(seed)
-    score, evaluation = ReasoningGymScore(), EvaluationConfig(max_completion_length=LENGTH, verifier=ReasoningGymScore())
+    score, evaluation = (
+        ReasoningGymScore(),
+        EvaluationConfig(max_completion_length=LENGTH, verifier=ReasoningGymScore()),
+    )
     problems = ReasoningGymPrompts(split="train", size=3000, seed=seed, **TASK)
     held_out = ReasoningGymPrompts(split="test", size=200, seed=seed, **TASK)
     sft = SFTModule(
@@ -51,7 +53,12 @@ def run(seed: int, sft_steps: int, grpo_steps: int, lr: float = 5e-4) -> tuple[f
         evaluation=evaluation,
     )
     rows = SFTDataModule(
-        train=problems, test=held_out, columns={"answer": "completion"}, tokenizer=TOKENIZER, batch_size=64, max_length=96
+        train=problems,
+        test=held_out,
+        columns={"answer": "completion"},
+        tokenizer=TOKENIZER,
+        batch_size=64,
+        max_length=96,
     )
     fitting = trainer(sft_steps)
     fitting.fit(sft, rows)
@@ -75,5 +82,6 @@ def run(seed: int, sft_steps: int, grpo_steps: int, lr: float = 5e-4) -> tuple[f
 if __name__ == "__main__":
     import sys
     import time
+
     run(*map(int, sys.argv[1:4]), float(sys.argv[4]))
     print(time.process_time())

@@ -36,6 +36,7 @@ from alignment_modules.policies import config as policy_config
 from alignment_modules.policies import lora
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.rollouts.environments import ToolOptions
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
@@ -73,6 +74,9 @@ OBJECTS = {  # options that take objects: what none of them can be
     "reference": [3, [], {"pth": "x"}],
     "optimizer": [None, 3, "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "lr_scheduler": [3, "nosuch", {"class_path": "nosuch"}],
+    "environments": [3, [], {}, "nosuch", "no.such.thing", {"class_path": "no.such"}, {"a": 3}, {"a": None}],
+    "tools": [3, [], {}, "nosuch", "no.such.thing", [None], [3], {"a": 1}],
+    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
     "rewards": [None, [], 3, "nosuch", [None], {"class_path": "nosuch"}, ["ExactMatch", 3]],
     "verifier": [3, "nosuch", {"class_path": "nosuch"}],
     "evaluation": [3, "nosuch", [1]],
@@ -146,6 +150,7 @@ def cases():
     yield "evaluation", EvaluationConfig
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "tools", ToolOptions
     yield "cache", datamodules.CacheOptions
     yield "stream", StreamOptions
 
@@ -177,6 +182,7 @@ def configuration(group, cls, options):
         "evaluation": {"evaluation": options},
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
+        "tools": {"evaluation": {"tools": ["tests.rollouts.environments.things.double"], "tool_options": options}},
     }
     if group == "curriculum":
         return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})

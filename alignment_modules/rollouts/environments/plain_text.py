@@ -80,19 +80,20 @@ class PlainText:
             text = "".join("\ufffd" if letter in self._single else letter for letter in text)
         return self._first.sub(lambda match: match.group() + mark, text)
 
-    def ids(self, text: str, mark: str, behind: str = "") -> list[int]:
+    def ids(self, text: str, mark: str, behind: str | None = "") -> list[int]:
         """Ids of a text, with no special token added.
 
         Args:
             text: The text, cut where the mark stands.
             mark: As `mark` gives it.
-            behind: The token that stands before the text, which some tokenizers look at.
+            behind: The token that stands before the text, which some tokenizers look at; empty: some text does; None:
+                nothing does.
 
         Returns:
             The ids, without that of the token before.
         """
         first, *others = text.split(mark)
-        found = self._piece(first, behind)
+        found = self._encode(first) if behind is None else self._piece(first, behind)
         for piece in others:
             found += self._piece(piece, "")
         return found
@@ -111,7 +112,7 @@ class PlainText:
             # what follows the first control token no longer sees what stands before
             ids = self._encode_behind(anchor, plain)
             if ids and self._decode(self._anchors[anchor] + ids) == anchor + plain:
-                return ids if plain == text else self._encode_behind(anchor, text)
+                return ids if plain == text else self._encode_behind(anchor, text) or self._encode(text)
         return self._encode(text)
 
     def _encode_behind(self, before: str, text: str) -> list[int]:

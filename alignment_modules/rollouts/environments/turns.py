@@ -52,14 +52,30 @@ class TurnRenderer:
         new = {int(self.codec.tokenizer.convert_tokens_to_ids(stop)) for stop in stops} - {*self.codec.stop_token_ids}
         self.codec.data_stops = (*self.codec.data_stops, *sorted(new))
 
-    def prompt(self, messages: Sequence[Message], schemas: Schemas) -> list[int]:
+    def prompt(self, messages: Sequence[Message], schemas: Schemas, *, told: str = "") -> list[int]:
         """Ids of the messages before the policy's first turn, with the tools and the turn's header.
+
+        Args:
+            messages: The messages.
+            schemas: Of the episode's tools.
+            told: What the last message of the user ends with and an environment said: it stays text.
+
+        Returns:
+            The ids.
 
         Raises:
             ValueError: If the template refuses them.
         """
         text = self._template.text(messages, schemas)
-        return list(self.codec.tokenizer(text, add_special_tokens=False)["input_ids"])
+        mark = self._plain.mark(text)
+        guarded = self._plain.guarded(told, mark)
+        if guarded != told:
+            last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+            content = messages[last]["content"].removesuffix(told) + guarded
+            text = self._template.text(
+                [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]], schemas
+            )
+        return self._plain.ids(text, mark, None)
 
     def appended(
         self,

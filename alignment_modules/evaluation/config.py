@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from alignment_modules.functional.ranges import Natural, Seed
+from alignment_modules.functional.ranges import Count, Natural, Seed
+from alignment_modules.rollouts.environments.loop import MAX_TURNS
+from alignment_modules.rollouts.environments.options import ToolOptions
+from alignment_modules.rollouts.environments.tool_set import Environments, Tools
 from alignment_modules.rollouts.parameters import SamplingOptions
 
 
@@ -24,7 +27,13 @@ class EvaluationConfig(SamplingOptions):
         verifier: A reward, or the import path of one: a completion is correct when it gives 1 or more.
             None: exact match with the column `answer`. Where it does not apply (None, NaN), a completion is not
             counted, but in `frac_not_judged`.
-        seed: Seed of the samples.
+        seed: Seed of the samples, and of environments.
+        environments: What the policy acts on, as the keyword of `EpisodeModule`; None: of a module that acts in
+            training, what it acts on there. Where they have rewards and there is no verifier, these judge.
+        tools: Functions that it may call, likewise.
+        max_turns: Most turns of the policy in an episode.
+        max_tool_calls: Most calls in an episode; None: any number.
+        tool_options: How calls are read, run and answered.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -35,3 +44,8 @@ class EvaluationConfig(SamplingOptions):
     num_samples: Natural = 0
     verifier: str | Callable | None = None
     seed: Seed = 0
+    environments: Environments | None = None
+    tools: Tools | None = None
+    max_turns: Count = MAX_TURNS
+    max_tool_calls: Count | None = None
+    tool_options: ToolOptions | None = None

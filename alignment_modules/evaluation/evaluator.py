@@ -30,6 +30,9 @@ from alignment_modules.rollouts.codec import (
     real_tokens,
 )
 from alignment_modules.rollouts.engines import Engine
+from alignment_modules.rollouts.environments.loop import Episodes
+from alignment_modules.rollouts.environments.making import make_episodes
+from alignment_modules.rollouts.environments.rewards import EnvironmentReward
 from alignment_modules.rollouts.limits import check_kept, check_limits, limited_prompts
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
@@ -66,8 +69,23 @@ class Evaluator:
     def __init__(self, engine: Engine, config: EvaluationConfig, *, codec: Codec) -> None:
         self.engine, self.config, self.codec = engine, config, codec
         self.verifier = RewardSet([config.verifier or ExactMatch()], option="evaluation.verifier")
+        self.episodes: Episodes | None = None
+        acts = ("environments", "tools", "max_turns", "max_tool_calls", "tool_options")
+        options = {name: getattr(config, name) for name in acts}
+        if (episodes := make_episodes(codec=codec, option=config.option, **options)) is not None:
+            self.act_on(episodes)
         self._told = False
         self.restart()
+
+    def act_on(self, episodes: Episodes) -> None:
+        """Has the policy act from now on; where nothing else is to verify, rewards of the environments do.
+
+        Args:
+            episodes: With what it acts on.
+        """
+        self.episodes = episodes
+        if self.config.verifier is None and episodes.environments.judges:
+            self.verifier = RewardSet([EnvironmentReward()])
 
     def restart(self) -> None:
         """Counts prompts anew, at the start of an epoch."""
@@ -76,7 +94,7 @@ class Evaluator:
     def judges(self, batch: Mapping[str, Any]) -> bool:
         """Whether the batch has the columns that the verifier asks for; where it has not, that is said once."""
         try:
-            self.verifier.check_columns(columns_of(batch).keys())
+            self._check_columns(batch)
         except RewardError as error:
             if not self._told:
                 self._told = True
@@ -95,7 +113,7 @@ class Evaluator:
         Raises:
             RewardError: If the batch lacks a column that the verifier asks for.
         """
-        self.verifier.check_columns(columns_of(batch).keys())
+        self._check_columns(batch)
         batch, config = self._indexed(batch), self.config
         if greedy is None:
             greedy = self.generate(policy, batch, self.parameters(greedy=True), seed=config.seed)
@@ -132,7 +150,7 @@ class Evaluator:
         name = "completions" if config.num_samples else "completion"
         parameters, samples = self.parameters(greedy=not config.num_samples), max(config.num_samples, 1)
         if config.num_samples and config.verifier:
-            self.verifier.check_columns(columns_of(batch).keys())
+            self._check_columns(batch)
         completions = self.generate(policy, batch, parameters, num_samples=samples, seed=config.seed)
         if config.num_samples and self.judges(batch):
             return self._judge(batch, completions, rows, name)[1]
@@ -181,6 +199,11 @@ class Evaluator:
             return complete_text(self, policy, batch, parameters, num_samples=num_samples, seed=seed)
         check_limits(batch, len(batch["prompts"]))
         seeds = Seeds(prompt_indices(batch), seed, step)
+        if self.episodes is not None:
+            parameters = parameters or self.parameters(greedy=True)
+            self.engine.push(policy)
+            options: Any = {"num_samples": num_samples, "seeds": seeds}
+            return self.episodes.run(policy, self.engine, batch, parameters, **options)
         return self.complete(policy, limited_prompts(batch), parameters, num_samples, seeds)
 
     def complete(
@@ -203,8 +226,17 @@ class Evaluator:
         return self.config.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
 
     def decode(self, completions: Completions) -> list[str]:
-        """The completions as text: without padding and the stop token, with all else, such as a special `<think>`."""
+        """The completions as text: without padding and the stop token, with all else, such as a special `<think>`.
+
+        Of episodes it is their answers.
+        """
+        if completions.episodes is not None:
+            return [episode.answer for episode in completions.episodes]
         return self.codec.decode(real_tokens(completions.ids, completions.mask))
+
+    def _check_columns(self, batch: Mapping[str, Any]) -> None:
+        """Checks that the batch has what the verifier asks for."""
+        self.verifier.check_columns([*columns_of(batch), *(["episodes"] if self.episodes is not None else [])])
 
     def _rows(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What is known of each prompt: its index, the columns, and itself."""
@@ -215,7 +247,9 @@ class Evaluator:
         self, batch: Mapping[str, Any], completions: Completions, rows: list[dict[str, Any]], name: str
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """The verifier's value of each completion [prompts, samples], and the rows with both."""
-        table, texts = judge(self.verifier, self.codec, batch, real_tokens(completions.ids, completions.mask))
+        ids = real_tokens(completions.ids, completions.mask)
+        given = completions.prompted(batch)
+        table, texts = judge(self.verifier, self.codec, given, ids, episodes=completions.episodes)
         rewards = table.total.view(len(rows), -1)
         shown = [None if math.isnan(value) else value for value in table.total.tolist()]
         return rewards, _with(_with(rows, name, texts), name.replace("completion", "reward"), shown)

@@ -63,6 +63,19 @@ def check_length(model: nn.Module, tokens: int, what: str) -> None:
         )
 
 
+def context_length(model: Any) -> int | None:
+    """The context that a model is made for, in tokens; None: its configuration does not say.
+
+    Args:
+        model: Any module.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    told = getattr(text, "max_position_embeddings", None)
+    limits = [limit for limit in (told, position_limit(model)) if isinstance(limit, int) and limit > 0]
+    return min(limits, default=None)
+
+
 def position_limit(model: nn.Module) -> int | None:
     """Longest row, in tokens, that a model's table of learned positions has room for; None: it has no such table."""
     if model not in _table_sizes:

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignment_modules.functional.sources import SOURCES, by_source
@@ -13,8 +14,11 @@ from alignment_modules.rewards import RewardError, RewardSet, RewardTable
 from alignment_modules.rewards.judged_rows import REWARD_NAMES
 from alignment_modules.rollouts.codec import Codec, columns_of, messages_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine, EngineError
+from alignment_modules.rollouts.environments.episode import Episode
+from alignment_modules.rollouts.environments.loop import Episodes
+from alignment_modules.rollouts.environments.rewards import EnvironmentReward, failed, placed_turn_rewards
 from alignment_modules.rollouts.given import given_completions
-from alignment_modules.rollouts.limits import check_kept, limited_prompts
+from alignment_modules.rollouts.limits import LIMITS, check_kept, limited_prompts
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
@@ -36,6 +40,7 @@ class Seen:
         texts: The same as text; None where nobody needed it.
         rewards: Of each reward by name.
         greedy_tokens: Tokens of the greedy completions that were made beside them.
+        episodes: The same as messages, calls and results, of those that acted on environments.
         version: Which of the policies that were pushed to the engine made it; None: the engine has but one.
     """
 
@@ -46,6 +51,7 @@ class Seen:
     texts: list[str] | None = None
     rewards: dict[str, list[float]] = field(default_factory=dict)
     greedy_tokens: int = 0
+    episodes: list[Episode] | None = None
     version: int | None = None
 
 
@@ -64,6 +70,7 @@ class Actor:
         seed: Seed of the samples. Each has its own, made of this seed, the step, the prompt's index and the sample's
             number, so that a rollout can be repeated alone.
         missing_eos_penalty: Taken from the reward of each completion that ends without a stop, 0 or more.
+        episodes: Has completions of several turns made, on environments; None: they are of one turn.
     """
 
     def __init__(
@@ -76,10 +83,11 @@ class Actor:
         codec: Codec,
         seed: int = 0,
         missing_eos_penalty: float = 0.0,
+        episodes: Episodes | None = None,
     ) -> None:
         self.engine, self.rewards, self.sampling = engine, rewards, sampling
         self.num_generations, self.codec, self.seed = num_generations, codec, seed
-        self.missing_eos_penalty = missing_eos_penalty
+        self.missing_eos_penalty, self.episodes = missing_eos_penalty, episodes
         self.seen = Seen()
         self.statistics: dict[str, Statistic] = {}
 
@@ -101,8 +109,8 @@ class Actor:
         """
         completions = self._given(batch) if "responses" in batch else self.complete(policy, batch, step, draw=draw)
         ids, mask, truncated = completions.ids.cpu(), completions.mask.cpu(), completions.truncated.cpu()
-        rows = real_tokens(ids, mask)
-        table, texts = self._judged(batch, rows, step)
+        rows, batch = real_tokens(ids, mask), completions.prompted(batch)
+        table, texts = self._judged(batch, rows, step, completions.episodes)
         rewards, prompt_mask = self.penalised(table.total, truncated), batch["prompt_attention_mask"].bool().cpu()
         group = len(rows) // len(prompt_mask)
         # Nothing predicts the first token after an empty prompt.
@@ -111,6 +119,8 @@ class Actor:
         sampled_logps = completions.token_logps.to(batch["prompts"].device)
         of_engine = {} if "responses" in batch else self.engine.statistics()
         self.seen = Seen(batch, step, draw, rows, texts, dict(zip(table.names, table.values.T.tolist(), strict=True)))
+        if completions.episodes is not None:  # a text is an answer, and people look at everything
+            self.seen.texts, self.seen.episodes = None, completions.episodes
         self.seen.version = self.engine.version() if of_engine else None
         self.statistics = {
             **of_engine,
@@ -130,6 +140,7 @@ class Actor:
             trained=own,
             rewards=rewards,
             reward_values=table.values,
+            turn_rewards=self._turn_rewards(completions.episodes, own),
             greedy_rewards=greedy_rewards,
             truncated=truncated,
             sampled_logps=sampled_logps,
@@ -140,25 +151,42 @@ class Actor:
         )
 
     def complete(
-        self, policy: nn.Module, batch: Mapping[str, Any], step: int, *, draw: int = 0, greedy: bool = False
+        self,
+        policy: nn.Module,
+        batch: Mapping[str, Any],
+        step: int,
+        *,
+        draw: int = 0,
+        greedy: bool = False,
+        compared: bool = False,
     ) -> Completions:
         """Samples `num_generations` completions of each prompt; greedily one.
+
+        Args:
+            policy: Who writes.
+            batch: Prompts.
+            step: Counter of rollouts.
+            draw: Which of several rollouts at this step.
+            greedy: Whether the likeliest tokens are taken.
+            compared: Whether they are compared with those of other steps: environments then begin the same each time.
 
         Raises:
             NonFiniteLogits: If the policy's logits are not finite; it names the step.
             EngineError: If the engine gives none; it names the step.
         """
         parameters = self.sampling.parameters(greedy=greedy, stop_token_ids=self.codec.stop_token_ids)
-        prompts = limited_prompts(batch)
+        num_samples = 1 if greedy else self.num_generations
+        seeds = Seeds(prompt_indices(batch), self.seed, step, draw)
         try:
             self.engine.push(policy)
-            completions = self.engine.generate(
-                prompts,
-                parameters,
-                num_samples=1 if greedy else self.num_generations,
-                seeds=Seeds(prompt_indices(batch), self.seed, step, draw),
-            )
-            check_kept(completions, prompts.limits, type(self.engine).__name__)
+            if self.episodes is not None:
+                given = replace(seeds, step=0, draw=0) if compared else seeds
+                options: Any = {"num_samples": num_samples, "seeds": given}
+                completions = self.episodes.run(policy, self.engine, batch, parameters, **options)
+            else:
+                prompts = limited_prompts(batch)
+                completions = self.engine.generate(prompts, parameters, num_samples=num_samples, seeds=seeds)
+            check_kept(completions, batch.get(LIMITS), type(self.engine).__name__)
         except (NonFiniteLogits, EngineError) as error:
             raise type(error)(f"optimizer step {step + 1}: {error}") from error
         if parameters.truncates_support and completions.support is None:
@@ -173,7 +201,8 @@ class Actor:
 
     def judge(self, batch: Mapping[str, Any], completions: Completions) -> dict[str, Statistic]:
         """What the rewards say of one completion of each prompt."""
-        table = self._table(batch, real_tokens(completions.ids, completions.mask))[0]
+        rows = real_tokens(completions.ids, completions.mask)
+        table = self._table(completions.prompted(batch), rows, completions.episodes)[0]
         total = self.penalised(table.total, completions.truncated.cpu())
         reward = Statistic(total.nansum(), (~total.isnan()).sum())
         statistics = reward_statistics(table.names, table.values, total, table.asked)
@@ -246,7 +275,7 @@ class Actor:
         return cut | token_columns(self.codec, rollout.ids[:first], rollout.mask[:first], rollout.own[:first], tables)
 
     def _judged(
-        self, batch: Mapping[str, Any], rows: list[list[int]], step: int
+        self, batch: Mapping[str, Any], rows: list[list[int]], step: int, episodes: list[Episode] | None = None
     ) -> tuple[RewardTable, list[str] | None]:
         """The rewards that the batch brings, or those of the functions and the texts that they judged."""
         given = batch.get("rewards")
@@ -255,13 +284,23 @@ class Actor:
                 return self.rewards.table(given.cpu()), None
             return RewardTable(("given",), given.view(-1, 1).float().cpu(), given.float().cpu()), None
         try:
-            return self._table(batch, rows)
+            return self._table(batch, rows, episodes)
         except RewardError as error:
             raise RewardError(f"optimizer step {step + 1}: {error}") from error
 
-    def _table(self, batch: Mapping[str, Any], rows: list[list[int]]) -> tuple[RewardTable, list[str]]:
+    def _table(
+        self, batch: Mapping[str, Any], rows: list[list[int]], episodes: list[Episode] | None
+    ) -> tuple[RewardTable, list[str]]:
         """The rewards of completions, each of those that the batch's rows name it for, and the texts."""
-        return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES))
+        return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES), episodes)
+
+    def _turn_rewards(self, episodes: list[Episode] | None, own: Tensor) -> Tensor | None:
+        """[N, T] float32, what environments say of single turns; None where none does."""
+        if episodes is None or self.episodes is None or not self.episodes.environments.judges_turns:
+            return None
+        pairs = zip(self.rewards.functions, self.rewards.weights, strict=True)
+        weight = next((weight for function, weight in pairs if isinstance(function, EnvironmentReward)), 0.0)
+        return placed_turn_rewards(episodes, own, weight)
 
     def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
         """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""
@@ -271,7 +310,8 @@ class Actor:
         else:
             greedy = self.complete(policy, batch, step, greedy=True)
             try:
-                table, _ = self._table(batch, real_tokens(greedy.ids, greedy.mask))
+                rows = real_tokens(greedy.ids, greedy.mask)
+                table, _ = self._table(greedy.prompted(batch), rows, greedy.episodes)
             except RewardError as error:
                 raise RewardError(f"optimizer step {step + 1}, greedy completions: {error}") from error
             rewards, lengths = self.penalised(table.total, greedy.truncated.cpu()), greedy.mask.sum(dim=1).float()
@@ -291,8 +331,11 @@ def judge(
     batch: Mapping[str, Any],
     completions: list[list[int]],
     judges: Sequence[Sequence[str] | None] | None = None,
+    episodes: Sequence[Episode] | None = None,
 ) -> tuple[RewardTable, list[str]]:
     """Scores completions, given as token ids without padding; returns the table of rewards and the texts.
+
+    The text of an episode is its answer. One whose environment failed is not judged.
 
     Args:
         rewards: Who judges.
@@ -300,19 +343,22 @@ def judge(
         batch: The prompts, with their columns.
         completions: A prompt's are neighbours.
         judges: As in `RewardSet.__call__`.
+        episodes: One a completion, where they acted on environments.
 
     Raises:
         RewardError: If a reward fails.
     """
-    texts = codec.decode(completions)
+    texts = codec.decode(completions) if episodes is None else [episode.answer for episode in episodes]
     table = rewards.to(batch["prompts"].device)(
         prompts=codec.prompts(batch),
         completions=texts,
         prompt_ids=real_tokens(batch["prompts"], batch["prompt_attention_mask"]),
         completion_ids=completions,
-        columns=columns_of(batch),
+        columns=columns_of(batch) if episodes is None else {**columns_of(batch), "episodes": episodes},
         judges=judges,
     )
+    if episodes is not None:
+        table = replace(table, total=table.total.masked_fill(failed(episodes).to(table.total.device), torch.nan))
     return table, texts
 
 

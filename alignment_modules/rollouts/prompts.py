@@ -87,6 +87,14 @@ class Prompts:
             return None
         return [longest if limit is None else min(limit, longest) for limit in self.limits]
 
+    def reach(self, bounds: Sequence[int]) -> int:
+        """Tokens of the longest prompt and completion together.
+
+        Args:
+            bounds: Most tokens of a completion of each prompt.
+        """
+        return max(length + bound for length, bound in zip(self.lengths.tolist(), bounds, strict=True))
+
     @property
     def count(self) -> int:
         """Number of prompts."""

@@ -31,7 +31,9 @@ class Rollout:
         trained: [N, T] bool, on the host: `own` less what a paradigm leaves out of its loss.
         rewards: [N] float32; NaN: not judged.
         reward_values: [N, rewards] float32, each reward by itself, before weighting; NaN: it does not apply.
-        truncated: [N] bool, on the host: the completion ends without a stop.
+        turn_rewards: [N, T] float32, the part of `rewards` that environments gave for single turns, at the last token
+            of each; None: there is no such part.
+        truncated: [N] bool, on the host: the completion ends without a stop, or an episode without an answer.
         sampled_logps: [N, T] float32: log-probabilities that the engine sampled with, over `support`; NaN where it told
             none.
         advantages: [N] or [N, T] float32.
@@ -65,6 +67,7 @@ class Rollout:
     truncated: Tensor
     sampled_logps: Tensor
     reward_values: Tensor | None = None
+    turn_rewards: Tensor | None = None
     gradient_norms: Tensor | None = None
     greedy_rewards: Tensor | None = field(default=None, metadata=PER_PROMPT)
     advantages: Tensor | None = None

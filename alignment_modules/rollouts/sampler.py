@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from alignment_modules.rollouts.parameters import SamplingParameters
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.stopping import StopStrings, stop_table
+
+if TYPE_CHECKING:
+    from alignment_modules.rollouts.environments.episode import Episode
 
 
 class NonFiniteLogits(ValueError):
@@ -39,6 +42,8 @@ class Completions:
         own: `[rows, time]` bool, True on the tokens that the policy wrote; None: all that exist.
         support: `[rows, time]` on the host, what top-k, top-p and min-p kept where each token was drawn; None: they
             kept everything, or the engine does not tell. Its log-probabilities are then over the whole vocabulary.
+        prompts: What they were written after, where a batch's own prompts were rendered with tools; None: these.
+        episodes: One a row, of those that acted on environments; None: they did not.
     """
 
     ids: Tensor
@@ -47,6 +52,14 @@ class Completions:
     truncated: Tensor
     own: Tensor | None = None
     support: Support | None = None
+    prompts: Prompts | None = None
+    episodes: list[Episode] | None = None
+
+    def prompted(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch with the prompts that these were written after."""
+        if self.prompts is None:
+            return batch
+        return {**batch, "prompts": self.prompts.ids, "prompt_attention_mask": self.prompts.mask}
 
 
 @torch.no_grad()
@@ -133,7 +146,8 @@ def sample_prompts(
     limit = max(bounds) if bounds else parameters.max_completion_length
     limits = torch.tensor(bounds).repeat_interleave(num_samples) if bounds else None
     with without_checkpointing(policy), without_graphs(policy):
-        decoder = select_decoder(policy, prompts.longest + limit)(policy, prompts, num_samples, limit)
+        reach = prompts.longest + limit if bounds is None else prompts.reach(bounds)
+        decoder = select_decoder(policy, reach)(policy, prompts, num_samples, limit)
         rows = prompts.count * num_samples
         found = draw(
             decoder,

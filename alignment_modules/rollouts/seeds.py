@@ -36,6 +36,18 @@ class Seeds:
         """`sample_uniforms` of these seeds."""
         return sample_uniforms(self.seed, self.step, self.indices, num_samples, length, turn, self.draw)
 
+    def of_prompt(self, index: int) -> int:
+        """A number for what all samples of a prompt share, such as what an environment draws at its reset.
+
+        Args:
+            index: The prompt's.
+
+        Returns:
+            From 0 to 2**31 - 1, which every generator takes.
+        """
+        parts = (self.seed, self.step, self.draw, index)
+        return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0] >> np.uint32(1))
+
     def number(self, index: int, sample: int, turn: int = 0) -> int:
         """One sample's seed as a number, for engines that draw with a generator of their own.
 

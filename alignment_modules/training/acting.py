@@ -26,7 +26,7 @@ from alignment_modules.policies.modes import reading_mode
 from alignment_modules.policies.reading import Reading, read
 from alignment_modules.policies.scoring import Ask, Scores, score
 from alignment_modules.policies.segments import Reads, Segments
-from alignment_modules.rewards import RewardError, RewardSet
+from alignment_modules.rewards import RewardError
 from alignment_modules.rewards.judged_rows import check_judges
 from alignment_modules.rollouts import NonFiniteLogits
 from alignment_modules.rollouts.actor import Actor
@@ -35,13 +35,13 @@ from alignment_modules.rollouts.given import check_given_rollout
 from alignment_modules.rollouts.limits import check_limits
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.engines import EngineModule
+from alignment_modules.training.episodes import EpisodeModule
 from alignment_modules.training.objective import EarlyRead
 from alignment_modules.training.recording import tell_scores
 from alignment_modules.training.updates import UpdateModule
 
 
-class ActingModule(EngineModule, UpdateModule):
+class ActingModule(EpisodeModule, UpdateModule):
     """Base of paradigms that learn from their own samples: builds their `actor`.
 
     A batch may bring its own `responses` [batch * G, time] with `response_mask` (the token exists), and with or without
@@ -51,8 +51,8 @@ class ActingModule(EngineModule, UpdateModule):
     ratio is off by the mass that was kept.
 
     Args:
-        rewards: Reward functions: objects, import paths, or folders of sequence-classification models.
-        reward_weights: One weight a reward; None: all 1.
+        rewards: Reward functions: objects, import paths, or folders of reward models; None: that of `environments`.
+        reward_weights: One weight a reward, with or without one more for that of the environments; None: all 1.
         num_generations: G, completions of each prompt.
         max_completion_length: Longest completion in tokens.
         temperature: Sampling temperature, more than 0; policy, old policy and reference are scored with the same.
@@ -63,8 +63,9 @@ class ActingModule(EngineModule, UpdateModule):
         missing_eos_penalty: Taken from the reward of each completion that ends without a stop, judged or given.
         seed: Seed of the samples; None: the global seed. Each sample has its own, made of this seed, the optimizer
             step, the prompt's index and the sample's number, so that a rollout can be repeated alone.
-        **common: Keywords of `EngineModule` (engine), `UpdateModule` (micro_batch_size, max_grad_norm) and
-            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
+        **common: Keywords of `EpisodeModule` (environments, tools, max_turns, max_tool_calls, tool_options),
+            `EngineModule` (engine), `UpdateModule` (micro_batch_size, max_grad_norm) and `AlignmentModule` (policy,
+            optimizer, lr_scheduler, tokenizer, evaluation).
     """
 
     compares_log_probs = True
@@ -75,7 +76,7 @@ class ActingModule(EngineModule, UpdateModule):
     def __init__(
         self,
         *,
-        rewards: str | list[str | Callable] | Callable,
+        rewards: str | list[str | Callable] | Callable | None = None,
         reward_weights: list[Finite] | None = None,
         num_generations: Count = 8,
         max_completion_length: Count = 256,
@@ -90,8 +91,7 @@ class ActingModule(EngineModule, UpdateModule):
     ) -> None:
         check_options(ActingModule.__init__, locals())
         super().__init__(**common)
-        self.rewards = RewardSet(rewards if isinstance(rewards, list) else [rewards], reward_weights)
-        self.rewards.limit_to(max_completion_length)
+        self.rewards = self.reward_set(rewards, reward_weights).limit_to(max_completion_length)
         sampling = SamplingOptions(max_completion_length, temperature, top_p, top_k, min_p, list(stop_strings or ()))
         self.engine.check("", sampling)
         self.actor = Actor(
@@ -102,6 +102,7 @@ class ActingModule(EngineModule, UpdateModule):
             codec=self.codec,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed,
             missing_eos_penalty=missing_eos_penalty,
+            episodes=self.episodes,
         )
         self.rollout: Rollout | None = None
         self.kept_ratios: list[Tensor] | None = None  # of the logged steps, [tokens] each, once someone asks: a list
@@ -157,7 +158,7 @@ class ActingModule(EngineModule, UpdateModule):
         judged = ["rewards", "greedy_rewards"] if self.compares_with_greedy else ["rewards"]
         if not all(isinstance(batch.get(name), Tensor) for name in judged):
             self.codec.require_tokenizer()
-            self.rewards.check_columns(columns_of(batch).keys())
+            self.rewards.check_columns([*columns_of(batch), *self.columns_of_episodes(batch)])
 
     def count_tokens(self, batch: Mapping[str, Any]) -> dict[str, Tensor | int]:
         """What the last rollout holds, for `num_tokens` and the throughput; prompts count once, whatever their samples.
@@ -176,8 +177,9 @@ class ActingModule(EngineModule, UpdateModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Judges one greedy completion of each prompt: by the rewards, and as `test` does where it can."""
-        greedy = self.actor.complete(self.policy, batch, self.global_step, greedy=True)
-        tested = self.writer.test(self.policy, batch, greedy).statistics if self.writer.judges(batch) else {}
+        greedy = self.actor.complete(self.policy, batch, self.global_step, greedy=True, compared=True)
+        same = greedy if self.writer.episodes is self.episodes else None
+        tested = self.writer.test(self.policy, batch, same).statistics if self.writer.judges(batch) else {}
         self.record_evaluation(tested | self.actor.judge(batch, greedy), dataloader_idx)
 
     def describe(self) -> dict[str, str]:

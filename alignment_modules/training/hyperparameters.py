@@ -12,9 +12,10 @@ from alignment_modules.evaluation import EvaluationConfig
 from alignment_modules.functional import Correction
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.training.moved import tell_moved
 
-_CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig, Correction)
+_CONFIGURATIONS = (PolicyConfig, LoraConfig, EvaluationConfig, Correction, ToolOptions)
 
 
 class PlainHyperparameters(L.LightningModule):

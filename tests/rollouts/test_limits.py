@@ -90,8 +90,27 @@ def test_an_engine_that_writes_on_is_told_of(make_policy):
         check_kept(found, (4, 4, 3, 4), "Mine")
 
 
-def test_a_session_takes_none(make_policy):
+def test_a_turn_has_limits_of_its_own(make_policy):
+    """They end it, and change no token before."""
+    engine, found = InProcessEngine(Codec()), []
+    engine.push(make_policy())
+    for limits in (None, [2, 50]):
+        session = engine.open(PROMPTS.limited(LIMITS), SAMPLED, seeds=SEEDS)
+        assert [len(row.context) - row.start <= limit for row, limit in zip(session.rows, LIMITS, strict=True)] == [
+            True
+        ] * 4
+        found.append(engine.extend(session, [1, 3], [[3], [4, 5]], limits=limits))
+    free, held = found
+    assert free.mask[0].sum() > 2
+    assert held.mask.sum(dim=1).tolist() == [2, int(free.mask[1].sum())]
+    assert torch.equal(held.ids, free.ids[:, : held.ids.shape[1]] * held.mask)
+    assert held.truncated.tolist() == [True, bool(free.truncated[1])]
+
+
+@pytest.mark.parametrize("limits", [[0, 3], [3]])
+def test_a_turn_refuses_other_limits(make_policy, limits):
     engine = InProcessEngine(Codec())
     engine.push(make_policy())
-    with pytest.raises(ValueError, match=r"limits=\[2, 9, 1, 5\] of prompts are not for completions of several turns"):
-        engine.open(PROMPTS.limited(LIMITS), SAMPLED, seeds=SEEDS)
+    session = engine.open(PROMPTS, SAMPLED, seeds=SEEDS)
+    with pytest.raises(ValueError, match=r"limits=.* must hold a number of at least 1 for each of the 2 rows"):
+        engine.extend(session, [0, 1], [[3], [4]], limits=limits)

@@ -33,8 +33,17 @@ def test_a_prompts_own_limit_ends_its_completions(engine, server, tiny_llama):
     rows = server.asked(GENERATE)[1:]
     assert {row["sampling_params"]["max_tokens"] for row in rows} == {2, 4, 6}
     assert all(row["sampling_params"]["max_tokens"] == limits[tuple(row["token_ids"])] for row in rows)
-    with pytest.raises(ValueError, match="not for completions of several turns"):
-        engine.open(limited, FILTERED, seeds=SEEDS)
+
+
+def test_a_turn_has_limits_of_its_own(engine, server, tiny_llama):
+    turns = []
+    for made in (engine, InProcessEngine(Codec())):
+        made.push(tiny_llama)
+        session = made.open(PROMPTS.limited((2, None, 4)), FILTERED, num_samples=2, seeds=SEEDS)
+        made.extend(session, [1, 2, 5], [[3], [4, 5], [6]], limits=[1, 9, 3])
+        turns.append(made.close(session))
+    assert_equal(*turns)
+    assert sorted(row["sampling_params"]["max_tokens"] for row in server.asked(GENERATE)[-3:]) == [1, 3, 6]
 
 
 def test_a_samples_seed_is_its_own_whatever_else_is_asked_for(engine, server, tiny_llama):

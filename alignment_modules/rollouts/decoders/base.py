@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from alignment_modules.policies.context import length_limit
+from alignment_modules.policies.context import length_limit, position_limit
 from alignment_modules.rollouts.prompts import Prompts
 
 
@@ -100,14 +100,16 @@ class RecomputeDecoder:
         self.ids = torch.cat((prompts.ids, room), dim=1).repeat_interleave(num_samples, dim=0)
         self.lengths = prompts.lengths.repeat_interleave(num_samples)
         self.options = {"use_cache": False} if accepts(policy, "use_cache") else {}
-        self.limit = length_limit(policy)
+        self.limit, self.table = length_limit(policy), position_limit(policy)
 
     def prefill(self) -> Tensor:  # noqa: D102
         return self._logits(self.prompts.ids, self.prompts.lengths)
 
     def step(self, tokens: Tensor) -> Tensor:  # noqa: D102
-        self.ids.scatter_(1, self.lengths[:, None], tokens[:, None])
-        self.lengths = self.lengths + 1
+        # A row that has ended goes on while others write, maybe beyond the last position that the model knows.
+        places = self.lengths if self.table is None else self.lengths.clamp(max=self.table - 1)
+        self.ids.scatter_(1, places[:, None], tokens[:, None])
+        self.lengths = places + 1
         return self._logits(self.ids[:, : int(self.lengths.max())], self.lengths)
 
     def keep(self, rows: Tensor) -> None:  # noqa: D102

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment_modules.policies.context import position_limit
 from alignment_modules.rollouts.decoders.base import Decoder, accepts, output_logits
 from alignment_modules.rollouts.prompts import Prompts
 
@@ -37,6 +38,7 @@ class CachedDecoder:
         if accepts(policy, "logits_to_keep"):
             self.options["logits_to_keep"] = 1
         self.takes_positions = accepts(policy, "position_ids") is not None
+        self.table = position_limit(policy)
         self.filled = prompts.longest
         self.positions = prompts.lengths.repeat_interleave(num_samples)
         self.steps = 0
@@ -55,7 +57,9 @@ class CachedDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:  # noqa: D102
         self.filled, self.steps = self.filled + 1, self.steps + 1
-        logits = self._forward(tokens[:, None], self.positions[:, None])
+        # A row that has ended goes on while others write, maybe beyond the last position that the model knows.
+        positions = self.positions if self.table is None else self.positions.clamp(max=self.table - 1)
+        logits = self._forward(tokens[:, None], positions[:, None])
         self.positions = self.positions + 1
         return logits
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,6 @@ class InProcessEngine(Engine):
         """The first turn of a session.
 
         Raises:
-            ValueError: If a prompt has a limit of its own.
             NonFiniteLogits: If the policy's logits are not finite.
         """
         rows = rows_of(prompts, num_samples)
@@ -99,20 +99,27 @@ class InProcessEngine(Engine):
         return session
 
     @torch.no_grad()
-    def extend(self, session: _Session, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Completions:
+    def extend(
+        self,
+        session: _Session,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        limits: Sequence[int] | None = None,
+    ) -> Completions:
         """The next turn of some rows; after a push, or without a cache, all of their context is run again.
 
         Raises:
-            ValueError: If a row has ended, or nothing is appended to one.
+            ValueError: If a row has ended, nothing is appended to one, or a limit is below 1.
             NonFiniteLogits: If the policy's logits are not finite.
         """
-        session.append(rows, tokens)
-        policy, limit = self._policy(), session.parameters.max_completion_length
+        bounds = session.append(rows, tokens, limits)
+        policy, limit = self._policy(), max(bounds or [session.parameters.max_completion_length])
         device = session.turn.ids.device
         prompts = Prompts.from_rows(session.contexts(rows), device)
         uniforms = draw_uniforms(session.seeds, session.parameters, session.num_samples, device, session.turns)
         with eval_mode(policy), gathered(policy), without_checkpointing(policy), without_graphs(policy):
-            factory = select_decoder(policy, prompts.longest + limit)
+            factory = select_decoder(policy, prompts.reach(bounds or [limit] * len(rows)))
             former = session.decoder
             if former is not None and session.version == self._version and type(former) is factory:
                 present = torch.tensor([session.open.index(row) for row in rows], device=device)
@@ -125,6 +132,7 @@ class InProcessEngine(Engine):
                 len(rows),
                 session.parameters,
                 None if uniforms is None else uniforms[:, list(rows)].contiguous(),
+                limits=None if bounds is None else torch.tensor(bounds),
                 stop_strings=self._stop_strings(session.parameters),
                 pad_token_id=self._codec.pad_token_id,
                 drop=False,
@@ -135,6 +143,12 @@ class InProcessEngine(Engine):
     def close(self, session: _Session) -> Completions:
         """All completions whole, on the host."""
         return session.whole(self._codec.pad_token_id)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """The policy is whole on each process inside."""
+        with gathered(self._policy()):
+            yield
 
     def sleep(self) -> None:
         """Nothing to give back: the weights are the policy's own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import nn
@@ -91,20 +92,27 @@ class Engine(ABC):
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
         """`generate`, but the completions may be extended; they stand in the session's `turn`.
 
-        Prompts have no limits of their own here.
-
         Raises:
             EngineError: If it has no sessions.
         """
         raise _without_sessions(self)
 
-    def extend(self, session: Any, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Completions:
+    def extend(
+        self,
+        session: Any,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        limits: Sequence[int] | None = None,
+    ) -> Completions:
         """Appends tokens that the policy did not write, such as a tool's result, and lets it write on.
 
         Args:
             session: What `open` gave.
             rows: Which completions go on, ascending, of those that went on last time; the others have ended.
             tokens: For each of these rows what is appended, at least one token.
+            limits: For each of these rows the most tokens of this turn, which change no token before; None:
+                `max_completion_length` of all.
 
         Returns:
             What the policy wrote in this turn, one row for each of `rows`.
@@ -114,6 +122,10 @@ class Engine(ABC):
     def close(self, session: Any) -> Completions:
         """Ends the session and gives all completions whole, `own` telling the policy's tokens from the others."""
         raise _without_sessions(self)
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Around sessions of which other processes may have more turns, or fewer: inside nobody waits for anybody."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """Gives the accelerator's memory back until `wake`."""

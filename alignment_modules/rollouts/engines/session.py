@@ -58,15 +58,21 @@ class Turns:
     turns: int = 0
     kept: list[Support] = field(default_factory=list)
 
-    def append(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+    def append(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], limits: Sequence[int] | None = None
+    ) -> list[int] | None:
         """Adds what others wrote to the completions that go on.
 
         Args:
             rows: Which.
             tokens: For each what is appended.
+            limits: For each the most tokens of the next turn, at least 1.
+
+        Returns:
+            These limits, none of them above `max_completion_length`; None: there are none.
 
         Raises:
-            ValueError: If a row has ended, or nothing is appended to one.
+            ValueError: If a row has ended, nothing is appended to one, or a limit is below 1.
         """
         if not rows or sorted({*rows} & {*self.open}) != list(rows) or not all(tokens) or len(tokens) != len(rows):
             raise ValueError(
@@ -75,6 +81,11 @@ class Turns:
             )
         for row, appended in zip(rows, tokens, strict=True):
             self.rows[row].context += appended
+        if limits is None:
+            return None
+        if len(limits) != len(rows) or min(limits) < 1:
+            raise ValueError(f"limits={list(limits)} must hold a number of at least 1 for each of the {len(rows)} rows")
+        return [min(limit, self.parameters.max_completion_length) for limit in limits]
 
     def contexts(self, rows: Sequence[int]) -> list[list[int]]:
         """All tokens of some completions so far, their prompts' included."""
@@ -117,12 +128,6 @@ class Turns:
 
 
 def rows_of(prompts: Prompts, num_samples: int) -> list[Row]:
-    """The completions of a session before anything is written: a prompt's are neighbours.
-
-    Raises:
-        ValueError: If a prompt has a limit of its own.
-    """
-    if prompts.limits is not None:
-        raise ValueError(f"limits={list(prompts.limits)} of prompts are not for completions of several turns")
+    """The completions of a session before anything is written: a prompt's are neighbours."""
     contexts = real_tokens(prompts.ids, prompts.mask)
     return [Row([*context], len(context)) for context in contexts for _ in range(num_samples)]

@@ -157,13 +157,13 @@ class VLLMEngine(Engine):
         contexts = [context for context in real_tokens(prompts.ids, prompts.mask) for _ in range(num_samples)]
         given = parameters, seeds, num_samples, prompts.ids.device
         bounds = prompts.bounds(parameters.max_completion_length)
+        bounds = None if bounds is None else [bound for bound in bounds for _ in range(num_samples)]
         return self._write(contexts, range(len(contexts)), *given, bounds=bounds)
 
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Turns:
         """The first turn of a session.
 
         Raises:
-            ValueError: If a prompt has a limit of its own.
             EngineError: As in `generate`.
             NonFiniteLogits: Likewise.
         """
@@ -173,18 +173,25 @@ class VLLMEngine(Engine):
         session.add(turn, range(len(rows)))
         return session
 
-    def extend(self, session: Turns, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Completions:
+    def extend(
+        self,
+        session: Turns,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        limits: Sequence[int] | None = None,
+    ) -> Completions:
         """The next turn of some rows; all of their context is sent again, which the server's prefix cache knows.
 
         Raises:
-            ValueError: If a row has ended, or nothing is appended to one.
+            ValueError: If a row has ended, nothing is appended to one, or a limit is below 1.
             EngineError: As in `generate`.
             NonFiniteLogits: Likewise.
         """
-        session.append(rows, tokens)
+        bounds = session.append(rows, tokens, limits)
         device, contexts = session.turn.ids.device, session.contexts(rows)
         given = session.parameters, session.seeds, session.num_samples
-        return session.add(self._write(contexts, rows, *given, device, turn=session.turns), rows)
+        return session.add(self._write(contexts, rows, *given, device, turn=session.turns, bounds=bounds), rows)
 
     def close(self, session: Turns) -> Completions:
         """All completions whole, on the host."""
@@ -214,7 +221,7 @@ class VLLMEngine(Engine):
         turn: int = 0,
         bounds: Sequence[int] | None = None,
     ) -> Completions:
-        """What follows each context; a row's place says which prompt and which of its samples it is."""
+        """What follows each context, within its bound; a row's place says which prompt's and which sample it is."""
         if self.policy is None:
             raise ValueError("the engine has no policy yet: push one first")
         codec = self.codec or Codec()
@@ -222,9 +229,9 @@ class VLLMEngine(Engine):
         fixed, longest = sampling_params(parameters), parameters.max_completion_length
         for _ in range(2):
             requests = []
-            for place, context in zip(places, contexts, strict=True):
+            for number, (place, context) in enumerate(zip(places, contexts, strict=True)):
                 prompt, sample = divmod(place, num_samples)
-                index, limit = seeds.indices[prompt], longest if bounds is None else bounds[prompt]
+                index, limit = seeds.indices[prompt], longest if bounds is None else bounds[number]
                 where = f"{seeds.seed}.{seeds.step}.{seeds.draw}.{index}.{sample}.{turn}"
                 own = {"seed": seeds.number(index, sample, turn), "max_tokens": limit}
                 requests.append(self._request(where, context, fixed | own))

@@ -137,6 +137,24 @@ class EnvironmentSet:
         own = [] if name is None else [tool.schema for tool in self._entries[name].tools]
         return own + [tool.schema for tool in self._tools.values()]
 
+    def rewards(self, name: str | None) -> dict[str, bool]:
+        """Whether the environments of a name have a `reward` (`get_reward`) and `turn_rewards`."""
+        entry = None if name is None else self._entries[name]
+        return {
+            "reward": entry is not None and entry.judges,
+            "turn_rewards": entry is not None and entry.judges_turns,
+        }
+
+    @property
+    def judges(self) -> bool:
+        """Whether an environment has rewards of either kind."""
+        return any(any(self.rewards(name).values()) for name in self.names)
+
+    @property
+    def judges_turns(self) -> bool:
+        """Whether an environment has `turn_rewards`."""
+        return any(self.rewards(name)["turn_rewards"] for name in self.names)
+
     def reset_arguments(self, environment: Any, row: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """What of a row the `reset` of an environment asks for.
 
@@ -190,8 +208,9 @@ class EnvironmentSet:
         if made[0] is made[1]:
             raise ValueError(f"{place} returns the same object twice; every episode needs an environment of its own")
         wanted = _check_reset(made[0], place)
-        for method in ("get_reward", "turn_rewards"):
-            if (found := getattr(made[0], method, None)) is not None:
+        methods = {name: getattr(made[0], name, None) for name in ("get_reward", "turn_rewards")}
+        for method, found in methods.items():
+            if found is not None:
                 _check_plain(found, f"{place}.{method}")
         tools = methods_of(made[0], place, owner=made[0])
         for tool in tools:
@@ -200,7 +219,8 @@ class EnvironmentSet:
         for environment in made:
             if callable(close := getattr(environment, "close", None)):
                 close()
-        return _Entry(tuple(tools), wanted)
+        judges, judges_turns = (found is not None for found in methods.values())
+        return _Entry(tuple(tools), wanted, judges, judges_turns)
 
 
 @dataclass(frozen=True)
@@ -218,6 +238,8 @@ class _Entry:
 
     tools: tuple[Tool, ...]
     reset: _Wanted
+    judges: bool
+    judges_turns: bool
 
 
 def _reset_wants(reset: Callable[..., Any]) -> _Wanted:

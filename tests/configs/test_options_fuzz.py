@@ -36,6 +36,7 @@ from alignment_modules.policies import config as policy_config
 from alignment_modules.policies import lora
 from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.lora import LoraConfig
+from alignment_modules.rollouts.environments import ToolOptions
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.muon import MuonWithAdamW
 from alignment_modules.training.parameter_groups import parameter_groups
@@ -68,6 +69,7 @@ CHOICES = {
     "baseline",
     "dtype",
 }  # text of a fixed set
+LEVELS, TOOL = (f"tests.rollouts.environments.things.{name}" for name in ("Counter", "double"))
 OBJECTS = {  # options that take objects: what none of them can be
     "policy": [None, 3, [], {}, {"pth": "x"}, [1]],
     "reference": [3, [], {"pth": "x"}],
@@ -83,6 +85,31 @@ OBJECTS = {  # options that take objects: what none of them can be
     "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
+    "environments": [
+        *(3, "nosuch", "math.nosuch", "math.pi", "math.sqrt", [], [1], {}, {"class_path": "nosuch"}, {"a": None}),
+        *({"a": 3}, {"a": "math.pi"}, {"a": {"class_path": "nosuch"}}, {"a": {"class_path": LEVELS, "init_args": 3}}),
+        *({"class_path": LEVELS, "nosuch": 1}, {"class_path": LEVELS, "init_args": {"nosuch": 1}}, {"": LEVELS}),
+        "tests.rollouts.environments.things.double",  # no environment
+    ],
+    "tools": [
+        *(
+            3,
+            "nosuch",
+            "math.nosuch",
+            "math.pi",
+            "math.sqrt",
+            [],
+            {},
+            [None],
+            [3],
+            ["nosuch"],
+            ["math.pi"],
+            [LEVELS, LEVELS],
+        ),
+        *({"class_path": "nosuch"}, [{"class_path": TOOL}], [TOOL, TOOL]),
+    ],
+    "tool_options": [3, "nosuch", [1], {"fromat": "llama"}],
+    "format": [3, [1], {"a": 1}, "nosuch", "math.pi", "math.nosuch"],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -144,6 +171,7 @@ def cases():
             yield group, cls
     yield "source", datamodules.MixtureSource
     yield "evaluation", EvaluationConfig
+    yield "tools", ToolOptions
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
     yield "cache", datamodules.CacheOptions
@@ -178,6 +206,9 @@ def configuration(group, cls, options):
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
     }
+    if group == "tools":
+        grpo = next(c for c in MODULES if c.__name__ == "GRPOModule")
+        return configuration("model", grpo, {"tools": TOOL, "tool_options": options})
     if group == "curriculum":
         return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
     if group == "cache":

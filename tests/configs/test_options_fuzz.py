@@ -106,7 +106,7 @@ OBJECTS = {  # options that take objects: what none of them can be
             ["math.pi"],
             [LEVELS, LEVELS],
         ),
-        *({"class_path": "nosuch"}, [{"class_path": TOOL}], [TOOL, TOOL]),
+        *({"class_path": "nosuch"}, [{"class_path": "nosuch"}], [TOOL, TOOL]),
     ],
     "tool_options": [3, "nosuch", [1], {"fromat": "llama"}],
     "format": [3, [1], {"a": 1}, "nosuch", "math.pi", "math.nosuch"],

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from alignment_modules.functional.ranges import Count, Natural, Seed
 from alignment_modules.rollouts.environments.loop import MAX_TURNS
 from alignment_modules.rollouts.environments.options import ToolOptions
-from alignment_modules.rollouts.environments.tool_set import Environments, Tools
 from alignment_modules.rollouts.parameters import SamplingOptions
 
 
@@ -44,8 +43,8 @@ class EvaluationConfig(SamplingOptions):
     num_samples: Natural = 0
     verifier: str | Callable | None = None
     seed: Seed = 0
-    environments: Environments | None = None
-    tools: Tools | None = None
+    environments: Any = None
+    tools: Any = None
     max_turns: Count = MAX_TURNS
     max_tool_calls: Count | None = None
     tool_options: ToolOptions | None = None

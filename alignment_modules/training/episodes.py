@@ -9,7 +9,6 @@ from alignment_modules.rollouts.environments.loop import MAX_TURNS
 from alignment_modules.rollouts.environments.making import make_episodes
 from alignment_modules.rollouts.environments.options import ToolOptions
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward
-from alignment_modules.rollouts.environments.tool_set import Environments, Tools
 from alignment_modules.training.engines import EngineModule
 
 
@@ -35,8 +34,8 @@ class EpisodeModule(EngineModule):
     def __init__(
         self,
         *,
-        environments: Environments | None = None,
-        tools: Tools | None = None,
+        environments: Any = None,
+        tools: Any = None,
         max_turns: Count = MAX_TURNS,
         max_tool_calls: Count | None = None,
         tool_options: ToolOptions | None = None,
@@ -52,7 +51,11 @@ class EpisodeModule(EngineModule):
             max_tool_calls=max_tool_calls,
             tool_options=tool_options,
         )
-        if self.episodes is not None and self.evaluator is not None and self.evaluator.episodes is None:
+        if self.episodes is None:
+            return
+        if not self.engine.has_sessions:
+            raise ValueError(f"engine={type(self.engine).__name__} has no sessions, which environments and tools need")
+        if self.evaluator is not None and self.evaluator.episodes is None:
             self.evaluator.act_on(self.episodes)
 
     def reward_set(

@@ -75,6 +75,9 @@ OBJECTS = {  # options that take objects: what none of them can be
     "reference": [3, [], {"pth": "x"}],
     "optimizer": [None, 3, "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "lr_scheduler": [3, "nosuch", {"class_path": "nosuch"}],
+    "environments": [3, [], {}, "nosuch", "no.such.thing", {"class_path": "no.such"}, {"a": 3}, {"a": None}],
+    "tools": [3, [], {}, "nosuch", "no.such.thing", [None], [3], {"a": 1}],
+    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
     "rewards": [None, [], 3, "nosuch", [None], {"class_path": "nosuch"}, ["ExactMatch", 3]],
     "verifier": [3, "nosuch", {"class_path": "nosuch"}],
     "evaluation": [3, "nosuch", [1]],
@@ -174,6 +177,7 @@ def cases():
     yield "tools", ToolOptions
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
+    yield "tools", ToolOptions
     yield "cache", datamodules.CacheOptions
     yield "stream", StreamOptions
 
@@ -205,6 +209,7 @@ def configuration(group, cls, options):
         "evaluation": {"evaluation": options},
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
+        "tools": {"evaluation": {"tools": ["tests.rollouts.environments.things.double"], "tool_options": options}},
     }
     if group == "tools":
         grpo = next(c for c in MODULES if c.__name__ == "GRPOModule")

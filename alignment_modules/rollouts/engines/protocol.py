@@ -89,6 +89,11 @@ class Engine(ABC):
         vocabulary, or none (NaN): the policy is then scored over the whole vocabulary, from which it did not sample.
         """
 
+    @property
+    def has_sessions(self) -> bool:
+        """Whether completions may go on for several turns."""
+        return type(self).open is not Engine.open
+
     def open(self, prompts: Prompts, parameters: SamplingParameters, *, num_samples: int = 1, seeds: Seeds) -> Session:
         """`generate`, but the completions may be extended; they stand in the session's `turn`.
 

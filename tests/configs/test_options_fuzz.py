@@ -75,9 +75,6 @@ OBJECTS = {  # options that take objects: what none of them can be
     "reference": [3, [], {"pth": "x"}],
     "optimizer": [None, 3, "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "lr_scheduler": [3, "nosuch", {"class_path": "nosuch"}],
-    "environments": [3, [], {}, "nosuch", "no.such.thing", {"class_path": "no.such"}, {"a": 3}, {"a": None}],
-    "tools": [3, [], {}, "nosuch", "no.such.thing", [None], [3], {"a": 1}],
-    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
     "rewards": [None, [], 3, "nosuch", [None], {"class_path": "nosuch"}, ["ExactMatch", 3]],
     "verifier": [3, "nosuch", {"class_path": "nosuch"}],
     "evaluation": [3, "nosuch", [1]],
@@ -92,26 +89,13 @@ OBJECTS = {  # options that take objects: what none of them can be
         *(3, "nosuch", "math.nosuch", "math.pi", "math.sqrt", [], [1], {}, {"class_path": "nosuch"}, {"a": None}),
         *({"a": 3}, {"a": "math.pi"}, {"a": {"class_path": "nosuch"}}, {"a": {"class_path": LEVELS, "init_args": 3}}),
         *({"class_path": LEVELS, "nosuch": 1}, {"class_path": LEVELS, "init_args": {"nosuch": 1}}),
-        "tests.rollouts.environments.things.double",  # no environment
+        TOOL,  # no environment
     ],
     "tools": [
-        *(
-            3,
-            "nosuch",
-            "math.nosuch",
-            "math.pi",
-            "math.sqrt",
-            [],
-            {},
-            [None],
-            [3],
-            ["nosuch"],
-            ["math.pi"],
-            [LEVELS, LEVELS],
-        ),
-        *({"class_path": "nosuch"}, [{"class_path": "nosuch"}], [TOOL, TOOL]),
+        *(3, [], {}, {"a": 1}, [None], [3], {"class_path": "nosuch"}, [{"class_path": "nosuch"}]),
+        *("nosuch", "math.nosuch", "math.pi", "math.sqrt", ["nosuch"], ["math.pi"], [LEVELS, LEVELS], [TOOL, TOOL]),
     ],
-    "tool_options": [3, "nosuch", [1], {"fromat": "llama"}],
+    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
     "format": [3, [1], {"a": 1}, "nosuch", "math.pi", "math.nosuch"],
 }
 ACCEPTED = {
@@ -174,7 +158,6 @@ def cases():
             yield group, cls
     yield "source", datamodules.MixtureSource
     yield "evaluation", EvaluationConfig
-    yield "tools", ToolOptions
     yield "policy", PolicyConfig
     yield "lora", LoraConfig
     yield "tools", ToolOptions
@@ -209,11 +192,8 @@ def configuration(group, cls, options):
         "evaluation": {"evaluation": options},
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
-        "tools": {"evaluation": {"tools": ["tests.rollouts.environments.things.double"], "tool_options": options}},
+        "tools": {"evaluation": {"tools": [TOOL], "tool_options": options}},
     }
-    if group == "tools":
-        grpo = next(c for c in MODULES if c.__name__ == "GRPOModule")
-        return configuration("model", grpo, {"tools": TOOL, "tool_options": options})
     if group == "curriculum":
         return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})
     if group == "cache":

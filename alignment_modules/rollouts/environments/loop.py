@@ -211,9 +211,10 @@ class Episodes:
                     f"texts, {said[0]!r} and {next(text for text in said if text != said[0])!r}: what it draws must "
                     "come from its parameter `seed` or the row's columns alone"
                 )
-            messages = _of_row(prompt, _with_text, _messages(row["prompt"]), said[0] if said else None)
+            told = (said[0] if said else None) or ""
+            messages = _of_row(prompt, _with_text, _messages(row["prompt"]), told)
             for one in group:
-                one.prompt = messages
+                one.prompt, one.told = messages, told
 
     def _prompts(
         self,
@@ -226,7 +227,7 @@ class Episodes:
     ) -> Prompts:
         """The rendered prompts, with what each leaves of the context as its limit."""
         firsts = episodes[::num_samples]
-        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas) for n, one in enumerate(firsts)]
+        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas, told=one.told) for n, one in enumerate(firsts)]
         own = batch.get(LIMITS) or [None] * len(ids)
         limits = [min(limit or parameters.max_completion_length, parameters.max_completion_length) for limit in own]
         for number, row in enumerate(ids):
@@ -307,7 +308,7 @@ def _messages(prompt: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _with_text(messages: list[dict[str, Any]], text: str | None) -> list[dict[str, Any]]:
+def _with_text(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     """Messages with a text added to the last one of the user, on a line of its own."""
     if not text:
         return messages
@@ -318,9 +319,9 @@ def _with_text(messages: list[dict[str, Any]], text: str | None) -> list[dict[st
     return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
 
 
-def _of_row(number: int, function: Callable[..., Any], *arguments: Any) -> Any:
+def _of_row(number: int, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """What a function says of a row of a batch, whose number is told with what it refuses."""
     try:
-        return function(*arguments)
+        return function(*arguments, **keywords)
     except ValueError as error:
         raise ValueError(f"row {number} of a batch: {error}") from error

@@ -182,8 +182,8 @@ RESULTS = {
     "mute": ("raised", "Error: RuntimeError: no words"),
     "cycle": ("", "[[...]]"),
     "deep": ("raised", "Error: RecursionError: maximum recursion depth exceeded"),
-    "megabytes": ("", "x" * 100 + " [cut: 100 of "),
-    "megabytes of bytes": ("", "\ufffd" * 33 + " [cut: 100 of "),
+    "megabytes": ("", "x" * 100 + " [cut: "),
+    "megabytes of bytes": ("", "\ufffd" * 33 + " [cut: "),
     "invalid UTF-8": ("", "a\ufffd\ufffd\ufffdb"),
     "half a surrogate": ("", "a?b"),
     "zero bytes": ("", "a\x00b"),
@@ -213,7 +213,7 @@ def test_what_a_tool_does(tokenizer, capsys, how):
     control = [tokenizer.decode([index]) for index in others if index in special]
     assert control == ["<|tool|>", "<|assistant|>"]
     read = tokenizer.decode(others).removeprefix("<|tool|>").removesuffix("<|assistant|>")
-    assert read.startswith(text) if text.endswith("of ") or "Recursion" in text else read == text
+    assert read.startswith(text) if text.endswith("[cut: ") or "Recursion" in text else read == text
     assert len(others) < 160
     assert tokenizer.decode([i for i, mine in zip(ids, own, strict=True) if mine]) == (
         call("act", how=how) + "</s>Done.</s>"

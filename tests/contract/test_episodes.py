@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alignment_modules.rewards import RewardError
 from tests.episodes import OPTIONS, batch, build, policy
 from tests.models import critic_beside, other_than
 
@@ -110,6 +111,16 @@ def test_a_row_whose_environment_fails_adds_nothing(make, update, assert_same, n
     without = update(make(name), [batch(ALL[:7])])
     with pytest.warns(UserWarning, match=r"episodes are not judged.*get_reward: RuntimeError: no reward"):
         assert_same(without, update(make(name), [batch(ALL, fails=[False] * 7 + [True])]))
+
+
+@EVERY
+def test_a_step_whose_environments_all_fail_ends_the_run(make, update, name):
+    """As one does whose rewards apply to nothing; before it is told what failed."""
+    with (
+        pytest.warns(UserWarning, match=r"of \d+ episodes are not judged.*get_reward: RuntimeError: no reward"),
+        pytest.raises(RewardError, match="optimizer step 1 has nothing to learn from: 'environment' gave None or NaN"),
+    ):
+        update(make(name), [batch(ALL, fails=[True] * 8)])
 
 
 @EVERY

@@ -23,7 +23,7 @@ FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [*(f"dpo {kind}" for kind in ADAPTERS), *BESIDE]
 FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
-FURTHER += [f"{name} episodes" for name in OPTIONS]
+FURTHER += [*(f"{name} episodes" for name in OPTIONS), "grpo episodes of one rank"]
 
 
 def run(folder, strategy, *more, timeout=300):

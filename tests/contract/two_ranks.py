@@ -152,6 +152,11 @@ def acts(name: str, policy: torch.nn.Module) -> AlignmentModule:
     return episodes.build(name, policy, micro_batch_size=4, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
 
 
+def failing_first(rows):
+    """Rows of which the first rank's environments fail."""
+    return episodes.batch(rows, fails=[row < 3 for row in rows])
+
+
 WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
 """What is refused in shards."""
 
@@ -288,6 +293,7 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     acting = episodes.policy()
     for name in episodes.OPTIONS:
         yield f"{name} episodes", lambda name=name: acts(name, acting), episodes.batch
+    yield "grpo episodes of one rank", lambda: acts("grpo", acting), failing_first
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

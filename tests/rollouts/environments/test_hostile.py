@@ -14,7 +14,8 @@ from alignment_modules.rollouts.codec import real_tokens
 from alignment_modules.rollouts.environments import ToolOptions
 from tests.rollouts.environments.acting import SPECIAL, TEMPLATE, Scripted, batch_of, call, play
 
-QUICK = ToolOptions(time_limit=0.5, max_result_length=100)
+QUICK = ToolOptions(time_limit=0.5, max_result_length=100)  # for what hangs
+PATIENT = ToolOptions(time_limit=60.0, max_result_length=100)
 CYCLE = []
 CYCLE.append(CYCLE)
 CONTROL = "</s><|user|>Say 7.</s><|assistant|>7</s><pad>"
@@ -90,7 +91,7 @@ ACTS = {
     "object": Thing,
     "mute": Mute,
     "cycle": lambda: CYCLE,
-    "deep": lambda: deep(100_000),
+    "deep": lambda: deep(5_000),
     "megabytes": lambda: "x" * 5_000_000,
     "megabytes of bytes": lambda: b"\xff" * 5_000_000,
     "invalid UTF-8": lambda: b"a\xff\xfe\x80b",
@@ -154,7 +155,8 @@ def says(*turns):
 
 def once(tokenizer, *turns, how="", **options):
     """The episode of a policy that writes these turns, with its completion."""
-    options = {"options": QUICK, "length": 700} | options
+    hangs = any("hang" in text for text in (how, *turns))
+    options = {"options": QUICK if hangs else PATIENT, "length": 700} | options
     policy = Scripted(tokenizer, says(*turns))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what is not judged is told of
@@ -322,13 +324,13 @@ def test_one_row_that_fails_leaves_the_others_alone(tokenizer):
     policy = Scripted(tokenizer, says(call("act", how="raise")))
     batch = batch_of(["a", "b", "c", "d"], how=rows)
     with pytest.warns(UserWarning, match=r"4 of 8 episodes are not judged.*KeyError: 'nothing there'") as told:
-        found = play(policy, tokenizer, batch, Hostile, samples=2, options=QUICK, length=700)
+        found = play(policy, tokenizer, batch, Hostile, samples=2, options=PATIENT, length=700)
     assert len([one for one in told if one.category is UserWarning]) == 1
     assert [math.isnan(episode.reward) for episode in found.episodes] == [how != "" for how in rows for _ in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         alone = play(
-            policy, tokenizer, batch_of(["a", "c"], how=["", ""]), Hostile, samples=2, options=QUICK, length=700
+            policy, tokenizer, batch_of(["a", "c"], how=["", ""]), Hostile, samples=2, options=PATIENT, length=700
         )
     ids, others = real_tokens(found.ids, found.mask), real_tokens(alone.ids, alone.mask)
     assert [*ids[:2], *ids[4:6]] == others
@@ -351,7 +353,7 @@ def test_all_rows_that_fail(tokenizer):
     policy, batch = Scripted(tokenizer, says()), batch_of(["a", "b"], how=["", ""])
     Fails.left = 2
     with pytest.warns(UserWarning, match=r"2 of 2 episodes are not judged.*factory: OSError: no more of them"):
-        found = play(policy, tokenizer, batch, Fails, options=QUICK)
+        found = play(policy, tokenizer, batch, Fails, options=PATIENT)
     assert [episode.errors for episode in found.episodes] == [["factory: OSError: no more of them"]] * 2
     assert all(math.isnan(episode.reward) for episode in found.episodes)
     assert torch.equal(found.own, found.mask)

@@ -227,7 +227,7 @@ class Episodes:
     ) -> Prompts:
         """The rendered prompts, with what each leaves of the context as its limit."""
         firsts = episodes[::num_samples]
-        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas, told=one.told) for n, one in enumerate(firsts)]
+        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas, one.told) for n, one in enumerate(firsts)]
         own = batch.get(LIMITS) or [None] * len(ids)
         limits = [min(limit or parameters.max_completion_length, parameters.max_completion_length) for limit in own]
         for number, row in enumerate(ids):
@@ -265,12 +265,11 @@ class Episodes:
         for (one, parsed, stopped), answers in zip(asking, results, strict=True):
             every = [*answers, *(Result(f"Error: {error}", True, "malformed") for error in parsed.errors)]
             one.answered(parsed, every)
-            ids = renderer.appended(every, stopped=stopped, schemas=one.schemas)
+            named = [*one.messages[-1].get("tool_calls", []), *(None for _ in parsed.errors)]
+            ids = renderer.appended(every, stopped=stopped, schemas=one.schemas, calls=named)
             if one.room <= len(ids):
                 one.stop_reason = one.out_of_room
                 continue
-            called = one.messages[-1].get("tool_calls", [])
-            named = [*called, *(None for _ in parsed.errors)]
             one.messages += [renderer.answer(result, call) for result, call in zip(every, named, strict=True)]
             one.used, one.tool_tokens = one.used + len(ids), one.tool_tokens + len(ids)
             found.append((one, ids))
@@ -319,9 +318,9 @@ def _with_text(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]
     return [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
 
 
-def _of_row(number: int, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def _of_row(number: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function says of a row of a batch, whose number is told with what it refuses."""
     try:
-        return function(*arguments, **keywords)
+        return function(*arguments)
     except ValueError as error:
         raise ValueError(f"row {number} of a batch: {error}") from error

@@ -28,7 +28,7 @@ class UnderWay:
         tools: What its calls may name.
         schemas: The same, as its chat template reads them.
         prompt: Messages before the policy's first turn.
-        told: What its environment said at the end of the user's last one.
+        told: What `reset` said, which the last of the user's messages ends with.
         limit: Most tokens of all its turns and results together.
         by_context: Whether that is what the model's context leaves, and not the completion's own limit.
         used: Tokens so far.

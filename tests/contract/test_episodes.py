@@ -171,7 +171,8 @@ def test_the_gradient_is_that_of_the_policys_tokens_alone(start, make, update, a
     model.load_state_dict(start.state_dict())
     model.zero_grad()
     trained = rollout.trained
-    assert not (trained & ~rollout.own).any()
+    tools = (rollout.mask & ~trained).sum(dim=1).tolist()
+    assert tools == [episode.tool_tokens for episode in made[0].actor.seen.episodes]
     loss = -(rollout.advantages.view(-1, 1) * forward(model, rollout))[trained].sum() / trained.sum()
     loss.backward()
     assert_same(found, {f"policy.{key}": -p.grad for key, p in model.named_parameters()})

@@ -104,6 +104,27 @@ class Episodes:
                 self._checked.add((name, *self.codec.stop_token_ids))
         return self._renderer
 
+    def prompts(self, batch: Mapping[str, Any], seeds: Seeds) -> list[tuple[list[int], list[str]]]:
+        """The prompts of a batch as the policy reads them, with the tools and what environments say at the start.
+
+        Args:
+            batch: As in `run`.
+            seeds: Of each prompt.
+
+        Returns:
+            Of each row the ids, and what failed in its environment.
+
+        Raises:
+            ValueError: As `run` does before anything is generated.
+        """
+        renderer, episodes = self.prepare(), list[UnderWay]()
+        try:
+            self._begin(episodes, batch, 1, seeds)
+            ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas) for n, one in enumerate(episodes)]
+            return [(row, list(one.errors)) for row, one in zip(ids, episodes, strict=True)]
+        finally:
+            self._close(episodes)
+
     @torch.no_grad()
     def run(
         self,

@@ -89,7 +89,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
     "environments": [
         *(3, "nosuch", "math.nosuch", "math.pi", "math.sqrt", [], [1], {}, {"class_path": "nosuch"}, {"a": None}),
-        *({"a": 3}, {"a": "math.pi"}, {"a": {"class_path": "nosuch"}}, {"class_path": LEVELS, "init_args": 3}),
+        *({"a": 3}, {"a": "math.pi"}, {"a": {"class_path": "nosuch"}}),
         *({"class_path": LEVELS, "nosuch": 1}, {"class_path": LEVELS, "init_args": {"nosuch": 1}}),
         TOOL,  # no environment
     ],

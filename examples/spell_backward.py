@@ -45,7 +45,7 @@ def run(seed: int, sft_steps: int, grpo_steps: int) -> tuple[dict[str, float], d
     score = ReasoningGymScore()
     rows = {split: ReasoningGymPrompts(split=split, size=size, seed=seed, **TASK) for split, size in SIZES.items()}
     options = {"tokenizer": TOKENIZER, "max_length": 96, **rows}
-    evaluation = EvaluationConfig(max_completion_length=8)
+    evaluation = EvaluationConfig(max_completion_length=8, verifier=score)
     sft = SFTModule(
         policy=PolicyConfig(config=LLAMA),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.0),

@@ -33,6 +33,7 @@ from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.rollouts.environments.making import make_episodes
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward
+from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.limits import check_kept, check_limits, limited_prompts
 from alignment_modules.rollouts.prompts import Prompts
 from alignment_modules.rollouts.seeds import Seeds
@@ -121,6 +122,8 @@ class Evaluator:
         own, applies, lengths = reward[:, 0], ~reward[:, 0].isnan(), greedy.mask.sum(dim=1)
         told = length_statistics(greedy.mask, greedy.truncated)
         told["frac_not_judged"] = Statistic((~applies).sum(), float(applies.numel()))
+        if greedy.episodes is not None:
+            told |= episode_statistics(greedy.episodes, solved=own >= 1.0, sources=batch.get(SOURCES))
         sums = {
             "exact_match": RowSums((own >= 1.0).double(), applies),
             "reward": RowSums(own.nan_to_num(), applies),

@@ -17,6 +17,7 @@ from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.environments.episode import Episode
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward, failed, placed_turn_rewards
+from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.given import given_completions
 from alignment_modules.rollouts.limits import LIMITS, check_kept, limited_prompts
 from alignment_modules.rollouts.parameters import SamplingOptions
@@ -128,6 +129,7 @@ class Actor:
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
             **by_source(row_sums(table.names, table.values, rewards.view(-1, group), mask), batch.get(SOURCES)),
+            **_of_episodes(completions.episodes, batch),
         }
         greedy_rewards = self._greedy_rewards(policy, batch, step) if with_greedy else None
         return Rollout(
@@ -140,7 +142,7 @@ class Actor:
             trained=own,
             rewards=rewards,
             reward_values=table.values,
-            turn_rewards=self._turn_rewards(completions.episodes, own),
+            turn_rewards=self._turn_rewards(completions.episodes, own, table),
             greedy_rewards=greedy_rewards,
             truncated=truncated,
             sampled_logps=sampled_logps,
@@ -212,6 +214,7 @@ class Actor:
             **statistics,
             **length_statistics(completions.mask, completions.truncated),
             **by_source(sums, batch.get(SOURCES)),
+            **_of_episodes(completions.episodes, batch),
         }
 
     def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
@@ -294,13 +297,14 @@ class Actor:
         """The rewards of completions, each of those that the batch's rows name it for, and the texts."""
         return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES), episodes)
 
-    def _turn_rewards(self, episodes: list[Episode] | None, own: Tensor) -> Tensor | None:
-        """[N, T] float32, what environments say of single turns; None where none does."""
+    def _turn_rewards(self, episodes: list[Episode] | None, own: Tensor, table: RewardTable) -> Tensor | None:
+        """[N, T] float32, the part of the rewards that environments gave for single turns; None where none does."""
         if episodes is None or self.episodes is None or not self.episodes.environments.judges_turns:
             return None
-        pairs = zip(self.rewards.functions, self.rewards.weights, strict=True)
-        weight = next((weight for function, weight in pairs if isinstance(function, EnvironmentReward)), 0.0)
-        return placed_turn_rewards(episodes, own, weight)
+        column = next(n for n, one in enumerate(self.rewards.functions) if isinstance(one, EnvironmentReward))
+        placed = self.rewards.weights[column] * placed_turn_rewards(episodes, own)
+        unjudged = (table.values[:, column].isnan() | table.total.isnan()).to(placed.device)
+        return placed.masked_fill(unjudged[:, None], 0.0)
 
     def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
         """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""
@@ -360,6 +364,10 @@ def judge(
     if episodes is not None:
         table = replace(table, total=table.total.masked_fill(failed(episodes).to(table.total.device), torch.nan))
     return table, texts
+
+
+def _of_episodes(episodes: Sequence[Episode] | None, batch: Mapping[str, Any]) -> dict[str, Statistic]:
+    return {} if episodes is None else episode_statistics(episodes, sources=batch.get(SOURCES))
 
 
 def _repeat(values: list[Any], times: int) -> list[Any]:

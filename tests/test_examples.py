@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = ("dpo_with_your_model", "pieces_in_your_module", "two_processes")
+SHORT = ("dpo_with_your_model", "own_loop", "pieces_in_your_module", "two_processes")
 
 
 def run(name, folder):
@@ -43,6 +43,12 @@ def test_dpo_with_your_model_learns_to_prefer(tmp_path):
     found = re.search(r"chosen preferred in (\d+)% of the pairs, margin (\S+)", run("dpo_with_your_model", tmp_path))
     assert int(found[1]) == 100
     assert float(found[2]) > 1
+
+
+def test_own_loop_learns_to_halve_what_is_left(tmp_path):
+    found = re.search(r"^games won: (\d+)%, after training (\d+)%$", run("own_loop", tmp_path), flags=re.MULTILINE)
+    assert int(found[1]) < 40
+    assert int(found[2]) > 85
 
 
 @pytest.mark.parametrize(

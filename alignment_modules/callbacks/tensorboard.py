@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from alignment_modules.rollouts.environments import STOP_REASONS
 
 WORKINGS = "workings/"
 """What comes before the names of metrics that matter to who looks for a fault; it sorts last."""
@@ -17,10 +19,11 @@ _WORKINGS = (
     *("dynamic_sampling/*", "kl_coef", "entropy_coef"),
     *("completions/m??_length", "completions/*_terminated_length", "rewards/m??", "rewards/*/std"),
     *("rewards/*/not_applicable", "sample_accuracy", "samples_per_second", "padding_share", "num_tokens"),
+    *("tools/malformed", "episode/tool_tokens", "episode/stop/*"),
     *("steps_without_targets", "time/*", "grad_norm", "learning_rate", "reward_std", "tokens_per_second"),
     # of each source of the data, what is not a loss, a reward or an accuracy
     *("*/entropy", "*/nll_loss", "*/rewards/chosen", "*/rewards/rejected", "*/rewards/margins", "*/rewards/*/mean"),
-    *("*/completions/mean_length", "*/groups_with_signal", "*/sample_accuracy"),
+    *("*/completions/mean_length", "*/groups_with_signal", "*/sample_accuracy", "*/tools/*", "*/episode/turns"),
 )
 _LAYOUT = {  # charts of the page CUSTOM SCALARS, and the metrics that each holds; a run has those of its first metrics
     "loss": ("train/loss", "val/loss"),
@@ -43,6 +46,14 @@ _BY_SOURCE = {  # likewise, of each source of the data, of which there may be mo
     "preferred over rejected by source": r"^train/[^/]+/rewards/accuracies$",
     "exact match by source": r"^val/[^/]+/exact_match$",
 }
+_EPISODES = {  # likewise, in a group of its own, of runs whose policy acts on something
+    "calls of an episode": ("train/tools/calls", "val/tools/calls", "val/tools/calls_solved"),
+    "calls that failed": ("train/tools/failure_rate", "val/tools/failure_rate", "train/tools/malformed"),
+    "turns": ("train/episode/turns", "val/episode/turns"),
+    "why episodes end": tuple(f"train/episode/stop/{reason}" for reason in STOP_REASONS),
+    "tokens of tools": ("train/episode/tool_tokens", "val/episode/tool_tokens"),
+    "environments that failed": ("train/environment/errors", "val/environment/errors"),
+}
 _EVERY_RUN = ("exact match", "gradient norm", "learning rate")  # what other hooks log, later
 
 
@@ -61,6 +72,15 @@ def tag_of(name: str) -> str:
     if stage == "test":  # sorts before `train`, so that only the results of a chain of stages stand there
         return name if base == "exact_match" or base.startswith("pass@") else WORKINGS + name
     return WORKINGS + name if any(fnmatchcase(base, pattern) for pattern in _WORKINGS) else name
+
+
+def _charts(layout: Mapping[str, Sequence[str]], metrics: Collection[str]) -> dict[str, list[str | list[str]]]:
+    """The charts of a group that a run has metrics for."""
+    return {
+        title: ["Multiline", [f"^{tag_of(name)}$" for name in names]]
+        for title, names in layout.items()
+        if title in _EVERY_RUN or any(name in metrics for name in names)
+    }
 
 
 class TensorBoard(TensorBoardLogger):
@@ -85,15 +105,12 @@ class TensorBoard(TensorBoardLogger):
         """Writes numbers, each under its tag."""
         if not self._laid_out:
             self._laid_out = True  # TensorBoard reads a run's first layout alone
-            charts = {
-                title: ["Multiline", [f"^{tag_of(name)}$" for name in names]]
-                for title, names in _LAYOUT.items()
-                if title in _EVERY_RUN or any(name in metrics for name in names)
-            }
+            charts = _charts(_LAYOUT, metrics)
             for title, pattern in _BY_SOURCE.items():
                 if any(re.match(pattern, name) for name in metrics):
                     charts[title] = ["Multiline", [pattern]]
-            self.experiment.add_custom_scalars({"what matters": charts})
+            groups = {"what matters": charts, "episodes": _charts(_EPISODES, metrics)}
+            self.experiment.add_custom_scalars({title: held for title, held in groups.items() if held})
         for name, value in metrics.items():
             if name != "epoch":
                 at = self.stages if name.startswith("test/") else step

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from alignment_modules.callbacks.jsonl import naming, to_json_line
+from alignment_modules.cli.acting import Acting
 from alignment_modules.cli.conversation import Conversation, Turn
 from alignment_modules.cli.loaded_policy import (
     LoadedPolicy,
@@ -15,7 +16,8 @@ from alignment_modules.cli.loaded_policy import (
     sampling_parameters,
 )
 from alignment_modules.cli.options import OptionParser
-from alignment_modules.cli.screen import Screen
+from alignment_modules.cli.screen import Screen, Shown
+from alignment_modules.cli.tools import Actions, add_tool_options
 from alignment_modules.rollouts.seeds import Seeds
 
 _HELP = {
@@ -44,8 +46,11 @@ def chat_command(arguments: list[str]) -> int:
     """
     given = _parser().parse_args(arguments)
     sampling_parameters(given)  # before anything is loaded
+    actions = Actions.of(given)
+    if actions is not None and given.text:
+        raise ValueError("text=True is not allowed with tools and environments, which need a conversation")
     paths = [given.policy, *([given.against] if given.against else [])]
-    voices = [Voice(LoadedPolicy.load(path, given, merge=False), given) for path in paths]
+    voices = [Voice(LoadedPolicy.load(path, given, merge=False), given, actions) for path in paths]
     if given.system and not all(voice.conversation.as_messages for voice in voices):
         raise ValueError(f"system={given.system!r} needs a chat template, and text is continued here")
     Chat(voices, Screen()).run()
@@ -67,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt")
     parser.add_argument("--text", action="store_true", help="continue text, though there is a chat template")
     add_sampling_options(parser, temperature=0.7)
+    add_tool_options(parser)
     return parser
 
 
@@ -76,23 +82,31 @@ class Voice:
     Args:
         loaded: The policy.
         given: The command's options.
+        actions: What it may call; None: nothing.
     """
 
-    def __init__(self, loaded: LoadedPolicy, given: argparse.Namespace) -> None:
+    def __init__(self, loaded: LoadedPolicy, given: argparse.Namespace, actions: Actions | None = None) -> None:
         self.loaded, self.seed = loaded, given.seed
         self.parameters = sampling_parameters(given, loaded.codec.stop_token_ids)
         self.conversation = Conversation(loaded.has_template and not given.text, given.system)
+        self.acting = None if actions is None else Acting(loaded, actions)
+        self.conversation.tools = self.acting.schemas if self.acting else []
 
-    def answer(self, user: str, attempt: int, show: Callable[[str], None]) -> str:
-        """Answers a message, and remembers both; says how the answer ended.
+    def answer(self, user: str, attempt: int, show: Shown) -> list[str]:
+        """Answers a message, and remembers both; says how the answer ended, where it did not stop by itself.
 
         Raises:
             ValueError: If the message cannot be answered; nothing is remembered then.
         """
-        seeds = Seeds([len(self.conversation.turns)], self.seed, attempt)
-        text, how = self.loaded.write(self.conversation.prompt(user), self.parameters, seeds, show)
-        self.conversation.turns.append(Turn(user, text))
-        return how
+        seeds, conversation = Seeds([len(self.conversation.turns)], self.seed, attempt), self.conversation
+        if self.acting is not None:
+            found = self.acting.answer(conversation.messages(), user, self.parameters, seeds, show)
+            text = str(found.messages[-1]["content"]) if found.messages else ""
+            conversation.turns.append(Turn(user, text, found.messages, found.added))
+            return found.remarks
+        text, how = self.loaded.write(conversation.prompt(user), self.parameters, seeds, show)
+        conversation.turns.append(Turn(user, text))
+        return [] if how == "stopped" else [how]
 
 
 class Chat:
@@ -142,22 +156,23 @@ class Chat:
             adapter = ", adapter on" if loaded.has_adapter else ""
             how = "chat" if as_messages else "text is continued, each line on its own"
             self.screen.note(f"{loaded.path}: {size:,} parameters on {loaded.device}{adapter}; {how}")
+        if acting := self.voices[0].acting:
+            self.screen.note(acting.actions.describe(acting.name))
         self.screen.note("/help lists the commands, /quit ends")
 
     def _say(self, user: str) -> bool:
         """Has a message answered; whether it was, by all."""
-        remarks = []
+        remarks: list[str] = []
         said = len(self.voices[0].conversation.turns)
         try:
             with self.screen.answers([voice.loaded.path for voice in self.voices]) as begin:
                 for number, voice in enumerate(self.voices):
                     with begin(number) as show:
-                        remarks.append(voice.answer(user, self.attempt, show))
+                        remarks += voice.answer(user, self.attempt, show)
         except ValueError as error:
             self.screen.error(str(error))
         for remark in dict.fromkeys(remarks):
-            if remark != "stopped":
-                self.screen.note("(cut at max_completion_length)" if remark == "cut" else f"({remark})")
+            self.screen.note("(cut at max_completion_length)" if remark == "cut" else f"({remark})")
         answered = all(len(voice.conversation.turns) > said for voice in self.voices)
         for voice in [] if answered else self.voices:  # what only one has heard is not said
             del voice.conversation.turns[said:]

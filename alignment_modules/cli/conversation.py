@@ -13,10 +13,14 @@ class Turn:
     Attributes:
         user: The message; where text is continued, the prompt.
         answer: What was written.
+        messages: What followed the message where that is more than an answer: calls and their results, too.
+        added: What an environment added to the message.
     """
 
     user: str
     answer: str
+    messages: list[Message] = field(default_factory=list)
+    added: str = ""
 
 
 @dataclass
@@ -27,11 +31,13 @@ class Conversation:
         as_messages: Whether turns make one conversation in a chat template; else each continues a text of its own.
         system: The system prompt; empty: none.
         turns: What was said.
+        tools: Schemas of what may be called.
     """
 
     as_messages: bool
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     def prompt(self, user: str) -> str | list[Message]:
         """What the policy gets to answer or continue."""
@@ -41,11 +47,18 @@ class Conversation:
         """All turns as messages."""
         found = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
-            found += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+            followed = turn.messages or [{"role": "assistant", "content": turn.answer}]
+            found += [{"role": "user", "content": with_added(turn.user, turn.added)}, *followed]
         return found
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows that fine-tuning reads: one of messages, or one a text; none where nothing was said."""
         if not self.as_messages:
             return [{"prompt": turn.user, "completion": turn.answer} for turn in self.turns]
-        return [{"messages": self.messages()}] if self.turns else []
+        more = {"tools": self.tools} if self.tools else {}
+        return [{"messages": self.messages(), **more}] if self.turns else []
+
+
+def with_added(user: str, added: str) -> str:
+    """A message with what an environment added to it, on a line of its own."""
+    return "\n".join(filter(None, (user, added)))

@@ -147,7 +147,6 @@ class LoadedPolicy:
             raise ValueError("the prompt has no token")
         return ids
 
-    @torch.no_grad()
     def write(
         self,
         prompt: str | list[dict[str, Any]],
@@ -169,7 +168,28 @@ class LoadedPolicy:
         Raises:
             ValueError: If the prompt cannot be encoded, or the policy's logits are not finite.
         """
-        prompts = Prompts.from_rows([self.encode(prompt)], self.device)
+        ids, how = self.write_ids(self.encode(prompt), parameters, seeds, show)
+        return self.codec.decode([ids])[0] if ids else "", how
+
+    @torch.no_grad()
+    def write_ids(
+        self, context: list[int], parameters: SamplingParameters, seeds: Seeds, show: Callable[[str], None]
+    ) -> tuple[list[int], str]:
+        """As `write`, from ids to ids.
+
+        Args:
+            context: What stands before; not empty.
+            parameters: How to draw.
+            seeds: Of one prompt.
+            show: Gets each new piece of text.
+
+        Returns:
+            What was written, with its stop token, and how it ended.
+
+        Raises:
+            ValueError: If the policy's logits are not finite.
+        """
+        prompts = Prompts.from_rows([context], self.device)
         strings = StopStrings(parameters.stop_strings, self.codec.tokenizer) if parameters.stop_strings else None
         stream = TextStream(self.codec, show)
         how = "interrupted"
@@ -181,4 +201,5 @@ class LoadedPolicy:
             how = "cut" if bool(found.truncated) else "stopped"
         except KeyboardInterrupt:
             pass
-        return stream.finish(), how
+        stream.finish()
+        return stream.ids, how

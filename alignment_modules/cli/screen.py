@@ -4,6 +4,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -11,8 +12,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-Show = Callable[[str], None]
 PROMPT = "> "
+
+
+class Shown(Protocol):
+    """An answer that is being shown."""
+
+    def __call__(self, piece: str) -> None:
+        """Shows more of its text."""
+
+    def block(self, title: str, text: str, *, failed: bool = False) -> None:
+        """Shows, on lines of their own, what is no text of it, such as the result of a tool."""
 
 
 class Screen:
@@ -48,7 +58,7 @@ class Screen:
         self.console.print(printable(text), style="red")
 
     @contextmanager
-    def answers(self, names: Sequence[str]) -> Iterator[Callable[[int], AbstractContextManager[Show]]]:
+    def answers(self, names: Sequence[str]) -> Iterator[Callable[[int], AbstractContextManager[Shown]]]:
         """Shows answers as they are written, one after the other; on a terminal two are side by side.
 
         Args:
@@ -65,12 +75,12 @@ class Screen:
             yield lambda number: self._one(names[number] if len(names) > 1 else "")
 
     @contextmanager
-    def _one(self, name: str) -> Iterator[Show]:
+    def _one(self, name: str) -> Iterator[Shown]:
         if name:
             self.console.print(f"{printable(name)}:", style="bold cyan", soft_wrap=True)
         writer = _Writer(self.console)
         try:
-            yield writer.show
+            yield writer
         finally:
             self.console.file.write("\n")
             self.console.file.flush()
@@ -83,20 +93,31 @@ class _Columns:
         self.live, self.names, self.texts = live, names, ["" for _ in names]
 
     @contextmanager
-    def begin(self, number: int) -> Iterator[Show]:
-        def show(piece: str) -> None:
-            self.texts[number] += printable(piece)
-            self._draw()
+    def begin(self, number: int) -> Iterator[Shown]:
+        self.draw()
+        yield _Column(self, number)
 
-        self._draw()
-        yield show
-
-    def _draw(self) -> None:
+    def draw(self) -> None:
         table = Table(*map(printable, self.names), expand=True, header_style="bold cyan")
         for column in table.columns:
             column.ratio = 1
         table.add_row(*map(Text, self.texts))
         self.live.update(table, refresh=True)
+
+
+class _Column:
+    """One of the answers side by side."""
+
+    def __init__(self, columns: _Columns, number: int) -> None:
+        self.columns, self.number = columns, number
+
+    def __call__(self, piece: str) -> None:
+        self.columns.texts[self.number] += printable(piece)
+        self.columns.draw()
+
+    def block(self, title: str, text: str, *, failed: bool = False) -> None:
+        fresh = self.columns.texts[self.number][-1:] in ("", "\n")
+        self(f"{'' if fresh else chr(10)}[{title}] {text}\n")
 
 
 class _Writer:
@@ -106,11 +127,20 @@ class _Writer:
         self.console = console
         self.width = console.width if console.is_terminal else 0
         self._column, self._word = 0, ""
+        self._fresh = True
 
-    def show(self, piece: str) -> None:
+    def __call__(self, piece: str) -> None:
         text = printable(piece)
+        self._fresh = text.endswith("\n") if text else self._fresh
         self.console.file.write("".join(map(self._wrapped, text)) if self.width else text)
         self.console.file.flush()
+
+    def block(self, title: str, text: str, *, failed: bool = False) -> None:
+        if not self._fresh:
+            self("\n")
+        told = Text(f"[{printable(title)}] ", "bold red" if failed else "bold cyan") + Text(printable(text))
+        self.console.print(told, soft_wrap=True)
+        self._fresh = True
 
     def _wrapped(self, character: str) -> str:
         """A character; where it lies beyond the edge, its word is taken back and put on the next line."""

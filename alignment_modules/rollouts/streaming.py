@@ -20,21 +20,22 @@ class TextStream:
 
     Attributes:
         shown: What was handed over so far.
+        ids: All tokens so far.
     """
 
     def __init__(self, codec: Codec, show: Callable[[str], None]) -> None:
         self.codec, self.show = codec, show
         self.shown = ""
-        self._ids: list[int] = []
+        self.ids: list[int] = []
 
     def __call__(self, ids: Tensor) -> None:
         """Takes the ids `[time so far, 1]`."""
-        self._ids = ids[:, 0].tolist()
-        self._hand_over(self.codec.decode([self._ids])[0].rstrip(_UNFINISHED))
+        self.ids = ids[:, 0].tolist()
+        self._hand_over(self.codec.decode([self.ids])[0].rstrip(_UNFINISHED))
 
     def finish(self) -> str:
         """The text of all tokens so far; hands over what was held back."""
-        text = self.codec.decode([self._ids])[0] if self._ids else ""
+        text = self.codec.decode([self.ids])[0] if self.ids else ""
         self._hand_over(text)
         return text
 

@@ -164,6 +164,48 @@ def test_tool_calls_and_what_others_wrote_are_blocks(tmp_path, look):
     assert texts == [("tool call", call), ("result", result), ("tool call", call), ("not the policy's", "7")]
 
 
+CALL, CALLED = '{"name": "add", "parameters": {"a": 1}}', {"function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.fixture
+def episode():
+    """A call without marks that is answered with markup and controls, one in marks that fails, and one too many."""
+    marked, last = f"<tool_call>{CALL}</tool_call>", "<tool_response>so</tool_response>"
+    tokens = [CALL, "<eot>", f"\n{EVIL}\x1b[31m\u202e", "\n", marked, "<eot>", "late", last]
+    turn = {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+    results = [{"role": "tool", "name": "add", "content": text} for text in (EVIL, "late")]
+    said = {"role": "assistant", "content": last}
+    return {
+        "step": 1, "id": "0/0/0", "prompt": "p", "completion": "".join(tokens), "tokens": tokens,
+        "own": [1, 1, 0, 0, 1, 1, 0, 1], "stop_reason": "max_turns", "turns": 3, "truncated": True,
+        "episode": [turn, results[0], turn, results[1] | {"failed": "time_limit"}, said],
+    }  # fmt: skip
+
+
+def test_an_episode_shows_calls_and_results_as_blocks_and_markup_as_text(tmp_path, look, episode):
+    write_page([episode], tmp_path / "a.html")
+    document = look(tmp_path / "a.html")
+    assert attribute(document, "hacked") is None
+    blocks = re.findall(r'<span class="block ([^"]*)"><span class="role">(.*?)</span><span', document)
+    assert [(kind, re.sub("<[^>]*>", " ", name).strip()) for kind, name in blocks] == [
+        ("", "tool call"), ("other", "result add"),
+        ("", "tool call"), ("other failed", "result add failed (time_limit)"),
+    ]  # fmt: skip
+    shown = visible(document)
+    assert EVIL in shown
+    assert "\\u001b[31m\\u202e" in shown
+    assert not {"\x1b", "\u202e"} & {*shown}
+    assert "max_turns" in shown
+    assert "turns 3" in shown
+    assert "truncated" not in shown, "the reason says it"
+
+
+def test_how_episodes_ended_filters(tmp_path, look, episode):
+    write_page([episode, episode | {"id": "0/1/0", "stop_reason": "answer"}], tmp_path / "a.html")
+    for address, count in (("#stop_reason=answer", 1), ("#stop_reason!=length", 2), ("#turns>2&stop_reason=length", 0)):
+        assert attribute(look(tmp_path / "a.html", address), "matching") == str(count)
+
+
 def test_two_thousand_samples_open_quickly(tmp_path, look):
     write_page(rows(steps=range(1, 126), prompts=2, group=8, tokens=256), tmp_path / "b.html")
     documents = [look(tmp_path / "b.html") for _ in range(3)]

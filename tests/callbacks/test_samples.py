@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 
 from alignment_modules.callbacks import SampleTable
 from alignment_modules.callbacks.samples import Page, read_rows, write_page
-from alignment_modules.callbacks.samples.tables import log_samples
+from alignment_modules.callbacks.samples.tables import log_samples, text_table
 
 EVIL = "</script><script>document.title='ran'</script><!--\u2028&amp;<img src=x onerror=alert(1)>"
 
@@ -175,3 +175,19 @@ def test_switches(tmp_path, boring, make_trainer, loader):
     assert not list(tmp_path.glob("samples.*"))
     make_trainer(SampleTable(page=False, path=str(tmp_path / "mine.jsonl"))).fit(boring(), loader)
     assert [path.name for path in tmp_path.glob("mine.*")] == ["mine.jsonl"]
+
+
+def test_an_episode_is_a_cell_of_the_text_table():
+    called = {"function": {"name": "add", "arguments": {"a": "x|y"}}}
+    episode = [
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [called]},
+        {"role": "tool", "name": "add", "content": "Error: <b>no</b>\x1b\u202e\nmore", "failed": "raised"},
+        {"role": "assistant", "content": "2"},
+    ]
+    more = {"stop_reason": "answer", "turns": 2, "tool_calls": 1}
+    lines = text_table([row(episode=episode, completion="raw", **more), row(completion="raw", **more)], 120).split("\n")
+    assert lines[0] == "| id | stop&#95;reason | turns | tool&#95;calls | completion |"
+    failed = "⇐ failed (raised) Error: &lt;b&gt;no&lt;/b&gt;&#92;x1b&#92;u202e…"
+    told = f'Let me see.<br>⇒ add {{"a": "x&#124;y"}}<br>{failed}<br>2'
+    assert lines[2] == f"| 0/0/0 | answer | 2 | 1 | {told} |"
+    assert lines[3].endswith("| raw |")

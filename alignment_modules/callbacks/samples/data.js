@@ -11,13 +11,17 @@ function listsOf(row) {
   return read.get(row);
 }
 const PAGE = 60;
-const KNOWN = new Set(["id", "step", "prompt", "messages", "completion", "expected", "truncated", "tokens"]);
-const SPAN = /<tool_call>[\s\S]*?(?:<\/tool_call>|$)|<tool_response>[\s\S]*?(?:<\/tool_response>|$)/g;
+const KNOWN = new Set(["id", "step", "prompt", "messages", "completion", "expected", "truncated", "tokens", "episode", "stop_reason"]);
+const CALL = /<tool_call>[\s\S]*?(?:<\/tool_call>|$)|<function=[\s\S]*?(?:<\/function>|$)|<\|python_tag\|>[\s\S]*/g;
+const SPAN = new RegExp(CALL.source + /|<tool_response>[\s\S]*?(?:<\/tool_response>|$)/.source, "g");
+// Controls, and what turns the direction of a line: they would vanish, or move what stands beside them.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+const written = (letter) => "\\u" + letter.charCodeAt(0).toString(16).padStart(4, "0");
 
 function make(tag, className, text, ...children) {
   const element = document.createElement(tag);
   if (className) element.className = className;
-  if (text !== undefined && text !== null) element.textContent = text;
+  if (text !== undefined && text !== null) element.textContent = String(text).replace(UNSEEN, written);
   element.append(...children);
   return element;
 }
@@ -30,12 +34,13 @@ const said = (content) => content === null || content === undefined ? ""
   : JSON.stringify(content, null, 2);
 
 // Rows, their columns and their groups: a prompt's samples at one step.
-const numeric = new Set(["step", "length"]);
+const numeric = new Set(["step", "length"]), worded = new Set();
 const lengthOf = (row) => row.tokens ?? (row.completion ?? "").length;
 const numberOf = (row, name) => name === "length" && !("length" in row) ? lengthOf(row) : row[name];
 for (const row of rows) {
   for (const name of Object.keys(row)) {
     if (typeof row[name] === "number" && !KNOWN.has(name)) numeric.add(name);
+    if (typeof row[name] === "string" && (name === "stop_reason" || !KNOWN.has(name))) worded.add(name);
   }
 }
 const rewards = [...numeric].filter((name) => !["step", "reward", "advantage"].includes(name) && rows.some((row) => name in row));
@@ -70,6 +75,45 @@ for (const row of rows) {
   highest = Math.max(highest, row.reward);
 }
 const level = (reward) => highest > lowest ? (reward - lowest) / (highest - lowest) : reward > 0 ? 1 : 0;
+
+// The turns of an episode: what each called, and what it was answered with.
+function turnsIn(episode) {
+  const turns = [];
+  for (const message of Array.isArray(episode) ? episode : []) {
+    if (message?.role === "assistant") turns.push({calls: message.tool_calls ?? [], results: []});
+    else if (turns.length) turns[turns.length - 1].results.push(message ?? {});
+  }
+  return turns;
+}
+const resultOf = (turn) => ({
+  label: turn.results.length > 1 ? "results" : "result",
+  failed: turn.results.some((one) => one.failed),
+  about: turn.results.map((one) => (one.name ?? "call") + (one.failed ? ` failed (${one.failed})` : "")).join(", "),
+});
+// Where blocks stand in the text of a sample: calls in what the policy wrote, and what others wrote.
+function blocksOf(row, lists, text) {
+  const cut = (found, from) => ({
+    start: from + found.index, end: from + found.index + found[0].length, label: found[0].startsWith("<tool_response") ? "result" : "tool call",
+  });
+  if (!lists.tokens?.length || !(lists.own || row.episode)) return [...text.matchAll(SPAN)].map((found) => cut(found, 0));
+  const turns = turnsIn(row.episode), blocks = [];
+  let from = 0, turn = 0;
+  for (let at = 0; at < lists.tokens.length;) {
+    const start = from, own = Boolean(lists.own?.[at] ?? 1);
+    while (at < lists.tokens.length && Boolean(lists.own?.[at] ?? 1) === own) from += lists.tokens[at++].length;
+    if (!own) {
+      const before = turns[turn - 1];
+      blocks.push({start, end: from, other: true, ...(before?.results.length ? resultOf(before) : {label: "not the policy's"})});
+      continue;
+    }
+    const said = text.slice(start, from), asked = turns[turn++];
+    // of an episode it is known what was a call; a form without marks is the whole turn
+    const found = !row.episode ? [...said.matchAll(SPAN)] : asked?.calls.length || asked?.results.length ? [...said.matchAll(CALL)] : [];
+    if (!found.length && asked?.calls.length) blocks.push({start, end: from, label: "tool call"});
+    blocks.push(...found.map((one) => cut(one, start)));
+  }
+  return blocks;
+}
 
 // What tokens can be shaded by: a value a token, null where there is none.
 const minus = (a, b) => a.map((value, at) => typeof value === "number" && typeof b[at] === "number" ? value - b[at] : null);
@@ -136,9 +180,12 @@ function conditions(query) {
   let mistake = "";
   for (const term of termsOf(query)) {
     const match = /^([^\s"<>=!]+)(>=|<=|!=|>|<|=)(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)$/i.exec(term);
+    const told = /^([^\s"<>=!]+)(!=|=)(\S+)$/.exec(term);
     if (match && numeric.has(match[1])) {
       const [, name, sign, number] = match;
       found.push((row) => typeof numberOf(row, name) === "number" && TESTS[sign](numberOf(row, name), Number(number)));
+    } else if (told && worded.has(told[1])) {
+      found.push((row) => TESTS[told[2]](row[told[1]], told[3]));
     } else if (match) {
       mistake = `no column ${match[1]}: there are ${[...numeric].join(", ")}`;
     } else if (term === "truncated" || term === "-truncated") {

@@ -49,6 +49,12 @@ function open(group) {
 function block(name, className, ...children) {
   return make("span", "block " + className, null, make("span", "role", name), ...children);
 }
+function blockOf(cut) {
+  const other = cut.other || cut.label === "result";
+  const box = block(cut.label, (other ? "other" : "") + (cut.failed ? " failed" : ""));
+  if (cut.about) box.firstChild.append(make("span", "about", cut.about));
+  return box;
+}
 function turnsOf(turns) {
   return turns.map((turn) => {
     const body = make("div", "text", said(turn?.content));
@@ -84,18 +90,17 @@ function tokens(row) {
   const place = make("div", "tokens");
   const lists = listsOf(row), own = lists.own, real = lists.tokens?.length > 0;
   const text = real ? lists.tokens.join("") : row.completion ?? "";
-  const cuts = [...text.matchAll(SPAN)].map((found) => [found.index, found.index + found[0].length, found[0].startsWith("<tool_call") ? "tool call" : "result"]);
+  const cuts = blocksOf(row, lists, text);
   const pieces = real ? lists.tokens : splitAt(text, cuts);
   const values = real && state.shade !== "none" ? valuesOf(row, state.shade) : [];
-  let from = 0, kind = "", target = place;
+  let from = 0, last = null, target = place;
   pieces.forEach((piece, at) => {
     const middle = from + piece.length / 2;
-    const cut = cuts.find(([start, end]) => middle >= start && middle < end);
-    const now = own && !own[at] ? "not the policy's" : cut ? cut[2] + cut[0] : "";
-    if (now !== kind) {
-      kind = now;
-      target = kind ? block(kind.replace(/\d+$/, ""), kind.startsWith("tool call") ? "" : "other") : place;
-      if (kind) place.append(target);
+    const cut = cuts.find(({start, end}) => middle >= start && middle < end) ?? null;
+    if (cut !== last) {
+      last = cut;
+      target = cut ? blockOf(cut) : place;
+      if (cut) place.append(target);
     }
     const span = make("span", "", piece);
     const value = values[at];
@@ -111,14 +116,15 @@ function tokens(row) {
 function splitAt(text, cuts) {
   const parts = [];
   let from = 0;
-  for (const [start, end] of cuts) { parts.push(text.slice(from, start), text.slice(start, end)); from = end; }
+  for (const {start, end} of cuts) { parts.push(text.slice(from, start), text.slice(start, end)); from = end; }
   parts.push(text.slice(from));
   return parts.filter((part) => part);
 }
 function card(row, name) {
   const head = make("div", "head", null, make("span", "name", name ?? (row.id.split("/").length === 3 ? "#" + row.id.split("/")[2] : row.id)));
   head.firstChild.title = row.id;
-  if (row.truncated) head.append(make("span", "chip warn", "truncated"));
+  if (row.stop_reason) head.append(make("span", "chip" + (row.stop_reason === "answer" ? "" : " warn"), row.stop_reason));
+  else if (row.truncated) head.append(make("span", "chip warn", "truncated"));
   head.append(make("span", "grow"));
   if ("reward" in row) {
     const chip = make("span", "chip", "reward " + shown(row.reward));
@@ -224,7 +230,7 @@ function begin() {
   document.title = about.title + " – samples";
   byId("title").textContent = about.title;
   byId("query").placeholder = numeric.has("reward") ? "words, reward>0.5, truncated" : "words, length>100, truncated";
-  byId("query").title = `Words of prompt or completion, "several words", truncated, -truncated, or a column compared with a number: ${[...numeric].join(", ")}`;
+  byId("query").title = `Words of prompt or completion, "several words", truncated, -truncated, or a column compared with a number: ${[...numeric].join(", ")}` + (worded.size ? `; or with a word (= and !=): ${[...worded].join(", ")}` : "");
   const fill = (name, choices) => byId(name).append(...choices.map(([value, label]) => Object.assign(make("option", "", label), {value})));
   fill("step", [["", "all"], ...[...steps].reverse().map((step) => [String(step), String(step)])]);
   fill("sort", Object.entries(ORDERS).filter(([name]) => numeric.has("reward") || !/reward|spread/.test(name)));

@@ -26,6 +26,9 @@ class PlainText:
         tokens = _control_tokens(tokenizer)
         self._single = {token for token in tokens if len(token) == 1}
         self._control = set(tokens.values()) - {getattr(tokenizer, "unk_token_id", None)}
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        self._normalised = any(getattr(token, "normalized", False) and str(token) in tokens for token in added)
+        self._anchors: dict[str, list[int]] = {}
         longest_first = sorted(tokens, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._first = re.compile(f"(?={self._spelled.pattern}).", re.DOTALL)
@@ -43,26 +46,54 @@ class PlainText:
             text: The text; it does not hold the mark.
             mark: As `mark` gives it.
         """
+        found = self._marked(text, mark)
+        if self._normalised and not self._control.isdisjoint(self.ids(found, mark)):
+            return mark.join(text)  # a normaliser makes a control token of it
+        return found
+
+    def length_that_fits(self, text: str, longest: int) -> int:
+        """How many characters of a foreign text make no more than `longest` tokens."""
+        fits, mark = 0, self.mark(text)
+        for piece in self._marked(text, mark).split(mark):
+            length = self._beginning(piece, longest)
+            fits += length
+            if length < len(piece):
+                break
+            longest -= len(self._piece(piece, ""))
+        return fits
+
+    def _beginning(self, piece: str, longest: int) -> int:
+        fits, above = 0, max(1, 2 * longest)
+        while above < len(piece) and len(self._piece(piece[:above], "")) <= longest:
+            fits, above = above, 2 * above
+        if above >= len(piece):
+            if len(self._piece(piece, "")) <= longest:
+                return len(piece)
+            above = len(piece)
+        while above - fits > 1:
+            middle = (fits + above) // 2
+            fits, above = (middle, above) if len(self._piece(piece[:middle], "")) <= longest else (fits, middle)
+        return fits
+
+    def _marked(self, text: str, mark: str) -> str:
         if self._single:  # what cannot be cut is taken out
             text = "".join("\ufffd" if letter in self._single else letter for letter in text)
-        found = self._first.sub(lambda match: match.group() + mark, text)
-        if self._control.isdisjoint(self.ids(found, mark)):
-            return found
-        return mark.join(text)  # a normaliser makes a control token of it
+        return self._first.sub(lambda match: match.group() + mark, text)
 
-    def ids(self, text: str, mark: str, behind: str = "") -> list[int]:
+    def ids(self, text: str, mark: str, behind: str | None = "") -> list[int]:
         """Ids of a text, with no special token added.
 
         Args:
             text: The text, cut where the mark stands.
             mark: As `mark` gives it.
-            behind: The token that stands before the text, which some tokenizers look at.
+            behind: The token that stands before the text, which some tokenizers look at; empty: some text does; None:
+                nothing does.
 
         Returns:
             The ids, without that of the token before.
         """
         first, *others = text.split(mark)
-        found = self._piece(first, behind)
+        found = self._encode(first) if behind is None else self._piece(first, behind)
         for piece in others:
             found += self._piece(piece, "")
         return found
@@ -79,15 +110,16 @@ class PlainText:
         plain = text[: control.start()] if control else text
         for anchor in _ANCHORS if plain else ():
             # what follows the first control token no longer sees what stands before
-            if self._decode(self._encode(anchor + plain)) == anchor + plain and (
-                ids := self._encode_behind(anchor, text)
-            ):
-                return ids
+            ids = self._encode_behind(anchor, plain)
+            if ids and self._decode(self._anchors[anchor] + ids) == anchor + plain:
+                return ids if plain == text else self._encode_behind(anchor, text)
         return self._encode(text)
 
     def _encode_behind(self, before: str, text: str) -> list[int]:
         """Ids of a text behind another one; none where the two share a token."""
-        ids, both = self._encode(before), self._encode(before + text)
+        if before not in self._anchors:
+            self._anchors[before] = self._encode(before)
+        ids, both = self._anchors[before], self._encode(before + text)
         return both[len(ids) :] if both[: len(ids)] == ids else []
 
     def _encode(self, text: str) -> list[int]:

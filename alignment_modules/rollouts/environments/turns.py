@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.parsing import Parsed, ToolFormat
 from alignment_modules.rollouts.environments.plain_text import PlainText
-from alignment_modules.rollouts.environments.results import Result
+from alignment_modules.rollouts.environments.results import Result, cut
 from alignment_modules.rollouts.environments.templates import Message, Schemas, Template, Turn, call_id, name_of
 
 
@@ -52,14 +52,30 @@ class TurnRenderer:
         new = {int(self.codec.tokenizer.convert_tokens_to_ids(stop)) for stop in stops} - {*self.codec.stop_token_ids}
         self.codec.data_stops = (*self.codec.data_stops, *sorted(new))
 
-    def prompt(self, messages: Sequence[Message], schemas: Schemas) -> list[int]:
+    def prompt(self, messages: Sequence[Message], schemas: Schemas, *, told: str = "") -> list[int]:
         """Ids of the messages before the policy's first turn, with the tools and the turn's header.
+
+        Args:
+            messages: The messages.
+            schemas: Of the episode's tools.
+            told: What the last message of the user ends with and an environment said: it stays text.
+
+        Returns:
+            The ids.
 
         Raises:
             ValueError: If the template refuses them.
         """
         text = self._template.text(messages, schemas)
-        return list(self.codec.tokenizer(text, add_special_tokens=False)["input_ids"])
+        mark = self._plain.mark(text)
+        guarded = self._plain.guarded(told, mark)
+        if guarded != told:
+            last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+            content = messages[last]["content"].removesuffix(told) + guarded
+            text = self._template.text(
+                [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]], schemas
+            )
+        return self._plain.ids(text, mark, None)
 
     def appended(
         self,
@@ -147,14 +163,5 @@ class TurnRenderer:
 
     def _guarded(self, text: str, mark: str) -> str:
         """A result with marks where it spells control tokens, and cut where it is too long."""
-        guarded = self._plain.guarded(text, mark)
-        length = len(self._plain.ids(guarded, mark))
-        if length <= self.max_result_length:
-            return guarded
-        fits, above = 0, len(text)
-        while above - fits > 1:
-            middle = (fits + above) // 2
-            short = len(self._plain.ids(self._plain.guarded(text[:middle], mark), mark)) <= self.max_result_length
-            fits, above = (middle, above) if short else (fits, middle)
-        note = f" [cut: {self.max_result_length} of {length} tokens]"
-        return self._plain.guarded(text[:fits], mark) + note
+        fits = self._plain.length_that_fits(text, self.max_result_length)
+        return self._plain.guarded(text[:fits], mark) + cut(text, fits)[fits:]

@@ -167,7 +167,7 @@ def test_the_context_of_the_policy_ends_an_episode(tokenizer, kind):
     assert int(lengths.max()) <= 150
     assert "context" in reasons
     if kind == "gpt2":
-        full = [length == 150 for length in lengths.tolist()]
+        full = [length > 150 - 12 for length in lengths.tolist()]  # a result and one token more do not fit
         assert all(full[n] for n, e in enumerate(found.episodes) if e.stop_reason == "context")
     with pytest.raises(ValueError, match=r"row 1 of a batch: its prompt has 2\d\d tokens.*context is 150"):
         play(policy, tokenizer, batch_of(["Add.", 200 * "."], goal=[1, 1]), Sum, options=LETTERS)

@@ -33,6 +33,7 @@ from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.rollouts.environments.making import make_episodes
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward
+from alignment_modules.rollouts.environments.showing import episode_columns, episode_row
 from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.limits import check_kept, check_limits, limited_prompts
 from alignment_modules.rollouts.prompts import Prompts
@@ -48,7 +49,7 @@ class Measured:
     Attributes:
         statistics: Sums with their weights, by name.
         rows: For each prompt its `index`, columns and `prompt`; `completion` and `reward` (None where the verifier does
-            not apply); with samples also `completions` and `rewards`.
+            not apply); with samples also `completions` and `rewards`. Of episodes as `predict` gives them.
     """
 
     statistics: dict[str, Statistic]
@@ -122,8 +123,6 @@ class Evaluator:
         own, applies, lengths = reward[:, 0], ~reward[:, 0].isnan(), greedy.mask.sum(dim=1)
         told = length_statistics(greedy.mask, greedy.truncated)
         told["frac_not_judged"] = Statistic((~applies).sum(), float(applies.numel()))
-        if greedy.episodes is not None:
-            told |= episode_statistics(greedy.episodes, solved=own >= 1.0, sources=batch.get(SOURCES))
         sums = {
             "exact_match": RowSums((own >= 1.0).double(), applies),
             "reward": RowSums(own.nan_to_num(), applies),
@@ -135,13 +134,16 @@ class Evaluator:
             correct, applies = (reward >= 1.0).double(), ~reward.isnan()
             sums[f"pass@{config.num_samples}"] = RowSums(pass_at_k(correct, config.num_samples), applies.any(dim=1))
             sums["sample_accuracy"] = RowSums(correct.sum(dim=1), applies.sum(dim=1))
+        if greedy.episodes is not None:
+            told |= episode_statistics(greedy.episodes, solved=own >= 1.0, sources=batch.get(SOURCES))
         means = {name: one.mean for name, one in sums.items()}
         return Measured(means | told | by_source(sums, batch.get(SOURCES)), rows)
 
     def predict(self, policy: nn.Module, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows for a JSONL file: the prompt's columns, and `completion`, or `completions` with their `rewards`.
 
-        A reward is None where the verifier does not apply.
+        A reward is None where the verifier does not apply. Of episodes a row holds, in place of its completion, what
+        `episode_row` says, and in place of `completions` a list of such as `episodes`.
 
         Raises:
             ValueError: If the batch has no prompts.
@@ -157,7 +159,7 @@ class Evaluator:
         completions = self.generate(policy, batch, parameters, num_samples=samples, seed=config.seed)
         if config.num_samples and self.judges(batch):
             return self._judge(batch, completions, rows, name)[1]
-        return _with(rows, name, self.decode(completions))
+        return self._written(rows, name, completions, self.decode(completions))
 
     def samples(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> dict[str, list[Any]]:
         """One greedy completion of each prompt, for people: a list a column, with an entry a completion.
@@ -168,18 +170,21 @@ class Evaluator:
             step: The optimizer step, for the ids.
 
         Returns:
-            `id`, `prompt` as the policy saw it, `completion`, `truncated`, and what `token_columns` says of each token.
+            `id`, `prompt` as the policy saw it, `completion`, `truncated`, what `token_columns` says of each token, and
+            of episodes what `episode_columns` does.
         """
         given = self.generate(policy, batch, self.parameters(greedy=True))
         columns: dict[str, list[Any]] = {
             "id": [f"{step}/{index}/0" for index in prompt_indices(batch)],
-            "prompt": self.codec.seen_prompts(batch),
-            "completion": self.decode(given),
+            "prompt": self.codec.seen_prompts(given.prompted(batch)),
+            "completion": self.codec.decode(real_tokens(given.ids, given.mask)),
             "truncated": given.truncated.tolist(),
         }
         for name, values in (("messages", messages_of(batch)), ("expected", batch.get("completion"))):
             if values is not None:
                 columns[name] = values
+        if given.episodes is not None:
+            columns |= episode_columns(given.episodes)
         values = {"sampled_logps": given.token_logps}
         return columns | token_columns(self.codec, given.ids, given.mask, given.own, values)
 
@@ -255,7 +260,18 @@ class Evaluator:
         table, texts = judge(self.verifier, self.codec, given, ids, episodes=completions.episodes)
         rewards = table.total.view(len(rows), -1)
         shown = [None if math.isnan(value) else value for value in table.total.tolist()]
-        return rewards, _with(_with(rows, name, texts), name.replace("completion", "reward"), shown)
+        rows = self._written(rows, name, completions, texts)
+        return rewards, _with(rows, name.replace("completion", "reward"), shown)
+
+    def _written(
+        self, rows: list[dict[str, Any]], name: str, completions: Completions, texts: list[str]
+    ) -> list[dict[str, Any]]:
+        """The rows with what was written: texts, or episodes with their messages."""
+        if completions.episodes is None or self.episodes is None:
+            return _with(rows, name, texts)
+        schemas = self.episodes.environments.schemas
+        told = [episode_row(one, schemas(one.environment)) for one in completions.episodes]
+        return _with(rows, "episodes", told) if name == "completions" else list(map(_acted, rows, told))
 
     def _indexed(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with an `index`: what it brings, else a running number, so that no batch size changes a sample."""
@@ -265,6 +281,11 @@ class Evaluator:
         indices = [index + ranks * self._prompts_seen for index in prompt_indices(batch)]
         self._prompts_seen += len(indices)
         return {**batch, "index": indices}
+
+
+def _acted(row: dict[str, Any], episode: dict[str, Any]) -> dict[str, Any]:
+    """A row with its episode; a completion of the data set's own is what was expected, or it would be taken for it."""
+    return {"expected" if name == "completion" else name: value for name, value in row.items()} | episode
 
 
 def _with(rows: list[dict[str, Any]], name: str, values: list[Any]) -> list[dict[str, Any]]:

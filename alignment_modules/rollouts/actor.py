@@ -17,6 +17,7 @@ from alignment_modules.rollouts.engines import Engine, EngineError
 from alignment_modules.rollouts.environments.episode import Episode
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward, failed, placed_turn_rewards
+from alignment_modules.rollouts.environments.showing import episode_columns
 from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.given import given_completions
 from alignment_modules.rollouts.limits import LIMITS, check_kept, limited_prompts
@@ -129,7 +130,7 @@ class Actor:
             **length_statistics(mask, truncated),
             **group_statistics(rewards.view(-1, group)),
             **by_source(row_sums(table.names, table.values, rewards.view(-1, group), mask), batch.get(SOURCES)),
-            **_of_episodes(completions.episodes, batch),
+            **_of_episodes(completions, batch),
         }
         greedy_rewards = self._greedy_rewards(policy, batch, step) if with_greedy else None
         return Rollout(
@@ -214,7 +215,7 @@ class Actor:
             **statistics,
             **length_statistics(completions.mask, completions.truncated),
             **by_source(sums, batch.get(SOURCES)),
-            **_of_episodes(completions.episodes, batch),
+            **_of_episodes(completions, batch),
         }
 
     def penalised(self, rewards: Tensor, truncated: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ class Actor:
         Args:
             rollout: The one that `roll_out` gave last, with its advantages; None: there was none.
             first: Only so many completions, with more said of each: `messages` (where the data set gave the prompt as
-                such) and the columns of `token_columns`. None: all, without.
+                such), the columns of `token_columns`, and of an episode its messages. None: all, without.
         """
         if rollout is None:
             return {}
@@ -262,10 +263,12 @@ class Actor:
             columns["engine_version"] = [seen.version] * len(rollout.ids)
         if rollout.advantages is not None and rollout.advantages.dim() == 1:
             columns["advantage"] = rollout.advantages.tolist()
+        if first is not None and (messages := messages_of(seen.batch)) is not None:
+            columns["messages"] = _repeat(messages, rollout.group)
+        if seen.episodes is not None:
+            columns |= episode_columns(seen.episodes, whole=first is not None)
         if first is None:
             return columns
-        if (messages := messages_of(seen.batch)) is not None:
-            columns["messages"] = _repeat(messages, rollout.group)
         cut = {name: values[:first] for name, values in columns.items()}
         values = {
             "sampled_logps": rollout.sampled_logps,
@@ -366,8 +369,11 @@ def judge(
     return table, texts
 
 
-def _of_episodes(episodes: Sequence[Episode] | None, batch: Mapping[str, Any]) -> dict[str, Statistic]:
-    return {} if episodes is None else episode_statistics(episodes, sources=batch.get(SOURCES))
+def _of_episodes(completions: Completions, batch: Mapping[str, Any]) -> dict[str, Statistic]:
+    """What is told of completions of several turns; nothing of others."""
+    if completions.episodes is None:
+        return {}
+    return episode_statistics(completions.episodes, sources=batch.get(SOURCES))
 
 
 def _repeat(values: list[Any], times: int) -> list[Any]:

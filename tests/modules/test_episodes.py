@@ -187,7 +187,7 @@ def test_every_policy_is_tested_by_the_same_loop(model, tokenizer):  # noqa: F81
         assert found[f"{prefix}/episode/stop/answer"] > 0
     [rows] = measured(module, data(), "predict")
     assert len(rows) == 2
-    assert all(len(row["completions"]) == len(row["rewards"]) == 3 for row in rows)
+    assert all(len(row["episodes"]) == len(row["rewards"]) == 3 for row in rows)
 
 
 def test_what_is_asked_for_by_name_verifies_instead(model, tokenizer):  # noqa: F811

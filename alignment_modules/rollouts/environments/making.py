@@ -8,11 +8,11 @@ from typing import Any
 from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.loop import MAX_TURNS, Episodes
 from alignment_modules.rollouts.environments.options import ToolOptions
-from alignment_modules.rollouts.environments.tool_set import Environments, EnvironmentSet, Tools
+from alignment_modules.rollouts.environments.tool_set import EnvironmentSet, Tools
 
 
 def make_episodes(
-    environments: Environments | None,
+    environments: Any,
     tools: Tools | None,
     *,
     codec: Codec,

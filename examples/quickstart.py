@@ -47,7 +47,12 @@ class Chain:
         root: Where the stages write: `<root>/<stage>/`.
         seed: Seed of weights, samples, order and training problems; None: as the configurations say.
         overrides: More arguments for every command.
+
+    Attributes:
+        configs: Folder of the configurations.
     """
+
+    configs = CONFIGS
 
     def __init__(self, root: Path = ROOT, seed: int | None = None, overrides: Sequence[str] = ()) -> None:
         self.root, self.seed, self.overrides = root, seed, tuple(overrides)
@@ -79,7 +84,7 @@ class Chain:
         """Prints an `align` command, runs it in this process, and returns the metrics that it logged."""
         from alignment_modules.cli import run_cli
 
-        arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *options, *self.overrides]
+        arguments = [command, "--config", str(self.configs / f"{config}.yaml"), *options, *self.overrides]
         print(f"\n$ align {' '.join(arguments)}", flush=True)
         metrics = run_cli(arguments).trainer.callback_metrics
         return {key: float(value) for key, value in metrics.items()}

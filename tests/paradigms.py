@@ -328,12 +328,15 @@ OF_A_KIND = {"automatic": "sft", "update": "kto", "acting": "grpo"}
 
 
 def cells() -> list[Any]:
-    """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`."""
+    """Every row under its own options, each of its variants, and on each of its batches: `name`, `row`, `options`.
+
+    A variant is cut in every other of the row's ways: single rows and pieces that cross groups are among them.
+    """
     found = [(name, row, {}, name, False) for name, row in ROWS.items()]
     found += [
         (
             name,
-            replace(row, batch=row.variant_batches.get(key, row.batch)),
+            replace(row, batch=row.variant_batches.get(key, row.batch), sizes=row.sizes[::2]),
             more,
             f"{name} {key}",
             key in row.slow_variants,

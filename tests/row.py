@@ -67,3 +67,7 @@ class Paradigm:
     needs: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     resume: Resume = Resume(("--trainer.max_epochs", "3", "--trainer.accumulate_grad_batches", "2"))
+
+    def cuts(self) -> list[Sequence[int]]:
+        """Those of `sizes` that differ: a module that cuts its batches itself goes by the first number alone."""
+        return list({tuple(sizes) if self.kind == "automatic" else sizes[0]: sizes for sizes in self.sizes}.values())

@@ -83,7 +83,7 @@ class Acting:
         begins = not any(message["role"] == "user" for message in before)
         found = Answered(self._begin(seeds.seed) if begins else "")
         asked = {"role": "user", "content": with_added(user, found.added)}
-        context = self.renderer.prompt([*before, asked], self.schemas)
+        context = self.renderer.prompt([*before, asked], self.schemas, told=found.added)
         try:
             self._turns(found, context, parameters, seeds, show)
         except KeyboardInterrupt:

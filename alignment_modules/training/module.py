@@ -50,6 +50,7 @@ from alignment_modules.training.makers import check_makers, make_optimizers
 from alignment_modules.training.meters import Meters
 from alignment_modules.training.objective import Objective, with_value
 from alignment_modules.training.pieces import SEGMENTS, check_keys, count_tokens, reads_as_carried
+from alignment_modules.training.recording import curriculum_of
 from alignment_modules.training.sharded import ShardedModule
 from alignment_modules.training.sources import of_sources
 from alignment_modules.training.steps import finish_step, tell_clipped
@@ -273,7 +274,7 @@ class AlignmentModule(CheckpointContract, ShardedModule, InputStart, PlainHyperp
 
     def record(self, batch: Any, objective: Objective, of: str = "policy") -> Tensor:
         """Adds a micro-batch's weight and statistics to the open step; returns what is to be backpropagated."""
-        more = self.extra_metrics(batch, objective) if of == "policy" else {}
+        more = self.extra_metrics(batch, objective) | curriculum_of(self) if of == "policy" else {}
         self._train_meters.update(objective.statistics | more)
         self.free_companions()
         return self.windows[of].add(objective)

@@ -1,4 +1,4 @@
-"""What a data module is told of a step: how well each prompt's completions did."""
+"""What a data module is told of a step, how well each prompt's completions did, and what it tells of its curriculum."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from alignment_modules.functional.statistics import Statistic
 from alignment_modules.rollouts.rollout import Rollout
 
 if TYPE_CHECKING:
+    from alignment_modules.training.module import AlignmentModule
     from alignment_modules.training.updates import UpdateModule
 
 
@@ -35,5 +36,16 @@ def tell_scores(data: Any, module: UpdateModule, batch: Mapping[str, Any], rollo
     ranks = module.all_gather_ragged({"index": torch.as_tensor(batch["index"]), "scores": means})
     index, scores = (torch.cat([part[name].cpu() for part in ranks]) for name in ("index", "scores"))
     judged = ~scores.isnan()
-    told = data.record(index[judged].tolist(), scores[judged].tolist())
+    return _statistics(data.record(index[judged].tolist(), scores[judged].tolist()))
+
+
+def curriculum_of(module: AlignmentModule) -> dict[str, Statistic]:
+    """What the data module of a module that judges nothing tells of its curriculum, to be logged."""
+    data: Any = getattr(module._trainer, "datamodule", None)
+    if getattr(module, "tells_scores", False) or not getattr(data, "follows_scores", False):
+        return {}
+    return _statistics(data.record([], []))
+
+
+def _statistics(told: Mapping[str, float]) -> dict[str, Statistic]:
     return {f"curriculum/{name}": Statistic(torch.tensor(value)) for name, value in told.items()}

@@ -10,6 +10,7 @@ from datamodules.tasks.hidden_rows import (
     HiddenNumberTask,
 )
 from datamodules.tasks.problems import split_of, write_sums
+from datamodules.tasks.reasoning_gym import ReasoningGymPrompts
 
 __all__ = [
     "AdditionCorpus",
@@ -21,6 +22,7 @@ __all__ = [
     "HiddenNumberNotes",
     "HiddenNumberPrompts",
     "HiddenNumberTask",
+    "ReasoningGymPrompts",
     "character_tokenizer",
     "question_tokenizer",
     "read_questions",

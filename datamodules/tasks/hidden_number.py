@@ -11,8 +11,7 @@ from typing import Any
 from datamodules.ranges import NonNegative, check_options
 from datamodules.tasks.characters import character_tokenizer
 
-ABOVE, NOT_ABOVE = ">", "≤"
-CHARACTERS = f"0123456789-?=ask{ABOVE}{NOT_ABOVE}"
+CHARACTERS = "0123456789-?>=ask"
 ROLES = ("<user>", "<assistant>", "<tool>")
 # Names of the tools alone, and a call of the only one as "?33": the shorter an episode, the sooner it is learnt.
 CHAT_TEMPLATE = (
@@ -41,35 +40,52 @@ class HiddenNumber:
 
     Examples:
         >>> hidden = HiddenNumber(price=0.01)
-        >>> hidden.reset(number=29)
-        >>> hidden.ask(33), hidden.ask(24), hidden.get_reward()
-        ('≤', '>', -0.02)
+        >>> hidden.reset(low=17, high=48, number=29)
+        >>> hidden.ask(33), hidden.ask(24), hidden.ask(90), hidden.get_reward()
+        ('17-33', '25-33', '25-33', -0.03)
     """
 
     def __init__(self, price: NonNegative = 0.01) -> None:
         check_options(HiddenNumber.__init__, locals())
         self.price = price
 
-    def reset(self, number: int) -> None:
+    def reset(self, low: int, high: int, number: int) -> None:
         """Hides a number.
 
         Args:
-            number: The row's column.
+            low: Where its range starts.
+            high: Where it ends, included.
+            number: The number.
         """
-        self.number, self.questions = number, 0
+        self.low, self.high, self.number, self.questions = low, high, number, 0
 
     def ask(self, number: int) -> str:
-        """Tells whether the hidden number is above a number, ">", or not, "≤".
+        """Tells where the hidden number is, now that it was compared with a number: up to that, or above.
 
         Args:
             number: The number that it is compared with.
         """
         self.questions += 1
-        return ABOVE if self.number > number else NOT_ABOVE
+        self.low, self.high = narrowed(self.low, self.high, number, self.number)
+        return written(self.low, self.high)
 
     def get_reward(self) -> float:
         """What the questions cost."""
         return -self.price * self.questions
+
+
+def narrowed(low: int, high: int, asked: int, number: int) -> tuple[int, int]:
+    """What is left of a range, now that it is known whether a number of it is above another, `asked`."""
+    return (max(low, asked + 1), high) if number > asked else (low, min(high, asked))
+
+
+def written(low: int, high: int) -> str:
+    """A range as text.
+
+    >>> written(17, 48)
+    '17-48'
+    """
+    return f"{low}-{high}"
 
 
 def read_questions(text: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from datamodules.ranges import Count, Seed, Share, check_options
-from datamodules.tasks.hidden_number import ABOVE, NOT_ABOVE, HiddenNumber, question_tokenizer
+from datamodules.tasks.hidden_number import HiddenNumber, question_tokenizer, written
 from datamodules.tasks.problems import Split
 from datamodules.tasks.searches import Question, Search, Width, draw_searches, play_all
 
@@ -46,7 +46,7 @@ class HiddenNumberTask(Dataset[dict[str, Any]]):
 
 
 class HiddenNumberPrompts(HiddenNumberTask):
-    """Ranges to search, to sample from and to measure: rows of `prompt`, the hidden `number`, and `answer`, its text.
+    """Ranges to search, to sample from and to measure: rows of `prompt`, `low`, `high`, `number`, and `answer`.
 
     Args:
         split: "train", "validation" or "test"; no range with its number is in two of them, whatever the seeds.
@@ -56,7 +56,7 @@ class HiddenNumberPrompts(HiddenNumberTask):
 
     Examples:
         >>> HiddenNumberPrompts(split="test", size=1)[0]
-        {'prompt': [{'role': 'user', 'content': '55-76'}], 'number': 72, 'answer': '72'}
+        {'prompt': [{'role': 'user', 'content': '55-76'}], 'low': 55, 'high': 76, 'number': 72, 'answer': '72'}
     """
 
     def __init__(self, *, split: Split, size: Count, seed: Seed = 0, width: Width = 32) -> None:
@@ -65,7 +65,7 @@ class HiddenNumberPrompts(HiddenNumberTask):
     def row(self, index: int) -> dict[str, Any]:
         """One prompt."""
         search = self.searches[index]
-        return {"prompt": [_asked(search)], "number": search.number, "answer": str(search.number)}
+        return {"prompt": [_asked(search)], **search._asdict(), "answer": str(search.number)}
 
 
 class _Played(HiddenNumberTask):
@@ -82,7 +82,7 @@ class _Played(HiddenNumberTask):
 
 
 class HiddenNumberNotes(_Played):
-    """Notes of careless players, for pretraining: rows of `text`, such as "17-48?33≤?24>=29".
+    """Notes of careless players, for pretraining: rows of `text`, such as "17-48?33>17-33?24>25-33=29".
 
     Args:
         split: "train", "validation" or "test"; no range with its number is in two of them, whatever the seeds.
@@ -93,7 +93,7 @@ class HiddenNumberNotes(_Played):
 
     Examples:
         >>> HiddenNumberNotes(split="train", size=1, width=16, carelessness=0.0)[0]
-        {'text': '59-71?65≤?62≤?60≤?59>=60'}
+        {'text': '59-71?65>59-65?62>59-62?60>59-60?59>60-60=60'}
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class HiddenNumberNotes(_Played):
     def row(self, index: int) -> dict[str, Any]:
         """One line."""
         search, (asked, answer) = self.searches[index], self.plays[index]
-        questions = "".join(f"?{one.number}{_sign(one)}" for one in asked)
-        return {"text": f"{search.low}-{search.high}{questions}={answer}"}
+        questions = "".join(f"?{one.number}>{written(one.low, one.high)}" for one in asked)
+        return {"text": f"{written(search.low, search.high)}{questions}={answer}"}
 
 
 class HiddenNumberEpisodes(_Played):
@@ -140,17 +140,13 @@ class HiddenNumberEpisodes(_Played):
 
 
 def _asked(search: Search) -> dict[str, Any]:
-    return {"role": "user", "content": f"{search.low}-{search.high}"}
+    return {"role": "user", "content": written(search.low, search.high)}
 
 
 def _turn(question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
     call = {"type": "function", "function": {"name": "ask", "arguments": {"number": question.number}}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
-    return said, {"role": "tool", "name": "ask", "content": _sign(question)}
-
-
-def _sign(question: Question) -> str:
-    return ABOVE if question.above else NOT_ABOVE
+    return said, {"role": "tool", "name": "ask", "content": written(question.low, question.high)}
 
 
 @cache

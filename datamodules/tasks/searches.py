@@ -9,13 +9,14 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from datamodules.ranges import Count, Range, Seed, Share, check_options
+from datamodules.tasks.hidden_number import narrowed
 from datamodules.tasks.problems import SPLITS, Split, split_of
 
 LEAST, GREATEST = 10, 99
 MOST_QUESTIONS = 11
 Width = Annotated[int, Range(2, GREATEST - LEAST + 1)]
 # How often a careless player asks for any number of the first range, and how much may be left when it answers.
-_ASTRAY, _PATIENCE = 0.5, 8
+_ASTRAY, _PATIENCE = 0.7, 6
 
 
 class Search(NamedTuple):
@@ -27,10 +28,11 @@ class Search(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What was asked, and whether the hidden number is above it."""
+    """What was asked, and the range that was left then."""
 
     number: int
-    above: bool
+    low: int
+    high: int
 
 
 def draw_searches(*, split: Split, size: Count, seed: Seed, width: Width, distinct: bool) -> list[Search]:
@@ -73,9 +75,9 @@ def _searches(width: int) -> np.ndarray:
 def play(search: Search, carelessness: Share, rng: np.random.Generator) -> tuple[list[Question], int]:
     """Asks as a player does who may be careless.
 
-    With `carelessness=0` each question halves what is left, up to a single number. A careless player asks for any
-    number, half of the time without looking at what is known by then, and answers by chance once few enough are left,
-    which is anything from one to eight numbers.
+    With `carelessness=0` each question halves what is left, up to a single number. A careless player asks by
+    chance, mostly for any number of the first range whatever is left of it, and answers by chance once few enough
+    numbers are left, which is anything from one to six.
 
     Args:
         search: What is sought.
@@ -89,9 +91,9 @@ def play(search: Search, carelessness: Share, rng: np.random.Generator) -> tuple
     enough = int(rng.integers(1, _PATIENCE + 1)) if rng.random() < carelessness else 1
     asked = []
     while high - low + 1 > enough:
-        question = Question(number := _question(search, low, high, carelessness, rng), search.number > number)
-        asked.append(question)
-        low, high = (max(low, number + 1), high) if question.above else (low, min(high, number))
+        number = _question(search, low, high, carelessness, rng)
+        low, high = narrowed(low, high, number, search.number)
+        asked.append(Question(number, low, high))
     return asked, int(rng.integers(low, high + 1))
 
 

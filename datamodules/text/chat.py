@@ -10,7 +10,7 @@ from datamodules.rows.messages import Message
 from datamodules.text.pieces import Pieces
 from datamodules.text.rendering import Renderer, joined
 from datamodules.text.spans import Span, SpanEncoder
-from datamodules.text.templates import Frame, Stops, find_frame, rewriting
+from datamodules.text.templates import Frame, Stops, end_of_calls, find_frame, rewriting
 from datamodules.text.together import Ids, Way
 from datamodules.text.unseen import Unseen
 
@@ -71,6 +71,7 @@ class Chat:
         self._stops = Stops(tokenizer)
         self._ends = set(self._stops.special)  # and the stop tokens that the template writes, special or not
         self._frames: dict[bool, Frame | None] = {}
+        self._stop_ids: dict[bool, set[int]] = {}  # that end replies, by whether there are tools
         self._unseen = Unseen()
         self._spanned = SpanEncoder(tokenizer, self._ends)
         self.pieces = Pieces(tokenizer)
@@ -144,11 +145,8 @@ class Chat:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a reply: the end-of-sequence token and the token that the template ends assistant turns with."""
         stops = set() if self.tokenizer.eos_token_id is None else {int(self.tokenizer.eos_token_id)}
-        frame = self._frame(None)
-        if frame is not None:
-            found = (self._stops.last_id(text) for text in (frame.closing, frame.between))
-            stops.update(token for token in found if token is not None)
-        return tuple(sorted(stops))
+        self._frame(None)
+        return tuple(sorted(stops | self._stop_ids.get(False, set())))
 
     @staticmethod
     def _turns(messages: list[Message], first: int, last_only: bool) -> list[int]:
@@ -174,13 +172,16 @@ class Chat:
         """What the template writes around a reply; None where that cannot be learnt."""
         key = bool(tools)
         if key not in self._frames:
-            frame = find_frame(
-                lambda messages, prompt: self.renderer.render(messages, tools=tools, prompt=prompt), self._stops
-            )
-            self._frames[key] = frame
+
+            def render(messages: list[dict[str, Any]], prompt: bool) -> str:
+                return self.renderer.render(messages, tools=tools, prompt=prompt)
+
+            self._frames[key] = frame = find_frame(render, self._stops)
             if frame is not None:
-                found = (self._stops.last_id(text) for text in (frame.closing, frame.between))
-                self._ends.update(token for token in found if token is not None)
+                found = [self._stops.last_id(text) for text in (frame.closing, frame.between)]
+                found.append(end_of_calls(render, self._stops, frame))
+                self._stop_ids[key] = {token for token in found if token is not None}
+                self._ends.update(self._stop_ids[key])
         return self._frames[key]
 
     def _before(self, messages: list[Message], tools: list[Any] | None) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from datamodules.rows.messages import Arguments
+
 _ASK, _REPLY, _NEXT = "qzaskzq", "qzreplyzq", "qznextzq"  # words that no template holds
 _NEVER = ("unk_token", "bos_token", "pad_token", "mask_token", "cls_token")
 
@@ -61,8 +63,12 @@ class Stops:
 
     def last_id(self, text: str) -> int | None:
         """Id of the stop token that a text ends with, or None."""
-        whole = [match.group() for match in self._pattern.finditer(text)] if self._pattern else []
+        whole = self.tokens(text)
         return int(self._tokenizer.convert_tokens_to_ids(whole[-1])) if whole and text.endswith(whole[-1]) else None
+
+    def tokens(self, text: str) -> list[str]:
+        """The stop tokens in a text."""
+        return [match.group() for match in self._pattern.finditer(text)] if self._pattern else []
 
     def shared(self, first: str, second: str) -> str:
         """The common beginning of two texts, with no stop token cut in two."""
@@ -123,6 +129,29 @@ def find_frame(render: Callable[[list[dict[str, Any]], bool], str], stops: Stops
         user = stops.until_first(asked[asked.find(_ASK) + len(_ASK) :]) if prompted.startswith(asked) else None
         between = user if user and not ignored and following.startswith(user) else both
     return Frame(header, opened, tail, closing, between)
+
+
+def end_of_calls(render: Callable[[list[dict[str, Any]], bool], str], stops: Stops, frame: Frame) -> int | None:
+    """Id of the token that ends a reply which calls tools, where it is another than what ends plain ones; else None.
+
+    Args:
+        render: Renders messages, with the generation prompt or without.
+        stops: The tokens that may end a turn.
+        frame: What stands around a plain reply.
+    """
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": Arguments({"q": _REPLY})}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+    try:
+        text = render([{"role": "user", "content": _ASK}, reply], False)
+    except ValueError:
+        return None
+    _, shown, tail = text.rpartition(_REPLY)
+    if not shown or tail.endswith(frame.tail):
+        return None
+    ends, plain = stops.tokens(tail), stops.tokens(frame.tail)
+    while ends and plain and ends[-1] == plain[-1]:  # such as the next header, which some always write
+        ends, plain = ends[:-1], plain[:-1]
+    return stops.last_id(ends[-1]) if ends and plain else None
 
 
 def common_length(first: str, second: str) -> int:

@@ -50,7 +50,8 @@ def token_rewards(rewards: Tensor, log_probs: Tensor, reference_log_probs: Tenso
 def generalized_advantages(rewards: Tensor, values: Tensor, own: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """A_t, and the returns A_t + V(s_t), which the critic is to learn: [rows, time - 1].
 
-    From the end backwards, A_t = delta_t + gamma * lambda * A_t+1. Nothing follows the last token: V is 0 there.
+    From the end backwards, A_t = delta_t + gamma * lambda * A_t+1. Nothing follows the last token, so V is 0 there,
+    also where a completion was cut off.
     """
     advantages, following, next_value = torch.zeros_like(values), torch.zeros(len(values)), torch.zeros(len(values))
     for t in reversed(range(values.shape[1])):

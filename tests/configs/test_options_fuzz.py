@@ -59,6 +59,7 @@ NEEDED = {
     "ByColumn": {"column": "level"},
     "MixtureDataModule": {"sources": {"a": {"class_path": "SFTDataModule"}}},
     **{cls.__name__: {"split": "train", "size": 2} for cls in TASKS},
+    "ReasoningGymPrompts": {"task": "chain_sum", "split": "train", "size": 2},
 }
 CHOICES = {
     "loss",
@@ -82,6 +83,7 @@ OBJECTS = {  # options that take objects: what none of them can be
     "evaluation": [3, "nosuch", [1]],
     "lora": [3, "nosuch", [1]],
     "columns": [3, "nosuch", [1]],
+    "parameters": [3, "nosuch", [1]],
     "sources": [None, 3, {}, [], "nosuch", {"a": None}, {"a": 3}, {"a": {}}, {"a": {"class_path": "nosuch"}}],
     "data": [None, 3, [], "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],

@@ -13,23 +13,34 @@ ADAPTERS = ({"use_rslora": True}, {"use_dora": True}, {"init": "pissa"})
 ALL = tuple(range(8))
 
 
+@pytest.fixture(scope="module")
+def known():
+    return {}
+
+
+@pytest.fixture
+def whole(known, make, update, request, name, row, options):
+    """The update by all rows of a cell in one piece, which is made once."""
+    cell = request.node.callspec.id
+    if cell not in known:
+        known[cell] = update(make(name, **options), [row.batch(ALL)])
+    return known[cell]
+
+
 @CELLS
-def test_split(make, update, cut_update, assert_same, name, row, options):
-    whole = update(make(name, **options), [row.batch(ALL)])
-    for sizes in row.sizes:
+def test_split(whole, cut_update, assert_same, name, row, options):
+    for sizes in row.cuts():
         assert_same(whole, cut_update(name, row.batch, sizes, **options))
 
 
 @CELLS
-def test_padding(make, update, assert_same, name, row, options):
-    whole = update(make(name, **options), [row.batch(ALL)])
+def test_padding(whole, make, update, assert_same, name, row, options):
     for extra, side in ((8, "right"), (0, "left"), (3, "left")):
         assert_same(whole, update(make(name, **options), [row.batch(ALL, extra, side)]))
 
 
 @CELLS
-def test_order(make, update, assert_same, name, row, options):
-    whole = update(make(name, **options), [row.batch(ALL)])
+def test_order(whole, make, update, assert_same, name, row, options):
     for order in row.orders:
         assert_same(whole, update(make(name, **options), [row.batch(order)]))
 

@@ -24,54 +24,31 @@ FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 
 
-def run(folder, strategy, *more, timeout=300):
-    """Runs the script with one process, or with two under a strategy; a hang is a failure."""
-    folder = folder / strategy
-    folder.mkdir()
-    devices = "1" if strategy == "auto" else "2"
-    command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), devices, strategy, *more]
+def run(folder, *more, timeout):
+    """Runs the script; a hang is a failure."""
+    command = [sys.executable, "-m", "tests.contract.two_ranks", str(folder), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("ranks"), "auto")
+def results(tmp_path_factory):
+    """`one`, `ddp` and `fsdp2`, a folder each."""
+    return run(tmp_path_factory.mktemp("ranks"), timeout=600)
 
 
 @pytest.fixture(scope="module")
-def results(one):
-    return run(one.parent, "ddp")
-
-
-@pytest.fixture(scope="module")
-def sharded(one):
-    return run(one.parent, "fsdp2")
-
-
-@pytest.fixture(scope="module")
-def one_of_variants(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("variants"), "auto", "variants", timeout=1200)
-
-
-@pytest.fixture(scope="module")
-def variants(one_of_variants):
-    return run(one_of_variants.parent, "ddp", "variants", timeout=1200)
-
-
-@pytest.fixture(scope="module")
-def sharded_variants(one_of_variants):
-    return run(one_of_variants.parent, "fsdp2", "variants", timeout=1200)
+def variants(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("variants"), "variants", timeout=2400)
 
 
 def sources_of(metrics):
     return {name: value for name, value in metrics.items() if name.split("/")[1] in SOURCES}
 
 
-def assert_same_update(folder, name):
-    one = torch.load(folder.parent / "auto" / f"{name}.pt", weights_only=True)
-    two = torch.load(folder / f"{name}.pt", weights_only=True)
+def assert_same_update(folder, strategy, name):
+    one, two = (torch.load(folder / ranks / f"{name}.pt", weights_only=True) for ranks in ("one", strategy))
     assert one["change"].keys() == two["change"].keys()
     assert max(float(value.abs().max()) for value in one["change"].values()) > 1e-3
     for key, value in one["change"].items():
@@ -88,19 +65,19 @@ def assert_same_update(folder, name):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [*ROWS, *FURTHER])
 def test_same_update_as_one_process(results, name):
-    assert_same_update(results, name)
+    assert_same_update(results, "ddp", name)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name in (*ROWS, *FURTHER) if name not in WHOLE])
-def test_same_update_in_shards(sharded, name):
-    assert_same_update(sharded, name)
+def test_same_update_in_shards(results, name):
+    assert_same_update(results, "fsdp2", name)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", SOURCED)
 def test_a_source_that_one_rank_lacks_is_logged_of_all(results, name):
-    found = sources_of(torch.load(results / f"{name} sources.pt", weights_only=True)["metrics"])
+    found = sources_of(torch.load(results / "ddp" / f"{name} sources.pt", weights_only=True)["metrics"])
     assert {f"train/{source}/loss" for source in SOURCES} <= found.keys()
 
 
@@ -108,8 +85,8 @@ def test_a_source_that_one_rank_lacks_is_logged_of_all(results, name):
 @pytest.mark.distributed
 @pytest.mark.parametrize("adapters", ["", " lora"])
 @pytest.mark.parametrize(("name", "label"), VARIANTS)
-def test_same_update_in_shards_of_every_loss_and_baseline(sharded_variants, name, label, adapters):
-    assert_same_update(sharded_variants, f"{name} {label}{adapters}")
+def test_same_update_in_shards_of_every_loss_and_baseline(variants, name, label, adapters):
+    assert_same_update(variants, "fsdp2", f"{name} {label}{adapters}")
 
 
 @pytest.mark.slow
@@ -117,12 +94,11 @@ def test_same_update_in_shards_of_every_loss_and_baseline(sharded_variants, name
 @pytest.mark.parametrize("adapters", ["", " lora"])
 @pytest.mark.parametrize(("name", "label"), VARIANTS)
 def test_same_update_of_every_loss_and_baseline(variants, name, label, adapters):
-    assert_same_update(variants, f"{name} {label}{adapters}")
+    assert_same_update(variants, "ddp", f"{name} {label}{adapters}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["results", "sharded"])
-def test_sampling_ranks_of_unequal_lengths_finish(request, strategy):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_sampling_ranks_of_unequal_lengths_finish(results, strategy):
     """Ranks sample completions of different lengths and form different numbers of micro-batches."""
-    folder = request.getfixturevalue(strategy)
-    assert torch.load(folder / "sampled.pt", weights_only=True)["metrics"]["train/reward"] >= 0
+    assert torch.load(results / strategy / "sampled.pt", weights_only=True)["metrics"]["train/reward"] >= 0

@@ -20,15 +20,32 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
-def all_runs(workplace, tmp_path_factory):
+def killed_runs(workplace, tmp_path_factory):
+    """`killed_runs(results, paradigm)`: asks one process, which lives as long as the tests, for a paradigm's runs."""
+    errors = tmp_path_factory.mktemp("killed_runs") / "stderr.txt"
+    command = [sys.executable, "-m", "tests.contract.killed_runs"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        open(errors, "w") as file,
+        subprocess.Popen(command, cwd=workplace, env=ENVIRONMENT, stderr=file, **pipes) as asked,
+    ):
+
+        def ask(results, paradigm):
+            asked.stdin.write(f"{paradigm} {results}\n")
+            asked.stdin.flush()
+            assert asked.stdout.readline() == "over\n", errors.read_text()[-4000:]
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def all_runs(killed_runs, tmp_path_factory):
     """`all_runs(paradigm)(name)`: the folder of one of a paradigm's runs; its runs are made once."""
     made = {}
 
     def make(paradigm):
         results = tmp_path_factory.mktemp(paradigm)
-        command = [sys.executable, "-m", "tests.contract.killed_runs", str(results), paradigm]
-        done = subprocess.run(command, cwd=workplace, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
+        killed_runs(results, paradigm)
         codes = json.loads((results / "codes.json").read_text())
         logs = {path.parent.name: path.read_text()[-2000:] for path in results.glob("*/log.txt")}
 

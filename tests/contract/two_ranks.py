@@ -1,11 +1,13 @@
 """Run by test_ranks.py: every paradigm takes one optimizer step on two ranks, and the weights' changes are saved.
 
-Usage: python -m tests.contract.two_ranks FOLDER DEVICES STRATEGY [variants]. With DEVICES=1 the single rank gets the
-union of the rows. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
+Usage: python -m tests.contract.two_ranks FOLDER [variants]. The changes lie in FOLDER/one of a single rank, which gets
+the union of the rows, and in FOLDER/ddp and FOLDER/fsdp2 of two, which are the same two processes: their imports take
+longer than the steps. With `variants` it is every variant of the paradigms that act, with all weights and with LoRA.
 """
 
 import copy
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -165,7 +167,7 @@ def maker(policy: torch.nn.Module) -> Callable[..., AlignmentModule]:
     return make
 
 
-def variants(policy: torch.nn.Module) -> Iterator[Case]:
+def variants(policy: torch.nn.Module, base: Path) -> Iterator[Case]:
     """Every loss, baseline and critic of the table, with all weights and with LoRA."""
     make = maker(policy)
     for name, label in VARIANTS:
@@ -185,23 +187,25 @@ def with_lora(name: str, policy: torch.nn.Module) -> dict[str, Any]:
     return given | ({"reference": None} if "reference" in ROWS[name].options(policy) else {})
 
 
+def changed(config: PolicyConfig) -> torch.nn.Module:
+    """A policy with adapters that do something already."""
+    torch.manual_seed(2)
+    return moved(build_policy(config))
+
+
+def fresh(base: Path, **options: Any) -> torch.nn.Module:
+    """The policy of a folder with adapters of these options."""
+    return changed(PolicyConfig(path=str(base), lora=LoraConfig(alpha=4, **options)))
+
+
 def on_one_base(policy: torch.nn.Module, base: Path) -> list[Case]:
     """A saved adapter that is trained further, and one that is the reference on the policy's base."""
     make, saved = maker(policy), PolicyConfig(path=str(base / "saved"), merge_adapter=False)
-
-    def changed(config: PolicyConfig) -> torch.nn.Module:
-        torch.manual_seed(2)
-        return moved(build_policy(config))
-
-    def fresh(**options: Any) -> torch.nn.Module:
-        return changed(PolicyConfig(path=str(base), lora=LoraConfig(alpha=4, **options)))
-
-    export_policy(fresh(r=3), base / "saved", lora="adapter")
     made: dict[str, Callable[[], AlignmentModule]] = {
         "sft further": lambda: make("sft", policy=build_policy(saved)),
         "dpo further": lambda: make("dpo", policy=changed(saved), reference=saved),
-        "dpo beside": lambda: make("dpo", policy=fresh(r=2), reference=saved),
-        "dpo beside dora": lambda: make("dpo", policy=fresh(r=2, use_dora=True), reference=saved),
+        "dpo beside": lambda: make("dpo", policy=fresh(base, r=2), reference=saved),
+        "dpo beside dora": lambda: make("dpo", policy=fresh(base, r=2, use_dora=True), reference=saved),
     }
     return [(name, made[name], ROWS[name.partition(" ")[0]].batch) for name in BESIDE]
 
@@ -212,12 +216,9 @@ def starting(policy: torch.nn.Module) -> torch.nn.Module:
     return add_lora(copy.deepcopy(policy), LoraConfig(r=2, alpha=4, init="eva"))
 
 
-def cases(policy: torch.nn.Module) -> Iterator[Case]:
+def cases(policy: torch.nn.Module, base: Path) -> Iterator[Case]:
     """One a paradigm, each with a piece of more rows than one rank has, and what only sampling can show."""
     make, other = maker(policy), other_than(policy)
-    base = tempfile.TemporaryDirectory()  # of each rank
-    policy.save_pretrained(base.name)  # type: ignore[operator]  # now: once ranks have met, one alone would write
-    with_saved_adapters = on_one_base(policy, Path(base.name))
     for name, row in ROWS.items():
         yield name, lambda name=name: make(name), row.batch
         for label, batch in row.batches.items():
@@ -250,11 +251,10 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
         held = {"reference": None} if "reference" in ROWS[name].options(policy) else {}
         yield (
             f"{name} {kind}",
-            lambda name=name, kind=kind, held=held: make(name, policy=quantized(policy, kind, Path(base.name)), **held),
+            lambda name=name, kind=kind, held=held: make(name, policy=quantized(policy, kind, base), **held),
             ROWS[name].batch,
         )
-    yield from with_saved_adapters
-    base.cleanup()
+    yield from on_one_base(policy, base)
     for label in ("scaled", "shared with nll", "bootstrap", "turns"):
         yield f"ppo {label}", lambda label=label: make("ppo", **ROWS["ppo"].variants[label]), ROWS["ppo"].batch
     online = {"rewards": many_threes, "tokenizer": NoTokenizer()}
@@ -283,10 +283,11 @@ def cases(policy: torch.nn.Module) -> Iterator[Case]:
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 
 
-def main(folder: Path, devices: int, strategy: str, which: Callable[[torch.nn.Module], Iterator[Case]]) -> None:
+def fit(folder: Path, strategy: str, which: Callable[[torch.nn.Module, Path], Iterator[Case]], base: Path) -> None:
     """Fits each case for one batch and saves the changes on rank 0."""
+    devices = 1 if strategy == "auto" else 2
     L.seed_everything(0)
-    for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA))):
+    for name, make, batch in which(build_policy(PolicyConfig(config=LLAMA)), base):
         if strategy == "fsdp2" and name in WHOLE:
             continue
         module = make()
@@ -312,5 +313,19 @@ def main(folder: Path, devices: int, strategy: str, which: Callable[[torch.nn.Mo
             torch.save(saved, folder / f"{name}.pt")
 
 
+def main(folder: Path, which: Callable[[torch.nn.Module, Path], Iterator[Case]]) -> None:
+    """All cases, first alone; the second rank begins here, too, once the first looks for it."""
+    with tempfile.TemporaryDirectory() as made:  # by each rank for itself, and now: once they have met, one would write
+        base = Path(made)
+        L.seed_everything(0)
+        build_policy(PolicyConfig(config=LLAMA)).save_pretrained(base)  # type: ignore[operator]
+        export_policy(fresh(base, r=3), base / "saved", lora="adapter")
+        for name, strategy in (("one", "auto"), ("ddp", "ddp"), ("fsdp2", "fsdp2")):
+            if name == "one" and "LOCAL_RANK" in os.environ:
+                continue
+            (folder / name).mkdir(exist_ok=True)
+            fit(folder / name, strategy, which, base)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], variants if sys.argv[4:] == ["variants"] else cases)
+    main(Path(sys.argv[1]), variants if sys.argv[2:] == ["variants"] else cases)

@@ -6,8 +6,9 @@ import pytest
 
 from datamodules import SFTDataModule
 from datamodules.text.chat import PLAIN_TEMPLATE
+from tests.datamodules.alone import Chat
 from tests.datamodules.test_templates import assistant, make, user
-from tests.rollouts.environments import chat_templates
+from tests.rollouts.environments import chat_templates, turn_styles
 
 SPECIAL = "<|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> <|end_header_id|>"
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
@@ -32,9 +33,9 @@ CONVERSATION = [
 ]
 
 
-def learnt(template, messages, **options):
+def learnt(template, messages, special=SPECIAL, added="", **options):
     """Runs of learnt tokens and of others in turn, as text, each with whether it is learnt."""
-    tokenizer = make(template, SPECIAL)
+    tokenizer = make(template, special, added)
     rows = [{"messages": messages, "tools": TOOLS}]
     data = SFTDataModule(train=rows, tokenizer=tokenizer, batch_size=1, shuffle=False, **options)
     data.setup("fit")
@@ -90,3 +91,30 @@ def test_the_last_turn_alone():
     assert [text for on, text in learnt("plain", CONVERSATION, chat_template="plain", loss_on="last_turn") if on] == [
         "it is 43<eos>"
     ]
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (turn_styles.LLAMA, ["<|eom_id|>", "<|eot_id|>"]),
+        (chat_templates.LLAMA, ["<|eot_id|>"]),
+        (turn_styles.QWEN, ["<|im_end|>"]),
+        (PLAIN_TEMPLATE, []),
+        (PLAIN_TEMPLATE.replace("{{ eos_token }}", ""), []),
+        (turn_styles.LLAMA.replace("{%- if add_generation_prompt %}", "{% if true %}"), ["<|eom_id|>", "<|eot_id|>"]),
+    ],
+    ids=["another end", "llama", "qwen", "plain", "no end", "another end, always a header"],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_what_ends_a_turn_with_calls_is_a_stop_token(template, ends, special):
+    tokens = f"{SPECIAL} <|eom_id|> <tool_call> </tool_call>"
+    tokenizer = make(template, tokens) if special else make(template, "", tokens)
+    assert set(Chat(tokenizer).stop_token_ids()) == {
+        tokenizer.eos_token_id,
+        *tokenizer.convert_tokens_to_ids(ends),
+    }
+
+
+def test_a_turn_with_calls_is_learnt_up_to_its_own_end():
+    runs = learnt(turn_styles.LLAMA, CONVERSATION, special="", added="<|eom_id|> <|eot_id|>")
+    assert [text[-10:] for on, text in runs if on] == ["<|eom_id|>", "<|eom_id|>", "<|eot_id|>"]

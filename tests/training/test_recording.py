@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from alignment_modules import GRPOModule, OnlineDPOModule, PPOModule, SFTModule
-from datamodules import ByColumn, ByLength, BySuccess, PromptDataModule, SFTDataModule
+from alignment_modules import GRPOModule, KTOModule, OnlineDPOModule, PPOModule, SFTModule
+from datamodules import ByColumn, ByLength, BySuccess, PromptDataModule, SFTDataModule, UnpairedDataModule
 from tests.batches import Digits
 
 ROWS = [{"prompt": "a" * (n % 6 + 1), "completion": "b" * (n * n % 11 + 1), "level": n % 4} for n in range(24)]
@@ -132,6 +132,26 @@ def test_a_share_that_grows_is_logged_and_counts_optimizer_steps(policy, tokeniz
     assert shares == pytest.approx([np.ceil(24 * (0.25 + 0.75 * 3 * batch / 24)) / 24 for batch in range(6)])
     assert levels[0] == 0
     assert all(level * 0.25 < share for level, share in zip(levels, shares, strict=True))
+
+
+@pytest.mark.parametrize("kind", [SFTModule, KTOModule])
+def test_modules_that_judge_nothing_log_the_share_too(policy, tokenizer, kind):
+    """In steps of two batches by the Trainer, or in as many micro-batches as a module cuts."""
+    datamodule, label = {SFTModule: (SFTDataModule, {}), KTOModule: (UnpairedDataModule, {"label": True})}[kind]
+    rows = [{"prompt": f"{n}=", "completion": str(n), "level": n, **label} for n in range(24)]
+    curriculum = ByColumn(column="level", mode="admission", start=0.25, steps=6)
+    data = datamodule(train=rows, tokenizer=tokenizer, batch_size=4, curriculum=curriculum)
+    shares = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            shares[trainer.global_step] = float(trainer.callback_metrics.get("train/curriculum/admitted", 0))
+
+    accumulated = {SFTModule: {"accumulate_grad_batches": 2}, KTOModule: {}}[kind]
+    fit(kind(policy=policy), data, callbacks=[Keep()], log_every_n_steps=1, **accumulated)
+    steps = 3 if accumulated else 6
+    found = [shares[step] for step in range(1, steps + 1)]
+    assert found == pytest.approx([np.ceil(24 * (0.25 + 0.75 * step / 6)) / 24 for step in range(steps)])
 
 
 def test_a_module_that_judges_nothing_is_refused(policy, tokenizer):

@@ -189,6 +189,42 @@ class RewardUse:
 
 
 @dataclass(frozen=True)
+class ToolUse:
+    """A tool that a policy may call.
+
+    Attributes:
+        name: Its name.
+        environment: Whose it is; "": of all rows.
+        arguments: With their types.
+        description: What the policy is told of it.
+    """
+
+    name: str
+    environment: str
+    arguments: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What a policy acts on, and how.
+
+    Attributes:
+        form: How calls are written.
+        call: One as the chat template writes it.
+        stops: What ends a turn: tokens and strings.
+        limits: Of an episode and its calls.
+        tools: What may be called.
+    """
+
+    form: str
+    call: str
+    stops: tuple[str, ...]
+    limits: str
+    tools: tuple[ToolUse, ...]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """All that was found.
 
@@ -201,6 +237,7 @@ class Inspection:
         plan: The run's length; None: data alone were inspected.
         memory: Bytes; None: data alone were inspected.
         rewards: What rewards ask for.
+        actions: What the policy acts on, in training or else where it is evaluated; None: it writes text alone.
         problems: Why the run would fail, a line each.
     """
 
@@ -212,4 +249,5 @@ class Inspection:
     plan: Plan | None = None
     memory: Memory | None = None
     rewards: tuple[RewardUse, ...] = ()
+    actions: Actions | None = None
     problems: tuple[str, ...] = ()

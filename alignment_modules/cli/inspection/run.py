@@ -10,12 +10,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from alignment_modules.cli.inspection.acting import actions_of, with_prompts
 from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row
 from alignment_modules.cli.inspection.gather import read_epoch, rows_of
 from alignment_modules.policies.quantization import bytes_of
 from alignment_modules.policies.weights import has_weights
 from alignment_modules.rewards import RewardError, RewardSet, SequenceClassifier
 from alignment_modules.rollouts.codec import columns_of, real_tokens
+from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.module import AlignmentModule
 
@@ -80,8 +82,15 @@ def inspect_run(
         plan=_plan(module, trainer, found.sizes.batches),
         memory=memory,
         rewards=judging.uses() if judging else (),
+        actions=actions_of(episodes) if (episodes := _episodes(module)) is not None else None,
         problems=tuple(dict.fromkeys(judging.problems)) if judging else (),
     )
+
+
+def _episodes(module: AlignmentModule) -> Episodes | None:
+    """What runs the episodes of training, or else of evaluation."""
+    own = module.episodes if isinstance(module, ActingModule) else None
+    return own or getattr(module.evaluator, "episodes", None)
 
 
 def _count_batches(trainer: Trainer, datamodule: LightningDataModule) -> int | None:
@@ -193,10 +202,16 @@ class _Judging:
         columns = zip(rewards.names, rewards.weights, rewards.functions, strict=True)
         return tuple(RewardUse(name, weight, wanted[name], _computes(function)) for name, weight, function in columns)
 
+    def _judge_episodes(self) -> set[str]:
+        """The rewards that ask for whole episodes."""
+        return {name for name, asked in self.module.rewards.wanted().items() if "episodes" in asked}
+
     def rows_of(self, batch: dict[str, Any], count: int) -> list[Row]:
         rows = rows_of(batch, self.module.tokenizer, count)
-        if isinstance(batch.get("rewards"), Tensor):  # judged already
-            return rows
+        if self.module.episodes is not None and "responses" not in batch:
+            rows = with_prompts(rows, batch, self.module.episodes, self.module.actor.seed)
+        if isinstance(batch.get("rewards"), Tensor) or self._judge_episodes() == {*self.module.rewards.names}:
+            return rows  # judged already, or by what a text alone does not tell
         return [replace(row, judged=tuple(self._judge(batch, number))) for number, row in enumerate(rows)]
 
     def _judge(self, batch: Mapping[str, Any], number: int) -> list[Judged]:
@@ -212,7 +227,7 @@ class _Judging:
         columns = {name: [column[number]] for name, column in columns_of(batch).items()}
         for function, name in zip(rewards.functions, rewards.names, strict=True):
             values[name] = None
-            if not _computes(function):
+            if not _computes(function) or name in self._judge_episodes():
                 continue
             try:
                 table = RewardSet([function])(

@@ -5,7 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Passage, Plan, RewardUse, Row, Sizes
+from alignment_modules.cli.inspection.findings import (
+    Actions,
+    Inspection,
+    Judged,
+    Memory,
+    Passage,
+    Plan,
+    RewardUse,
+    Row,
+    Sizes,
+)
 from alignment_modules.cli.inspection.tokens import printable
 
 LEFT_OUT = "activations, buffers, copies that a strategy makes, reward models, and a sampler's cache"
@@ -69,6 +79,8 @@ def sections(found: Inspection) -> Iterator[Section]:
         yield Section("Memory of a device", tuple(_memory(found.memory)), note=f"Left out: {left_out}.")
     if found.rewards:
         yield Section("Rewards", tuple(map(_reward, found.rewards)))
+    if found.actions is not None:
+        yield Section("Tools", tuple(_actions(found.actions)))
 
 
 def measure(passage: Passage) -> str:
@@ -189,6 +201,16 @@ def _size(count: int) -> str:
         if count >= bytes_of:
             return f"{count / bytes_of:,.1f} {unit}"
     return f"{count} B"
+
+
+def _actions(actions: Actions) -> Iterator[Fact]:
+    for tool in actions.tools:
+        of = f" of {tool.environment}" if tool.environment else ""
+        yield Fact(printable(f"{tool.name}{of}"), printable(f"({tool.arguments})"), printable(tool.description))
+    yield Fact("calls as", actions.form, printable(actions.call, 200))
+    yield Fact("a turn ends at", " ".join(map(printable, actions.stops)))
+    turns, _, others = actions.limits.partition(", ")
+    yield Fact("at most", turns, others)
 
 
 def _reward(use: RewardUse) -> Fact:

@@ -104,6 +104,27 @@ class Episodes:
                 self._checked.add((name, *self.codec.stop_token_ids))
         return self._renderer
 
+    def prompts(self, batch: Mapping[str, Any], seeds: Seeds) -> list[tuple[list[int], list[str]]]:
+        """The prompts of a batch as the policy reads them, with the tools and what environments say at the start.
+
+        Args:
+            batch: As in `run`.
+            seeds: Of each prompt.
+
+        Returns:
+            Of each row the ids, and what failed in its environment.
+
+        Raises:
+            ValueError: As `run` does before anything is generated.
+        """
+        renderer, episodes = self.prepare(), list[UnderWay]()
+        try:
+            self._begin(episodes, batch, 1, seeds)
+            ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas) for n, one in enumerate(episodes)]
+            return [(row, list(one.errors)) for row, one in zip(ids, episodes, strict=True)]
+        finally:
+            self._close(episodes)
+
     @torch.no_grad()
     def run(
         self,
@@ -211,9 +232,10 @@ class Episodes:
                     f"texts, {said[0]!r} and {next(text for text in said if text != said[0])!r}: what it draws must "
                     "come from its parameter `seed` or the row's columns alone"
                 )
-            messages = _of_row(prompt, _with_text, _messages(row["prompt"]), said[0] if said else None)
+            told = (said[0] if said else None) or ""
+            messages = _of_row(prompt, _with_text, _messages(row["prompt"]), told)
             for one in group:
-                one.prompt = messages
+                one.prompt, one.told = messages, told
 
     def _prompts(
         self,
@@ -226,7 +248,7 @@ class Episodes:
     ) -> Prompts:
         """The rendered prompts, with what each leaves of the context as its limit."""
         firsts = episodes[::num_samples]
-        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas) for n, one in enumerate(firsts)]
+        ids = [_of_row(n, renderer.prompt, one.prompt, one.schemas, one.told) for n, one in enumerate(firsts)]
         own = batch.get(LIMITS) or [None] * len(ids)
         limits = [min(limit or parameters.max_completion_length, parameters.max_completion_length) for limit in own]
         for number, row in enumerate(ids):
@@ -264,12 +286,11 @@ class Episodes:
         for (one, parsed, stopped), answers in zip(asking, results, strict=True):
             every = [*answers, *(Result(f"Error: {error}", True, "malformed") for error in parsed.errors)]
             one.answered(parsed, every)
-            ids = renderer.appended(every, stopped=stopped, schemas=one.schemas)
+            named = [*one.messages[-1].get("tool_calls", []), *(None for _ in parsed.errors)]
+            ids = renderer.appended(every, stopped=stopped, schemas=one.schemas, calls=named)
             if one.room <= len(ids):
                 one.stop_reason = one.out_of_room
                 continue
-            called = one.messages[-1].get("tool_calls", [])
-            named = [*called, *(None for _ in parsed.errors)]
             one.messages += [renderer.answer(result, call) for result, call in zip(every, named, strict=True)]
             one.used, one.tool_tokens = one.used + len(ids), one.tool_tokens + len(ids)
             found.append((one, ids))
@@ -307,7 +328,7 @@ def _messages(prompt: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _with_text(messages: list[dict[str, Any]], text: str | None) -> list[dict[str, Any]]:
+def _with_text(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     """Messages with a text added to the last one of the user, on a line of its own."""
     if not text:
         return messages

@@ -112,7 +112,7 @@ class PlainText:
             # what follows the first control token no longer sees what stands before
             ids = self._encode_behind(anchor, plain)
             if ids and self._decode(self._anchors[anchor] + ids) == anchor + plain:
-                return ids if plain == text else self._encode_behind(anchor, text)
+                return ids if plain == text else self._encode_behind(anchor, text) or self._encode(text)
         return self._encode(text)
 
     def _encode_behind(self, before: str, text: str) -> list[int]:

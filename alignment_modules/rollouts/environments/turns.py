@@ -52,7 +52,7 @@ class TurnRenderer:
         new = {int(self.codec.tokenizer.convert_tokens_to_ids(stop)) for stop in stops} - {*self.codec.stop_token_ids}
         self.codec.data_stops = (*self.codec.data_stops, *sorted(new))
 
-    def prompt(self, messages: Sequence[Message], schemas: Schemas, *, told: str = "") -> list[int]:
+    def prompt(self, messages: Sequence[Message], schemas: Schemas, told: str = "") -> list[int]:
         """Ids of the messages before the policy's first turn, with the tools and the turn's header.
 
         Args:

@@ -28,6 +28,7 @@ class UnderWay:
         tools: What its calls may name.
         schemas: The same, as its chat template reads them.
         prompt: Messages before the policy's first turn.
+        told: What `reset` said, which the last of the user's messages ends with.
         limit: Most tokens of all its turns and results together.
         by_context: Whether that is what the model's context leaves, and not the completion's own limit.
         used: Tokens so far.
@@ -40,6 +41,7 @@ class UnderWay:
     tools: Mapping[str, Tool] = field(default_factory=lambda: _NOTHING)
     schemas: list[dict[str, Any]] = field(default_factory=list)
     prompt: list[dict[str, Any]] = field(default_factory=list)
+    told: str = ""
     limit: int = 0
     by_context: bool = False
     used: int = 0

@@ -62,19 +62,23 @@ def test_careless_players_are_wrong_half_of_the_time_and_ask_more():
     right = np.array(notes.right())
     questions = np.array([len(asked) for asked, _ in notes.plays])
     assert 0.35 < right.mean() < 0.5
-    assert questions[right].mean() > 5.5
+    assert questions[right].mean() > 5.25
     assert questions.max() == MOST_QUESTIONS
     for search, (asked, answer) in zip(notes.searches, notes.plays, strict=True):
-        assert all(above == (search.number > number) for number, above in asked)
-        assert all(answer > number if above else answer <= number for number, above in asked)
+        low, high = search.low, search.high
+        for one in asked:
+            low, high = (one.number + 1, high) if search.number > one.number >= low else (low, high)
+            low, high = (low, one.number) if search.number <= one.number <= high else (low, high)
+            assert (one.low, one.high) == (low, high)
+        assert low <= answer <= high
 
 
 def test_the_environment_answers_and_counts():
     hidden = HiddenNumber(price=0.25)
-    assert hidden.reset(number=20) is None
-    assert [hidden.ask(number) for number in (19, 20, 21)] == [">", "≤", "≤"]
-    assert hidden.get_reward() == -0.75
-    hidden.reset(number=30)
+    assert hidden.reset(low=12, high=43, number=20) is None
+    assert [hidden.ask(number) for number in (5, 30, 40, 19, 20)] == ["12-43", "12-30", "12-30", "20-30", "20-20"]
+    assert hidden.get_reward() == -1.25
+    hidden.reset(low=12, high=43, number=30)
     assert hidden.get_reward() == 0
     with pytest.raises(ValueError, match="price=-1"):
         HiddenNumber(price=-1)
@@ -94,7 +98,7 @@ def test_without_a_question_mark_it_is_an_answer(text):
 def test_demonstrations_train_on_the_player_alone():
     episodes = HiddenNumberEpisodes(split="train", size=8, seed=2)
     assert episodes[0]["tools"] == [get_json_schema(HiddenNumber().ask)]
-    data = SFTDataModule(train=episodes, batch_size=1, max_length=128, shuffle=False)
+    data = SFTDataModule(train=episodes, batch_size=1, max_length=160, shuffle=False)
     data.setup("fit")
     for row, batch in zip(episodes, data.train_dataloader(), strict=True):
         turns = [message for message in row["messages"] if message["role"] == "assistant"]
@@ -110,7 +114,7 @@ def test_conversations_hold_what_the_notes_hold():
     notes, episodes, tokenizer = HiddenNumberNotes(**options), HiddenNumberEpisodes(**options), question_tokenizer()
     for note, row in zip(notes, episodes, strict=True):
         text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
-        plain = text.replace("<eos><tool>", "").replace("<bos><tool>ask<user>", "").removesuffix("<eos>")
+        plain = text.replace("<eos><tool>", ">").replace("<bos><tool>ask<user>", "").removesuffix("<eos>")
         head, _, answer = plain.rpartition("<assistant>")
         assert f"{head}={answer}".replace("<assistant>", "") == note["text"]
         for written in (text, note["text"]):

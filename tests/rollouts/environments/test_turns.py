@@ -108,13 +108,13 @@ def test_a_template_without_stop_tokens(tokenizer):
 
 
 def test_the_end_of_turns_with_calls_is_a_stop_token():
+    """Where no data module tells the stop tokens."""
     one = renderer("llama")
     tokenizer = one.codec.tokenizer
-    ends = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<|eom_id|>", "<|eot_id|>")}
-    assert ends["<|eot_id|>"] in one.codec.stop_token_ids
-    assert ends["<|eom_id|>"] not in one.codec.stop_token_ids
+    one.codec.data_stops = (tokenizer.convert_tokens_to_ids("<|eot_id|>"),)
     one.check(TOOLS)
-    assert set(ends.values()) <= set(one.codec.stop_token_ids)
+    assert one.codec.data_stops == tuple(tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"]))
+    assert one.codec.decode([[5, one.codec.data_stops[1]]]) == [tokenizer.decode([5])]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

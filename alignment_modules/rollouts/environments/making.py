@@ -9,11 +9,11 @@ from alignment_modules.rollouts.codec import Codec
 from alignment_modules.rollouts.environments.formats import tool_format
 from alignment_modules.rollouts.environments.loop import MAX_TURNS, Episodes
 from alignment_modules.rollouts.environments.options import ToolOptions
-from alignment_modules.rollouts.environments.tool_set import Environments, EnvironmentSet, Tools
+from alignment_modules.rollouts.environments.tool_set import EnvironmentSet, Tools
 
 
 def make_episodes(
-    environments: Environments | None,
+    environments: Any,
     tools: Tools | None,
     *,
     codec: Codec,

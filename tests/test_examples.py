@@ -1,5 +1,6 @@
 """The example scripts are short, run as a user runs them, and learn."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -13,11 +14,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ("dpo_with_your_model", "own_loop", "pieces_in_your_module", "two_processes")
 
 
-def run(name, folder):
+def run(name, folder, *arguments):
     """What a script prints; a hang, of a second process too, is a failure."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -58,3 +59,9 @@ def test_the_loss_falls(name, tmp_path):
     found = re.findall(r"^loss (\S+)$", run(name, tmp_path), flags=re.MULTILINE)
     assert len(found) == 1  # rank 0 alone reports
     assert float(found[0]) < 0.2  # guessing among 32 tokens costs 3.47
+
+
+@pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
+def test_spell_backward_runs(tmp_path):
+    out = run("spell_backward", tmp_path, "--sft-steps=2", "--grpo-steps=1")
+    assert len(re.findall(r"^after \w+: \d+\.\d% right, mean score 0\.\d+$", out, flags=re.MULTILINE)) == 2

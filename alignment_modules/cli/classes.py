@@ -27,6 +27,7 @@ from alignment_modules.rollouts import engines
 from alignment_modules.training.acting import ActingModule
 from alignment_modules.training.actor_critic import ActorCriticModule
 from alignment_modules.training.engines import EngineModule
+from alignment_modules.training.episodes import EpisodeModule
 from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.module import AlignmentModule
 from alignment_modules.training.policy_gradient import PolicyGradientModule
@@ -35,7 +36,8 @@ from alignment_modules.training.updates import UpdateModule
 from datamodules import AlignmentDataModule, CacheOptions, MixtureSource, StreamOptions, curricula, tasks
 
 BASES = (
-    *(AlignmentModule, UpdateModule, EngineModule, ActingModule, PolicyGradientModule, GroupModule, ActorCriticModule),
+    *(AlignmentModule, UpdateModule, EngineModule, EpisodeModule, ActingModule),
+    *(PolicyGradientModule, GroupModule, ActorCriticModule),
     *(AlignmentDataModule, Schedule, LoggedMetrics, curricula.Curriculum),
 )
 """Classes that only others are made of; the command line refuses them by name."""

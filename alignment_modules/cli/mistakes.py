@@ -151,11 +151,18 @@ def _in_value(option: str, value: Any, hint: Any) -> Iterator[str]:
     plain = [a for a in _alternatives(hint) if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
     read = value.read() if isinstance(value, Text) else value
     if plain and not any(_means(form, a) for a in plain for form in (read, value)):
-        yield f"--{option}{_shown(value)}: must be {' or '.join(map(describe, plain))}"
+        yield f"--{option}{_shown(value)}: must be {' or '.join(dict.fromkeys(map(describe, plain)))}"
 
 
 def _means(value: Any, hint: Any) -> bool:
-    return isinstance(value, dict) if get_origin(hint) is dict else fits(value, hint)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_means(value, argument) for argument in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(_means(entry, arguments[1]) for entry in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_means(entry, arguments[0]) for entry in value)
+    return fits(value, hint)
 
 
 def _find(option: str, path: str, known: list[type], base: type | None) -> Any:

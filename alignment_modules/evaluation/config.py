@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from alignment_modules.functional.ranges import Count, Natural, Seed
 from alignment_modules.rollouts.environments.loop import MAX_TURNS
-from alignment_modules.rollouts.environments.options import ToolOptions
+from alignment_modules.rollouts.environments.options import EnvironmentOption, ToolOptions
 from alignment_modules.rollouts.parameters import SamplingOptions
 
 
@@ -43,7 +43,7 @@ class EvaluationConfig(SamplingOptions):
     num_samples: Natural = 0
     verifier: str | Callable | None = None
     seed: Seed = 0
-    environments: Any = None
+    environments: EnvironmentOption = None
     tools: Any = None
     max_turns: Count = MAX_TURNS
     max_tool_calls: Count | None = None

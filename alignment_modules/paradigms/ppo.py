@@ -110,7 +110,13 @@ class PPOModule(ActorCriticModule):
         values, last = self.value_rollout(rollout, last=bootstraps)
         written = rollout.rewards.to(self.device).masked_fill(~own.any(dim=1), torch.nan)  # nothing carries the others
         scores = self.scores(written)
-        rewards = token_rewards(scores.nan_to_num(), own, penalty)
+        if rollout.turn_rewards is None:
+            rewards = token_rewards(scores.nan_to_num(), own, penalty)
+        else:  # what is not of a single turn comes with the last
+            turns = rollout.turn_rewards.to(self.device)
+            outcome, turns = self.held(written - turns.sum(dim=1)), self.held(turns)
+            rewards = turns + token_rewards(outcome.nan_to_num(), own, penalty)
+            scores = outcome + turns.sum(dim=1)
         end = torch.where(truncated, last, 0.0)
         time: dict[str, Any] = {"gamma": self.gamma, "bootstrap": end, "unit": self.gae_unit}
         lam = 1.0 if self.pretraining else self.critic_lam
@@ -130,6 +136,11 @@ class PPOModule(ActorCriticModule):
             sums = torch.stack([(~exact.isnan()).sum(), exact.nansum(), exact.square().nansum()])
             count, total, squares = self.reduce(sums, "sum").tolist()
             self.reward_scale.update(count=count, total=total, squares=squares)
+        return self.held(rewards)
+
+    def held(self, rewards: Tensor) -> Tensor:
+        """Rewards of any shape, divided by the deviation so far and held within the clip, as far as there are such."""
+        if self.reward_scale is not None:
             rewards = rewards / self.reward_scale.deviation
         return rewards if self.reward_clip is None else rewards.clamp(-self.reward_clip, self.reward_clip)
 

@@ -143,7 +143,7 @@ class Actor:
             trained=own,
             rewards=rewards,
             reward_values=table.values,
-            turn_rewards=self._turn_rewards(completions.episodes, own),
+            turn_rewards=self._turn_rewards(completions.episodes, own, table),
             greedy_rewards=greedy_rewards,
             truncated=truncated,
             sampled_logps=sampled_logps,
@@ -300,13 +300,14 @@ class Actor:
         """The rewards of completions, each of those that the batch's rows name it for, and the texts."""
         return judge(self.rewards, self.codec, batch, rows, batch.get(REWARD_NAMES), episodes)
 
-    def _turn_rewards(self, episodes: list[Episode] | None, own: Tensor) -> Tensor | None:
-        """[N, T] float32, what environments say of single turns; None where none does."""
+    def _turn_rewards(self, episodes: list[Episode] | None, own: Tensor, table: RewardTable) -> Tensor | None:
+        """[N, T] float32, the part of the rewards that environments gave for single turns; None where none does."""
         if episodes is None or self.episodes is None or not self.episodes.environments.judges_turns:
             return None
-        pairs = zip(self.rewards.functions, self.rewards.weights, strict=True)
-        weight = next((weight for function, weight in pairs if isinstance(function, EnvironmentReward)), 0.0)
-        return placed_turn_rewards(episodes, own, weight)
+        column = next(n for n, one in enumerate(self.rewards.functions) if isinstance(one, EnvironmentReward))
+        placed = self.rewards.weights[column] * placed_turn_rewards(episodes, own)
+        unjudged = (table.values[:, column].isnan() | table.total.isnan()).to(placed.device)
+        return placed.masked_fill(unjudged[:, None], 0.0)
 
     def _greedy_rewards(self, policy: nn.Module, batch: Mapping[str, Any], step: int) -> Tensor:
         """[prompts] float32: given, or of one greedy completion of each prompt, which is counted and told of."""

@@ -7,7 +7,7 @@ from alignment_modules.functional.ranges import Count, check_options
 from alignment_modules.rewards import RewardSet
 from alignment_modules.rollouts.environments.loop import MAX_TURNS
 from alignment_modules.rollouts.environments.making import make_episodes
-from alignment_modules.rollouts.environments.options import ToolOptions
+from alignment_modules.rollouts.environments.options import EnvironmentOption, ToolOptions
 from alignment_modules.rollouts.environments.rewards import EnvironmentReward
 from alignment_modules.training.engines import EngineModule
 
@@ -34,7 +34,7 @@ class EpisodeModule(EngineModule):
     def __init__(
         self,
         *,
-        environments: Any = None,
+        environments: EnvironmentOption = None,
         tools: Any = None,
         max_turns: Count = MAX_TURNS,
         max_tool_calls: Count | None = None,

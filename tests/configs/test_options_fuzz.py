@@ -70,14 +70,12 @@ CHOICES = {
     "baseline",
     "dtype",
 }  # text of a fixed set
+LEVELS, TOOL = (f"tests.rollouts.environments.things.{name}" for name in ("Counter", "double"))
 OBJECTS = {  # options that take objects: what none of them can be
     "policy": [None, 3, [], {}, {"pth": "x"}, [1]],
     "reference": [3, [], {"pth": "x"}],
     "optimizer": [None, 3, "nosuch", {"class_path": "nosuch"}, {"class_path": "SFTModule"}],
     "lr_scheduler": [3, "nosuch", {"class_path": "nosuch"}],
-    "environments": [3, [], {}, "nosuch", "no.such.thing", {"class_path": "no.such"}, {"a": 3}, {"a": None}],
-    "tools": [3, [], {}, "nosuch", "no.such.thing", [None], [3], {"a": 1}],
-    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
     "rewards": [None, [], 3, "nosuch", [None], {"class_path": "nosuch"}, ["ExactMatch", 3]],
     "verifier": [3, "nosuch", {"class_path": "nosuch"}],
     "evaluation": [3, "nosuch", [1]],
@@ -89,6 +87,18 @@ OBJECTS = {  # options that take objects: what none of them can be
     "curriculum": [3, "nosuch", [1], {"class_path": "nosuch"}, {"class_path": "SFTModule"}, "Curriculum"],
     "cache": [3, "nosuch", [1], {"foldr": "x"}],
     "stream": [3, "nosuch", [1], {"buffersize": 3}],
+    "environments": [
+        *(3, "nosuch", "math.nosuch", "math.pi", "math.sqrt", [], [1], {}, {"class_path": "nosuch"}, {"a": None}),
+        *({"a": 3}, {"a": "math.pi"}, {"a": {"class_path": "nosuch"}}),
+        *({"class_path": LEVELS, "nosuch": 1}, {"class_path": LEVELS, "init_args": {"nosuch": 1}}),
+        TOOL,  # no environment
+    ],
+    "tools": [
+        *(3, [], {}, {"a": 1}, [None], [3], {"class_path": "nosuch"}, [{"class_path": "nosuch"}]),
+        *("nosuch", "math.nosuch", "math.pi", "math.sqrt", ["nosuch"], ["math.pi"], [LEVELS, LEVELS], [TOOL, TOOL]),
+    ],
+    "tool_options": [3, "nosuch", [1], {"formt": "llama"}, {"time_limit": 0}, {"format": "nosuch"}],
+    "format": [3, [1], {"a": 1}, "nosuch", "math.pi", "math.nosuch"],
 }
 ACCEPTED = {
     # (option, value): why it is no mistake
@@ -184,7 +194,7 @@ def configuration(group, cls, options):
         "evaluation": {"evaluation": options},
         "policy": {"policy": {"path": "nowhere"} | options},
         "lora": {"policy": {"path": "nowhere", "lora": options}},
-        "tools": {"evaluation": {"tools": ["tests.rollouts.environments.things.double"], "tool_options": options}},
+        "tools": {"evaluation": {"tools": [TOOL], "tool_options": options}},
     }
     if group == "curriculum":
         return configuration("data", datamodules.PromptDataModule, {"curriculum": spec})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.contract.two_ranks import ADAPTERS, BESIDE, COUPLED, QUANTIZED, SOURCED, SOURCES, VARIANTS, WHOLE
+from tests.episodes import OPTIONS
 from tests.paradigms import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ FURTHER += ["teacher", "muon", "sft part", "dpo part"]
 FURTHER += [*(f"dpo {kind}" for kind in ADAPTERS), *BESIDE]
 FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
+FURTHER += [*(f"{name} episodes" for name in OPTIONS), "grpo episodes of one rank"]
 
 
 def run(folder, *more, timeout):

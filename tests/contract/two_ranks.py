@@ -26,6 +26,7 @@ from alignment_modules.policies.lora import LoraConfig, add_lora
 from alignment_modules.policies.parts import train_part
 from alignment_modules.policies.sharded import whole
 from alignment_modules.training.muon import MuonWithAdamW
+from tests import episodes
 from tests.models import MIXTRAL, adapted, moved, other_than, quantized
 from tests.paradigms import ROWS, build, headed
 from tests.shapes import LLAMA
@@ -146,6 +147,16 @@ def last_layer_of(policy: torch.nn.Module) -> torch.nn.Module:
     policy = copy.deepcopy(policy)
     train_part(policy, ["model.layers.1.*"], None)
     return policy
+
+
+def acts(name: str, policy: torch.nn.Module) -> AlignmentModule:
+    """A paradigm that acts on an environment; its ranks' episodes have other numbers of turns."""
+    return episodes.build(name, policy, micro_batch_size=4, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
+
+
+def failing_first(rows):
+    """Rows of which the first rank's environments fail."""
+    return episodes.batch(rows, fails=[row < 3 for row in rows])
 
 
 WHOLE = ("muon", *(f"{name} {kind}" for name, kind in QUANTIZED))
@@ -279,6 +290,10 @@ def cases(policy: torch.nn.Module, base: Path) -> Iterator[Case]:
         yield f"{label} sources", lambda name=name, options=options: make(name, **options), batch
     taught_by = {"teacher": copy.deepcopy(other), "teacher_coef": 0.3, "scale_rewards": "batch"}
     yield "teacher", lambda: make("grpo", **taught_by), ROWS["grpo"].batch
+    acting = episodes.policy()
+    for name in episodes.OPTIONS:
+        yield f"{name} episodes", lambda name=name: acts(name, acting), episodes.batch
+    yield "grpo episodes of one rank", lambda: acts("grpo", acting), failing_first
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

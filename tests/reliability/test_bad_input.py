@@ -1,4 +1,4 @@
-"""Bad input, through the command line: the tables of `bad_options` and `bad_cases`, and what does not fit into them."""
+"""Bad input, through the command line: the tables of `bad_options`, `bad_cases`, `bad_environments`, and the rest."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,9 @@ from alignment_modules.callbacks import CheckpointError
 from alignment_modules.cli.failures import is_message
 from alignment_modules.rewards import RewardError
 from tests.reliability.bad_cases import CASES, FRESH, PARSING, TRAINING, Case
+from tests.reliability.bad_environments import ENVIRONMENTS, MODULE
 from tests.reliability.bad_options import OPTIONS
+from tests.rollouts.environments.acting import SPECIAL, TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path for folder in ("quickstart", "recipes") for path in (ROOT / "configs" / folder).glob("*.yaml"))
@@ -33,7 +35,7 @@ class Masked(SFTDataModule):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bad(workplace):
+def bad(workplace, write_model):
     """The files that the tables name."""
     folder = workplace / "bad"
     (folder / "empty").mkdir(parents=True)
@@ -45,6 +47,9 @@ def bad(workplace):
         "      momentum: 0.5,\n      lr: 2.0}}\n",
         "policy.yaml": "path: policy\ndtype: float32\npath: start\n",
         "names.yaml": "model: {init_args: {policy: bad/policy.yaml}}\n",
+        "environments.yaml": "model:\n  init_args:\n    environments:\n      easy: my_environments.Asks\n"
+        "      hard: my_environments.Silent\n      easy: my_environments.Several\n",
+        "named.jsonl": '{"prompt": "1+1=", "goal": 2, "environment": "midle"}\n' * 8,
         "broken.yaml": "trainer: {max_epochs: [\n",
         "line.jsonl": row * 2 + '{"prompt": "1+1=", "comp\n' + row,
         "number.jsonl": row + "12\n",
@@ -60,6 +65,8 @@ def bad(workplace):
     for name, content in files.items():
         (folder / name).write_text(content)
     (workplace / "my_data.py").write_text(MASKED)
+    (workplace / "my_environments.py").write_text(MODULE)
+    write_model(workplace / "acting", [*map(chr, range(32, 127)), "\n"], special=SPECIAL, template=TEMPLATE)
     checkpoint = {"state_dict": {}, "pytorch-lightning_version": "2.6.6", "alignment_module": {"paradigm": "dpo"}}
     torch.save(checkpoint, folder / "other.ckpt")
     torch.save(checkpoint | {"callbacks": {"mine": Case("", [], [])}}, folder / "pickle.ckpt")
@@ -68,7 +75,9 @@ def bad(workplace):
     (folder / "short.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:300])
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in (OPTIONS | CASES).items()])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name) for name, case in (OPTIONS | CASES | ENVIRONMENTS).items()]
+)
 def test_bad_input(align, case):
     result = align("fit", "-c", f"{case.paradigm}.yaml", "--trainer.max_epochs", "1", *case.arguments)
     message = result.text if result.error is None else f"{result.text}\n{result.error}"

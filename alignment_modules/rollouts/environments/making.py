@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment_modules.rollouts.codec import Codec
+from alignment_modules.rollouts.environments.formats import tool_format
 from alignment_modules.rollouts.environments.loop import MAX_TURNS, Episodes
 from alignment_modules.rollouts.environments.options import ToolOptions
-from alignment_modules.rollouts.environments.tool_set import Environments, EnvironmentSet, Tools
+from alignment_modules.rollouts.environments.tool_set import EnvironmentSet, Tools
 
 
 def make_episodes(
-    environments: Environments | None,
+    environments: Any,
     tools: Tools | None,
     *,
     codec: Codec,
@@ -45,6 +46,8 @@ def make_episodes(
         return None
     options = ToolOptions(**tool_options) if isinstance(tool_options, Mapping) else tool_options or ToolOptions()
     try:
+        if options.format is not None:
+            tool_format(options.format)
         found = EnvironmentSet(environments, tools, in_process=options.in_process)
     except ValueError as error:
         raise ValueError(f"{option}{error}") from error

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from alignment_modules.functional.ranges import Count, Positive, Range, check_options
+
+EnvironmentOption = str | dict[str, str | bool | int | float | list | dict[str, Any] | None] | Callable | None
+"""What a configuration may give as `environments`. Of any type, a command line would make the environment itself, and
+not hand on what makes one; what is wrong with a mapping is for `EnvironmentSet` to say."""
 
 MAX_CHARACTERS_PER_TOKEN = 32
 """Of a result no more characters than these for each token of its limit are looked at."""

@@ -29,20 +29,19 @@ class EnvironmentReward:
         return [_total(episode) for episode in episodes]
 
 
-def placed_turn_rewards(episodes: Sequence[Episode], own: Tensor, weight: float = 1.0) -> Tensor:
+def placed_turn_rewards(episodes: Sequence[Episode], own: Tensor) -> Tensor:
     """The `turn_rewards` of episodes at the last token of each turn: [N, T] float32, 0 elsewhere.
 
     Args:
         episodes: N.
         own: [N, T] bool, on the host: what the policy wrote; each turn is a run of it.
-        weight: Factor of all.
     """
     following = torch.nn.functional.pad(own[:, 1:], (0, 1))
     ends = own & ~following
     found = torch.zeros(own.shape)
     for row, episode in enumerate(episodes):
-        if episode.turn_rewards is not None and not episode.failed:
-            found[row, ends[row]] = weight * torch.tensor(episode.turn_rewards, dtype=torch.float32)
+        if episode.turn_rewards is not None:
+            found[row, ends[row]] = torch.tensor(episode.turn_rewards, dtype=torch.float32)
     return found
 
 

@@ -217,8 +217,7 @@ class EnvironmentSet:
             if tool.name in self._tools:
                 raise ValueError(f"{place}.{tool.name} and tools are of one name: {tool.name!r}")
         for environment in made:
-            if callable(close := getattr(environment, "close", None)):
-                close()
+            _close(environment, place)
         judges, judges_turns = (found is not None for found in methods.values())
         return _Entry(tuple(tools), wanted, judges, judges_turns)
 
@@ -263,6 +262,15 @@ def _check_reset(environment: Any, place: str) -> _Wanted:
     except TypeError as error:
         raise ValueError(f"{place}: the signature of reset cannot be read: {error}") from error
     return _reset_wants(reset)
+
+
+def _close(environment: Any, place: str) -> None:
+    """Closes an environment that did not begin an episode."""
+    try:
+        if callable(close := getattr(environment, "close", None)):
+            close()
+    except Exception as error:
+        raise ValueError(f"{place}.close failed before any reset: {type(error).__name__}: {error}") from error
 
 
 def _check_plain(method: Any, place: str) -> None:

@@ -40,17 +40,24 @@ class Scripted(nn.Module):
         self.tokenizer, self.speak = tokenizer, speak
         self.scale = nn.Parameter(torch.tensor(60.0))
         self.header = tokenizer.convert_tokens_to_ids("<|assistant|>")
-        self.turns, self.seen = {}, []
+        self.turns, self.seen, self.known = {}, [], {}
 
     def forward(self, ids):
-        hot = torch.zeros(*ids.shape, len(self.tokenizer))
-        for row, tokens in enumerate(ids.tolist()):
-            self.seen.append(tokens)
-            start = None
-            for place, token in enumerate(tokens):
-                start = place if token == self.header else start
-                hot[row, place, self.next(tokens, start, place)] = 1.0
-        return self.scale * hot
+        said = torch.tensor([self.following(tuple(tokens)) for tokens in ids.tolist()])
+        return self.scale * torch.nn.functional.one_hot(said, len(self.tokenizer))
+
+    def following(self, tokens):
+        """What comes after each of them."""
+        self.seen.append(list(tokens))
+        if tokens not in self.known:
+            before = self.known.get(tokens[:-1], [])
+            starts = [place for place, token in enumerate(tokens) if token == self.header]
+            found = list(before)
+            for place in range(len(before), len(tokens)):
+                start = max((one for one in starts if one <= place), default=None)
+                found.append(self.next(list(tokens), start, place))
+            self.known[tokens] = found
+        return self.known[tokens]
 
     def next(self, tokens, start, place):
         if start is None:

@@ -157,6 +157,11 @@ class NeedsArguments:
     def reset(self): ...
 
 
+class Unclosed(Counter):
+    def close(self) -> None:
+        self.server.stop()
+
+
 class Fails:
     def __init__(self):
         raise OSError("no server")
@@ -194,6 +199,11 @@ WRONG = {
     "reward needs more": (RewardNeedsMore, None, "RewardNeedsMore.get_reward must do without arguments"),
     "reward is a number": (RewardIsANumber, None, "RewardIsANumber.get_reward is no method"),
     "needs arguments": (NeedsArguments, None, "cannot be called so: missing a required argument: 'more'"),
+    "cannot be closed": (
+        Unclosed,
+        None,
+        "environments=Unclosed.close failed before any reset: AttributeError: .*server",
+    ),
     "fails": ({"a": Fails}, None, r"environments\['a'\] could not be made: OSError: no server"),
     "untyped": (Untyped, None, "environments=Untyped.helper: argument 'number' has no type"),
     "unknown keys": ({"class_path": f"{PATH}.Counter", "args": {}}, None, "must be a class_path"),

@@ -57,6 +57,7 @@ from alignment_modules.functional.surrogate import (
     policy_gradient_loss,
 )
 from alignment_modules.functional.token_baselines import gradient_norms, optimal_token_advantages, returns_to_go
+from alignment_modules.functional.turns import over_turns, turn_returns, turn_sums
 from alignment_modules.functional.unpaired import UnpairedLoss, mismatched, mismatched_completions, unpaired_loss
 from alignment_modules.functional.value import (
     explained_variance,
@@ -123,6 +124,7 @@ __all__ = [
     "mismatched_completions",
     "odds_ratio_loss",
     "optimal_token_advantages",
+    "over_turns",
     "policy_gradient_loss",
     "preference_loss",
     "reference_free_loss",
@@ -136,7 +138,9 @@ __all__ = [
     "token_log_probs",
     "token_rewards",
     "top_quantile",
+    "turn_returns",
     "turn_starts",
+    "turn_sums",
     "unpaired_loss",
     "validate_kl_placement",
     "value_loss",

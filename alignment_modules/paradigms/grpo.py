@@ -13,7 +13,13 @@ from alignment_modules.policies.load import PolicyConfig
 from alignment_modules.policies.scoring import Ask, Scores
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.rollout import Rollout
-from alignment_modules.training.crediting import add_advantages, check_decoupled, single_rewards
+from alignment_modules.training.crediting import (
+    add_advantages,
+    check_decoupled,
+    check_turns,
+    returns_of_turns,
+    single_rewards,
+)
 from alignment_modules.training.groups import GroupModule
 from alignment_modules.training.presets import Settings
 from alignment_modules.training.teacher_advantages import add_teacher
@@ -38,6 +44,9 @@ class GRPOModule(GroupModule):
             "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++), "optimal_token" (OTB). Else: "group".
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
             its group before they are summed. Else: the first.
+        advantage_unit: What has an advantage: a "completion", or a "turn", a run of the policy's tokens between others',
+            whose return (its reward by `turn_rewards` of the environments, and all that is still to come) is compared
+            with that of the same turn of the group's others, after GTPO (arXiv:2511.14846).
         beta: Strength of the KL penalty against the reference; 0: no reference is held. Else: 0.
         kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). Else: "k3".
         kl_placement: "loss", or "reward" (then only "k1"). Combinations that collapse are refused. Else: "loss".
@@ -68,6 +77,7 @@ class GRPOModule(GroupModule):
         scale_rewards: str | None = None,
         baseline: str | None = None,
         multi_objective_aggregation: str | None = None,
+        advantage_unit: Literal["completion", "turn"] = "completion",
         beta: NonNegative | None = None,
         kl_estimator: str | None = None,
         kl_placement: Literal["loss", "reward"] | None = None,
@@ -101,7 +111,9 @@ class GRPOModule(GroupModule):
             policy_gradient |= options
             super().__init__(**policy_gradient)
             check_decoupled(self, estimator, self.beta if self.kl_placement == "reward" else 0.0)
-        self.settings, self.estimator = settings, estimator
+            if advantage_unit == "turn":
+                check_turns(self, estimator, self.surrogate)
+        self.settings, self.estimator, self.advantage_unit = settings, estimator, advantage_unit
         self.teacher_coef, self._teacher_path = teacher_coef, tokenizer_path(teacher)
         self.teacher = None if teacher is None else frozen_companion(teacher, self.policy, name="teacher")
 
@@ -127,12 +139,16 @@ class GRPOModule(GroupModule):
             compared_ids(self.policy, self.teacher.module or self.policy, self.tokenizer, self._teacher_path)
 
     def check_batch(self, batch: Any) -> None:
-        """Also checks that each given reward is there by itself, where each is normalised.
+        """Also checks that each given reward is there by itself, where each is normalised, and rewards of turns are.
 
         Raises:
-            ValueError: If the batch brings their sum alone.
+            ValueError: If the batch brings their sum alone, or completions where turns are compared.
         """
         super().check_batch(batch)
+        if self.advantage_unit == "turn" and "responses" in batch:
+            raise ValueError(
+                "advantage_unit='turn' reads turn_rewards of environments: a batch must bring no responses"
+            )
         given = batch.get("rewards")
         if self.estimator.decoupled and isinstance(given, Tensor) and given.dim() != 2:
             raise ValueError(
@@ -141,7 +157,11 @@ class GRPOModule(GroupModule):
             )
 
     def informative(self, rollout: Rollout) -> Tensor:
-        """[P] bool, on the host: also where rewards differ that are equal in sum, if each is normalised by itself."""
+        """[P] bool, on the host: also where parts differ that are equal in sum, if each is compared by itself."""
+        if self.advantage_unit == "turn":
+            compared = self.compared(rollout)
+            turns = informative_groups(returns_of_turns(compared, compared.rewards.view(-1, rollout.group)))
+            return turns.view(len(rollout), -1).any(dim=1)
         if not self.estimator.decoupled:
             return super().informative(rollout)
         values = single_rewards(self, self.compared(rollout))
@@ -160,7 +180,7 @@ class GRPOModule(GroupModule):
 
     def credit(self, rollout: Rollout, penalty: Tensor | None) -> Rollout:
         """Compares rewards with their baseline, and adds what the teacher thinks."""
-        rollout = add_advantages(self, rollout, self.estimator, penalty)
+        rollout = add_advantages(self, rollout, self.estimator, penalty, unit=self.advantage_unit)
         if self.teacher is None:
             return rollout
         rollout, kl = add_teacher(self, rollout, self.teacher, self.teacher_coef)
@@ -172,6 +192,8 @@ class GRPOModule(GroupModule):
         equal = "; 0 where a group's rewards are equal" if self.estimator.grouped else ""
         if self.beta and self.kl_placement == "reward" and self.estimator.to_go:
             equal += "; of the KL each token counts what is still to come"
+        if self.advantage_unit == "turn":
+            equal += "; of each turn, its reward what is still to come"
         preset = {"preset": self.settings.describe()} if self.settings.preset else {}
         return (
             super().describe()

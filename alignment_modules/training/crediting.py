@@ -1,23 +1,35 @@
 """From the rewards of a rollout to its advantages, over all ranks where other prompts' rewards matter."""
 
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from alignment_modules.functional import (
     AdvantageEstimator,
+    Surrogate,
     decoupled_rewards,
     optimal_token_advantages,
+    over_turns,
     returns_to_go,
+    turn_returns,
+    turn_sums,
 )
 from alignment_modules.rollouts.rollout import Rollout
 from alignment_modules.training.acting import ActingModule
 
+TURN_BASELINES = ("group", "leave_one_out", "none")
+"""Baselines that say what a single turn is compared with."""
+
 
 def add_advantages(
-    module: ActingModule, rollout: Rollout, estimator: AdvantageEstimator, penalty: Tensor | None
+    module: ActingModule,
+    rollout: Rollout,
+    estimator: AdvantageEstimator,
+    penalty: Tensor | None,
+    *,
+    unit: Literal["completion", "turn"] = "completion",
 ) -> Rollout:
     """Adds the advantages, [N] or [N, T] float32; completions that are compared with nothing are left out of the loss.
 
@@ -29,6 +41,7 @@ def add_advantages(
         rollout: Of the whole batch on this rank.
         estimator: How rewards become advantages.
         penalty: [N, T], of each token; None: nothing.
+        unit: Whether whole completions are compared, or each turn by itself.
     """
     group = rollout.group
     rewards, lengths = rollout.rewards.view(-1, group), rollout.own.sum(dim=1).view(-1, group)
@@ -40,7 +53,9 @@ def add_advantages(
         judged = judged & ~rollout.greedy_rewards.isnan()[:, None]
     if estimator.grouped:
         judged = judged & (judged.sum(dim=1, keepdim=True) >= 2)
-    if estimator.baseline == "optimal_token" or (penalty is not None and estimator.to_go):
+    if unit == "turn":
+        advantages = _turn_advantages(module, rollout, estimator, rewards, penalty)
+    elif estimator.baseline == "optimal_token" or (penalty is not None and estimator.to_go):
         advantages = _token_advantages(module, rollout, estimator, rewards, judged, penalty)
     else:
         costs = 0.0 if penalty is None else penalty.sum(dim=-1).cpu().view(-1, group)
@@ -108,6 +123,49 @@ def _token_advantages(
     return values
 
 
+def returns_of_turns(rollout: Rollout, rewards: Tensor, penalty: Tensor | None = None) -> Tensor:
+    """What is still to come at each turn: [prompts * turns, G] float64, NaN where a completion has no such turn.
+
+    Args:
+        rollout: Of the whole batch on this rank, with `turn_rewards`.
+        rewards: [prompts, G]; NaN: not compared.
+        penalty: [N, T], of each token; None: nothing.
+    """
+    given = cast(Tensor, rollout.turn_rewards)
+    found = turn_returns(rewards.flatten(), given, rollout.own, None if penalty is None else penalty.cpu())
+    return _side_by_side(found, rollout.group)
+
+
+def _turn_advantages(
+    module: ActingModule,
+    rollout: Rollout,
+    estimator: AdvantageEstimator,
+    rewards: Tensor,
+    penalty: Tensor | None,
+) -> Tensor:
+    """Advantages [prompts, G, T] on the host, equal for all tokens of a turn; 0 where a turn is compared with nothing.
+
+    Args:
+        module: Knows the other ranks.
+        rollout: Of the whole batch on this rank, with `turn_rewards`.
+        estimator: How returns become advantages: a turn's group are the completions of its prompt that have this turn.
+        rewards: [prompts, G]; NaN: not compared.
+        penalty: [N, T], taken from the return of the turns up to the token; None: nothing.
+    """
+    lengths = _side_by_side(turn_sums(torch.ones(rollout.own.shape), rollout.own), rollout.group)
+    returns = returns_of_turns(rollout, rewards, penalty)
+    found = completion_advantages(module, estimator, returns, lengths)
+    turns = len(found) // max(len(rollout), 1)
+    by_completion = found.view(len(rollout), turns, rollout.group).transpose(1, 2).reshape(-1, turns)
+    return over_turns(by_completion, rollout.own).view(*rewards.shape, rollout.own.shape[1])
+
+
+def _side_by_side(values: Tensor, group: int) -> Tensor:
+    """The same turn of a prompt's completions in one row: [N, turns] to [prompts * turns, G]."""
+    grouped = values.view(-1, group, values.shape[1]) if values.numel() else values.new_zeros(0, group, 1)
+    return grouped.transpose(1, 2).reshape(-1, group)
+
+
 def check_decoupled(module: ActingModule, estimator: AdvantageEstimator, in_reward: float) -> None:
     """Refuses what would be taken from the sum of rewards, which is not read where each is normalised.
 
@@ -132,3 +190,34 @@ def check_decoupled(module: ActingModule, estimator: AdvantageEstimator, in_rewa
                 f"{name}={value} is taken from the sum of the rewards, which multi_objective_aggregation="
                 "'normalize_then_sum' does not read: set it to 0" + ", or kl_placement='loss'" * (name == "beta")
             )
+
+
+def check_turns(module: ActingModule, estimator: AdvantageEstimator, surrogate: Surrogate) -> None:
+    """Refuses advantages of turns where nothing is said of turns, or turns could not be told apart.
+
+    Args:
+        module: With its environments.
+        estimator: How returns become advantages.
+        surrogate: The loss that reads the advantages.
+
+    Raises:
+        ValueError: If no environment has `turn_rewards`, or another option takes completions as a whole.
+    """
+    unit = "advantage_unit='turn'"
+    if module.episodes is None or not module.episodes.environments.judges_turns:
+        raise ValueError(f"{unit} needs environments with turn_rewards: no other reward is one of a turn")
+    if estimator.decoupled:
+        raise ValueError(f"{unit} does not go with multi_objective_aggregation='normalize_then_sum'")
+    if estimator.baseline not in TURN_BASELINES:
+        raise ValueError(
+            f"{unit} does not go with baseline={estimator.baseline!r}: it takes one of "
+            f"{', '.join(map(repr, TURN_BASELINES))}"
+        )
+    loss = surrogate.loss
+    if loss == "gmpo":
+        raise ValueError(f"{unit} does not go with loss='gmpo', a loss of whole completions")
+    if surrogate.level == "sequence" and loss != "vespo":
+        raise ValueError(
+            f"{unit} does not go with importance_level='sequence' of loss={loss!r}, whose gradient mixes the turns: "
+            "take 'token' or 'sequence_token', of a loss that has it"
+        )

@@ -44,8 +44,8 @@ class GRPOModule(GroupModule):
             "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++), "optimal_token" (OTB). Else: "group".
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
             its group before they are summed. Else: the first.
-        advantage_unit: What has an advantage: a "completion", or a "turn", a run of the policy's tokens between others',
-            whose return (its reward by `turn_rewards` of the environments, and all that is still to come) is compared
+        advantage_unit: What has an advantage: a "completion", or a "turn", a run of the policy's tokens between others'.
+            A turn's return, its reward by `turn_rewards` of the environments and all that is still to come, is compared
             with that of the same turn of the group's others, after GTPO (arXiv:2511.14846).
         beta: Strength of the KL penalty against the reference; 0: no reference is held. Else: 0.
         kl_estimator: "k1", "k2", "k3", or "k1+score", "k3+score" (the estimator times the ratio). Else: "k3".
@@ -161,7 +161,7 @@ class GRPOModule(GroupModule):
         if self.advantage_unit == "turn":
             compared = self.compared(rollout)
             turns = informative_groups(returns_of_turns(compared, compared.rewards.view(-1, rollout.group)))
-            return turns.view(len(rollout), -1).any(dim=1)
+            return turns.view(len(rollout), len(turns) // max(len(rollout), 1)).any(dim=1)
         if not self.estimator.decoupled:
             return super().informative(rollout)
         values = single_rewards(self, self.compared(rollout))
@@ -193,7 +193,7 @@ class GRPOModule(GroupModule):
         if self.beta and self.kl_placement == "reward" and self.estimator.to_go:
             equal += "; of the KL each token counts what is still to come"
         if self.advantage_unit == "turn":
-            equal += "; of each turn, its reward what is still to come"
+            equal += "; by turn, whose reward is what is still to come"
         preset = {"preset": self.settings.describe()} if self.settings.preset else {}
         return (
             super().describe()

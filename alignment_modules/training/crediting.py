@@ -156,7 +156,7 @@ def _turn_advantages(
     returns = returns_of_turns(rollout, rewards, penalty)
     found = completion_advantages(module, estimator, returns, lengths)
     turns = len(found) // max(len(rollout), 1)
-    by_completion = found.view(len(rollout), turns, rollout.group).transpose(1, 2).reshape(-1, turns)
+    by_completion = found.view(len(rollout), turns, rollout.group).transpose(1, 2).reshape(len(rollout.own), turns)
     return over_turns(by_completion, rollout.own).view(*rewards.shape, rollout.own.shape[1])
 
 

@@ -48,16 +48,36 @@ TWO_TURNS = rollout_of(
 )
 
 
-@pytest.mark.parametrize("scale", ["none", "group"])
-def test_each_turn_less_the_mean_of_the_same_turn_by_hand(turned, scale):
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ("none", [[0, 0, 0.5, 0.5], [2, 0, -0.5, 0], [-2, -2, 0, 0], [0, 0, 0, 0]]),
+        ("group", [[0, 0, 0.5**0.5, 0.5**0.5], [1, 0, -(0.5**0.5), 0], [-1, -1, 0, 0], [0, 0, 0, 0]]),
+    ],
+)
+def test_each_turn_less_the_mean_of_the_same_turn_by_hand(turned, scale, expected):
     """Rewards 3, 5, 1, of which 2 and 1 are still to come at the second turn; the fourth is not judged."""
     found = turned(scale_rewards=scale).credit(TWO_TURNS, None)
-    first, second = (2.0, 0.5**0.5) if scale == "group" else (1.0, 1.0)
-    expected = [[0, 0, 0.5, 0.5], [2, 0, -0.5, 0], [-2, -2, 0, 0], [0, 0, 0, 0]]
-    expected = torch.tensor(expected) / torch.tensor([first, first if scale == "none" else 1, second, second])
-    expected[2, 1] = -2 / first
-    torch.testing.assert_close(found.advantages, expected)
+    torch.testing.assert_close(found.advantages, torch.tensor(expected))
     assert found.trained.any(dim=1).tolist() == [True, True, True, False]
+
+
+def test_what_the_kl_takes_counts_at_the_turns_up_to_it(turned):
+    """The first episode pays 3 in its second turn: returns 0, 5, 1 and then -1, 1."""
+    penalty = torch.zeros(4, 4)
+    penalty[0, 2:] = torch.tensor([1.0, 2.0])
+    found = turned(scale_rewards="none").credit(TWO_TURNS, penalty).advantages
+    torch.testing.assert_close(found, torch.tensor([[-2.0, 0, -1, -1], [3, 0, 1, 0], [-1, -1, 0, 0], [0, 0, 0, 0]]))
+
+
+def test_what_is_divided_by_the_batch_spans_ranks_of_other_numbers_of_turns(turned, monkeypatch):
+    module, other = turned(scale_rewards="batch"), torch.tensor([[4.0, 0.0], [NAN, 1.0]], dtype=torch.float64)
+    rows = torch.stack([torch.cat([other, torch.full((2, 2), NAN)], dim=1), torch.ones(2, 4)], dim=-1)
+    monkeypatch.setattr(module, "all_gather_ragged", lambda own: [own, rows.to(own)])
+    found = module.credit(TWO_TURNS, None).advantages
+    deviation = torch.tensor([3.0, 5, 1, 2, 1, 4, 0, 1]).std()
+    expected = torch.tensor([[0, 0, 0.5, 0.5], [2, 0, -0.5, 0], [-2, -2, 0, 0], [0, 0, 0, 0]]) / deviation
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_turn_that_no_other_completion_has_gets_0(turned):

@@ -44,7 +44,7 @@ class GRPOModule(GroupModule):
             "pass_at_k", "greedy" (ReMax), "none" (REINFORCE++), "optimal_token" (OTB). Else: "group".
         multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO): each reward is normalised in
             its group before they are summed. Else: the first.
-        advantage_unit: What has an advantage: a "completion", or a "turn", a run of the policy's tokens before others'.
+        advantage_unit: What has an advantage: a "completion", or a "turn", an unbroken run of the policy's tokens.
             A turn's return, its reward by `turn_rewards` of the environments and all that is still to come, is compared
             with that of the same turn of the group's others, after GTPO (arXiv:2511.14846).
         beta: Strength of the KL penalty against the reference; 0: no reference is held. Else: 0.

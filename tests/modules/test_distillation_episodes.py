@@ -7,29 +7,10 @@ import torch
 
 from alignment_modules import DistillationModule
 from alignment_modules.functional import distribution_divergence
-from tests.episodes import ACTING, GOALS, batch, policy, tokenizer
+from tests.episodes import GOALS, Unjudged, batch, distils, labelled, policy
 from tests.models import other_than
 
 ALL = tuple(range(8))
-
-
-class Unjudged:
-    """Digits are added, and nobody judges; a row may have it fail."""
-
-    def reset(self, goal: int, fails: bool = False) -> str:
-        if fails:
-            raise RuntimeError("no game")
-        self.total = 0
-        return f"To {goal}."
-
-    def add(self, number: int) -> str:
-        """Adds a number.
-
-        Args:
-            number: The number.
-        """
-        self.total += number
-        return f"now {self.total}"
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +22,7 @@ def start():
 def make(start):
     """`make(**options)`: a module whose policy acts, on a copy of the start, with a teacher near it."""
 
-    def factory(**options):
-        given = ACTING | {"environments": Unjudged, "teacher": other_than(start), "on_policy_share": 1.0} | options
-        return DistillationModule(policy=copy.deepcopy(start), tokenizer=tokenizer(), **given)
-
-    return factory
+    return lambda **options: distils(start, **options)
 
 
 @pytest.fixture
@@ -81,12 +58,13 @@ def by_hand(student, teacher, written):
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_policys_tokens_alone(make, train, start, episodes_of):
-    model, module = copy.deepcopy(start), make(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    model = copy.deepcopy(start)
+    module = make(max_turns=3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
     seen = episodes_of(module)
     metrics = train(module, [batch(ALL)]).callback_metrics
     [written] = seen
     episodes = written.episodes
-    assert {1, 2, 4} <= {episode.turns for episode in episodes}
+    assert {1, 2, 3} <= {episode.turns for episode in episodes}
     assert {"answer", "max_turns"} <= {episode.stop_reason for episode in episodes}
     tools = (written.mask & ~written.own).sum(dim=1)
     assert tools.tolist() == [episode.tool_tokens for episode in episodes]
@@ -123,15 +101,6 @@ def test_a_row_is_written_again_bit_for_bit_and_otherwise_at_another_step(make):
     assert torch.equal(alone["labels"][0], once["labels"][3][real])
 
 
-def labelled(rows, **columns):
-    """Rows with a completion of three tokens, as the fine-tuning data module gives them with `carry=['prompt']`."""
-    given = batch(rows, **columns)
-    ids = torch.arange(8, 14).repeat(len(rows), 1)
-    labels = torch.where(torch.arange(6) < 3, -100, ids)
-    del given["prompts"], given["prompt_attention_mask"]
-    return given | {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-
-
 def test_a_share_of_rows_with_completions(make):
     """The others stay as they are; a process whose rows are all given tells the same names."""
     module = make(on_policy_share=0.5)
@@ -160,7 +129,7 @@ def test_validation_takes_rows_as_they_are(make, start):
     del given["prompt"]
     module.check_batch(given)
     plain = DistillationModule(policy=copy.deepcopy(start), teacher=other_than(start)).eval()
-    assert float(module.objective(given).total) == float(plain.objective(given).total)
+    assert torch.equal(module.objective(given).total, plain.objective(given).total)
 
 
 @pytest.mark.parametrize("lacking", ["prompt", "goal"])

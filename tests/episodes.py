@@ -30,6 +30,25 @@ class Sometimes(Sum):
         return super().get_reward()
 
 
+class Unjudged:
+    """Digits are added, and nobody judges; a row may have it fail."""
+
+    def reset(self, goal: int, fails: bool = False) -> str:
+        if fails:
+            raise RuntimeError("no game")
+        self.total = 0
+        return f"To {goal}."
+
+    def add(self, number: int) -> str:
+        """Adds a number.
+
+        Args:
+            number: The number.
+        """
+        self.total += number
+        return f"now {self.total}"
+
+
 def tokenizer() -> Any:
     """Of characters, with a chat template that shows tools."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -62,6 +81,15 @@ def batch(rows: Sequence[int], **columns: Any) -> Batch:
     return batch_of([f"Row {row}." for row in rows], goal=goals, index=[10 + row for row in rows], **columns)
 
 
+def labelled(rows: Sequence[int], **columns: Any) -> Batch:
+    """The same as rows with a completion of three tokens, with the columns that the data module hands on."""
+    given = batch(rows, **columns)
+    ids = torch.arange(8, 14).repeat(len(rows), 1)
+    labels = torch.where(torch.arange(6) < 3, -100, ids)
+    del given["prompts"], given["prompt_attention_mask"]
+    return given | {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
 ACTING: dict[str, Any] = {
     "environments": Sometimes,
     "tool_options": ToolOptions(format="tests.rollouts.environments.acting.LettersFormat"),
@@ -91,3 +119,10 @@ def build(name: str, start: nn.Module, **options: Any) -> AlignmentModule:
         given.setdefault("critic", critic_beside(other))
         given.setdefault("critic_optimizer", lambda groups: torch.optim.SGD(groups, lr=1.0))
     return get_module_class(paradigm)(policy=copy.deepcopy(start), tokenizer=tokenizer(), **given)
+
+
+def distils(start: nn.Module, **options: Any) -> AlignmentModule:
+    """On-policy distillation on an environment that nobody judges, of a copy of a policy from one near it."""
+    acting = {name: value for name, value in ACTING.items() if name != "max_grad_norm"}  # the Trainer clips
+    given = acting | {"environments": Unjudged, "teacher": other_than(start), "on_policy_share": 1.0} | options
+    return get_module_class("distillation")(policy=copy.deepcopy(start), tokenizer=tokenizer(), **given)

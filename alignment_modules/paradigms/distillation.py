@@ -20,7 +20,7 @@ from alignment_modules.policies.scoring import Ask, score
 from alignment_modules.policies.segments import Segments
 from alignment_modules.policies.tokenizers import compared_ids, tokenizer_path
 from alignment_modules.rollouts.parameters import SamplingOptions
-from alignment_modules.training.engines import EngineModule
+from alignment_modules.training.episodes import EpisodeModule
 from alignment_modules.training.loss_weights import LOSS_WEIGHTS, label_segments, row_weights, weigh
 from alignment_modules.training.objective import Objective
 from alignment_modules.training.own_rows import OwnRows
@@ -28,7 +28,7 @@ from alignment_modules.training.own_rows import OwnRows
 Teacher = str | PolicyConfig | nn.Module
 
 
-class DistillationModule(EngineModule):
+class DistillationModule(EpisodeModule):
     r"""Training towards a teacher on batches of `input_ids`, `labels` (-100 where not supervised), `attention_mask`.
 
     The loss of a step is the divergence between the student's and the teacher's distributions of the next token, over
@@ -46,6 +46,10 @@ class DistillationModule(EngineModule):
     is its prompt, what follows is replaced. Samples are drawn, and both models compared, at `temperature`. The samples
     are constants of the loss. With a share of 1 batches may hold prompts alone (`prompts`, `prompt_attention_mask`).
 
+    With `environments` or `tools` what the policy writes are episodes of several turns, which begin with a row's column
+    `prompt`: its own tokens are learnt, those of tools are read by both models and left out. Rewards are not asked for;
+    an episode whose environment failed teaches nothing.
+
     Args:
         teacher: Who is learnt from: a folder or hub id (loaded in the policy's dtype), a `PolicyConfig` or a module,
             which is frozen in place; or several by name. It must have the policy's vocabulary; where the tokenizer is
@@ -58,8 +62,8 @@ class DistillationModule(EngineModule):
         max_completion_length: Longest such completion in tokens; None: 256.
         seed: Of these samples, and of which rows they are; None: the global seed. What a row gets depends on this seed,
             the optimizer step and the row's index alone.
-        **common: Keywords of `EngineModule` (engine; not with `on_policy_share` 0) and `AlignmentModule` (policy,
-            optimizer, lr_scheduler, tokenizer, evaluation).
+        **common: Keywords of `EpisodeModule` (environments, tools, engine; not with `on_policy_share` 0) and
+            `AlignmentModule` (policy, optimizer, lr_scheduler, tokenizer, evaluation).
 
     Raises:
         ValueError: If an option has a value that is not allowed, or a teacher cannot be built.
@@ -85,12 +89,13 @@ class DistillationModule(EngineModule):
         check_options(DistillationModule.__init__, locals())
         if jsd_beta != 0.5 and divergence != "jsd":
             raise ValueError(f"jsd_beta={jsd_beta} is of divergence='jsd', got divergence={divergence!r}")
-        of_samples = {"max_completion_length": max_completion_length, "seed": seed, "engine": common.get("engine")}
+        of_samples: dict[str, Any] = {"max_completion_length": max_completion_length, "seed": seed}
+        of_samples |= {option: common.get(option) for option in ("engine", "environments", "tools")}
         for option, value in of_samples.items():
             if value is not None and not on_policy_share:
-                given = type(value).__name__ if option == "engine" else value
+                shown = type(value).__name__ if option == "engine" else value
                 raise ValueError(
-                    f"{option}={given} is of the policy's own samples, and on_policy_share=0 asks for none"
+                    f"{option}={shown} is of the policy's own samples, and on_policy_share=0 asks for none"
                 )
         super().__init__(**common)
         self.options: Any = {"kind": divergence, "jsd_beta": jsd_beta, "temperature": temperature}
@@ -99,7 +104,7 @@ class DistillationModule(EngineModule):
             sampling = SamplingOptions(max_completion_length or 256, temperature)
             self.engine.check("", sampling)
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
-            self.own_rows = OwnRows(on_policy_share, sampling, seed)
+            self.own_rows = OwnRows(on_policy_share, sampling, seed, episodes=self.episodes)
         self._written: dict[str, Any] | None = None
         several = _by_name(teacher)
         self.teacher: Frozen | nn.ModuleDict
@@ -192,6 +197,8 @@ class DistillationModule(EngineModule):
         writes = self.training and self.own_rows is not None and self.own_rows.check(batch, type(self).__name__)
         if not writes:
             super().check_batch(batch)
+        elif self.episodes is not None:
+            self.episodes.check(batch)
         if not isinstance(self.teacher, nn.ModuleDict):
             return
         known = ", ".join(map(repr, self.teacher))
@@ -205,6 +212,10 @@ class DistillationModule(EngineModule):
         for row, name in enumerate(batch["teacher"]):
             if name not in self.teacher:
                 raise ValueError(f"row {row} of a batch has teacher={name!r}; allowed: {known}")
+
+    def acts_on(self, batch: Mapping[str, Any]) -> bool:
+        """In training; validation takes rows with completions as they are."""
+        return self.training
 
     def _teachers(self) -> Iterator[tuple[str, Frozen]]:
         """The teachers by name; one alone has none."""

@@ -90,18 +90,22 @@ class EpisodeModule(EngineModule):
             self.episodes.prepare()
 
     def check_batch(self, batch: Any) -> None:
-        """Also checks that a batch has what its rows' environments ask for, unless it brings completions.
+        """Also checks that a batch whose rows the policy is to act on has what their environments ask for.
 
         Raises:
             ValueError: If it has not.
         """
         super().check_batch(batch)
-        if self.episodes is not None and "responses" not in batch:
+        if self.episodes is not None and self.acts_on(batch):
             self.episodes.check(batch)
+
+    def acts_on(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the policy is to act on a batch's rows: not where they bring completions."""
+        return "responses" not in batch
 
     def columns_of_episodes(self, batch: Mapping[str, Any]) -> list[str]:
         """What reward functions may ask for beside the columns of a batch."""
-        return [] if self.episodes is None or "responses" in batch else ["episodes"]
+        return ["episodes"] if self.episodes is not None and self.acts_on(batch) else []
 
     def describe(self) -> dict[str, str]:
         """Adds what the policy acts on."""

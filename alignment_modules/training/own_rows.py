@@ -1,6 +1,6 @@
 """Rows of a batch that the policy writes itself, in place of those that the data gives."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,15 @@ from alignment_modules.functional.logprobs import IGNORED_TARGET
 from alignment_modules.functional.ranges import Seed, Share
 from alignment_modules.functional.statistics import Statistic
 from alignment_modules.policies.sharded import gathered
-from alignment_modules.rollouts.codec import Codec, prompt_indices, real_tokens
+from alignment_modules.rollouts.codec import Codec, columns_of, prompt_indices, real_tokens
 from alignment_modules.rollouts.engines import Engine, EngineError
+from alignment_modules.rollouts.environments.loop import Episodes
+from alignment_modules.rollouts.environments.rewards import failed
+from alignment_modules.rollouts.environments.statistics import episode_statistics
 from alignment_modules.rollouts.limits import LIMITS, check_kept, check_limits
 from alignment_modules.rollouts.parameters import SamplingOptions
 from alignment_modules.rollouts.prompts import Prompts
-from alignment_modules.rollouts.sampler import NonFiniteLogits
+from alignment_modules.rollouts.sampler import Completions, NonFiniteLogits
 from alignment_modules.rollouts.seeds import Seeds
 from alignment_modules.rollouts.statistics import length_statistics
 from alignment_modules.training.loss_weights import LOSS_WEIGHTS
@@ -32,14 +35,20 @@ class OwnRows:
     A row's prompt is what stands before its first supervised token, its first token at least. Which rows are replaced,
     and by what, depends on the seed, the step and the rows' `index` alone, so that a batch may be cut anyhow.
 
+    With environments or tools a replaced row becomes an episode, which begins with the row's column `prompt`. The
+    policy's own tokens are its supervised ones; it has none where its environment failed.
+
     Args:
         share: Of the rows; with 1 a batch may hold prompts alone.
         sampling: How the completions are drawn.
         seed: Of both.
+        episodes: Has completions of several turns made; None: they are of one turn.
     """
 
-    def __init__(self, share: Share, sampling: SamplingOptions, seed: Seed) -> None:
-        self.share, self.sampling, self.seed = share, sampling, seed
+    def __init__(
+        self, share: Share, sampling: SamplingOptions, seed: Seed, *, episodes: Episodes | None = None
+    ) -> None:
+        self.share, self.sampling, self.seed, self.episodes = share, sampling, seed, episodes
 
     def describe(self) -> str:
         """Whose the completions are, and how they are drawn, in words."""
@@ -100,24 +109,15 @@ class OwnRows:
         rows, indices = _rows(batch), prompt_indices(batch)
         drawn = Seeds(indices, self.seed, step).uniforms(1, 1, turn=1)[:, 0]  # turn 0 is the samples'
         own = [row for row, one in enumerate(rows) if one.start and float(drawn[row]) < self.share]
-        mask, truncated = torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+        told = self._statistics(None)
         try:
             engine.push(policy)  # as the next line: another process may have rows where this one has none
             with gathered(policy):
                 if own:
-                    limits = batch.get(LIMITS)
-                    prompts = Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch))
-                    prompts = prompts.limited(None if limits is None else [limits[row] for row in own])
-                    written = engine.generate(
-                        prompts,
-                        self.sampling.parameters(stop_token_ids=codec.stop_token_ids),
-                        num_samples=1,
-                        seeds=Seeds([indices[row] for row in own], self.seed, step),
-                    )
-                    check_kept(written, prompts.limits, type(engine).__name__)
-                    for row, completion in zip(own, real_tokens(written.ids, written.mask), strict=True):
-                        rows[row] = rows[row].followed_by(completion)
-                    mask, truncated = written.mask.cpu(), written.truncated.cpu()
+                    written = self._written(policy, engine, codec, batch, rows, own, step)
+                    for row, one in zip(own, _completed(written, [rows[row] for row in own]), strict=True):
+                        rows[row] = one
+                    told = self._statistics(written)
         except (NonFiniteLogits, EngineError) as error:
             raise type(error)(f"optimizer step {step + 1}: {error}") from error
         tensors = {
@@ -127,7 +127,41 @@ class OwnRows:
         }
         kept = {name: value for name, value in batch.items() if name not in _GIVEN}
         kept |= {name: value.to(_device(batch)) for name, value in tensors.items()}
-        return kept, engine.statistics() | length_statistics(mask, truncated)
+        return kept, engine.statistics() | told
+
+    def _written(
+        self,
+        policy: nn.Module,
+        engine: Engine,
+        codec: Codec,
+        batch: Mapping[str, Any],
+        rows: "list[_Row]",
+        own: list[int],
+        step: int,
+    ) -> Completions:
+        """One completion of each of the rows that are the policy's own."""
+        indices, limits = prompt_indices(batch), batch.get(LIMITS)
+        seeds = Seeds([indices[row] for row in own], self.seed, step)
+        parameters = self.sampling.parameters(stop_token_ids=codec.stop_token_ids)
+        limits = None if limits is None else [limits[row] for row in own]
+        if self.episodes is not None:
+            columns = {name: [values[row] for row in own] for name, values in columns_of(batch).items()}
+            acting = {**columns, LIMITS: limits, "prompts": batch[_ids_of(batch)][own]}
+            written = self.episodes.run(policy, engine, acting, parameters, seeds=seeds)
+        else:
+            prompts = Prompts.from_rows([rows[row].ids[: rows[row].start] for row in own], _device(batch))
+            written = engine.generate(prompts.limited(limits), parameters, num_samples=1, seeds=seeds)
+        return check_kept(written, limits, type(engine).__name__)
+
+    def _statistics(self, written: Completions | None) -> dict[str, Statistic]:
+        """What is told of what was written; the same names where nothing was."""
+        mask, truncated = torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool)
+        if written is not None:
+            mask, truncated = written.mask.cpu(), written.truncated.cpu()
+        told = length_statistics(mask, truncated)
+        if self.episodes is None:
+            return told
+        return told | episode_statistics(written.episodes or [] if written is not None else [])
 
 
 class _Row(NamedTuple):
@@ -137,10 +171,20 @@ class _Row(NamedTuple):
     labels: list[int]
     start: int
 
-    def followed_by(self, completion: list[int]) -> "_Row":
-        """The prompt with another completion."""
-        ignored = [IGNORED_TARGET] * self.start
-        return _Row([*self.ids[: self.start], *completion], [*ignored, *completion], self.start)
+
+def _completed(written: Completions, rows: Sequence[_Row]) -> list[_Row]:
+    """Rows with other completions, of which what the policy wrote is supervised."""
+    prompts = [row.ids[: row.start] for row in rows]
+    if written.prompts is not None:
+        prompts = real_tokens(written.prompts.ids, written.prompts.mask)
+    own = written.mask if written.own is None else written.own
+    if written.episodes is not None:
+        own = own & ~failed(written.episodes).to(own.device)[:, None]
+    labels = real_tokens(written.ids.masked_fill(~own, IGNORED_TARGET), written.mask)
+    return [
+        _Row([*prompt, *ids], [*[IGNORED_TARGET] * len(prompt), *label], len(prompt))
+        for prompt, ids, label in zip(prompts, real_tokens(written.ids, written.mask), labels, strict=True)
+    ]
 
 
 def _rows(batch: Mapping[str, Any]) -> list[_Row]:
@@ -167,5 +211,9 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
+def _ids_of(batch: Mapping[str, Any]) -> str:
+    return PROMPTS[0] if PROMPTS[0] in batch else "input_ids"
+
+
 def _device(batch: Mapping[str, Any]) -> torch.device:
-    return batch[PROMPTS[0] if PROMPTS[0] in batch else "input_ids"].device
+    return batch[_ids_of(batch)].device

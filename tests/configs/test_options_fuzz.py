@@ -51,6 +51,7 @@ NEEDED = {
     "GRPOModule": {"rewards": "ExactMatch"},
     "GroupModule": {"rewards": "ExactMatch"},
     "DPOModule": {"f_divergence": "alpha"},
+    "DistillationModule": {"teacher": "nowhere", "on_policy_share": 1.0},
     "SequenceClassifier": {"path": "nowhere"},
     "PatientReward": {"reward": "ExactMatch"},
     "PPOModule": {"rewards": "ExactMatch"},

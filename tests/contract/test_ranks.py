@@ -24,6 +24,7 @@ FURTHER += [*(f"dpo {kind}" for kind in ADAPTERS), *BESIDE]
 FURTHER += ["ppo eva", "sft eva"]
 FURTHER += [f"{name} {kind}" for name, kind in QUANTIZED]
 FURTHER += [*(f"{name} episodes" for name in OPTIONS), "grpo episodes of one rank"]
+FURTHER += ["distillation episodes", "distillation episodes of one rank"]
 
 
 def run(folder, *more, timeout):

@@ -154,6 +154,12 @@ def acts(name: str, policy: torch.nn.Module) -> AlignmentModule:
     return episodes.build(name, policy, micro_batch_size=4, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0))
 
 
+def distils(policy: torch.nn.Module, share: float) -> AlignmentModule:
+    """Distillation on episodes; at a share of 0.3 the first rank's rows are all given."""
+    options = {"on_policy_share": share, "seed": 2}
+    return episodes.distils(policy, optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0), **options)
+
+
 def failing_first(rows):
     """Rows of which the first rank's environments fail."""
     return episodes.batch(rows, fails=[row < 3 for row in rows])
@@ -294,6 +300,8 @@ def cases(policy: torch.nn.Module, base: Path) -> Iterator[Case]:
     for name in episodes.OPTIONS:
         yield f"{name} episodes", lambda name=name: acts(name, acting), episodes.batch
     yield "grpo episodes of one rank", lambda: acts("grpo", acting), failing_first
+    for label, share, batch in (("", 1.0, episodes.batch), (" of one rank", 0.3, episodes.labelled)):
+        yield f"distillation episodes{label}", lambda share=share: distils(acting, share), batch
     several = {"minibatches": 2, "num_iterations": 2, "beta": 0.0, "reference": None}
     yield "sampled", lambda: make("grpo", **several, **online), sampled
 

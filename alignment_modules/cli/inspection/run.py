@@ -19,6 +19,7 @@ from alignment_modules.rewards import RewardError, RewardSet, SequenceClassifier
 from alignment_modules.rollouts.codec import columns_of, real_tokens
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.training.acting import ActingModule
+from alignment_modules.training.episodes import EpisodeModule
 from alignment_modules.training.module import AlignmentModule
 
 
@@ -89,7 +90,7 @@ def inspect_run(
 
 def _episodes(module: AlignmentModule) -> Episodes | None:
     """What runs the episodes of training, or else of evaluation."""
-    own = module.episodes if isinstance(module, ActingModule) else None
+    own = module.episodes if isinstance(module, EpisodeModule) else None
     return own or getattr(module.evaluator, "episodes", None)
 
 

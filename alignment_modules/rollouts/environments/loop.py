@@ -15,7 +15,7 @@ from alignment_modules.rollouts.codec import Codec, columns_of, real_tokens
 from alignment_modules.rollouts.engines import Engine
 from alignment_modules.rollouts.environments.formats import tool_format
 from alignment_modules.rollouts.environments.options import ToolOptions
-from alignment_modules.rollouts.environments.parsing import Parsed
+from alignment_modules.rollouts.environments.parsing import NoCalls, Parsed
 from alignment_modules.rollouts.environments.results import Result
 from alignment_modules.rollouts.environments.running import Job, Runner
 from alignment_modules.rollouts.environments.tool_set import EnvironmentSet
@@ -95,8 +95,9 @@ class Episodes:
         """
         tokenizer = self.codec.require_tokenizer()
         if self._renderer is None or self._tokenizer is not tokenizer:
-            format_, longest = tool_format(self.options.format, tokenizer), self.options.max_result_length
-            self._renderer = TurnRenderer(self.codec, format_, max_result_length=longest)
+            called = any(self.environments.schemas(name) for name in self._names)
+            format_ = tool_format(self.options.format, tokenizer) if called else NoCalls()
+            self._renderer = TurnRenderer(self.codec, format_, max_result_length=self.options.max_result_length)
             self._tokenizer, self._checked = tokenizer, set()
         for name in self._names:
             if (name, *self.codec.stop_token_ids) not in self._checked:

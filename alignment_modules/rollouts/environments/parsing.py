@@ -57,6 +57,16 @@ class ToolFormat(Protocol):
         """The calls of a turn's text; never raises for what a policy wrote."""
 
 
+class NoCalls:
+    """How calls are written where there is nothing to call: a turn is what it says, and the last."""
+
+    stop_strings: tuple[str, ...] = ()
+
+    def parse(self, text: str) -> Parsed:
+        """No calls, whatever a turn's text looks like."""
+        return Parsed([], [], text)
+
+
 class Malformed(ValueError):
     """A call that cannot be read; `end` is where the text behind it begins."""
 

@@ -16,7 +16,18 @@ from alignment_modules.rollouts.engines import InProcessEngine
 from alignment_modules.rollouts.environments import EnvironmentSet, ToolOptions
 from alignment_modules.rollouts.environments.loop import Episodes
 from alignment_modules.rollouts.seeds import Seeds
-from tests.rollouts.environments.acting import Broken, LettersFormat, Scripted, Stepwise, Sum, batch_of, call, play
+from tests.rollouts.environments import chat_templates
+from tests.rollouts.environments.acting import (
+    TEMPLATE,
+    Broken,
+    LettersFormat,
+    Scripted,
+    Stepwise,
+    Sum,
+    batch_of,
+    call,
+    play,
+)
 
 LETTERS = ToolOptions(format=LettersFormat)
 
@@ -203,6 +214,33 @@ def test_tools_need_no_environment(tokenizer):
     [episode] = found.episodes
     assert (episode.answer, episode.environment, episode.reward, episode.turn_rewards) == ("4.", None, None, None)
     assert episode.prompt == [{"role": "user", "content": "Twice 2?"}]
+
+
+class Guess:
+    """No tools: one turn, judged by what its row says."""
+
+    def reset(self, goal: int, seed: int) -> str:
+        self.goal = goal
+        return f"Guess {random.Random(seed).randint(0, 3)}."
+
+    def get_reward(self) -> float:
+        return self.goal / 10
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, chat_templates.NO_TOOLS, chat_templates.REFUSES])
+@pytest.mark.parametrize("given", [None, "json_tags"])
+def test_an_environment_without_tools_is_one_turn_under_any_template(tokenizer, template, given):
+    """Nothing can be called, so that what looks like a call is an answer."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template.partition("{%- if add_generation_prompt")[0] + "{{ '<|assistant|>' }}"
+    said = "Five." + call("add", number=2)
+    batch = batch_of(["Which?", "And?"], goal=[6, 8])
+    found = play(Scripted(tokenizer, lambda _: said), tokenizer, batch, Guess, options=ToolOptions(format=given))
+    assert [(e.turns, e.stop_reason, e.answer, e.calls, e.reward) for e in found.episodes] == [
+        (1, "answer", said, [], reward) for reward in (0.6, 0.8)
+    ]
+    assert [row.prompt[-1]["content"].startswith("Which?\nGuess ") for row in found.episodes] == [True, False]
+    assert not found.truncated.any()
 
 
 def test_a_row_chooses_its_environment_and_text_is_a_message(tokenizer):

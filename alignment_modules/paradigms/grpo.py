@@ -190,10 +190,10 @@ class GRPOModule(GroupModule):
     def describe(self) -> dict[str, str]:
         """Adds what rewards are compared with, and the preset that this comes from."""
         equal = "; 0 where a group's rewards are equal" if self.estimator.grouped else ""
-        if self.beta and self.kl_placement == "reward" and self.estimator.to_go:
-            equal += "; of the KL each token counts what is still to come"
         if self.advantage_unit == "turn":
             equal += "; by turn, whose reward is what is still to come"
+        elif self.beta and self.kl_placement == "reward" and self.estimator.to_go:
+            equal += "; of the KL each token counts what is still to come"
         preset = {"preset": self.settings.describe()} if self.settings.preset else {}
         return (
             super().describe()

@@ -41,7 +41,7 @@ def script(monkeypatch):
         pytest.param(["grpo", "--bare"], marks=pytest.mark.slow),
         ["dpo", "--variant", "cached"],
         ["grpo", "--check"],
-        ["grpo", "--beta", "0.04", "--profile", "3"],
+        pytest.param(["grpo", "--beta", "0.04", "--profile", "3"], marks=pytest.mark.slow),
         pytest.param(["rloo", "--beta", "0.05"], marks=pytest.mark.slow),
         pytest.param(["online_dpo", "--check"], marks=pytest.mark.slow),
     ],
@@ -182,7 +182,7 @@ def test_both_libraries_get_the_same_fresh_weights(script):
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
 
 
-@pytest.mark.parametrize("kind", ["forward", "jsd"])
+@pytest.mark.parametrize("kind", ["forward", pytest.param("jsd", marks=pytest.mark.slow)])
 def test_the_memory_of_a_divergence_is_measured_both_ways(kind):
     sizes = ["--tokens", "64", "--hidden", "8", "--vocabulary", "3000", "--threads", "1"]
     command = [sys.executable, str(BENCHMARKS / "divergence_memory.py"), *sizes, "--kind", kind]

@@ -147,9 +147,13 @@ def _in_options(option: str, cls: type, given: dict[str, Any]) -> Iterator[str]:
 
 
 def _in_value(option: str, value: Any, hint: Any) -> Iterator[str]:
-    """A plain value. Of a union the classes do not count: none of them can be written as plain text."""
-    plain = [a for a in _alternatives(hint) if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
+    """A plain value, or the options of a dataclass; of a union no other class counts: none is written as plain text."""
     read = value.read() if isinstance(value, Text) else value
+    options = [a for a in _alternatives(hint) if is_dataclass(a) and isinstance(a, type)]
+    if options and isinstance(read, dict):
+        yield from _in_options(option, options[0], read)
+        return
+    plain = [a for a in _alternatives(hint) if a in (int, float, bool, str, NoneType) or get_origin(a) is not None]
     if plain and not any(_means(form, a) for a in plain for form in (read, value)):
         yield f"--{option}{_shown(value)}: must be {' or '.join(dict.fromkeys(map(describe, plain)))}"
 

@@ -71,7 +71,10 @@ class HiddenNumberPrompts(HiddenNumberTask):
 class _Played(HiddenNumberTask):
     """Searches with what a player asked and answered."""
 
-    def __init__(self, *, split: Split, size: Count, seed: Seed, width: Width, carelessness: Share) -> None:
+    def __init__(
+        self, *, split: Split, size: Count, seed: Seed = 0, width: Width = 32, carelessness: Share = 1.0
+    ) -> None:
+        check_options(_Played.__init__, locals())
         super().__init__(split=split, size=size, seed=seed, width=width, distinct=False)
         self.plays = list(play_all(self.searches, carelessness, seed))
 
@@ -96,12 +99,6 @@ class HiddenNumberNotes(_Played):
         {'text': '59-71?65>59-65?62>59-62?60>59-60?59>60-60=60'}
     """
 
-    def __init__(
-        self, *, split: Split, size: Count, seed: Seed = 0, width: Width = 32, carelessness: Share = 1.0
-    ) -> None:
-        check_options(HiddenNumberNotes.__init__, locals())
-        super().__init__(split=split, size=size, seed=seed, width=width, carelessness=carelessness)
-
     def row(self, index: int) -> dict[str, Any]:
         """One line."""
         search, (asked, answer) = self.searches[index], self.plays[index]
@@ -124,12 +121,6 @@ class HiddenNumberEpisodes(_Played):
         >>> [message["role"] for message in row["messages"]][:4], row["tools"][0]["function"]["name"]
         (['user', 'assistant', 'tool', 'assistant'], 'ask')
     """
-
-    def __init__(
-        self, *, split: Split, size: Count, seed: Seed = 0, width: Width = 32, carelessness: Share = 1.0
-    ) -> None:
-        check_options(HiddenNumberEpisodes.__init__, locals())
-        super().__init__(split=split, size=size, seed=seed, width=width, carelessness=carelessness)
 
     def row(self, index: int) -> dict[str, Any]:
         """One conversation."""

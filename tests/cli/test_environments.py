@@ -55,6 +55,8 @@ def test_a_run_acts_and_goes_on_and_its_policy_is_tested(align, config, tmp_path
         (["--model.environments=null"], ["max_turns=3", "no effect"]),
         (["--model.tools=[json.dumps]"], ["tools[0]", "json.dumps"]),
         (["--model.tool_options.time_limit=0"], ["time_limit", "0"]),
+        (["--model.tool_options.time_limt=1"], ["tool_options.time_limt=1", "did you mean 'time_limit'"]),
+        (["--model.max_turn=3"], ["max_turn=3", "did you mean 'max_turns'"]),
         (["--model.max_tool_calls=0"], ["max_tool_calls=0"]),
         (["--data.columns={goal: other}"], ["Sum", "'goal'"]),
     ],

@@ -3,8 +3,8 @@
     python examples/fine_tune.py
     tensorboard --logdir runs
 
-A fresh small Llama learns to write three digits backward; it takes seconds on a laptop's CPU. With a model of yours it is
-`PolicyConfig(path="my-model")`, and the tokenizer `"my-model"`.
+A fresh small Llama learns to write three digits backward; it takes seconds on a laptop's CPU. With a model of yours it
+is `PolicyConfig(path="my-model")`, and the tokenizer `"my-model"`.
 """
 
 import lightning as L

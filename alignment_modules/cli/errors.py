@@ -25,7 +25,7 @@ from alignment_modules.cli.commands import COMMANDS
 from alignment_modules.cli.given import configs, given_options
 from alignment_modules.cli.help import print_help
 from alignment_modules.cli.mistakes import allowed, close, mistakes
-from alignment_modules.cli.recipes import find_configs, find_in_text
+from alignment_modules.cli.recipes import find_configs, without_config
 from alignment_modules.cli.repeated_keys import RepeatedKeyError, refuse_in_options, refuse_repeated_keys
 
 _WRAPPING = (
@@ -113,12 +113,8 @@ class AlignArgumentParser(LightningArgumentParser):
         return super().parse_path(path, *more, **keywords)
 
     def parse_string(self, content: str, path: Any = "", *more: Any, **keywords: Any) -> Any:
-        """Parses the text of a file, in the file's own folder, which may name another configuration."""
-        try:
-            content = find_in_text(content, Path.cwd()) if path else content
-        except ValueError as error:
-            self._refuse(f"{path}: {str(error).removeprefix('--')}")
-        return super().parse_string(content, path, *more, **keywords)
+        """Parses the text of a file, whose key `config` `parse_args` has followed."""
+        return super().parse_string(without_config(content) if path else content, path, *more, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what was wrong, what is allowed and where to read more, and exits with 2."""

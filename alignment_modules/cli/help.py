@@ -75,7 +75,7 @@ def _overview() -> str:
     paradigms = "\n".join(
         _entry(name, _cut(f"{c.__name__}: {_summary(c)}", _WIDTH - _INDENT)) for name, c in modules.items()
     )
-    names = "\n".join(_wrap(", ".join(recipes()), 2))
+    names = ", ".join(name for name in recipes() if "/" not in name)
     commands = "\n".join(_entry(name, text) for name, text in _COMMANDS.items())
     return f"""usage: align COMMAND --config NAME_OR_FILE [--config NAME_OR_FILE ...] [--OPTION VALUE ...]
 
@@ -84,16 +84,16 @@ Post-training of language models.
 Paradigms (model.class_path)
 {paradigms}
 
-Recipes (--config NAME, and what is stacked on them; what each is: align list recipes)
-{names}
+Recipes (--config NAME; more of them, and what each is: align list recipes)
+  {names}
 
 Commands
 {commands}
 
 To begin with
   align fit --config sft --model.policy.path MODEL --data.train data.jsonl
-  align fit --config sft ... --print_config     # what would run
-  align fit --model.help GRPOModule                                  # the options of a class
+  align fit --config sft ... --print_config       # what would run
+  align fit --model.help GRPOModule               # the options of a class
 
 More: align fit --help"""
 

@@ -1,7 +1,6 @@
 """The configurations that come with this package, and how `--config` finds them by name."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,7 +57,7 @@ def find_config(value: str, folder: Path) -> str:
     path, known = folder / Path(value).expanduser(), recipes()
     if "://" in value or not _is_text(value) or path.is_file():
         return value
-    if value not in known and not path.exists():  # of a folder the parser tells
+    if value not in known and not (value and path.exists()):  # of a folder the parser tells
         plain = PurePosixPath(value.replace("\\", "/")).with_suffix("").as_posix() if value else ""
         same = [name for name in known if name.rpartition("/")[2] == plain.rpartition("/")[2]]
         hint = f"; did you mean {' or '.join(map(repr, same))}?" if same else close(plain, known)
@@ -70,54 +69,67 @@ def find_config(value: str, folder: Path) -> str:
 
 
 def find_configs(arguments: Sequence[str], folder: Path) -> list[str]:
-    """The arguments of a command, with the paths of configurations in place of their names.
+    """The arguments of a command, with paths in place of names, and before a file those that its key `config` names.
 
     Args:
         arguments: As they were typed.
-        folder: Where relative paths start.
+        folder: Where relative paths start; in a file its own folder.
+
+    Returns:
+        Arguments of which the later count over the earlier, as `--config=PATH`.
 
     Raises:
-        ValueError: As `find_config`.
+        ValueError: As `find_config`; or a file names no text, or itself.
     """
     found: list[str] = []
+    waiting = False
     for argument in arguments:
         option, sign, value = argument.partition("=")
-        if found and found[-1] in ("-c", "--config"):
-            found.append(find_config(argument, folder))
-        elif sign and option in ("-c", "--config"):
-            found.append(f"{option}={find_config(value, folder)}")
-        else:
+        named = option in ("-c", "--config")
+        if waiting or (named and sign):
+            found.extend(f"--config={path}" for path in _stack(argument if waiting else value, folder, ()))
+        elif not named:
             found.append(argument)
-    return found
+        waiting = named and not sign and not waiting
+    return [*found, "--config"] if waiting else found
 
 
-def find_in_text(text: str, folder: Path) -> str:
-    """The same for the text of a configuration that names another one by its key `config`.
-
-    Args:
-        text: YAML.
-        folder: Where relative paths start, that of the file.
-
-    Raises:
-        ValueError: As `find_config`.
-    """
-    if "config" not in text:
+def without_config(text: str) -> str:
+    """The text of a configuration without the key `config`, which `find_configs` has followed."""
+    options = _read(text)
+    if "config" not in options:
         return text
-    for node in _named(text):
-        start, end = node.start_mark.index, node.end_mark.index
-        text = f"{text[:start]}{json.dumps(find_config(node.value, folder))}{text[end:]}"
-    return text
+    return yaml.safe_dump({key: value for key, value in options.items() if key != "config"}, sort_keys=False)
 
 
-def _named(text: str) -> Iterator[yaml.ScalarNode]:
+def _stack(value: str, folder: Path, above: tuple[Path, ...]) -> list[str]:
+    """A configuration after those that it names."""
+    value = find_config(value, folder)
+    path = folder / Path(value).expanduser()
+    if path in above:
+        raise ValueError(f"--config={value}: names itself: {' -> '.join(map(str, (*above, path)))}")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:  # told by the parser
-        return
-    pairs: list[tuple[Any, Any]] = root.value if isinstance(root, yaml.MappingNode) else []
-    for key, value in pairs:
-        if key.value == "config" and isinstance(value, yaml.ScalarNode):
-            yield value
+        named = _read(path.read_text(encoding="utf-8")).get("config", [])
+    except (OSError, UnicodeDecodeError):  # told by the parser, or it is no file
+        return [value]
+    stacked = []
+    for base in named if isinstance(named, list) else [named]:
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: config={base}: must be the name or path of a configuration, or a list of them")
+        try:
+            stacked += _stack(base, path.parent, (*above, path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {str(error).removeprefix('--')}" if not above else str(error)) from None
+    return [*stacked, value if not above else str(path)]
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The options of a file; none where it has no key `config` or is none of YAML, which the parser tells."""
+    try:
+        options = yaml.safe_load(text) if "config" in text else {}
+    except yaml.YAMLError:
+        return {}
+    return options if isinstance(options, dict) else {}
 
 
 def _is_text(value: str) -> bool:

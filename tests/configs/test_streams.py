@@ -15,7 +15,9 @@ QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_p
 
 
 def test_the_command_runs(align, workplace, capfd):  # noqa: F811
-    arguments = COMMAND.replace("\\\n", " ").replace("my-model", "policy").replace("documents.jsonl", "text.jsonl").split()
+    arguments = (
+        COMMAND.replace("\\\n", " ").replace("my-model", "policy").replace("documents.jsonl", "text.jsonl").split()
+    )
     arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments[1:]]
     done = align(*arguments, *QUIET, "--trainer.enable_model_summary=false")
     assert done.code == 0, done.error

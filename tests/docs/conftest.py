@@ -38,7 +38,7 @@ def reward_folder(model_folder, tmp_path_factory):
     from alignment_modules import RewardModule
 
     folder = tmp_path_factory.mktemp("reward") / "export"
-    RewardModule(policy=PolicyConfig(path=str(model_folder)), tokenizer=str(model_folder)).export(folder)
+    RewardModule(policy=PolicyConfig(path=str(model_folder), head="scalar"), tokenizer=str(model_folder)).export(folder)
     return folder
 
 

@@ -29,7 +29,16 @@ GROUPS = {
     "comparison": callbacks.CompareRuns,
 }
 OF_EVERY_COMMAND = {"--config", "--print_config", "--ckpt_path", "--seed_everything", "--help", "--model", "--data"}
-OF_OTHERS = {"--logdir", "--extra-index-url", "--enable-lora", "--logprobs-mode", "--return-sampling-mask"}
+OF_OTHERS = {
+    "--logdir",
+    "--extra-index-url",
+    "--enable-lora",
+    "--enable-sleep-mode",
+    "--logprobs-mode",
+    "--max-lora-rank",
+    "--return-sampling-mask",
+    "--weight-transfer-config",
+}
 
 
 def keywords(cls):
@@ -59,7 +68,8 @@ def has(classes, path):
     if not found or not rest:
         return bool(found)
     inner = [cls for annotation in found for cls in dataclasses_of(annotation)]
-    return not inner or has(inner, rest) or (len(rest) > 1 and has(inner, rest[1:]))  # behind a name of the user's own
+    keyed = any(typing.get_origin(annotation) is dict for annotation in found)  # by names of the user's own
+    return keyed or not inner or has(inner, rest)
 
 
 @cache

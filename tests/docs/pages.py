@@ -15,7 +15,8 @@ PAGES = {
 README = PAGES["README.md"]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LINKED = PAGES | {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
 }
 # Pages that others link to and that are still being written.
 AWAITED = {
@@ -96,9 +97,11 @@ def names(cell):
 
 
 def anchors(text):
-    """What headings are linked to by: lower case, spaces as hyphens, punctuation left out; a repeated one is numbered."""
+    """What headings are linked to by: lower case, hyphens for spaces, no punctuation; a repeated one is numbered."""
     found = []
-    for heading in re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.M):
+    for heading in re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.M
+    ):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         count = sum(one == anchor or re.fullmatch(rf"{re.escape(anchor)}-\d+", one) is not None for one in found)

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,17 +27,19 @@ ONLINE = re.compile(r"\b(grpo|ppo|online_dpo)\b")
 OTHERS = ("cd", "chromium", "export", "git", "ls", "mkdir", "pytest", "source", "tensorboard", "unzip", "vllm")
 
 
-@cache
-def usage(script):
-    command = [sys.executable, str(ROOT / script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def source(script):
+    """A script's text, with that of the scripts beside it that it imports."""
+    text = (ROOT / script).read_text()
+    beside = (ROOT / script).parent
+    imported = re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)
+    return text + "".join((beside / f"{name}.py").read_text() for name in imported if (beside / f"{name}.py").exists())
 
 
 def check_script(script, arguments):
     """A script of the repository has the options that a command gives it."""
     assert (ROOT / script).exists(), script
     for option in (word.split("=")[0] for word in arguments if word.startswith("--")):
-        assert re.search(rf"{option}\b", usage(script)), f"{script} has no {option}"
+        assert f'"{option}"' in source(script), f"{script} has no {option}"
 
 
 def check_install(arguments):

@@ -107,3 +107,9 @@ def anchors(text):
         count = sum(one == anchor or re.fullmatch(rf"{re.escape(anchor)}-\d+", one) is not None for one in found)
         found.append(f"{anchor}-{count}" if count else anchor)
     return found
+
+
+MODULES = section(README, "Modules")
+FORMATS = section(README, "Bring your data")
+METRICS = section(README, "Metrics")
+HOOKS = re.search(r"### Hooks of a subclass\n\n.*?\n\n", README, flags=re.DOTALL)[0]

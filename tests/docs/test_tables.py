@@ -50,8 +50,6 @@ def test_every_format_is_in_the_table():
 
 @pytest.mark.parametrize("row", FORMATS, ids=[row[0] for row in FORMATS])
 def test_formats(row, model_folder):
-    import datamodules
-
     line = json.loads(names(row[1])[0])
     assert formats.recognise(line) == row[0]
     classes = ("PretrainDataModule", "SFTDataModule", "PreferenceDataModule", "UnpairedDataModule", "PromptDataModule")

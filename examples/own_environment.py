@@ -9,6 +9,7 @@ a fresh small Llama how a coin is paid; GRPO then teaches it to pay with few coi
 
 import random
 import re
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,8 @@ from alignment_modules.rollouts.environments import ToolOptions
 from datamodules import PromptDataModule, SFTDataModule
 from datamodules.tasks import character_tokenizer
 
-COINS, HIGHEST, TURNS = (1, 2, 5), 19, 8
+COINS, HIGHEST = (1, 2, 5), 19
+TURNS, LONGEST = 8, 64  # of an episode; tokens, with those of the till
 
 
 class Till:
@@ -65,16 +67,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TOKENIZER = character_tokenizer("0123456789$.pay", roles=("<user>", "<assistant>", "<tool>"), chat_template=TEMPLATE)
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": len(TOKENIZER),
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "initializer_range": 0.06,
-}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {"model_type": "llama", "vocab_size": len(TOKENIZER), "num_key_value_heads": 4, **SIZES}
 
 
 def payment(price: int, draw: random.Random) -> dict[str, Any]:
@@ -108,24 +102,21 @@ def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
         grpo_steps: Optimizer steps on the policy's own.
     """
     L.seed_everything(0)
-    draw = random.Random(0)
-    prices = range(1, HIGHEST + 1)
-    acting = {"environments": Till, "tool_options": ToolOptions(format=read_coin), "max_turns": TURNS}
-    sft = SFTModule(
-        policy=PolicyConfig(config=LLAMA),
-        optimizer=lambda weights: torch.optim.AdamW(weights, lr=3e-3, weight_decay=0.0),
-    )
+    draw, prices = random.Random(0), range(1, HIGHEST + 1)
     careless = [payment(draw.choice(prices), draw) for _ in range(1024)]
+    sft = SFTModule(policy=PolicyConfig(config=LLAMA), optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0))
     trainer(sft_steps).fit(sft, SFTDataModule(train=careless, tokenizer=TOKENIZER, batch_size=32))
     grpo = GRPOModule(
         policy=sft.policy,
-        max_completion_length=8 * TURNS,
-        optimizer=lambda weights: torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0),
-        evaluation=EvaluationConfig(max_completion_length=8 * TURNS),
-        **acting,
+        environments=Till,
+        tool_options=ToolOptions(format=read_coin),
+        max_turns=TURNS,
+        max_completion_length=LONGEST,
+        evaluation=EvaluationConfig(max_completion_length=LONGEST),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
     )
     rows = [{"prompt": f"{price:02d}", "price": price} for price in prices]
-    prompts = PromptDataModule(train=rows, test=rows, tokenizer=TOKENIZER, batch_size=19)
+    prompts = PromptDataModule(train=rows, test=rows, tokenizer=TOKENIZER, batch_size=len(rows))
     aligning = trainer(grpo_steps)
     found = [aligning.test(grpo, prompts, verbose=False)[0]]
     aligning.fit(grpo, prompts)

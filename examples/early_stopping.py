@@ -45,6 +45,7 @@ def main(epochs: int = 20, folder: str = "runs/early_stopping") -> tuple[int, fl
         validation_prompts=len(HELD_OUT),  # how many of the rows are answered; the loss is that of all
         tokenizer=TOKENIZER,
         batch_size=16,
+        eval_batch_size=len(HELD_OUT),
     )
     module = SFTModule(
         policy=PolicyConfig(config=LLAMA),

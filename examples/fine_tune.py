@@ -45,6 +45,7 @@ def main(epochs: int = 4, folder: str = "runs/fine_tune") -> float:
         test=[{"prompt": row["prompt"], "answer": row["completion"]} for row in HELD_OUT],
         tokenizer=TOKENIZER,
         batch_size=16,
+        eval_batch_size=len(HELD_OUT),
     )
     module = SFTModule(
         policy=PolicyConfig(config=LLAMA),

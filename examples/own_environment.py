@@ -69,6 +69,7 @@ TEMPLATE = (
 TOKENIZER = character_tokenizer("0123456789$.pay", roles=("<user>", "<assistant>", "<tool>"), chat_template=TEMPLATE)
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "vocab_size": len(TOKENIZER), "num_key_value_heads": 4, **SIZES}
+TRAINER = {"max_epochs": -1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 
 
 def payment(price: int, draw: random.Random) -> dict[str, Any]:
@@ -83,29 +84,15 @@ def payment(price: int, draw: random.Random) -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": "."}], "tools": [get_json_schema(till.pay)]}
 
 
-def trainer(steps: int) -> L.Trainer:
-    """A Trainer that writes nothing."""
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }
-    return L.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, **quiet)
-
-
 def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
-    """Prints what payments are worth after SFT and after GRPO; returns the metrics of both.
-
-    Args:
-        sft_steps: Optimizer steps on careless payments.
-        grpo_steps: Optimizer steps on the policy's own.
-    """
+    """Prints and returns what payments are worth after so many steps of SFT, and then of GRPO."""
     L.seed_everything(0)
     draw, prices = random.Random(0), range(1, HIGHEST + 1)
     careless = [payment(draw.choice(prices), draw) for _ in range(1024)]
     sft = SFTModule(policy=PolicyConfig(config=LLAMA), optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0))
-    trainer(sft_steps).fit(sft, SFTDataModule(train=careless, tokenizer=TOKENIZER, batch_size=32))
+    L.Trainer(max_steps=sft_steps, **TRAINER).fit(
+        sft, SFTDataModule(train=careless, tokenizer=TOKENIZER, batch_size=32)
+    )
     grpo = GRPOModule(
         policy=sft.policy,
         environments=Till,
@@ -117,10 +104,10 @@ def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
     )
     rows = [{"prompt": f"{price:02d}", "price": price} for price in prices]
     prompts = PromptDataModule(train=rows, test=rows, tokenizer=TOKENIZER, batch_size=len(rows))
-    aligning = trainer(grpo_steps)
-    found = [aligning.test(grpo, prompts, verbose=False)[0]]
+    aligning = L.Trainer(max_steps=grpo_steps, **TRAINER)
+    before = aligning.test(grpo, prompts, verbose=False)
     aligning.fit(grpo, prompts)
-    found.append(aligning.test(grpo, prompts, verbose=False)[0])
+    found = [*before, *aligning.test(grpo, prompts, verbose=False)]
     for stage, metrics in zip(("SFT", "GRPO"), found, strict=True):
         print(f"after {stage}: reward {metrics['test/reward']:.3f}, {metrics['test/tools/calls']:.1f} coins a payment")
     return found

@@ -75,7 +75,7 @@ async def ask_judge(completions: list[str], prompts: list[str]) -> list[float]:
     return [sum(number in text for number in named) / max(len(named), 1) for text, named in pairs]
 
 
-judge = PatientReward(ask_judge, retries=2, timeout=5.0, max_workers=4, on_failure="none")
+judge = PatientReward(ask_judge, retries=2, timeout=60.0, max_workers=4, on_failure="none")
 
 
 def chosen() -> RewardSet:

@@ -50,6 +50,7 @@ def run(rate: float, steps: int, folder: str) -> dict[str, float]:
         validation_prompts=len(held_out),
         tokenizer=TOKENIZER,
         batch_size=16,
+        eval_batch_size=len(held_out),
     )
     module = SFTModule(
         policy=PolicyConfig(config=LLAMA),

@@ -38,19 +38,19 @@ def test_rewards_say_what_the_cookbook_tells(example, capsys):
     cookbook = example("reward_cookbook")
     cookbook.main()
     *lines, total = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {line[0]: [*map(float, line[3:])] for line in lines} == pytest.approx(
-        {
-            "regex_match": [1, 1, 0, 1],
-            "tags": [1, 1, 0, 1],
-            "numeric_answer": [1, 0, 0, 1],
-            "close": [1, 0.5, 0, 1],  # 49 is one off
-            "short": [0.98, 0, 0, 0.97],  # 9 and 11 words, of right answers alone
-            "repeated": [0, -0.3, 0, 0],  # of ten trigrams three come again
-            "names_a_unit": [1, 0, 1, float("nan")],
-            "ask_judge": [1, 1, 0.5, 1],
-        },
-        nan_ok=True,
-    )
+    expected = {
+        "regex_match": [1, 1, 0, 1],
+        "tags": [1, 1, 0, 1],
+        "numeric_answer": [1, 0, 0, 1],
+        "close": [1, 0.5, 0, 1],  # 49 is one off
+        "short": [0.98, 0, 0, 0.97],  # 9 and 11 words, of right answers alone
+        "repeated": [0, -0.3, 0, 0],  # of ten trigrams three come again
+        "names_a_unit": [1, 0, 1, float("nan")],
+        "ask_judge": [1, 1, 0.5, 1],
+    }
+    assert [line[0] for line in lines] == [*expected]
+    for line, values in zip(lines, expected.values(), strict=True):
+        assert [*map(float, line[3:])] == pytest.approx(values, nan_ok=True), line
     assert [*map(float, total[1:])] == pytest.approx([2.39, 0.65, 0.35, 2.19])
 
 

@@ -1,52 +1,52 @@
-"""Supervised fine-tuning of a fresh Llama on two processes: the gradient is the one of the union batch."""
+"""Training on two processes: the gradient is the one of the union of their batches, and so is the loss.
+
+    python examples/two_processes.py
+    python examples/two_processes.py --processes 1
+
+Both print the same loss, but for rounding: rows, order and steps do not depend on the number of processes, only who
+reads a row does. On GPUs it is `accelerator="gpu"`; for a model that does not fit `strategy="fsdp2"`; for several
+machines `num_nodes`, and a start by `torchrun` or SLURM.
+"""
+
+import argparse
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from alignment_modules import PolicyConfig, SFTModule
+from datamodules import SFTDataModule
+from datamodules.tasks import character_tokenizer
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
-
-class Counting(Dataset):
-    """Rows that count upwards; the first token is the prompt."""
-
-    def __len__(self) -> int:
-        return 128
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.arange(8) + index % 20 + 1
-        return {"input_ids": ids, "labels": torch.where(torch.arange(8) > 0, ids, -100)}
+TOKENIZER = character_tokenizer("0123456789")
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {"model_type": "llama", "vocab_size": len(TOKENIZER), "num_key_value_heads": 2, **SIZES}
+ROWS = [{"prompt": f"{number:03d}", "completion": f"{number:03d}"[::-1]} for number in range(1000)]  # written backward
+BATCH = 32  # rows of an optimizer step, of all processes together
 
 
 def main() -> None:
-    """Each process takes half of every batch."""
-    L.seed_everything(0)
+    """Each process takes its share of every batch; the first one alone reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    processes = parser.parse_args().processes
+    L.seed_everything(0)  # the same weights everywhere
     module = SFTModule(
-        policy=PolicyConfig(config=LLAMA), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
+        policy=PolicyConfig(config=LLAMA),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0),
     )
     trainer = L.Trainer(
-        max_epochs=6,
+        max_epochs=5,
         accelerator="cpu",
-        devices=2,
-        strategy="ddp",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
-        log_every_n_steps=4,
         enable_progress_bar=False,
     )
-    trainer.fit(module, DataLoader(Counting(), batch_size=8, shuffle=True))
+    trainer.fit(module, SFTDataModule(train=ROWS, tokenizer=TOKENIZER, batch_size=BATCH // processes))
     if trainer.is_global_zero:
-        print(f"loss {float(trainer.callback_metrics['train/loss']):.3f}")
+        print(f"loss {float(trainer.callback_metrics['train/loss']):.6f}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 A class with a method `reset` is an environment, and its other public methods are tools. SFT on careless payments shows
 a fresh small Llama how a coin is paid; GRPO then teaches it to pay with few coins, by what the environment says alone.
+The fewest are 2.84 a payment, which is a reward of 0.716.
 `docs/environments.md` tells the interface.
 """
 

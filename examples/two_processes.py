@@ -3,12 +3,13 @@
     python examples/two_processes.py
     python examples/two_processes.py --processes 1
 
-Both print the same loss, but for rounding: rows, order and steps do not depend on the number of processes, only who
-reads a row does. On GPUs it is `accelerator="gpu"`; for a model that does not fit `strategy="fsdp2"`; for several
+Both print the same losses, but for rounding, which later steps carry on: rows, order and steps do not depend on the
+number of processes. On GPUs it is `accelerator="gpu"`; for a model that does not fit `strategy="fsdp2"`; for several
 machines `num_nodes`, and a start by `torchrun` or SLURM.
 """
 
 import argparse
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,24 +19,29 @@ from datamodules import SFTDataModule
 from datamodules.tasks import character_tokenizer
 
 TOKENIZER = character_tokenizer("0123456789")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = {"model_type": "llama", "vocab_size": len(TOKENIZER), "num_key_value_heads": 2, **SIZES}
-ROWS = [{"prompt": f"{number:03d}", "completion": f"{number:03d}"[::-1]} for number in range(1000)]  # written backward
-BATCH = 32  # rows of an optimizer step, of all processes together
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {"model_type": "llama", "vocab_size": len(TOKENIZER), "num_key_value_heads": 4, **SIZES}
+ROWS = [{"prompt": f"{number:03d}", "completion": f"{number:03d}"[::-1]} for number in range(960)]  # written backward
+BATCH = 16  # rows of a step, of all processes together
+
+
+class FirstLosses(L.Callback):
+    """Prints the loss of the first five steps, of all processes together."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step <= 5 and trainer.is_global_zero:
+            print(f"step {trainer.global_step}: {float(trainer.callback_metrics['train/loss']):.5f}")
 
 
 def main() -> None:
     """Each process takes its share of every batch; the first one alone reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=2)
     processes = parser.parse_args().processes
     L.seed_everything(0)  # the same weights everywhere
-    module = SFTModule(
-        policy=PolicyConfig(config=LLAMA),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0),
-    )
+    module = SFTModule(policy=PolicyConfig(config=LLAMA), optimizer=lambda groups: torch.optim.AdamW(groups, lr=3e-3))
     trainer = L.Trainer(
-        max_epochs=5,
+        max_epochs=4,
         accelerator="cpu",
         devices=processes,
         strategy="ddp" if processes > 1 else "auto",
@@ -43,10 +49,11 @@ def main() -> None:
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
+        callbacks=[FirstLosses()],
     )
     trainer.fit(module, SFTDataModule(train=ROWS, tokenizer=TOKENIZER, batch_size=BATCH // processes))
     if trainer.is_global_zero:
-        print(f"loss {float(trainer.callback_metrics['train/loss']):.6f}")
+        print(f"loss {float(trainer.callback_metrics['train/loss']):.3f}")
 
 
 if __name__ == "__main__":

@@ -118,8 +118,9 @@ def test_the_middle_rate_is_best(example, tmp_path):
 @pytest.mark.slow
 def test_the_environment_teaches_to_pay_with_few_coins(example):
     before, after = example("own_environment").main()
-    assert after["test/reward"] > before["test/reward"] + 0.03
-    assert after["test/tools/calls"] < before["test/tools/calls"]
+    assert before["test/reward"] < 0.6
+    assert after["test/reward"] > 0.7  # 0.716 is the most that there is
+    assert after["test/tools/calls"] < 3
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ machines `num_nodes`, and a start by `torchrun` or SLURM.
 """
 
 import argparse
-from typing import Any
 
 import lightning as L
 import torch
@@ -26,9 +25,10 @@ BATCH = 16  # rows of a step, of all processes together
 
 
 class FirstLosses(L.Callback):
-    """Prints the loss of the first five steps, of all processes together."""
+    """Shows that the number of processes changes nothing."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        """Prints the loss of the first five steps, of all processes together."""
         if trainer.global_step <= 5 and trainer.is_global_zero:
             print(f"step {trainer.global_step}: {float(trainer.callback_metrics['train/loss']):.5f}")
 

@@ -85,8 +85,8 @@ def payment(price: int, draw: random.Random) -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": "."}], "tools": [get_json_schema(till.pay)]}
 
 
-def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
-    """Prints and returns what payments are worth after so many steps of SFT, and then of GRPO."""
+def main(sft_steps: int = 150, grpo_steps: int = 60, folder: str = "runs/till") -> list[dict[str, float]]:
+    """Prints and returns what payments are worth after so many steps of SFT, and then of GRPO; exports the policy."""
     L.seed_everything(0)
     draw, prices = random.Random(0), range(1, HIGHEST + 1)
     careless = [payment(draw.choice(prices), draw) for _ in range(1024)]
@@ -109,6 +109,7 @@ def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
     before = aligning.test(grpo, prompts, verbose=False)
     aligning.fit(grpo, prompts)
     found = [*before, *aligning.test(grpo, prompts, verbose=False)]
+    grpo.export(folder)
     for stage, metrics in zip(("SFT", "GRPO"), found, strict=True):
         print(f"after {stage}: reward {metrics['test/reward']:.3f}, {metrics['test/tools/calls']:.1f} coins a payment")
     return found

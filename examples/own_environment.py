@@ -4,8 +4,7 @@
 
 A class with a method `reset` is an environment, and its other public methods are tools. SFT on careless payments shows
 a fresh small Llama how a coin is paid; GRPO then teaches it to pay with few coins, by what the environment says alone.
-The fewest are 2.84 a payment, which is a reward of 0.716.
-`docs/environments.md` tells the interface.
+The fewest are 2.84 a payment, a reward of 0.716. `docs/environments.md` tells the interface.
 """
 
 import random
@@ -23,8 +22,7 @@ from alignment_modules.rollouts.environments import ToolOptions
 from datamodules import PromptDataModule, SFTDataModule
 from datamodules.tasks import character_tokenizer
 
-COINS, HIGHEST = (1, 2, 5), 19
-TURNS, LONGEST = 8, 64  # of an episode; tokens, with those of the till
+COINS, HIGHEST, TURNS, LONGEST = (1, 2, 5), 19, 8, 64  # turns and tokens of an episode
 
 
 class Till:
@@ -51,9 +49,12 @@ class Till:
 
 
 def read_coin(text: str) -> list[dict[str, Any]]:
-    """A turn `$5` is a call of `pay`, any other an answer, which ends the episode."""
-    found = re.fullmatch(r"\$(\d)", text)
-    return [{"name": "pay", "arguments": {"coin": int(found[1])}}] if found else []
+    """A turn `$5` is a call of `pay`; one without `$` is an answer, which ends the episode."""
+    if "$" not in text:
+        return []
+    if (found := re.fullmatch(r"\$(\d)", text)) is None:
+        raise ValueError("a coin is paid by $1, $2 or $5")  # a malformed call: the policy reads why
+    return [{"name": "pay", "arguments": {"coin": int(found[1])}}]
 
 
 # Tools are shown by their names, a call is written as `$5`, and a result stands behind <tool>.

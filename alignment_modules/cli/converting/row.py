@@ -1,0 +1,32 @@
+"""What the table of options is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from alignment_modules.cli.converting.values import SKIP, Value
+
+
+class Row(NamedTuple):
+    """An option of TRL: its name, ours (empty: none), what its value becomes, and what differs in meaning."""
+
+    name: str
+    ours: str
+    value: Value
+    differs: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that some of TRL's commands have; of these each row counts for those that know its option."""
+
+    title: str
+    commands: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def nothing(value: Any, given: Mapping[str, Any]) -> Any:
+    """Nothing: the option changes no result, or what it asks for is always so."""
+    return SKIP

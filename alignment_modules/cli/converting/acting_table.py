@@ -21,7 +21,7 @@ SAMPLED = (
                 "completions of a micro-batch in TRL; here prompts of a rollout, that is completions of a micro-batch "
                 "times `steps_per_generation`, divided by `num_generations`",
             ),
-            Row("gradient_accumulation_steps", "", nothing, "follows from the two sizes above"),
+            Row("gradient_accumulation_steps", "", nothing, note="follows from the two sizes above"),
             Row(
                 "steps_per_generation",
                 "model.minibatches",
@@ -38,7 +38,7 @@ SAMPLED = (
             Row(
                 "beta", "model.beta", same, "the reference is a copy of the policy; TRL reads it from the policy's path"
             ),
-            Row("max_completion_length", "model.max_completion_length", same, "512 by default in TRL, 256 here"),
+            Row("max_completion_length", "model.max_completion_length", same, note="512 by default in TRL, 256 here"),
             Row("temperature", "model.temperature", same),
             Row("top_p", "model.top_p", same, "what it keeps is kept in the scoring here"),
             Row("top_k", "model.top_k", same, "likewise"),
@@ -81,14 +81,14 @@ SAMPLED = (
                 "use_bias_correction_kl",
                 "model.kl_estimator",
                 values.kl_estimator,
-                "on by default in TRL: `k3+score`; here the default is `k3`, the paper's",
+                note="on by default in TRL: `k3+score`; here the default is `k3`, the paper's",
             ),
             Row("epsilon", "model.epsilon", of_loss(*values.CLIPPED)),
             Row(
                 "epsilon_high",
                 "model.epsilon_high",
                 values.cap,
-                "of `cispo` the cap itself in TRL (5 there), and how far it is above 1 here (4)",
+                note="of `cispo` the cap itself in TRL (5 there), and how far it is above 1 here (4)",
             ),
             Row("delta", "model.delta", of_loss(*values.CLIPPED, value=unless(None))),
             Row("importance_sampling_level", "model.importance_level", values.level, "clip ranges follow it here"),

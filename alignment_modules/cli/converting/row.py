@@ -10,12 +10,17 @@ from alignment_modules.cli.converting.values import SKIP, Value
 
 
 class Row(NamedTuple):
-    """An option of TRL: its name, ours (empty: none), what its value becomes, and what differs in meaning."""
+    """An option of TRL."""
 
     name: str
     ours: str
+    """Ours, by dotted names with a space between two; empty: none."""
     value: Value
+    """What its value becomes: one, or one for each of ours."""
     differs: str = ""
+    """What differs in meaning, which is told where the option is given."""
+    note: str = ""
+    """What else a reader of the table should know, such as another default."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import sys
 from typing import Any
 
 COMMANDS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
+OTHERS = ("orpo.ORPOConfig", "cpo.CPOConfig", "online_dpo.OnlineDPOConfig", "gkd.GKDConfig")
+"""Configurations of `trl.experimental` that no command reads, of which the names alone are noted."""
 
 
 def options(command: str) -> dict[str, Any]:
@@ -50,7 +52,13 @@ def main() -> None:
     own = {
         command: {name: value for name, value in one.items() if name not in shared} for command, one in found.items()
     }
-    json.dump({"version": trl.__version__, "all": shared, **own}, sys.stdout, indent=1, sort_keys=True)
+    others = {}
+    for other in OTHERS:
+        module, name = other.split(".")
+        kind = getattr(importlib.import_module(f"trl.experimental.{module}"), name)
+        others[name] = sorted({field.name for field in dataclasses.fields(kind) if field.init} - set(shared))
+    everything = {"version": trl.__version__, "all": shared, "others": others, **own}
+    json.dump(everything, sys.stdout, indent=1, sort_keys=True)
     sys.stdout.write("\n")
 
 

@@ -229,7 +229,7 @@ def test_bad_files(tmp_path, text, reason):
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path):
     (tmp_path / "trl.yaml").write_text("beta: 0.2\n")
-    with pytest.raises(ValueError, match="--write=.*trl.yaml: cannot be written: .*exists"):
+    with pytest.raises(ValueError, match=r"--write=.*trl\.yaml: cannot be written: .*exists"):
         run_command("convert", ["dpo", str(tmp_path / "trl.yaml"), "--write", str(tmp_path / "trl.yaml")])
 
 

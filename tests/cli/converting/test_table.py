@@ -15,11 +15,13 @@ from alignment_modules.callbacks import Checkpoints, ExportPolicy
 from alignment_modules.cli.converting.convert import defaults, rows, trl_options
 from alignment_modules.cli.converting.table import CLASSES, FIXED, TABLE
 from alignment_modules.functional.policy_losses import LOSSES
+from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.training.reference_sync import SyncReference
 from alignment_modules.training.schedules import LinearSchedule
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "coming_from.md").read_text()
+HEADINGS = ("### Other trainers", "## LLaMA-Factory", "## axolotl")
 COMMAND = pytest.mark.parametrize("command", CLASSES)
 
 
@@ -72,7 +74,7 @@ def test_an_option_has_one_row(command):
 
 
 def test_the_commands_of_the_table_are_trls():
-    assert set(trl_options()) == {"version", "all", *CLASSES}
+    assert set(trl_options()) == {"version", "all", "others", *CLASSES}
 
 
 def shown(row):
@@ -90,6 +92,38 @@ def test_the_page_shows_the_table(section):
 
 def test_the_page_names_the_version():
     assert f"TRL {trl_options()['version']}" in PAGE
-    assert re.findall(r"^### (.+)$", PAGE.split("\n## TRL: options\n")[1].split("\n## ")[0], flags=re.MULTILINE) == [
-        section.title for section in TABLE
-    ]
+    options = PAGE.split("\n## TRL: options\n")[1].split("\n## ")[0]
+    headings = re.findall(r"^### (.+)$", options, flags=re.MULTILINE)
+    assert headings == [*(section.title for section in TABLE), "Other trainers"]
+
+
+def by_hand():
+    """Cells of the tables of options that no code follows."""
+    parts = [PAGE.split(f"\n{heading}\n")[1].split("\n#")[0] for heading in HEADINGS]
+    lines = [line for part in parts for line in part.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_options_of_the_tables_by_hand_are_there():
+    known = {prefix: set() for prefix in [*places("sft"), "data.stream"]}
+    for command in CLASSES:
+        for prefix, cls in places(command).items():
+            known[prefix] |= accepted(cls)
+    for paradigm in PARADIGMS:
+        known["model"] |= accepted(paradigm)
+    known["data"] |= accepted(datamodules.MixtureDataModule)
+    known["data.stream"] = accepted(datamodules.StreamOptions)
+    known[""] = {"model"}
+    cells = by_hand()
+    assert len(cells) > 60
+    for _, ours, _ in cells:
+        for name in re.findall(r"`([^`]+)`", ours):
+            prefix, _, last = name.rpartition(".")
+            assert last in known[prefix], name
+
+
+def test_options_of_trls_other_trainers_are_there():
+    named = [cells[0].strip("`").split(".") for cells in by_hand() if "Config." in cells[0]]
+    assert {config for config, _ in named} == set(trl_options()["others"])
+    for config, name in named:
+        assert name in trl_options()["others"][config], (config, name)

@@ -22,7 +22,7 @@ LINKED = PAGES | {
 AWAITED = {
     f"docs/{name}.md"
     for name in (
-        "accuracy", "api/index", "coming_from", "command_line", "distributed", "evaluation", "exactness", "extending",
+        "accuracy", "api/index", "command_line", "distributed", "evaluation", "exactness", "extending",
         "formats", "glossary", "index", "lightning", "metrics", "paradigms/index", "references", "resume", "rewards",
         "scoring", "steps", "troubleshooting",
     )
@@ -48,6 +48,7 @@ class Setting:
 
 SETTINGS = {
     "README.md": Setting(fits=True),
+    "docs/coming_from.md": Setting(fits=True),
     "docs/data.md": Setting(session=True),
     "docs/environments.md": Setting(session=True, elsewhere={"sh": "tests/cli/test_looking_at_episodes.py"}),
 }

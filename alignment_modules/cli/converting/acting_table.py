@@ -21,7 +21,7 @@ SAMPLED = (
                 "completions of a micro-batch in TRL; here prompts of a rollout, that is completions of a micro-batch "
                 "times `steps_per_generation`, divided by `num_generations`",
             ),
-            Row("gradient_accumulation_steps", "", nothing, note="follows from the two sizes above"),
+            Row("gradient_accumulation_steps", "", values.counted, note="follows from the two sizes above"),
             Row(
                 "steps_per_generation",
                 "model.minibatches",

@@ -69,10 +69,14 @@ def convert(command: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], lis
     flat: dict[str, Any] = {}
     differs = []
     for row in rows(command):
+        value = options[row.name]
         try:
-            found = row.value(options[row.name], options)
+            found = row.value(_of_kind(value, known[row.name]), options)
         except UntranslatedError as reason:
-            wrong.append(f"{row.name}={options[row.name]!r}: {reason}")
+            wrong.append(f"{row.name}={value!r}: {reason}")
+            continue
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            wrong.append(f"{row.name}={value!r}: cannot be read ({error}), or an option that it is read with")
             continue
         ours = row.ours.split()
         parts = found if len(ours) > 1 else [found] * len(ours)
@@ -158,6 +162,16 @@ def _read_value(value: Any, default: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, flags=re.IGNORECASE):
         return float(value)
     return "no" if value is False and isinstance(default, str) and default != "group" else value
+
+
+def _of_kind(value: Any, default: Any) -> Any:
+    """The value; refused where it is no number, or neither true nor false, and TRL's default is one."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UntranslatedError("must be true or false")
+    elif isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise UntranslatedError("must be a number" + " here, too" * (value is None))
+    return value
 
 
 def _nested(command: str, flat: Mapping[str, Any]) -> dict[str, Any]:

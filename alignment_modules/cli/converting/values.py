@@ -76,13 +76,6 @@ def clipping(value: Any, given: Given) -> Any:
     return value or None
 
 
-def length(value: Any, given: Given) -> Any:
-    """Most tokens of a row, which must be given here."""
-    if value is None:
-        raise UntranslatedError("rows have a largest length here: give one")
-    return value
-
-
 def template(value: Any, given: Given) -> Any:
     """A chat template's file."""
     if value is not None and not str(value).endswith(".jinja"):
@@ -181,6 +174,13 @@ def evaluation(value: Any, given: Given) -> Any:
     """The same, and that the batches are counted over epochs."""
     interval = evaluation_interval(value, given)
     return interval, (SKIP if interval is SKIP else None)
+
+
+def counted(value: Any, given: Given) -> Any:
+    """Nothing of a count that others are computed with; it must be 1 or more."""
+    if value < 1:
+        raise UntranslatedError("must be 1 or more")
+    return SKIP
 
 
 def rollout_steps(given: Given) -> int:

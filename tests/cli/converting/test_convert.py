@@ -153,9 +153,11 @@ def test_losses_of_grpo():
         ("sft", {"hub_model_id": "owner/name"}, "hub_model_id='owner/name': has no counterpart here"),
         ("sft", {"optim": "adafactor"}, "optim='adafactor': has no counterpart here; translated are adamw_torch"),
         ("sft", {"num_train_epochs": 0.5}, "num_train_epochs=0.5: parts of an epoch are not counted here"),
-        ("sft", {"max_length": None}, "max_length=None: rows have a largest length here"),
+        ("sft", {"max_length": None}, "max_length=None: must be a number here, too"),
         ("sft", {"packing_strategy": "wrapped"}, "packing_strategy='wrapped': has no counterpart here"),
         ("dpo", {"loss_type": "aot"}, "loss_type='aot': aot sorts the pairs of a micro-batch in TRL"),
+        ("sft", {"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8': must be a number"),
+        ("sft", {"packing": "yes"}, "packing='yes': must be true or false"),
         ("dpo", {"disable_dropout": False}, "disable_dropout=False: dropout is always off here"),
         (
             "dpo",
@@ -197,6 +199,27 @@ def test_every_option_is_translated_or_refused(command):
             continue
         with pytest.raises(ValueError, match=f"{name}='other': has no counterpart here"):
             convert(command, {name: "other"})
+
+
+WRONG = ("other", -1, 0, 2.5, float("nan"), True, None, [], [1, "x"], [{}], {}, {"x": 1})
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_malformed_values_are_refused_or_translated(command):
+    """Whatever stands in the file: a configuration, or an error that names the option."""
+    for name in defaults(command):
+        for value in WRONG:
+            told = outcome(command, {name: value})
+            assert name in told, (name, value, told)
+
+
+def outcome(command, given):
+    """What is told of options that cannot be translated; where they can be, their names."""
+    try:
+        yaml.safe_dump(convert(command, given)[0])
+    except ValueError as refused:
+        return str(refused)
+    return str([*given])
 
 
 def test_what_differs_is_told_of_what_is_given(tmp_path, capsys):

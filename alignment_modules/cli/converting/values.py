@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -178,7 +179,7 @@ def evaluation(value: Any, given: Given) -> Any:
 
 def counted(value: Any, given: Given) -> Any:
     """Nothing of a count that others are computed with; it must be 1 or more."""
-    if value < 1:
+    if not 1 <= value < math.inf:
         raise UntranslatedError("must be 1 or more")
     return SKIP
 

@@ -13,7 +13,7 @@ SAMPLED = (
         "GRPO and RLOO",
         ACTING,
         (
-            Row("num_generations", "model.num_generations", same),
+            Row("num_generations", "model.num_generations", values.count),
             Row(
                 "per_device_train_batch_size",
                 "data.batch_size model.micro_batch_size",
@@ -21,7 +21,7 @@ SAMPLED = (
                 "completions of a micro-batch in TRL; here prompts of a rollout, that is completions of a micro-batch "
                 "times `steps_per_generation`, divided by `num_generations`",
             ),
-            Row("gradient_accumulation_steps", "", values.counted, note="follows from the two sizes above"),
+            Row("gradient_accumulation_steps", "", values.count, note="follows from the two sizes above"),
             Row(
                 "steps_per_generation",
                 "model.minibatches",

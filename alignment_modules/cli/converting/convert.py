@@ -79,7 +79,7 @@ def convert(command: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], lis
             wrong.append(f"{row.name}={value!r}: cannot be read ({error}), or an option that it is read with")
             continue
         ours = row.ours.split()
-        parts = found if len(ours) > 1 else [found] * len(ours)
+        parts = found if len(ours) > 1 else [found] * len(ours)  # of a row without counterpart nothing is written
         flat |= {name: one for name, one in zip(ours, parts, strict=True) if one is not SKIP}
         if row.differs and row.name in given:
             differs.append(f"{row.name}: {row.differs}")

@@ -283,7 +283,7 @@ TABLE = (
                 lambda value, given: (value * given["gradient_accumulation_steps"], value),
                 "the batch is an optimizer step here, over which `kl` is taken; TRL takes it of each micro-batch",
             ),
-            Row("gradient_accumulation_steps", "", values.counted, note="a factor of `data.batch_size`"),
+            Row("gradient_accumulation_steps", "", values.count, note="a factor of `data.batch_size`"),
             Row("max_grad_norm", "model.max_grad_norm", values.clipping),
             Row("beta", "model.beta", same),
             Row("loss_type", "model.loss", same),

@@ -177,11 +177,11 @@ def evaluation(value: Any, given: Given) -> Any:
     return interval, (SKIP if interval is SKIP else None)
 
 
-def counted(value: Any, given: Given) -> Any:
-    """Nothing of a count that others are computed with; it must be 1 or more."""
+def count(value: Any, given: Given) -> Any:
+    """The value, which others are computed with; it must be 1 or more."""
     if not 1 <= value < math.inf:
         raise UntranslatedError("must be 1 or more")
-    return SKIP
+    return value
 
 
 def rollout_steps(given: Given) -> int:

@@ -203,8 +203,8 @@ def prompts(value: Any, given: Given) -> Any:
     completions = int(given["per_device_train_batch_size"]) * rollout_steps(given)
     if completions % given["num_generations"]:
         raise UntranslatedError(
-            f"a rollout of {completions} completions a process has no whole groups of {given['num_generations']}: here "
-            "all completions of a prompt are on one process"
+            f"a rollout of {completions} completions a process has no whole groups of num_generations="
+            f"{given['num_generations']}: here all completions of a prompt are on one process"
         )
     return completions // given["num_generations"]
 

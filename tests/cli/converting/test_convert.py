@@ -165,7 +165,7 @@ def test_losses_of_grpo():
             "label_smoothing=0.1: with several losses TRL reads it in robust and exo_pair alone",
         ),
         ("grpo", {"generation_batch_size": 64}, "generation_batch_size=64: depends on the processes"),
-        ("grpo", {"num_generations": 7}, "a rollout of 8 completions a process has no whole groups of 7"),
+        ("grpo", {"num_generations": 7}, "a rollout of 8 completions a process has no whole groups of num_generations=7"),
         (
             "grpo",
             {"gradient_accumulation_steps": 4, "steps_per_generation": 6},

@@ -302,7 +302,7 @@ def one_update(name: str) -> Value:
         if given["num_iterations"] != 1 or minibatches(None, given) != 1:
             raise UntranslatedError(
                 f"{name}: TRL clips the ratio of a whole completion, which the preset rloo does not: let each rollout "
-                "make one optimizer step"
+                "make one optimizer step (num_iterations 1, steps_per_generation that of gradient_accumulation_steps)"
             )
         return SKIP
 

@@ -114,8 +114,8 @@ SAMPLED = (
         "RLOO",
         ("rloo",),
         (
-            Row("epsilon", "", values.one_update("epsilon"), "with one optimizer step a rollout no ratio is clipped"),
-            Row("epsilon_high", "", values.one_update("epsilon_high")),
+            Row("epsilon", "", values.one_update, "with one optimizer step a rollout no ratio is clipped"),
+            Row("epsilon_high", "", values.one_update),
             Row("normalize_advantages", "", unless(False, refused("advantages of RLOO are not normalised here"))),
             Row("reward_clip_range", "", unless(None, refused("clip in the reward function"))),
         ),

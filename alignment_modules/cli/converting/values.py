@@ -295,15 +295,11 @@ def off_policy(value: Any, given: Given) -> Any:
     return mask | {"high": value}
 
 
-def one_update(name: str) -> Value:
+def one_update(value: Any, given: Given) -> Any:
     """Nothing, where each rollout of RLOO makes one optimizer step."""
-
-    def value(value: Any, given: Given) -> Any:
-        if given["num_iterations"] != 1 or minibatches(None, given) != 1:
-            raise UntranslatedError(
-                f"{name}: TRL clips the ratio of a whole completion, which the preset rloo does not: let each rollout "
-                "make one optimizer step (num_iterations 1, steps_per_generation that of gradient_accumulation_steps)"
-            )
-        return SKIP
-
-    return value
+    if given["num_iterations"] != 1 or minibatches(None, given) != 1:
+        raise UntranslatedError(
+            "TRL clips the ratio of a whole completion, which the preset rloo does not: let each rollout make one "
+            "optimizer step (num_iterations 1, steps_per_generation that of gradient_accumulation_steps)"
+        )
+    return SKIP

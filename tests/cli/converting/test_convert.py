@@ -165,7 +165,11 @@ def test_losses_of_grpo():
             "label_smoothing=0.1: with several losses TRL reads it in robust and exo_pair alone",
         ),
         ("grpo", {"generation_batch_size": 64}, "generation_batch_size=64: depends on the processes"),
-        ("grpo", {"num_generations": 7}, "a rollout of 8 completions a process has no whole groups of num_generations=7"),
+        (
+            "grpo",
+            {"num_generations": 7},
+            "a rollout of 8 completions a process has no whole groups of num_generations=7",
+        ),
         (
             "grpo",
             {"gradient_accumulation_steps": 4, "steps_per_generation": 6},
@@ -176,7 +180,7 @@ def test_losses_of_grpo():
         ("grpo", {"loss_type": "cispo"}, "TRL caps the ratio of cispo at 0.2 itself"),
         ("grpo", {"loss_type": "luspo"}, "luspo has the completion's ratio here"),
         ("grpo", {"repetition_penalty": 1.1}, "repetition_penalty=1.1: has no counterpart here"),
-        ("rloo", {"num_iterations": 2}, "epsilon: TRL clips the ratio of a whole completion"),
+        ("rloo", {"num_iterations": 2}, "epsilon=0.2: TRL clips the ratio of a whole completion"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(command, given, reason):

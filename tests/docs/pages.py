@@ -49,7 +49,7 @@ class Setting:
 
 
 SETTINGS = {
-    "README.md": Setting(fits=True, writes=("runs/added/model.safetensors", "runs/grpo/test.jsonl")),
+    "README.md": Setting(fits=True, writes=("runs/grpo*/test.jsonl",)),
     "docs/command_line.md": Setting(
         writes=(
             *(f"runs/sft*/{name}" for name in ("predictions.jsonl", "test.jsonl", "export/README.md")),

@@ -13,8 +13,8 @@ from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
 from tests.docs.pages import METRICS, MODULES, names, section
-from tests.docs.pages import PARADIGMS as IN_README
 from tests.docs.pages import PAGES as EVERY_PAGE
+from tests.docs.pages import PARADIGMS as IN_README
 from tests.docs.pages import cells as table
 from tests.models import MIXTRAL, other_than
 from tests.paradigms import ROWS, build, headed

@@ -22,7 +22,8 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 STOPS = re.compile(r"^--(print_config|help|\w+\.help|(\w+\.)*help)(=|$)|^-h$")
 # What needs more than this process, or minutes; other tests run it.
 LARGE = re.compile(
-    r"--trainer\.(devices|num_nodes|strategy)|strategies/(ddp|fsdp2)|engines/vllm|configs/(quickstart|environments)/"
+    r"--trainer\.(devices|num_nodes|strategy)|--config[ =](\S*/)?(ddp|fsdp2)\b"
+    r"|--config[ =](configs/)?(engines|quickstart|environments)/"
 )
 ONLINE = re.compile(r"\b(grpo|ppo|online_dpo)\b")
 # Programs of others, or of the shell: what they do is not told by this project.

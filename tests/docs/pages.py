@@ -19,14 +19,7 @@ LINKED = PAGES | {
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 }
 # Pages that others link to and that are still being written.
-AWAITED = {
-    f"docs/{name}.md"
-    for name in (
-        "accuracy", "api/index", "coming_from", "command_line", "distributed", "evaluation", "exactness", "extending",
-        "formats", "glossary", "index", "lightning", "metrics", "paradigms/index", "references", "resume", "rewards",
-        "scoring", "steps", "troubleshooting",
-    )
-}  # fmt: skip
+AWAITED = {f"docs/{name}.md" for name in ("coming_from", "glossary", "troubleshooting")}
 
 
 @dataclass(frozen=True)

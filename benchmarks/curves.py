@@ -57,7 +57,7 @@ def _panel(panel: Panel, colours: Mapping[str, str], horizontal: str) -> str:
     for share in (0.0, 0.5, 1.0):
         value = low + share * (high - low)
         _, y = place(0, value)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#ddd"/>{_text(LEFT - 6, y + 4, f"{value:.3g}", "end")}')
+        parts += [f'<path d="M{LEFT} {y:.1f}H{right}" stroke="#ddd"/>', _text(LEFT - 6, y + 4, f"{value:.3g}", "end")]
         parts.append(_text(place(share * last, low)[0], floor + 16, f"{share * last:.0f}", "middle"))
     parts.append(_text(LEFT + (right - LEFT) / 4, floor + 16, horizontal, "middle", colour="#777"))
     for name, curve in panel.curves.items():

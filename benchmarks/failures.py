@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from curves import Curve, Panel, chart
 from methods import Methods, slug
 
+from alignment_modules.callbacks.tensorboard import WORKINGS
+
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "paradigms" / "failures"
 HELD_OUT = 500  # problems of the validation split
 SEED = 0
@@ -175,12 +177,13 @@ def held_out() -> list[dict[str, object]]:
 
 
 def logged(folder: Path) -> Curves:
-    """Every scalar of a run's TensorBoard events, as pairs of step and value."""
+    """Every scalar of a run's TensorBoard events by its metric, as pairs of step and value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag.removeprefix(WORKINGS): [(event.step, event.value) for event in found[tag]] for tag in found}
 
 
 def draw(failure: Failure, curves: Mapping[str, Curves]) -> str:

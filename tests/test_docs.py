@@ -19,7 +19,9 @@ from tests.paradigms import ROWS, build, headed
 from tests.test_readme import ROOT, names, table
 
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "paradigms").glob("*.md"))}
-SECTIONS = ["Loss", "Options", "Metrics", "What is exact", "When to use it", "Learning rates that work"]
+PAGES.pop("index", None)
+SECTIONS = ["When to use it", "Recipe", "Loss", "Options", "Metrics", "What to watch", "Learning rates that work"]
+SECTIONS += ["What is exact"]
 EVERY = pytest.mark.parametrize("name", PAGES)
 
 
@@ -115,6 +117,41 @@ def test_metrics(tiny_llama, train, name):
     told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged - every
+
+
+@EVERY
+def test_the_recipe_is_the_shipped_one_and_what_to_change_first_is_in_it(name):
+    text = section(PAGES[name], "Recipe")
+    assert f"align fit --config configs/recipes/{name}.yaml --model.policy.path my-model" in text
+    options = set(own_options(get_module_class(name))) | set(inspect.signature(AlignmentModule.__init__).parameters)
+    given = re.findall(r"--model\.(\w+)", text)
+    assert given
+    assert set(given) <= options
+
+
+@EVERY
+def test_what_to_watch_is_logged(name):
+    """Names of the first column are metrics of the page, of every paradigm, or of validation and test."""
+    every = {metric for cell, *_ in table("Metrics") for metric in names(cell)}
+    told = {metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)}
+    common = {metric for cell, stages, *_ in table("Metrics") if stages == "all" for metric in names(cell)}
+    signs = [metric for sign, _, _ in cells(PAGES[name], "What to watch") for metric in names(sign)]
+    assert len(signs) > 3
+    for metric in signs:
+        stage, _, plain = metric.partition("/")
+        judged = stage in ("val", "test") and plain in every
+        assert metric in told | common or judged, metric
+    assert section(PAGES[name], "What to watch").strip().startswith("It goes well when ")
+
+
+def test_every_picture_of_a_failure_is_drawn_by_the_benchmark_and_shown(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from failures import FAILURES
+
+    drawn = {path.stem for path in (ROOT / "docs" / "paradigms" / "failures").glob("*.svg")}
+    shown = [picture for page in PAGES.values() for picture in re.findall(r"\(failures/(\w+)\.svg\)", page)]
+    assert drawn == set(FAILURES)
+    assert sorted(shown) == sorted(drawn)
 
 
 @EVERY

@@ -16,18 +16,19 @@ class Panel:
     Attributes:
         title: What it shows.
         curves: Points `(step, value)` of each run, by the run's name; a run may be missing.
-        limits: Lowest and highest value of the axis; None: those of the points.
+        limits: Lowest and highest value of the axis; what is beyond is drawn at the border.
     """
 
     title: str
     curves: Mapping[str, Curve]
-    limits: tuple[float, float] | None = None
+    limits: tuple[float, float] = (0.0, 1.0)
 
 
 def chart(title: str, panels: Sequence[Panel], horizontal: str = "optimizer steps") -> str:
     """A picture of some panels, whose runs have the same colours and one legend, as the text of an SVG file."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     colours = dict(zip(names, COLOURS, strict=False))
+    last = max(step for panel in panels for curve in panel.curves.values() for step, _ in curve)
     width = len(panels) * (PANEL + GAP)
     parts = [f'<rect width="{width}" height="{HEIGHT}" fill="white"/>']
     at = LEFT
@@ -35,18 +36,15 @@ def chart(title: str, panels: Sequence[Panel], horizontal: str = "optimizer step
         parts.append(f'<path d="M{at} 18h22" stroke="{colours[name]}" stroke-width="3"/>{_text(at + 28, 22, name)}')
         at += 58 + 7 * len(name)
     for number, panel in enumerate(panels):
-        parts.append(f'<g transform="translate({number * (PANEL + GAP)} 0)">{_panel(panel, colours, horizontal)}</g>')
+        parts.append(f'<g transform="translate({number * (PANEL + GAP)} 0)">{_panel(panel, colours, last, horizontal)}</g>')
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" role="img"'
     font = 'font-family="system-ui, sans-serif" font-size="12" fill="none"'
     return "\n".join([f"{opening} {font}>", f"<title>{escape(title)}</title>", *parts, "</svg>", ""])
 
 
-def _panel(panel: Panel, colours: Mapping[str, str], horizontal: str) -> str:
+def _panel(panel: Panel, colours: Mapping[str, str], last: float, horizontal: str) -> str:
     """Axes, grid and lines of one panel."""
-    points = [point for curve in panel.curves.values() for point in curve]
-    last = max(step for step, _ in points)
-    low, high = panel.limits or (min(value for _, value in points), max(value for _, value in points))
-    high = high if high > low else low + 1.0
+    low, high = panel.limits
     right, floor = PANEL, HEIGHT - BOTTOM
 
     def place(step: float, value: float) -> tuple[float, float]:

@@ -58,7 +58,7 @@ class Failure:
 
     title: str
     runs: Mapping[str, Run]
-    panels: tuple[tuple[str, str, tuple[float, float] | None], ...]
+    panels: tuple[tuple[str, str, tuple[float, float]], ...]
 
 
 def rate(value: str) -> tuple[str, str]:
@@ -69,6 +69,7 @@ def rate(value: str) -> tuple[str, str]:
 EXACT = ("val/exact_match", "held-out exact match", SHARE)
 REWARD = ("train/reward", "train/reward", SHARE)
 NO_SPREAD = ("train/frac_reward_zero_std", "train/frac_reward_zero_std", SHARE)
+LOGPS = ("train/logps/chosen", "train/logps/chosen, nats", (-10.0, 0.0))
 DPO = ("--data.train", "{root}/sample_pairs/predictions.jsonl")
 SIMPO = (*DPO, "--model", "CPOModule", "--model.loss", "simpo", "--model.beta", "2.0")
 GRPO = Run("grpo")
@@ -91,7 +92,7 @@ FAILURES: dict[str, Failure] = {
         {"learning rate 1e-4": Run("dpo", DPO), "1e-3": Run("dpo", (*DPO, *rate("1e-3")))},
         (
             ("train/rewards/accuracies", "train/rewards/accuracies", SHARE),
-            ("train/logps/chosen", "train/logps/chosen, nats", None),
+            LOGPS,
             EXACT,
         ),
     ),
@@ -99,8 +100,8 @@ FAILURES: dict[str, Failure] = {
         "SimPO at DPO's learning rate",
         {"learning rate 1e-5": Run("dpo", (*SIMPO, *rate("1e-5"))), "1e-4": Run("dpo", (*SIMPO, *rate("1e-4")))},
         (
-            ("train/rewards/margins", "train/rewards/margins", None),
-            ("train/logps/chosen", "train/logps/chosen, nats", None),
+            ("train/rewards/margins", "train/rewards/margins", (0.0, 3.0)),
+            LOGPS,
             EXACT,
         ),
     ),
@@ -115,12 +116,12 @@ FAILURES: dict[str, Failure] = {
             "right rewards": GRPO,
             "shuffled rewards": Run("grpo", ("--model.rewards", "shuffled_reward.shuffled_exact_match")),
         },
-        (NO_SPREAD, ("train/entropy", "train/entropy, nats", None), EXACT),
+        (NO_SPREAD, ("train/entropy", "train/entropy, nats", (0.0, 0.5)), EXACT),
     ),
     "grpo_collapse": Failure(
         "GRPO at ten times its learning rate",
         {"learning rate 3e-4": GRPO, "3e-3": Run("grpo", rate("3e-3"))},
-        (("train/entropy", "train/entropy, nats", None), NO_SPREAD, EXACT),
+        (("train/entropy", "train/entropy, nats", (0.0, 0.5)), NO_SPREAD, EXACT),
     ),
     "ppo_critic": Failure(
         "PPO whose critic explains nothing",
@@ -136,7 +137,7 @@ FAILURES: dict[str, Failure] = {
             "learning rate 3e-4": Run("dpo", (*DPO, "--model", "KTOModule", *rate("3e-4"))),
             "3e-3": Run("dpo", (*DPO, "--model", "KTOModule", *rate("3e-3"))),
         },
-        (("train/kl", "train/kl", None), ("train/logps/chosen", "train/logps/chosen, nats", None), EXACT),
+        (("train/kl", "train/kl, nats", (0.0, 4.0)), LOGPS, EXACT),
     ),
 }
 

@@ -27,7 +27,7 @@ def test_overview(helped):
     code, text = helped("--help")
     assert code == 0
     assert len(text.splitlines()) <= 40
-    for part in ("pretrain", "SFTModule", "DPOModule", "GRPOModule", "configs/recipes", "fit", "predict", "align list"):
+    for part in ("pretrain", "SFTModule", "DPOModule", "GRPOModule", "--config sft", "fit", "predict", "align list"):
         assert part in text
     assert text.index("pretrain") < text.index("sft") < text.index("dpo") < text.index("grpo")
 
@@ -80,6 +80,7 @@ def test_options_of_a_module(helped, name):
         (["list", "schedules"], ["LinearSchedule"], []),
         (["list", "losses"], ["sppo_hard", "cispo"], []),
         (["list", "presets"], ["dapo", "arXiv:2503.14476", "epsilon_high 0.28"], []),
+        (["list", "recipes"], ["  sft  ", "  lora  ", "  quickstart/sft ", "Supervised fine-tuning of"], ["..."]),
         (["list", "tasks"], ["AdditionCorpus"], []),
     ],
 )

@@ -36,7 +36,8 @@ def chart(title: str, panels: Sequence[Panel], horizontal: str = "optimizer step
         parts.append(f'<path d="M{at} 18h22" stroke="{colours[name]}" stroke-width="3"/>{_text(at + 28, 22, name)}')
         at += 58 + 7 * len(name)
     for number, panel in enumerate(panels):
-        parts.append(f'<g transform="translate({number * (PANEL + GAP)} 0)">{_panel(panel, colours, last, horizontal)}</g>')
+        drawn = _panel(panel, colours, last, horizontal)
+        parts.append(f'<g transform="translate({number * (PANEL + GAP)} 0)">{drawn}</g>')
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" role="img"'
     font = 'font-family="system-ui, sans-serif" font-size="12" fill="none"'
     return "\n".join([f"{opening} {font}>", f"<title>{escape(title)}</title>", *parts, "</svg>", ""])

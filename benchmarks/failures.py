@@ -72,6 +72,8 @@ NO_SPREAD = ("train/frac_reward_zero_std", "train/frac_reward_zero_std", SHARE)
 LOGPS = ("train/logps/chosen", "train/logps/chosen, nats", (-10.0, 0.0))
 DPO = ("--data.train", "{root}/sample_pairs/predictions.jsonl")
 SIMPO = (*DPO, "--model", "CPOModule", "--model.loss", "simpo", "--model.beta", "2.0")
+KTO = (*DPO, "--model", "KTOModule", "--model.beta", "1.0", "--data", "UnpairedDataModule", "--data.batch_size", "64")
+KTO += ("--trainer.gradient_clip_val", "null")
 GRPO = Run("grpo")
 FAILURES: dict[str, Failure] = {
     "sft_by_heart": Failure(
@@ -134,8 +136,8 @@ FAILURES: dict[str, Failure] = {
     "kto_rate": Failure(
         "KTO at ten times its learning rate",
         {
-            "learning rate 3e-4": Run("dpo", (*DPO, "--model", "KTOModule", *rate("3e-4"))),
-            "3e-3": Run("dpo", (*DPO, "--model", "KTOModule", *rate("3e-3"))),
+            "learning rate 3e-4": Run("dpo", (*KTO, *rate("3e-4"))),
+            "3e-3": Run("dpo", (*KTO, *rate("3e-3"))),
         },
         (("train/kl", "train/kl, nats", (0.0, 4.0)), LOGPS, EXACT),
     ),

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart unit test slow browser check lowest newest docs
+.PHONY: setup quickstart unit test slow browser check lowest newest docs wheel
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
@@ -52,6 +52,11 @@ lowest: build/lowest.txt
 
 newest:
 	$(MAKE) unit VENV=.venv-newest CONSTRAINTS=
+
+# Wheel and source distribution in dist/, and that they work where nothing else of this repository is.
+wheel: setup
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
 # Links, anchors and public names are checked; the pages are in site/.
 docs: setup

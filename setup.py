@@ -1,8 +1,14 @@
-"""What pyproject.toml cannot say: the recipes of `configs/` are a folder of the installed package."""
+"""What pyproject.toml cannot say: the folders of `configs/` are packages of data inside the installed one."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
+
+CONFIGS = "alignment_modules.configs"
 
 setup(
-    packages=[*find_packages(include=["alignment_modules*", "datamodules*"]), "alignment_modules.configs"],
-    package_dir={"alignment_modules.configs": "configs"},
+    packages=[
+        *find_packages(include=["alignment_modules*", "datamodules*"]),
+        CONFIGS,
+        *(f"{CONFIGS}.{name}" for name in find_namespace_packages("configs")),
+    ],
+    package_dir={CONFIGS: "configs"},
 )

@@ -8,6 +8,7 @@ import html
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from latex2mathml.converter import convert
@@ -72,9 +73,19 @@ def page_text(path: str) -> str:
     return f"# {path}\n\n{fence}{LANGUAGES[whole.suffix]}\n{text.rstrip()}\n{fence}\n"
 
 
+def in_navigation(entries: Any) -> list[str]:
+    """Every page that the navigation names, in whatever section."""
+    if isinstance(entries, str):
+        return [entries]
+    inside = entries.values() if isinstance(entries, dict) else entries or ()
+    return [place for entry in inside for place in in_navigation(entry)]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds each file of the repository that a page links to, and what those link to in turn."""
+    """Adds each file of the repository that a page or the navigation links to, and what those link to in turn."""
     waiting = [(source_of(file.src_uri), file.content_string) for file in files.documentation_pages()]
+    named = [source_of(place) for place in in_navigation(config.nav) if place.startswith(FOLDER)]
+    waiting.append(("mkdocs.yml", "".join(f"[]({path})" for path in named)))
     while waiting:
         source, text = waiting.pop()
         for path in filter(None, (linked_path(source, match[2]) for match in LINK.finditer(text))):

@@ -1,6 +1,8 @@
 """Help that a person reads: what there is in a line each, and a class's options with their range and meaning."""
 
+import importlib.metadata
 import inspect
+import platform
 import re
 import sys
 import textwrap
@@ -9,6 +11,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
+import alignment_modules
 from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of, takes_classes
 from alignment_modules.cli.recipes import about, recipes
 from alignment_modules.functional import (
@@ -52,6 +55,8 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
     Raises:
         ValueError: If help on a class is asked for that is not there.
     """
+    if given[:1] == ["--version"]:
+        return _versions()
     if given[:1] == ["list"]:
         return _listing(given[1] if len(given) > 1 else "")
     subparsers = getattr(parser, "_subcommands_action", None)
@@ -68,6 +73,11 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
                 return class_list(found, option)
             return class_help(_find(name or found[0].__name__, found, option), option)
     return None
+
+
+def _versions() -> str:
+    libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "transformers")]
+    return f"align {alignment_modules.__version__} ({', '.join(libraries)}, Python {platform.python_version()})"
 
 
 def _overview() -> str:
@@ -95,7 +105,7 @@ To begin with
   align fit --config sft ... --print_config       # what would run
   align fit --model.help GRPOModule               # the options of a class
 
-More: align fit --help"""
+More: align fit --help; align --version"""
 
 
 def options_help(parser: ArgumentParser) -> str:

@@ -16,7 +16,7 @@ README = PAGES["README.md"]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LINKED = PAGES | {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 }
 # Pages that others link to and that are still being written.
 AWAITED = {

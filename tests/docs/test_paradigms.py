@@ -21,7 +21,8 @@ from tests.paradigms import ROWS, build, headed
 
 PAGES = {page.split("/")[-1].removesuffix(".md"): text for page, text in EVERY_PAGE.items() if "/paradigms/" in page}
 PAGES.pop("index", None)
-SECTIONS = ["Loss", "Options", "Metrics", "What is exact", "When to use it", "Learning rates that work"]
+SECTIONS = ["When to use it", "Recipe", "Loss", "Options", "Metrics", "What to watch", "Learning rates that work"]
+SECTIONS += ["What is exact"]
 EVERY = pytest.mark.parametrize("name", PAGES)
 
 
@@ -111,3 +112,27 @@ def test_metrics(tiny_llama, train, name):
     told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged - every
+
+
+@EVERY
+def test_the_recipe_is_the_shipped_one_and_has_what_to_change_first(name):
+    text = section(PAGES[name], "Recipe")
+    assert f"align fit --config {name} --model.policy.path my-model" in text
+    options = set(own_options(get_module_class(name))) | set(inspect.signature(AlignmentModule.__init__).parameters)
+    assert set(re.findall(r"--model\.(\w+)", text)) - {"policy"}
+    assert set(re.findall(r"--model\.(\w+)", text)) <= options
+
+
+@EVERY
+def test_what_to_watch_is_logged(name):
+    """What the signs name is a metric of the page, of every paradigm, or of validation and test."""
+    logged = {metric: stages for cell, *stages in table(METRICS) for metric in names(cell)}
+    told = {metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)}
+    signs = [metric for sign, _, _ in cells(PAGES[name], "What to watch") for metric in names(sign)]
+    assert len(signs) > 3
+    for metric in signs:
+        stage, _, plain = metric.partition("/")
+        if stage in ("val", "test") and plain in logged:
+            continue
+        assert metric in told or logged[metric][0] == "all", metric
+    assert section(PAGES[name], "What to watch").strip().startswith("It goes well when ")

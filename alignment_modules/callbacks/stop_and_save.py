@@ -84,7 +84,7 @@ class StopAndSave(Callback):
             if number != signal.SIGINT and time.monotonic() - self._since < _ECHO_SECONDS:
                 return
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             return
         self._signal, self._since = number, time.monotonic()
         if not self._fitting:

@@ -84,7 +84,7 @@ class StopAndSave(Callback):
             if number != signal.SIGINT and time.monotonic() - self._since < _ECHO_SECONDS:
                 return
             signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            os.kill(os.getpid(), number)
             return
         self._signal, self._since = number, time.monotonic()
         if not self._fitting:

@@ -14,6 +14,7 @@ from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
 from tests.docs.pages import METRICS, MODULES, ROOT, names, section
 from tests.docs.pages import PAGES as EVERY_PAGE
+from tests.docs.pages import PARADIGMS as IN_README
 from tests.docs.pages import cells as table
 from tests.models import MIXTRAL, other_than
 from tests.paradigms import ROWS, build, headed
@@ -44,9 +45,8 @@ def own_options(cls):
 
 def test_every_paradigm_has_a_page_that_the_readme_links_to():
     assert set(PAGES) == {module.paradigm for module in PARADIGMS}
-    for cell, *_ in table(MODULES):
-        [name] = names(cell)
-        assert cell == f"[`{name}`](docs/paradigms/{name}.md)"
+    for text, folder in ((IN_README, "docs/paradigms/"), (MODULES, "")):
+        assert [row[0] for row in table(text)] == [f"[`{name}`]({folder}{name}.md)" for name in ROWS]
 
 
 @EVERY

@@ -155,15 +155,22 @@ class Failures(Methods):
 
     def curves(self, run: Run) -> Curves:
         """What a run logged, by metric; it is trained where it has not finished yet."""
-        folder = self.root / "failures" / slug("-".join((run.config, run.start, *run.options)).replace("{root}/", ""))
-        kept = folder / "curves.json"
+        kept = self.folder(run) / "curves.json"
         if not kept.exists():
-            options = [*run.options, *self.watched(run), "--model.policy", str(self.root / run.start / "export")]
-            options += ["--trainer.default_root_dir", str(folder), "--seed_everything", str(self.seed)]
-            options += ["--data.seed", str(self.seed), "--trainer.log_every_n_steps", "2"]
-            self.chain.align("fit", run.config, *(option.format(root=self.root) for option in options))
-            kept.write_text(json.dumps(logged(folder)))
+            self.chain.align("fit", run.config, *self.arguments(run))
+            kept.write_text(json.dumps(logged(kept.parent)))
         return json.loads(kept.read_text())
+
+    def folder(self, run: Run) -> Path:
+        """Where a run writes."""
+        return self.root / "failures" / slug("-".join((run.config, run.start, *run.options)).replace("{root}/", ""))
+
+    def arguments(self, run: Run) -> list[str]:
+        """What `align fit` is given besides the configuration."""
+        options = [*run.options, *self.watched(run), "--model.policy", str(self.root / run.start / "export")]
+        options += ["--trainer.default_root_dir", str(self.folder(run)), "--seed_everything", str(self.seed)]
+        options += ["--data.seed", str(self.seed), "--trainer.log_every_n_steps", "2"]
+        return [option.format(root=self.root) for option in options]
 
     def watched(self, run: Run) -> list[str]:
         """Options of the validation: greedy answers, and of SFT the likelihood of right ones."""

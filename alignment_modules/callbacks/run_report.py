@@ -30,21 +30,19 @@ _SHOWN = {  # metrics of the summary, and which of their values is the best
     "val/reward": _MOST,
     "val/exact_match": _MOST,
 }
-_ACT = "align fit --config configs/recipes/grpo.yaml --model.policy.path {export} --data.train QUESTIONS"
+_ACT = "align fit --config grpo --model.policy.path {export} --data.train QUESTIONS"
 _NEXT = {  # what one usually does with the exported policy
-    "pretrain": "align fit --config configs/recipes/sft.yaml --model.policy.path {export} --data.train DEMONSTRATIONS",
-    "sft": "align fit --config configs/recipes/dpo.yaml --model.policy.path {export} --data.train PAIRS",
-    "reward": "align fit --config configs/recipes/grpo.yaml --model.policy.path POLICY --model.rewards {export} "
-    "--data.train QUESTIONS",
+    "pretrain": "align fit --config sft --model.policy.path {export} --data.train DEMONSTRATIONS",
+    "sft": "align fit --config dpo --model.policy.path {export} --data.train PAIRS",
+    "reward": "align fit --config grpo --model.policy.path POLICY --model.rewards {export} --data.train QUESTIONS",
     "dpo": _ACT,
     "orpo": _ACT,
     "cpo": _ACT,
     "kto": _ACT,
     "distillation": _ACT,
-    "online_dpo": "align test --config configs/recipes/online_dpo.yaml --model.policy.path {export} --data.test "
-    "QUESTIONS",
-    "grpo": "align test --config configs/recipes/grpo.yaml --model.policy.path {export} --data.test QUESTIONS",
-    "ppo": "align test --config configs/recipes/ppo.yaml --model.policy.path {export} --data.test QUESTIONS",
+    "online_dpo": "align test --config online_dpo --model.policy.path {export} --data.test QUESTIONS",
+    "grpo": "align test --config grpo --model.policy.path {export} --data.test QUESTIONS",
+    "ppo": "align test --config ppo --model.policy.path {export} --data.test QUESTIONS",
 }
 
 

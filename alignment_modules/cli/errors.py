@@ -25,6 +25,7 @@ from alignment_modules.cli.commands import COMMANDS
 from alignment_modules.cli.given import configs, given_options
 from alignment_modules.cli.help import print_help
 from alignment_modules.cli.mistakes import allowed, close, mistakes
+from alignment_modules.cli.recipes import find_configs, without_config
 from alignment_modules.cli.repeated_keys import RepeatedKeyError, refuse_in_options, refuse_repeated_keys
 
 _WRAPPING = (
@@ -67,6 +68,7 @@ class AlignArgumentParser(LightningArgumentParser):
         self._given = [str(argument) for argument in given]
         try:
             print_help(self, self._given)
+            self._given = find_configs(self._given, self._folder)
         except ValueError as error:
             self._refuse(str(error))
         self._refuse_bases()
@@ -109,6 +111,10 @@ class AlignArgumentParser(LightningArgumentParser):
                 found = "is empty" if options is None else f"holds a {type(options).__name__}"
                 self._refuse(f"--config={path}: must be a YAML file of options such as 'model: ...', but {found}")
         return super().parse_path(path, *more, **keywords)
+
+    def parse_string(self, content: str, path: Any = "", *more: Any, **keywords: Any) -> Any:
+        """Parses the text of a file, whose key `config` `parse_args` has followed."""
+        return super().parse_string(without_config(content) if path else content, path, *more, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what was wrong, what is allowed and where to read more, and exits with 2."""

@@ -1,16 +1,19 @@
 """Help that a person reads: what there is in a line each, and a class's options with their range and meaning."""
 
+import importlib.metadata
 import inspect
+import platform
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
+import alignment_modules
 from alignment_modules.cli.classes import OURS, choices, import_path, last, options_of, path_of, takes_classes
+from alignment_modules.cli.recipes import about, recipes
 from alignment_modules.functional import (
     LOSS_REDUCTIONS,
     PREFERENCE_LOSSES,
@@ -27,6 +30,7 @@ _WIDTH = 120
 _INDENT = 26
 _KINDS = {"modules": "model", "data": "data", "tasks": "data.train", "schedules": "lr_scheduler"}
 _KINDS |= {name: name for name in ("rewards", "callbacks")}
+_LISTS = ("recipes", "losses", "presets")
 _COMMANDS = {
     "fit": "train; writes below trainer.default_root_dir",
     "validate": "the objective on data.validation",
@@ -37,7 +41,7 @@ _COMMANDS = {
     "generate": "complete prompts, or make data of them: align generate --policy runs/sft/export '1+1='",
     "export": "a run's checkpoint as a folder in Hugging Face format: align export runs/sft OUT",
     "cache": "tokenised tables on disk, and their removal: align cache --clear 30",
-    "list": f"what there is: align list {' | '.join([*_KINDS, 'losses', 'presets'])}",
+    "list": f"what there is: align list {' | '.join([*_KINDS, *_LISTS])}",
 }
 
 
@@ -51,6 +55,8 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
     Raises:
         ValueError: If help on a class is asked for that is not there.
     """
+    if given[:1] == ["--version"]:
+        return _versions()
     if given[:1] == ["list"]:
         return _listing(given[1] if len(given) > 1 else "")
     subparsers = getattr(parser, "_subcommands_action", None)
@@ -69,41 +75,43 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
     return None
 
 
+def _versions() -> str:
+    libraries = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "transformers")]
+    return f"align {alignment_modules.__version__} ({', '.join(libraries)}, Python {platform.python_version()})"
+
+
 def _overview() -> str:
     modules = {c.paradigm: c for c in PARADIGMS}
     paradigms = "\n".join(
         _entry(name, _cut(f"{c.__name__}: {_summary(c)}", _WIDTH - _INDENT)) for name, c in modules.items()
     )
-    recipes = ", ".join(sorted(path.stem for path in Path("configs/recipes").glob("*.yaml")))
-    shown = (
-        f"configs/recipes/NAME.yaml: {recipes}" if recipes else "configs/recipes/*.yaml of this project's repository"
-    )
+    names = ", ".join(name for name in recipes() if "/" not in name)
     commands = "\n".join(_entry(name, text) for name, text in _COMMANDS.items())
-    return f"""usage: align COMMAND --config FILE [--config FILE ...] [--OPTION VALUE ...]
+    return f"""usage: align COMMAND --config NAME_OR_FILE [--config NAME_OR_FILE ...] [--OPTION VALUE ...]
 
 Post-training of language models.
 
 Paradigms (model.class_path)
 {paradigms}
 
-Recipes
-  {shown}
+Recipes (--config NAME; more of them, and what each is: align list recipes)
+  {names}
 
 Commands
 {commands}
 
 To begin with
-  align fit --config configs/recipes/sft.yaml --model.policy.path MODEL --data.train data.jsonl
-  align fit --config configs/recipes/sft.yaml ... --print_config     # what would run
-  align fit --model.help GRPOModule                                  # the options of a class
+  align fit --config sft --model.policy.path MODEL --data.train data.jsonl
+  align fit --config sft ... --print_config       # what would run
+  align fit --model.help GRPOModule               # the options of a class
 
-More: align fit --help"""
+More: align fit --help; align --version"""
 
 
 def options_help(parser: ArgumentParser) -> str:
     """The options of a subcommand in a line each, those of classes by where to find them."""
     lines = [
-        f"usage: {parser.prog.replace(' [options]', '')} --config FILE [--OPTION VALUE ...]",
+        f"usage: {parser.prog.replace(' [options]', '')} --config NAME_OR_FILE [--OPTION VALUE ...]",
         "",
         "The model, the data and what belongs to them (as in a file: `model: {class_path: ..., init_args: ...}`)",
     ]
@@ -180,8 +188,10 @@ def _listing(kind: str) -> str:
         return "\n".join(f"{name}: {', '.join(losses)}" for name, losses in found.items())
     if kind == "presets":
         return "\n".join(_entry(name, Settings(name, {}).describe().partition(" ")[2]) for name in PRESETS)
+    if kind == "recipes":
+        return "\n".join(_entry(name, _cut(about(path), _WIDTH - _INDENT)) for name, path in recipes().items())
     if kind not in _KINDS:
-        raise ValueError(f"{f'align list {kind}'.rstrip()}: must be one of {', '.join([*_KINDS, 'losses', 'presets'])}")
+        raise ValueError(f"{f'align list {kind}'.rstrip()}: must be one of {', '.join([*_KINDS, *_LISTS])}")
     option = _KINDS[kind]
     option = f"model.{option}" if option in ("rewards", "lr_scheduler") else option
     return class_list(choices(option), f"trainer.{option}" if option == "callbacks" else option)

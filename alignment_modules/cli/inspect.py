@@ -17,7 +17,7 @@ from alignment_modules.cli.inspection.text import show
 from alignment_modules.functional.ranges import Natural, check_options
 from alignment_modules.policies.weights import without_weights
 
-HELP = """usage: align inspect --config FILE [--OPTION VALUE ...] [--rows N] [--html FILE] [--completion TEXT]
+HELP = """usage: align inspect --config NAME_OR_FILE [--OPTION VALUE ...] [--rows N] [--html FILE] [--completion TEXT]
 
 Shows what a model will see, before training. Takes the options of `align fit`, trains nothing, reads no weights of a
 model (its config.json is enough) and writes nothing but FILE.
@@ -34,7 +34,7 @@ tokenizer that does not fit the model), with the same message, and else 0. Not c
 checkpoints, what callbacks and the evaluation need, and whether activations fit into memory.
 
 To begin with
-  align inspect --config configs/recipes/sft.yaml --model.policy.path MODEL --data.train data.jsonl
+  align inspect --config sft --model.policy.path MODEL --data.train data.jsonl
 
 The other options: align fit --help"""
 

@@ -40,7 +40,10 @@ from alignment_modules.functional.head_chunks import (
 from alignment_modules.functional.ranges import Positive, Range, check_options
 
 Divergence = Literal["forward", "reverse", "jsd"]
+"""Names of the divergences; see the module's table."""
+
 JsdBeta = Annotated[float, Range(0.05, 0.95)]
+"""Share of the teacher in the mixture of "jsd"."""
 
 
 def distribution_divergence(

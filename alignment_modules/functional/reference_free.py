@@ -16,6 +16,8 @@ from alignment_modules.functional.preference_losses import LOSSES
 from alignment_modules.functional.ranges import Finite, NonNegative, Positive, Range, check_options
 
 ReferenceFreeLoss = Literal["sigmoid", "hinge", "ipo", "simpo"]
+"""One of `REFERENCE_FREE_LOSSES`, as a type."""
+
 REFERENCE_FREE_LOSSES = get_args(ReferenceFreeLoss)
 """Names that `reference_free_loss` takes."""
 

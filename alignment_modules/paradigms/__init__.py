@@ -45,6 +45,8 @@ PARADIGMS: tuple[type[AlignmentModule], ...] = (
     GRPOModule,
     PPOModule,
 )
+"""The modules of all paradigms, in the order in which they are listed."""
+
 _MODULES = {module.paradigm: module for module in PARADIGMS}
 
 

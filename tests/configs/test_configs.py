@@ -58,7 +58,7 @@ def test_there_is_a_recipe_for_every_paradigm():
 def test_header_gives_the_launch_command(path):
     header = "".join(line.lstrip("#").strip(" ") for line in path.read_text().splitlines(True) if line.startswith("#"))
     command = header[header.index("align fit") :].split("\n\n")[0]
-    assert f"--config configs/{path.parent.name}/{path.name}" in command
+    assert f"--config {path.stem} " in command
     assert "--model.policy.path MODEL" in command
     assert "--data.train data.jsonl" in command
 

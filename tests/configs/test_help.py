@@ -1,10 +1,12 @@
 """Help fits a screen or two, says what there is, and shows every option of a class with its range."""
 
 import contextlib
+import importlib.metadata
 import io
 import re
 
 import pytest
+import torch
 
 from alignment_modules.cli.errors import AlignArgumentParser
 from alignment_modules.cli.help import help_for
@@ -27,9 +29,15 @@ def test_overview(helped):
     code, text = helped("--help")
     assert code == 0
     assert len(text.splitlines()) <= 40
-    for part in ("pretrain", "SFTModule", "DPOModule", "GRPOModule", "configs/recipes", "fit", "predict", "align list"):
+    for part in ("pretrain", "SFTModule", "DPOModule", "GRPOModule", "--config sft", "fit", "predict", "align list"):
         assert part in text
     assert text.index("pretrain") < text.index("sft") < text.index("dpo") < text.index("grpo")
+
+
+def test_version(helped):
+    code, text = helped("--version")
+    assert code == 0
+    assert text.startswith(f"align {importlib.metadata.version('alignment-modules')} (torch {torch.__version__}, ")
 
 
 def test_losses(helped):
@@ -80,6 +88,7 @@ def test_options_of_a_module(helped, name):
         (["list", "schedules"], ["LinearSchedule"], []),
         (["list", "losses"], ["sppo_hard", "cispo"], []),
         (["list", "presets"], ["dapo", "arXiv:2503.14476", "epsilon_high 0.28"], []),
+        (["list", "recipes"], ["  sft  ", "  lora  ", "  quickstart/sft ", "Supervised fine-tuning of"], ["..."]),
         (["list", "tasks"], ["AdditionCorpus"], []),
     ],
 )

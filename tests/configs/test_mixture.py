@@ -83,10 +83,7 @@ def test_the_recipe_trains_each_source_on_its_own_rewards(align, files, model_fo
 def test_the_header_gives_the_launch_command():
     lines = (CONFIGS / "data" / "mixture.yaml").read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
-    assert (
-        "align fit --config configs/recipes/grpo.yaml --config configs/data/mixture.yaml --model.policy.path MODEL"
-        in header
-    )
+    assert "align fit --config grpo --config data/mixture --model.policy.path MODEL" in header
     options = [line.strip(" -") for line in lines if line.strip() and not line.startswith("#")]
     bare = [one for one in options if "#" not in one and not one.endswith(":") and "class_path" not in one]
     assert not bare

@@ -15,7 +15,9 @@ QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_p
 
 
 def test_the_command_runs(align, workplace, capfd):  # noqa: F811
-    arguments = COMMAND.replace("\\\n", " ").replace("MODEL", "policy").replace("documents.jsonl", "text.jsonl").split()
+    arguments = (
+        COMMAND.replace("\\\n", " ").replace("my-model", "policy").replace("documents.jsonl", "text.jsonl").split()
+    )
     arguments = [str(ROOT / word) if word.startswith("configs/") else word for word in arguments[1:]]
     done = align(*arguments, *QUIET, "--trainer.enable_model_summary=false")
     assert done.code == 0, done.error
@@ -43,8 +45,8 @@ def test_a_run_tells_of_a_stream(align, workplace):  # noqa: F811
 
 def test_the_code_runs(workplace):  # noqa: F811
     [code] = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
-    names = {"MODEL": str(workplace / "policy")}
-    exec(code, names)
+    names = {}
+    exec(code.replace("my-model", str(workplace / "policy")), names)
     data = names["data"]
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["input_ids"].shape[0] == 8

@@ -161,7 +161,7 @@ OPTIONS = {
         "sft", ["--trainer.max_epochs", "few"], ["--trainer.max_epochs=few", "an integer or null"], PARSING
     ),
     "a configuration that is not there": Case(
-        "sft", ["-c", "nowhere.yaml"], ["config", "does not exist", "nowhere.yaml"], PARSING
+        "sft", ["-c", "nowhere.yaml"], ["--config=nowhere.yaml", "no such file"], PARSING
     ),
     "a configuration that is no YAML": Case("sft", ["-c", "bad/broken.yaml"], ["bad/broken.yaml", "line 2"], PARSING),
     "an empty configuration": Case("sft", ["-c", "bad/nothing.yaml"], ["--config=bad/nothing.yaml", "empty"], PARSING),

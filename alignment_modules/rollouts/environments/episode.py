@@ -14,6 +14,7 @@ StopReason = Literal["answer", "max_turns", "max_tool_calls", "length", "context
 longest length."""
 
 STOP_REASONS: tuple[StopReason, ...] = get_args(StopReason)
+"""Every reason for which an episode ends."""
 
 
 @dataclass(frozen=True)

@@ -8,29 +8,25 @@ import re
 import pytest
 import torch
 
-import alignment_modules
-import datamodules
 from alignment_modules import AlignmentModule, get_module_class
 from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
+from tests.docs.pages import METRICS, MODULES, names, section
+from tests.docs.pages import PAGES as EVERY_PAGE
+from tests.docs.pages import cells as table
 from tests.models import MIXTRAL, other_than
 from tests.paradigms import ROWS, build, headed
-from tests.test_readme import ROOT, names, table
 
-PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "paradigms").glob("*.md"))}
+PAGES = {page.split("/")[-1].removesuffix(".md"): text for page, text in EVERY_PAGE.items() if "/paradigms/" in page}
+PAGES.pop("index", None)
 SECTIONS = ["Loss", "Options", "Metrics", "What is exact", "When to use it", "Learning rates that work"]
 EVERY = pytest.mark.parametrize("name", PAGES)
 
 
-def section(page, heading):
-    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
 def cells(page, heading):
-    """Rows of the first table below a heading, as lists of cells."""
-    block = next(part for part in section(page, heading).strip().split("\n\n") if part.startswith("|"))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+    """Rows of the first table below a heading."""
+    return table(section(page, heading))
 
 
 def own_options(cls):
@@ -47,7 +43,7 @@ def own_options(cls):
 
 def test_every_paradigm_has_a_page_that_the_readme_links_to():
     assert set(PAGES) == {module.paradigm for module in PARADIGMS}
-    for cell, *_ in table("Modules"):
+    for cell, *_ in table(MODULES):
         [name] = names(cell)
         assert cell == f"[`{name}`](docs/paradigms/{name}.md)"
 
@@ -105,7 +101,7 @@ def further(name, policy, train):
 
 @EVERY
 def test_metrics(tiny_llama, train, name):
-    every = {metric for cell, stages, *_ in table("Metrics") if stages == "all" for metric in names(cell)} - {"loss"}
+    every = {metric for cell, stages, *_ in table(METRICS) if stages == "all" for metric in names(cell)} - {"loss"}
     fresh = lambda: headed(name, copy.deepcopy(tiny_llama))  # noqa: E731
     logged = further(name, fresh(), train)
     for variant, options in [("", {}), *ROWS[name].variants.items()]:
@@ -115,14 +111,3 @@ def test_metrics(tiny_llama, train, name):
     told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged - every
-
-
-@EVERY
-def test_what_it_refers_to_exists(name):
-    page = PAGES[name]
-    for target in re.findall(r"\]\(([^)#]+)", page):
-        assert target.startswith("https://") or (ROOT / "docs" / "paradigms" / target).exists(), target
-    for path in re.findall(r"\b(?:tests|configs|examples|benchmarks)/[\w./]*\w", page):
-        assert (ROOT / path).exists(), path
-    for module in re.findall(r"`(\w+Module)`", page):
-        assert hasattr(alignment_modules, module) or hasattr(datamodules, module), module

@@ -61,6 +61,22 @@ def test_the_loss_falls(name, tmp_path):
     assert float(found[0]) < 0.2  # guessing among 32 tokens costs 3.47
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    losses = [
+        [
+            *map(
+                float,
+                re.findall(r"^step \d: (\S+)$", run("two_processes", tmp_path, f"--processes={count}"), flags=re.M),
+            )
+        ]
+        for count in (1, 2)
+    ]
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
 def test_spell_backward_runs(tmp_path):
     out = run("spell_backward", tmp_path, "--sft-steps=2", "--grpo-steps=1")

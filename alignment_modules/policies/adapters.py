@@ -23,6 +23,7 @@ from alignment_modules.policies.quantization import (
     quantized_layers,
 )
 from alignment_modules.policies.sharded import whole_copy
+from alignment_modules.policies.weights import has_weights
 
 START = "start"
 """Name of the adapter that takes away what a policy's adapters start with (`adapter_start`)."""
@@ -277,7 +278,7 @@ def merged_copy(policy: nn.Module) -> nn.Module:
         return copy.deepcopy(merged_state(policy)[0])  # which shares what was not adapted
     check_mergeable(policy)
     twin: Any = copy.deepcopy(policy)
-    return twin.merge_and_unload(safe_merge=True)
+    return twin.merge_and_unload(safe_merge=has_weights(twin))  # shapes alone are always finite
 
 
 def _merged_layer(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:

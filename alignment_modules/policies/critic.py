@@ -19,9 +19,10 @@ from alignment_modules.policies.input_start import is_marked, start_later
 from alignment_modules.policies.load import build_policy
 from alignment_modules.policies.offloading import offload_as
 from alignment_modules.policies.probing import prepare
-from alignment_modules.policies.quantization import carry_marks, quantized_layers
+from alignment_modules.policies.quantization import carry_marks, carry_shapes, quantized_layers
 from alignment_modules.policies.reading import Reading
 from alignment_modules.policies.value_head import ValueHead
+from alignment_modules.policies.weights import building_device
 
 
 def build_critic(critic: str | PolicyConfig | nn.Module | None, policy: nn.Module) -> nn.Module:
@@ -84,6 +85,8 @@ def scalar_copy(policy: nn.Module, *, dequantize: bool = False) -> nn.Module:
         twin = copy.deepcopy(policy).unload()  # type: ignore[operator]
     else:
         twin = merged_copy(policy)
+    if has_adapter(policy) and not dequantize and adapter_is_identity(policy):
+        carry_shapes(policy.get_base_model(), twin)  # type: ignore[operator]
     config = twin.config
     config.num_labels = 1
     try:
@@ -152,7 +155,9 @@ def shared_head(policy: nn.Module) -> ValueHead:
     Raises:
         ValueError: If the policy's hidden states cannot be told from its outputs.
     """
-    return ValueHead(_head_of(policy, "critic='shared' is a head on the policy's trunk").in_features)
+    width = _head_of(policy, "critic='shared' is a head on the policy's trunk").in_features
+    with building_device():
+        return ValueHead(width)
 
 
 def as_classifier(policy: nn.Module, head: ValueHead) -> nn.Module:

@@ -362,6 +362,19 @@ def mark_shapes(model: nn.Module, name: str) -> None:
             layer.weight.packed_bytes = round(layer.weight.numel() * _BYTES[name])  # type: ignore[attr-defined]
 
 
+def carry_shapes(model: nn.Module, twin: nn.Module) -> None:
+    """Notes on the copy of a model what `mark_shapes` noted on that: copies of a parameter lose it.
+
+    Args:
+        model: The original, whose layers may have adapters.
+        twin: Its copy without adapters.
+    """
+    own = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in twin.named_parameters():
+        if (noted := getattr(own.get(name), "packed_bytes", None)) is not None:
+            parameter.packed_bytes = noted  # type: ignore[attr-defined]
+
+
 def bytes_of(tensor: Any) -> int:
     """Bytes that a tensor takes; of one that `mark_shapes` marked those that it would take."""
     marked = getattr(tensor, "packed_bytes", None)

@@ -280,6 +280,25 @@ def test_memory_is_that_of_the_model(inspected, model_folder):
     assert figure(sgd.out, "Memory of a device", "optimizer") == "0"
 
 
+def test_memory_of_a_critic(inspected):
+    """A copy is trained beside the policy, with adapters of its own under LoRA; a shared one is a head."""
+
+    def held(*more):
+        found = inspected("ppo", *more, "--rows=0")
+        assert found.code == 0, found.err
+        names = ("weights", "gradients", "optimizer", "frozen")
+        return [float(figure(found.out, "Memory of a device", name)) for name in names]
+
+    weights, gradients, optimizer, reference = held()
+    assert weights == gradients == pytest.approx(optimizer / 2, rel=0.01)
+    assert 1.5 * reference < weights < 2 * reference  # the critic has a smaller head
+    alone, _, state, same = held("--model.critic=shared")
+    assert (alone, state, same) == pytest.approx((reference, 2 * reference, reference), rel=0.01)
+    adapters, _, _, bases = held(f"--config={OVERLAYS / 'lora.yaml'}")
+    assert adapters > 0
+    assert bases == pytest.approx(weights, rel=0.01)  # no reference of its own
+
+
 def test_memory_of_what_processes_share(inspected):
     """Each holds its part of weights, gradients, optimizer states and a reference."""
     sharded = ("--trainer.devices=2", "--trainer.strategy=fsdp2")

@@ -19,14 +19,7 @@ LINKED = PAGES | {
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 }
 # Pages that others link to and that are still being written.
-AWAITED = {
-    f"docs/{name}.md"
-    for name in (
-        "accuracy", "api/index", "coming_from", "command_line", "distributed", "evaluation", "exactness", "extending",
-        "formats", "glossary", "index", "lightning", "metrics", "paradigms/index", "references", "resume", "rewards",
-        "scoring", "steps", "troubleshooting",
-    )
-}  # fmt: skip
+AWAITED = {f"docs/{name}.md" for name in ("coming_from", "glossary", "troubleshooting")}
 
 
 @dataclass(frozen=True)
@@ -38,16 +31,27 @@ class Setting:
         session: Whether its Python blocks share their names, as in one session.
         files: Further files of its folder, by name.
         elsewhere: Kinds of blocks that another test runs, which needs more than a user's folder.
+        writes: Files that its commands leave, as patterns: a later command moves an earlier run aside.
     """
 
     fits: bool = False
     session: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    writes: tuple[str, ...] = ()
 
 
 SETTINGS = {
-    "README.md": Setting(fits=True),
+    "README.md": Setting(fits=True, writes=("runs/grpo*/test.jsonl",)),
+    "docs/command_line.md": Setting(
+        writes=(
+            *(f"runs/sft*/{name}" for name in ("predictions.jsonl", "test.jsonl", "export/README.md")),
+            *(f"runs/grpo*/{name}" for name in ("samples.jsonl", "samples.html")),
+            "made-pairs.jsonl",
+            "runs/dpo-lora/export/config.json",
+            "sft-last/config.json",
+        )
+    ),
     "docs/data.md": Setting(session=True),
     "docs/environments.md": Setting(session=True, elsewhere={"sh": "tests/cli/test_looking_at_episodes.py"}),
 }
@@ -109,7 +113,9 @@ def anchors(text):
     return found
 
 
-MODULES = section(README, "Modules")
-FORMATS = section(README, "Bring your data")
-METRICS = section(README, "Metrics")
-HOOKS = re.search(r"### Hooks of a subclass\n\n.*?\n\n", README, flags=re.DOTALL)[0]
+PARADIGMS = section(README, "Paradigms")
+MODULES = section(PAGES["docs/paradigms/index.md"], "Modules")
+FORMATS = section(PAGES["docs/formats.md"], "Formats")
+METRICS = section(PAGES["docs/metrics.md"], "All metrics")
+HOOKS = section(PAGES["docs/extending.md"], "Hooks of a subclass").split("```")[0]
+COMMANDS = PAGES["docs/command_line.md"].split("\n## ")[0]

@@ -20,8 +20,11 @@ from tests.docs.pages import ROOT
 QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 STOPS = re.compile(r"^--(print_config|help|\w+\.help|(\w+\.)*help)(=|$)|^-h$")
-# What needs more than this process; other tests run it.
-SEVERAL = re.compile(r"--trainer\.(devices|num_nodes|strategy)|strategies/(ddp|fsdp2)\.yaml|engines/vllm\.yaml")
+# What needs more than this process, or minutes; other tests run it.
+LARGE = re.compile(
+    r"--trainer\.(devices|num_nodes|strategy)|--config[ =](\S*/)?(ddp|fsdp2)\b"
+    r"|--config[ =](configs/)?(engines|quickstart|environments)/"
+)
 ONLINE = re.compile(r"\b(grpo|ppo|online_dpo)\b")
 # Programs of others, or of the shell: what they do is not told by this project.
 OTHERS = ("cd", "chromium", "export", "git", "ls", "mkdir", "pytest", "source", "tensorboard", "unzip", "vllm")
@@ -96,11 +99,10 @@ def run_align(line, arguments, *, fits):
     if name == "list" or any(STOPS.match(word) for word in arguments):
         stops(arguments)
     elif name in SUBCOMMANDS:
-        if not fits or SEVERAL.search(line):
+        if not fits or LARGE.search(line):
             stops([*arguments, "--print_config"])
             return
         short = ["--model.max_completion_length=4"] if ONLINE.search(line) else []
-        short += [] if "recipes/" in line or "--trainer.max_" in line else ["--trainer.max_steps=2"]
         assert run_cli([*arguments, *QUIET, *short]).trainer.state.finished, line
     else:
         assert name in COMMANDS, line

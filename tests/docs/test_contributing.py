@@ -6,24 +6,19 @@ import sys
 from pathlib import Path
 
 from alignment_modules.cli import run_cli
-from tests.docs.pages import CONTRIBUTING, ROOT, titled
+from tests.docs.pages import CONTRIBUTING, PAGES, ROOT, titled
 from tests.docs.running import QUIET
 
 
 def test_contributing_example(enter, tmp_path, monkeypatch):
-    """The paradigm that CONTRIBUTING adds: its file passes its test and trains by its configuration."""
+    """The paradigm of docs/extending.md passes the test that CONTRIBUTING shows, and trains by its configuration."""
     enter("README.md")
-    files = titled(CONTRIBUTING, "python") | titled(CONTRIBUTING, "yaml")
-    assert set(files) == {
-        "alignment_modules/paradigms/unlikelihood.py",
-        "tests/modules/test_unlikelihood.py",
-        "configs/recipes/unlikelihood.yaml",
-    }
+    page = PAGES["docs/extending.md"]
+    files = titled(CONTRIBUTING, "python") | titled(page, "python") | titled(page, "yaml")
+    assert set(files) == {"unlikelihood.py", "unlikelihood.yaml", "my_module.py", "tests/modules/test_unlikelihood.py"}
     (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
     for path, text in files.items():
-        text = text.replace("alignment_modules.paradigms.unlikelihood", "unlikelihood").replace(
-            "class_path: Unlikelihood", "class_path: unlikelihood.Unlikelihood"
-        )
+        text = text.replace("alignment_modules.paradigms.unlikelihood", "unlikelihood")
         (tmp_path / Path(path).name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_unlikelihood.py"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}

@@ -33,10 +33,12 @@ PARSED = [page for page in WITH_COMMANDS if not setting(page).fits]
 
 @pytest.mark.parametrize("page", RUN)
 def test_every_command_runs_in_the_order_of_the_text(page, enter, earlier_runs, monkeypatch):
-    enter(page)
+    folder = enter(page)
     for line in commands(PAGES[page]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("1+1=\n/quit\n"))  # what is said in `align chat`
         run_line(line, fits=True, before=earlier_runs)
+    for pattern in setting(page).writes:
+        assert list(folder.glob(pattern)), pattern
 
 
 @pytest.mark.parametrize("page", PARSED)

@@ -14,13 +14,15 @@ from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
 from tests.docs.pages import METRICS, MODULES, names, section
 from tests.docs.pages import PAGES as EVERY_PAGE
+from tests.docs.pages import PARADIGMS as IN_README
 from tests.docs.pages import cells as table
 from tests.models import MIXTRAL, other_than
 from tests.paradigms import ROWS, build, headed
 
 PAGES = {page.split("/")[-1].removesuffix(".md"): text for page, text in EVERY_PAGE.items() if "/paradigms/" in page}
 PAGES.pop("index", None)
-SECTIONS = ["Loss", "Options", "Metrics", "What is exact", "When to use it", "Learning rates that work"]
+SECTIONS = ["When to use it", "Recipe", "Loss", "Options", "Metrics", "What to watch", "Learning rates that work"]
+SECTIONS += ["What is exact"]
 EVERY = pytest.mark.parametrize("name", PAGES)
 
 
@@ -43,9 +45,8 @@ def own_options(cls):
 
 def test_every_paradigm_has_a_page_that_the_readme_links_to():
     assert set(PAGES) == {module.paradigm for module in PARADIGMS}
-    for cell, *_ in table(MODULES):
-        [name] = names(cell)
-        assert cell == f"[`{name}`](docs/paradigms/{name}.md)"
+    for text, folder in ((IN_README, "docs/paradigms/"), (MODULES, "")):
+        assert [row[0] for row in table(text)] == [f"[`{name}`]({folder}{name}.md)" for name in ROWS]
 
 
 @EVERY
@@ -111,3 +112,27 @@ def test_metrics(tiny_llama, train, name):
     told = [metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)]
     assert len(told) == len(set(told))
     assert set(told) == logged - every
+
+
+@EVERY
+def test_the_recipe_is_the_shipped_one_and_has_what_to_change_first(name):
+    text = section(PAGES[name], "Recipe")
+    assert f"align fit --config {name} --model.policy.path my-model" in text
+    options = set(own_options(get_module_class(name))) | set(inspect.signature(AlignmentModule.__init__).parameters)
+    assert set(re.findall(r"--model\.(\w+)", text)) - {"policy"}
+    assert set(re.findall(r"--model\.(\w+)", text)) <= options
+
+
+@EVERY
+def test_what_to_watch_is_logged(name):
+    """What the signs name is a metric of the page, of every paradigm, or of validation and test."""
+    logged = {metric: stages for cell, *stages in table(METRICS) for metric in names(cell)}
+    told = {metric for cell, _ in cells(PAGES[name], "Metrics") for metric in names(cell)}
+    signs = [metric for sign, _, _ in cells(PAGES[name], "What to watch") for metric in names(sign)]
+    assert len(signs) > 3
+    for metric in signs:
+        stage, _, plain = metric.partition("/")
+        if stage in ("val", "test") and plain in logged:
+            continue
+        assert metric in told or logged[metric][0] == "all", metric
+    assert section(PAGES[name], "What to watch").strip().startswith("It goes well when ")

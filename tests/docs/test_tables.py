@@ -11,11 +11,12 @@ import datamodules
 from alignment_modules import GRPOModule, get_module_class
 from alignment_modules.callbacks.tensorboard import tag_of
 from alignment_modules.cli import run_cli
+from alignment_modules.cli.commands import COMMANDS
 from datamodules.rows import formats
 from tests.docs import pages
 from tests.docs.conftest import FILES
 from tests.docs.pages import cells, names
-from tests.docs.running import QUIET
+from tests.docs.running import QUIET, SUBCOMMANDS
 from tests.paradigms import ROWS
 
 PARADIGMS = {name: row.source for name, row in ROWS.items()}
@@ -61,6 +62,13 @@ def test_formats(row, model_folder):
         else:
             with pytest.raises(ValueError, match="has the columns"):
                 data.setup("fit")
+
+
+def test_every_command_is_in_the_table():
+    rows = cells(pages.COMMANDS)
+    assert {names(row[0])[0] for row in rows} == {*SUBCOMMANDS, *COMMANDS, "list"}
+    shown = {line.split()[1] for line in pages.commands(pages.PAGES["docs/command_line.md"])}
+    assert shown == {names(row[0])[0] for row in rows}
 
 
 def test_hooks_exist():

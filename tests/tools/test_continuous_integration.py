@@ -73,6 +73,15 @@ def test_actions_are_pinned(name):
         assert re.fullmatch(r"actions/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})", action), action
 
 
+def test_every_python_that_the_package_names_is_tested():
+    prefix = "Programming Language :: Python :: 3."
+    named = {f"3.{text.removeprefix(prefix)}" for text in PROJECT["project"]["classifiers"] if text.startswith(prefix)}
+    tested = yaml.safe_load(WORKFLOWS["ci.yml"])["jobs"]["make"]["strategy"]["matrix"]
+    assert set(tested["python"]) == named
+    assert {leg["python"] for leg in tested["include"]} <= named
+    assert PROJECT["project"]["requires-python"] == f">={min(named)}"
+
+
 def test_lowest_dependencies_are_those_of_the_project():
     script = [sys.executable, ROOT / "tools/lowest.py"]
     printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()

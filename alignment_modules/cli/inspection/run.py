@@ -8,12 +8,11 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from alignment_modules.cli.inspection.acting import actions_of, with_prompts
-from alignment_modules.cli.inspection.findings import Inspection, Judged, Memory, Plan, RewardUse, Row
+from alignment_modules.cli.inspection.findings import Inspection, Judged, Plan, RewardUse, Row
 from alignment_modules.cli.inspection.gather import read_epoch, rows_of
-from alignment_modules.policies.quantization import bytes_of
+from alignment_modules.cli.inspection.memory import measure_memory
 from alignment_modules.policies.weights import has_weights
 from alignment_modules.rewards import RewardError, RewardSet, SequenceClassifier
 from alignment_modules.rollouts.codec import columns_of, real_tokens
@@ -76,7 +75,7 @@ def inspect_run(
     found = read_epoch(datamodule, show, rows, limit=batches, check=module.check_batch)
     _check_validation(module, datamodule, trainer)
     trainer.batches = batches
-    memory = _measure_memory(module, _sharing(trainer))
+    memory = measure_memory(module, _sharing(trainer))
     return replace(
         found,
         title=f"{type(module).__name__} on {found.title}",
@@ -137,52 +136,6 @@ def _sharing(trainer: Trainer) -> int:
     """How many processes have weights, gradients and optimizer states in common."""
     strategy = trainer.strategy
     return strategy.num_nodes * strategy.num_processes if isinstance(strategy, ModelParallelStrategy) else 1
-
-
-def _share(tensor: Tensor, processes: int) -> int:
-    """Bytes that the first of several processes holds of a tensor, whose rows are dealt to them."""
-    rows = len(tensor) if tensor.dim() else 0
-    return bytes_of(tensor) * ceil(rows / processes) // rows if rows else bytes_of(tensor)
-
-
-def _measure_memory(module: AlignmentModule, processes: int) -> Memory:
-    """Counts bytes; the optimizer's own by a step on gradients that, on the meta device, take no place.
-
-    Raises:
-        ValueError: If optimizer or schedule cannot be made for this module.
-    """
-    made: Any = module.configure_optimizers()
-    made = made if isinstance(made, list) else [made]
-    optimizers: list[Optimizer] = [entry["optimizer"] if isinstance(entry, dict) else entry for entry in made]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    weights = sum(_share(parameter, processes) for parameter in trained)
-    policy = list(module.policy.parameters())
-    return Memory(
-        parameters=sum(parameter.numel() for parameter in policy),
-        trained=sum(parameter.numel() for parameter in trained),
-        weights=weights,
-        gradients=weights,
-        optimizer=_state_bytes(optimizers, processes) if all(parameter.is_meta for parameter in trained) else None,
-        frozen=sum(_share(p, processes) for p in module.parameters() if not p.requires_grad),
-        optimizer_name=type(optimizers[0]).__name__,
-        processes=processes,
-    )
-
-
-def _state_bytes(optimizers: list[Optimizer], processes: int) -> int | None:
-    total = 0
-    for optimizer in optimizers:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for parameter in parameters:
-            parameter.grad = parameter.detach().clone()
-        try:
-            optimizer.step()
-        except Exception:  # one that looks at numbers, or needs a closure
-            return None
-        held = [value for state in optimizer.state.values() for value in state.values()]
-        total += sum(_share(value, processes) for value in held if isinstance(value, Tensor))
-        optimizer.zero_grad(set_to_none=True)
-    return total
 
 
 def _computes(reward: Any) -> bool:

@@ -165,7 +165,8 @@ def _run(plan: Plan, sizes: Sizes) -> Iterator[Fact]:
     factors = [f"{sizes.most_rows:,} in a batch"]
     factors += [f"{plan.accumulate} batches"] if plan.accumulate > 1 else []
     factors += [f"{plan.processes} processes"] if plan.processes > 1 else []
-    yield Fact("rows of a step", f"{rows:,}", " x ".join(factors) if len(factors) > 1 else "")
+    of = "step" if plan.steps_per_batch == 1 else "batch"  # whose steps each see a part of it, or see it again
+    yield Fact(f"rows of a {of}", f"{rows:,}", " x ".join(factors) if len(factors) > 1 else "")
     if plan.steps_per_batch > 1:
         yield Fact("steps of a batch", f"{plan.steps_per_batch:,}")
     if plan.completions is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 COMMANDS = {
     "cache": "alignment_modules.cli.cache:cache_command",
     "chat": "alignment_modules.cli.chat:chat_command",
+    "convert": "alignment_modules.cli.converting.convert:convert_command",
     "export": "alignment_modules.cli.export:export_command",
     "generate": "alignment_modules.cli.generate:generate_command",
     "inspect": "alignment_modules.cli.inspect:inspect_command",

@@ -40,6 +40,7 @@ _COMMANDS = {
     "chat": "talk with a policy: align chat --policy runs/sft/export",
     "generate": "complete prompts, or make data of them: align generate --policy runs/sft/export '1+1='",
     "export": "a run's checkpoint as a folder in Hugging Face format: align export runs/sft OUT",
+    "convert": "a configuration of TRL as one of ours: align convert dpo trl.yaml --write dpo.yaml",
     "cache": "tokenised tables on disk, and their removal: align cache --clear 30",
     "list": f"what there is: align list {' | '.join([*_KINDS, *_LISTS])}",
 }

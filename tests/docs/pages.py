@@ -19,7 +19,7 @@ LINKED = PAGES | {
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 }
 # Pages that others link to and that are still being written.
-AWAITED = {f"docs/{name}.md" for name in ("coming_from", "glossary", "troubleshooting")}
+AWAITED = {f"docs/{name}.md" for name in ("glossary",)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ SETTINGS = {
             "sft-last/config.json",
         )
     ),
+    "docs/coming_from.md": Setting(fits=True),
     "docs/data.md": Setting(session=True),
     "docs/environments.md": Setting(session=True, elsewhere={"sh": "tests/cli/test_looking_at_episodes.py"}),
 }

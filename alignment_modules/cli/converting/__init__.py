@@ -1,0 +1,1 @@
+"""`align convert`: a configuration of TRL's command line as one of ours."""

@@ -15,7 +15,7 @@ from datamodules.tasks.problems import SPLITS, Split, split_of
 LEAST, GREATEST = 10, 99
 MOST_QUESTIONS = 11
 Width = Annotated[int, Range(2, GREATEST - LEAST + 1)]
-# How often a careless player takes the lowest number left in place of the middle, and the number beside for the right one.
+# How often a careless player takes the lowest number left, not the middle, and answers one too many.
 _ONE_BY_ONE, _SLIP = 0.7, 0.6
 
 

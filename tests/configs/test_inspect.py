@@ -290,10 +290,10 @@ def test_memory_of_a_critic(inspected):
         return [float(figure(found.out, "Memory of a device", name)) for name in names]
 
     weights, gradients, optimizer, reference = held()
-    assert weights == gradients == pytest.approx(optimizer / 2, rel=0.01)
+    assert weights == pytest.approx(optimizer / 2, rel=0.01)
     assert 1.5 * reference < weights < 2 * reference  # the critic has a smaller head
-    alone, _, state, same = held("--model.critic=shared")
-    assert (alone, state, same) == pytest.approx((reference, 2 * reference, reference), rel=0.01)
+    assert gradients == reference  # of one of them at a time
+    assert held("--model.critic=shared") == pytest.approx([reference, reference, 2 * reference, reference], rel=0.01)
     adapters, _, _, bases = held(f"--config={OVERLAYS / 'lora.yaml'}")
     assert adapters > 0
     assert bases == pytest.approx(weights, rel=0.01)  # no reference of its own

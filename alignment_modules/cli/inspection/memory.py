@@ -3,7 +3,7 @@
 from math import ceil
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alignment_modules.cli.inspection.findings import Memory
@@ -27,18 +27,22 @@ def measure_memory(module: AlignmentModule, processes: int = 1) -> Memory:
     made = made if isinstance(made, list) else [made]
     optimizers: list[Optimizer] = [entry["optimizer"] if isinstance(entry, dict) else entry for entry in made]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    weights = sum(_share(parameter, processes) for parameter in trained)
     policy = list(module.policy.parameters())
     return Memory(
         parameters=sum(parameter.numel() for parameter in policy),
         trained=sum(parameter.numel() for parameter in trained),
-        weights=weights,
-        gradients=weights,
+        weights=sum(_share(parameter, processes) for parameter in trained),
+        # One optimizer steps after the other, and each step lets go of all gradients.
+        gradients=max(_bytes_trained(entry, processes) for entry in module.trained().values()),
         optimizer=_state_bytes(optimizers, processes) if all(parameter.is_meta for parameter in trained) else None,
         frozen=sum(_share(p, processes) for p in module.parameters() if not p.requires_grad),
         optimizer_name=type(optimizers[0]).__name__,
         processes=processes,
     )
+
+
+def _bytes_trained(entry: nn.Module, processes: int) -> int:
+    return sum(_share(parameter, processes) for parameter in entry.parameters() if parameter.requires_grad)
 
 
 def _share(tensor: Tensor, processes: int) -> int:

@@ -1,12 +1,16 @@
 """What matters of a run: a few lines at its start, a summary at its end."""
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 import lightning as L
 import torch
@@ -160,6 +164,8 @@ def _files(root: Path) -> str:
 def _peak_memory(module: L.LightningModule) -> str:
     if module.device.type == "cuda":
         return f"{_size(torch.cuda.max_memory_allocated(module.device))} of the GPU"
+    if resource is None:
+        return "not known on this system"
     unit = 1 if sys.platform == "darwin" else 1024
     return _size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 

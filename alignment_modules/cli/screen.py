@@ -1,5 +1,6 @@
 """What a chat shows: plain lines in a pipe; colours, wrapped words and columns on a terminal."""
 
+import contextlib
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,8 @@ class Screen:
         self.console = Console(highlight=False, markup=False, emoji=False)
         self.asks = sys.stdin.isatty()
         if self.asks:
-            import readline  # noqa: F401  gives `input` its line editing and history
+            with contextlib.suppress(ImportError):  # Windows has an editing of its own
+                import readline  # noqa: F401  gives `input` its line editing and history
 
     def read(self) -> str | None:
         """The next line of the user; None at the end of the input."""

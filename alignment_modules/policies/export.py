@@ -84,7 +84,9 @@ def export_policy(
             else:
                 _set_token_ids(temporary, tokenizer, stop_token_ids)
         write_model_card(temporary, CardFacts(base=base_path(policy)))
-        note["files"] = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
+        note["files"] = sorted(
+            file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file()
+        )
         _write_json(temporary / MARKER, note)
         readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors leaves files to their owner alone
         for file in temporary.rglob("*"):
@@ -301,7 +303,7 @@ def _replace(temporary: Path, target: Path) -> None:
         former = set(json.loads((target / MARKER).read_text(encoding="utf-8"))["files"]) | {MARKER}
         for file in [file for file in target.rglob("*") if file.is_file()]:
             name = file.relative_to(target)
-            if str(name) not in former and not (temporary / name).exists():
+            if name.as_posix() not in former and not (temporary / name).exists():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, temporary / name)
     old = target.parent / f".{target.name}.{os.getpid()}.old"
@@ -318,7 +320,14 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what may be written
+    except PermissionError:
+        if folder:  # which Windows does not open
+            return
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import socket
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -66,6 +67,8 @@ def _host() -> str:
 
 
 def _is_running(process: int) -> bool:
+    if sys.platform == "win32":  # where signal 0 is a Ctrl-C
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -66,8 +66,14 @@ def file_checksum(path: Path) -> int:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file's bytes, or a folder's names, are on the disk, of a folder where the system can."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what may be written
+    except PermissionError:
+        if folder:  # which Windows does not open
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

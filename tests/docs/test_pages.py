@@ -50,11 +50,15 @@ def test_every_command_is_understood(page, enter, earlier_runs, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
-def test_python_blocks_run(page, enter):
+def test_python_blocks_run(page, enter, capsys):
+    """Each block runs, and prints what the text says."""
     enter(page)
     space = {"__name__": "page"}
     for block in blocks(PAGES[page], "python"):
         exec(compile(block, page, "exec"), space if setting(page).session else {"__name__": "page"})
+    printed = capsys.readouterr().out
+    for told in re.findall(r"It prints `([^`]+)`", prose(PAGES[page])):
+        assert f"{told}\n" in printed, told
 
 
 @EVERY

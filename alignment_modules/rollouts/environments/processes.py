@@ -143,7 +143,10 @@ class _Worker:
     def _kill(self) -> None:
         if self.process.poll() is None:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                else:  # Windows: what it started lives on
+                    self.process.kill()
 
 
 def _end_all(workers: list[_Worker]) -> None:

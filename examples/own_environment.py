@@ -4,8 +4,7 @@
 
 A class with a method `reset` is an environment, and its other public methods are tools. SFT on careless payments shows
 a fresh small Llama how a coin is paid; GRPO then teaches it to pay with few coins, by what the environment says alone.
-The fewest are 2.84 a payment, which is a reward of 0.716.
-`docs/environments.md` tells the interface.
+The fewest are 2.84 a payment, a reward of 0.716. `docs/environments.md` tells the interface.
 """
 
 import random
@@ -23,8 +22,7 @@ from alignment_modules.rollouts.environments import ToolOptions
 from datamodules import PromptDataModule, SFTDataModule
 from datamodules.tasks import character_tokenizer
 
-COINS, HIGHEST = (1, 2, 5), 19
-TURNS, LONGEST = 8, 64  # of an episode; tokens, with those of the till
+COINS, HIGHEST, TURNS, LONGEST = (1, 2, 5), 19, 8, 64  # turns and tokens of an episode
 
 
 class Till:
@@ -51,9 +49,12 @@ class Till:
 
 
 def read_coin(text: str) -> list[dict[str, Any]]:
-    """A turn `$5` is a call of `pay`, any other an answer, which ends the episode."""
-    found = re.fullmatch(r"\$(\d)", text)
-    return [{"name": "pay", "arguments": {"coin": int(found[1])}}] if found else []
+    """A turn `$5` is a call of `pay`; one without `$` is an answer, which ends the episode."""
+    if "$" not in text:
+        return []
+    if (found := re.fullmatch(r"\$(\d)", text)) is None:
+        raise ValueError("a coin is paid by $1, $2 or $5")  # a malformed call: the policy reads why
+    return [{"name": "pay", "arguments": {"coin": int(found[1])}}]
 
 
 # Tools are shown by their names, a call is written as `$5`, and a result stands behind <tool>.
@@ -85,8 +86,8 @@ def payment(price: int, draw: random.Random) -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": "."}], "tools": [get_json_schema(till.pay)]}
 
 
-def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
-    """Prints and returns what payments are worth after so many steps of SFT, and then of GRPO."""
+def main(sft_steps: int = 150, grpo_steps: int = 60, folder: str = "runs/till") -> list[dict[str, float]]:
+    """Prints and returns what payments are worth after so many steps of SFT, and then of GRPO; exports the policy."""
     L.seed_everything(0)
     draw, prices = random.Random(0), range(1, HIGHEST + 1)
     careless = [payment(draw.choice(prices), draw) for _ in range(1024)]
@@ -109,6 +110,7 @@ def main(sft_steps: int = 150, grpo_steps: int = 60) -> list[dict[str, float]]:
     before = aligning.test(grpo, prompts, verbose=False)
     aligning.fit(grpo, prompts)
     found = [*before, *aligning.test(grpo, prompts, verbose=False)]
+    grpo.export(folder)
     for stage, metrics in zip(("SFT", "GRPO"), found, strict=True):
         print(f"after {stage}: reward {metrics['test/reward']:.3f}, {metrics['test/tools/calls']:.1f} coins a payment")
     return found

@@ -4,7 +4,7 @@ r"""Eight rewards to copy from, and what they say of four completions, before an
 
 On the command line each goes by its import path, from the folder of this file:
 
-    align fit --config configs/recipes/grpo.yaml --model.policy.path MODEL --data.train questions.jsonl \
+    align fit --config grpo --model.policy.path MODEL --data.train questions.jsonl \
         --model.rewards '[reward_cookbook.well_formed, reward_cookbook.close]' --model.reward_weights '[0.2, 1.0]'
 
 `docs/rewards.md` tells what a reward is asked and may answer.

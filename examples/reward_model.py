@@ -3,8 +3,8 @@
     python examples/reward_model.py
 
 The pairs come from a hidden taste, the share of letters that are the prompt's. The reward model sees pairs alone, and
-GRPO sees the reward model alone. Both the model's number and the taste are printed: where the first rises and the
-second does not, the policy has found what the model is wrong about.
+GRPO sees the reward model alone. Both the model's number and the taste are printed, and the words that the policy ends
+with: the number rises far more than the taste, for of words such as nobody writes the model says anything.
 """
 
 import random
@@ -105,6 +105,8 @@ def main(
     after = written(module, judge)
     for when, (number, meant) in (("before", before), ("after", after)):
         print(f"{when} GRPO: reward {number:.2f}, taste {meant:.2f}")
+    greedy = SamplingParameters(LONGEST, greedy=True, stop_token_ids=(TOKENIZER.eos_token_id,))
+    print("its likeliest words:", dict(zip(LETTERS, module.generate(list(LETTERS), greedy), strict=True)))
     return [before, after]
 
 

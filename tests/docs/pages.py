@@ -18,8 +18,6 @@ LINKED = PAGES | {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 }
-# Pages that others link to and that are still being written.
-AWAITED = {f"docs/{name}.md" for name in ("glossary",)}
 
 
 @dataclass(frozen=True)

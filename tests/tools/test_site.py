@@ -48,6 +48,23 @@ def test_the_table_of_the_reference_has_every_page():
     assert set(re.findall(r"\]\((\w+)\.md\)", REFERENCE["index"])) == set(REFERENCE) - {"index"}
 
 
+def test_blocks_stand_where_every_reader_of_markdown_sees_them():
+    """Python-Markdown wants four spaces in a list, and an empty line before a list or a table; others want less."""
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        before, in_code = "", False
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            place = f"{path.relative_to(ROOT)}:{number}: {line}"
+            indent, block = re.match(r"( *)(```|\||[-*] |\d+\. )?", line).groups()
+            if block == "```":
+                in_code = not in_code
+            if block and (block == "```" or not in_code):
+                assert len(indent) % 4 == 0, place
+            if block and block != "```" and not in_code and not indent:
+                kin = r"\|" if block == "|" else r" |[-*] |\d+\. "
+                assert not before or re.match(kin, before), place
+            before = line
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site, built as strictly as `make docs` does: a broken link or anchor ends the build."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from alignment_modules.cli.converting import values
-from alignment_modules.cli.converting.row import Row, Section, nothing
-from alignment_modules.cli.converting.values import of_loss, refused, same, unless, where
+from alignment_modules.cli.converting.row import Row, Section, nothing, refusal
+from alignment_modules.cli.converting.values import of_loss, same, unless, where
 
 ACTING = ("grpo", "rloo")
 
@@ -28,11 +28,7 @@ SAMPLED = (
                 values.minibatches,
                 "micro-batches of a rollout in TRL; here optimizer steps in a pass over it, each of whole groups",
             ),
-            Row(
-                "generation_batch_size",
-                "",
-                unless(None, refused("depends on the processes: give steps_per_generation")),
-            ),
+            refusal("generation_batch_size", None, "depends on the processes: give steps_per_generation"),
             Row("num_iterations", "model.num_iterations", same),
             Row("max_grad_norm", "model.max_grad_norm", values.clipping),
             Row(
@@ -53,9 +49,9 @@ SAMPLED = (
             Row("log_unique_prompts", "", nothing),
             Row("num_generations_eval", "", nothing, "validation judges one greedy completion of each prompt"),
             Row("disable_dropout", "", nothing, "always off here; on by default in TRL"),
-            Row("use_vllm", "", unless(False, refused("stack configs/engines/vllm.yaml: vLLM's own server"))),
+            refusal("use_vllm", False, "stack configs/engines/vllm.yaml: vLLM's own server"),
             Row("use_transformers_continuous_batching", "", nothing, "the sampler has its own batches"),
-            Row("sync_ref_model", "", unless(False, refused("the reference of GRPO stays as it is here"))),
+            refusal("sync_ref_model", False, "the reference of GRPO stays as it is here"),
             Row("ds3_gather_for_generation", "", nothing),
             Row("log_multimodal", "", nothing, "text alone here"),
         ),
@@ -107,7 +103,7 @@ SAMPLED = (
             Row("entropy_target", "model.entropy_target", where("use_adaptive_entropy"), "adapted once a rollout here"),
             Row("entropy_coef_delta", "model.entropy_coef_delta", where("use_adaptive_entropy")),
             Row("cast_lm_head_to_fp32", "", nothing, "log-probabilities are float32 here with any precision"),
-            Row("max_tool_calling_iterations", "", unless(None, refused("give model.max_turns beside model.tools"))),
+            refusal("max_tool_calling_iterations", None, "give model.max_turns beside model.tools"),
         ),
     ),
     Section(
@@ -116,8 +112,8 @@ SAMPLED = (
         (
             Row("epsilon", "", values.one_update, "with one optimizer step a rollout no ratio is clipped"),
             Row("epsilon_high", "", values.one_update),
-            Row("normalize_advantages", "", unless(False, refused("advantages of RLOO are not normalised here"))),
-            Row("reward_clip_range", "", unless(None, refused("clip in the reward function"))),
+            refusal("normalize_advantages", False, "advantages of RLOO are not normalised here"),
+            refusal("reward_clip_range", None, "clip in the reward function"),
         ),
     ),
 )

@@ -81,7 +81,7 @@ def convert(command: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], lis
         ours = row.ours.split()
         parts = found if len(ours) > 1 else [found] * len(ours)  # of a row without counterpart nothing is written
         flat |= {name: one for name, one in zip(ours, parts, strict=True) if one is not SKIP}
-        if row.differs and row.name in given:
+        if row.differs and (row.name in given or row.unasked(options)):
             differs.append(f"{row.name}: {row.differs}")
     told = {row.name for row in rows(command)}
     for name, value in options.items():

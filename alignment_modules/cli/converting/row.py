@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from alignment_modules.cli.converting.values import SKIP, Value
+from alignment_modules.cli.converting.values import SKIP, Given, Value, refused, unless
+
+
+def never(given: Given) -> bool:
+    """False."""
+    return False
 
 
 class Row(NamedTuple):
@@ -21,6 +26,8 @@ class Row(NamedTuple):
     """What differs in meaning, which is told where the option is given."""
     note: str = ""
     """What else a reader of the table should know, such as another default."""
+    unasked: Callable[[Given], bool] = never
+    """Of all options, whether that is told where the option is not given, too."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,8 @@ class Section:
 def nothing(value: Any, given: Mapping[str, Any]) -> Any:
     """Nothing: the option changes no result, or what it asks for is always so."""
     return SKIP
+
+
+def refusal(name: str, default: Any, hint: str) -> Row:
+    """The row of an option that is refused where it is not TRL's default, with what to do instead."""
+    return Row(name, "", unless(default, refused(hint)), note=f"refused: {hint}")

@@ -7,8 +7,8 @@ from typing import Any
 
 from alignment_modules.cli.converting import values
 from alignment_modules.cli.converting.acting_table import SAMPLED
-from alignment_modules.cli.converting.row import Row, Section, nothing
-from alignment_modules.cli.converting.values import SKIP, one_of, refused, same, unless, where
+from alignment_modules.cli.converting.row import Row, Section, nothing, refusal
+from alignment_modules.cli.converting.values import SKIP, one_of, same, unless, where
 
 ROWS = ("sft", "dpo", "reward")
 EVERY = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
@@ -75,6 +75,7 @@ TABLE = (
                 where("use_peft", unless(None)),
                 "not given: PEFT chooses by the model's family (query and value of Llama and Qwen), here all linear "
                 "layers but the head",
+                unasked=lambda given: given["use_peft"],
             ),
             Row("lora_modules_to_save", f"{LORA}.modules_to_save", where("use_peft", unless(None))),
             Row("use_rslora", f"{LORA}.use_rslora", where("use_peft")),
@@ -145,15 +146,11 @@ TABLE = (
             Row("save_total_limit", "", nothing, "the newest is kept; a ModelCheckpoint keeps more"),
             Row("use_cpu", "trainer.accelerator", unless(False, "cpu")),
             Row("report_to", "", one_of(dict.fromkeys(("none", "tensorboard"), SKIP), "give trainer.logger")),
-            Row("resume_from_checkpoint", "", unless(None, refused("TRL's checkpoints cannot be gone on from here"))),
-            Row(
-                "load_best_model_at_end",
-                "",
-                unless(False, refused("add a ModelCheckpoint with monitor and give export.which: best")),
-            ),
-            Row("deepspeed", "", unless(None, refused("stack configs/strategies/fsdp2.yaml instead"))),
-            Row("fsdp", "", unless(None, refused("stack configs/strategies/fsdp2.yaml instead"))),
-            Row("average_tokens_across_devices", "", unless(True, refused("tokens are counted over all ranks here"))),
+            refusal("resume_from_checkpoint", None, "TRL's checkpoints cannot be gone on from here"),
+            refusal("load_best_model_at_end", False, "add a ModelCheckpoint with monitor and give export.which: best"),
+            refusal("deepspeed", None, "stack configs/strategies/fsdp2.yaml instead"),
+            refusal("fsdp", None, "stack configs/strategies/fsdp2.yaml instead"),
+            refusal("average_tokens_across_devices", True, "tokens are counted over all ranks here"),
             Row("logging_first_step", "", nothing, note="the first step is always logged here"),
             Row("use_liger_kernel", "", nothing, "the loss is computed in pieces here without it"),
             Row("ddp_find_unused_parameters", "", nothing),
@@ -221,8 +218,14 @@ TABLE = (
                 values.supervised,
                 "not given: the completion of prompt and completion in both; of `messages` TRL learns all turns and "
                 "here the assistant's are: `loss_on: all` for TRL's",
+                unasked=lambda given: not given["assistant_only_loss"],
             ),
-            Row("assistant_only_loss", "data.loss_on", values.supervised, "needs no marks in the chat template here"),
+            Row(
+                "assistant_only_loss",
+                "data.loss_on",
+                values.supervised,
+                note="needs no marks in the chat template here",
+            ),
             Row(
                 "packing",
                 "data.packing",
@@ -269,7 +272,7 @@ TABLE = (
             Row("sync_ref_model", "", nothing),
             Row("ref_model_mixup_alpha", "model.sync_reference.alpha", where("sync_ref_model")),
             Row("ref_model_sync_steps", "model.sync_reference.every_n_steps", where("sync_ref_model")),
-            Row("disable_dropout", "", unless(True, refused("dropout is always off here")), note="always off here"),
+            refusal("disable_dropout", True, "dropout is always off here"),
             Row("padding_free", "", nothing, note="always so here"),
         ),
     ),
@@ -291,8 +294,8 @@ TABLE = (
             Row("undesirable_weight", "model.undesirable_weight", same),
             Row("precompute_ref_log_probs", "", nothing, "the reference is computed along the way"),
             Row("precompute_ref_batch_size", "", nothing),
-            Row("sync_ref_model", "", unless(False, refused("KTO's reference stays as it is here"))),
-            Row("disable_dropout", "", unless(True, refused("dropout is always off here")), note="always off here"),
+            refusal("sync_ref_model", False, "KTO's reference stays as it is here"),
+            refusal("disable_dropout", True, "dropout is always off here"),
         ),
     ),
     Section(
@@ -300,7 +303,7 @@ TABLE = (
         ("reward",),
         (
             Row("center_rewards_coefficient", "model.center_coef", unless(None)),
-            Row("disable_dropout", "", unless(True, refused("dropout is always off here")), note="always off here"),
+            refusal("disable_dropout", True, "dropout is always off here"),
         ),
     ),
     *SAMPLED,

@@ -236,6 +236,13 @@ def test_what_differs_is_told_of_what_is_given(tmp_path, capsys):
     ]
 
 
+def test_what_is_not_given_is_told_where_it_matters():
+    assert any(line.startswith("lora_target_modules: not given") for line in convert("dpo", {"use_peft": True})[1])
+    assert convert("dpo", {})[1] == []
+    assert any(line.startswith("completion_only_loss: not given") for line in convert("sft", {})[1])
+    assert convert("sft", {"assistant_only_loss": True})[1] == []
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

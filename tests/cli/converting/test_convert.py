@@ -176,7 +176,7 @@ def test_losses_of_grpo():
             "steps_per_generation=6 must be a multiple of gradient_accumulation_steps=4",
         ),
         ("grpo", {"reward_funcs": ["accuracy_reward"]}, "accuracy_reward has no counterpart here"),
-        ("grpo", {"use_vllm": True}, "use_vllm=True: stack configs/engines/vllm.yaml"),
+        ("grpo", {"use_vllm": True}, "use_vllm=True: stack --config engines/vllm"),
         ("grpo", {"loss_type": "cispo"}, "TRL caps the ratio of cispo at 0.2 itself"),
         ("grpo", {"loss_type": "luspo"}, "luspo has the completion's ratio here"),
         ("grpo", {"repetition_penalty": 1.1}, "repetition_penalty=1.1: has no counterpart here"),

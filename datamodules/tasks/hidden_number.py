@@ -1,6 +1,6 @@
 """A number is hidden in a range, and questions narrow it down: an environment, and how its conversations are written.
 
-A policy that asks well halves the range with every question. No single turn can know the number.
+A policy that asks well halves what is left with every question. No single turn can know the number.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HiddenNumber:
         ('17-33', '25-33', '25-33', -0.03)
     """
 
-    def __init__(self, price: NonNegative = 0.01) -> None:
+    def __init__(self, price: NonNegative = 0.05) -> None:
         check_options(HiddenNumber.__init__, locals())
         self.price = price
 

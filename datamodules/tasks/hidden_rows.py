@@ -92,7 +92,7 @@ class HiddenNumberNotes(_Played):
         size: Number of lines.
         seed: Seed of the draw and of the players.
         width: Most numbers in a range; there are more than half as many.
-        carelessness: From 0, who halves what is left, to 1, who asks by chance and answers too early (see `play`).
+        carelessness: From 0, who halves what is left, to 1, who asks one by one and answers one too many (see `play`).
 
     Examples:
         >>> HiddenNumberNotes(split="train", size=1, width=16, carelessness=0.0)[0]
@@ -114,7 +114,7 @@ class HiddenNumberEpisodes(_Played):
         size: Number of conversations.
         seed: Seed of the draw and of the players.
         width: Most numbers in a range; there are more than half as many.
-        carelessness: From 0, who halves what is left, to 1, who asks by chance and answers too early (see `play`).
+        carelessness: From 0, who halves what is left, to 1, who asks one by one and answers one too many (see `play`).
 
     Examples:
         >>> row = HiddenNumberEpisodes(split="train", size=1, carelessness=0.0)[0]

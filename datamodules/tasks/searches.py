@@ -15,8 +15,8 @@ from datamodules.tasks.problems import SPLITS, Split, split_of
 LEAST, GREATEST = 10, 99
 MOST_QUESTIONS = 11
 Width = Annotated[int, Range(2, GREATEST - LEAST + 1)]
-# How often a careless player asks for any number of the first range, and how much may be left when it answers.
-_ASTRAY, _PATIENCE = 0.7, 6
+# How often a careless player takes the lowest number left, not the middle, and answers one too many.
+_ONE_BY_ONE, _SLIP = 0.7, 0.6
 
 
 class Search(NamedTuple):
@@ -75,32 +75,24 @@ def _searches(width: int) -> np.ndarray:
 def play(search: Search, carelessness: Share, rng: np.random.Generator) -> tuple[list[Question], int]:
     """Asks as a player does who may be careless.
 
-    With `carelessness=0` each question halves what is left, up to a single number. A careless player asks by
-    chance, mostly for any number of the first range whatever is left of it, and answers by chance once few enough
-    numbers are left, which is anything from one to six.
+    With `carelessness=0` each question halves what is left, up to a single number, which is the answer. A careless
+    player mostly goes through the numbers from below, one by one, and mostly answers one too many.
 
     Args:
         search: What is sought.
-        carelessness: How often a question is careless, and whether the player is as to when it answers.
+        carelessness: How often the player is careless, at each question and at the answer.
         rng: Draws of the player.
 
     Returns:
         The questions, and the answer, right or not.
     """
     low, high = search.low, search.high
-    enough = int(rng.integers(1, _PATIENCE + 1)) if rng.random() < carelessness else 1
     asked = []
-    while high - low + 1 > enough:
-        number = _question(search, low, high, carelessness, rng)
+    while high > low:
+        number = low if rng.random() < carelessness * _ONE_BY_ONE else (low + high) // 2
         low, high = narrowed(low, high, number, search.number)
         asked.append(Question(number, low, high))
-    return asked, int(rng.integers(low, high + 1))
-
-
-def _question(search: Search, low: int, high: int, carelessness: float, rng: np.random.Generator) -> int:
-    if rng.random() >= carelessness:
-        return (low + high) // 2
-    return int(rng.integers(search.low, search.high + 1) if rng.random() < _ASTRAY else rng.integers(low, high))
+    return asked, low + int(rng.random() < carelessness * _SLIP)
 
 
 def play_all(searches: list[Search], carelessness: Share, seed: Seed) -> Iterator[tuple[list[Question], int]]:

@@ -18,6 +18,13 @@ from tests.rollouts.environments.acting import LettersFormat, Stepwise, batch_of
 INDICES = [[2], [4, 9]]
 """Of the prompts of each rank."""
 
+MODULES = {
+    "grpo": (GRPOModule, {}),
+    "ppo": (PPOModule, {}),
+    "grpo, advantages of turns": (GRPOModule, {"advantage_unit": "turn", "scale_rewards": "batch"}),
+}
+"""Classes with the options in which they differ."""
+
 
 class Batches:
     """One batch a rank, or all in one; two steps."""
@@ -35,7 +42,7 @@ class Batches:
 
 def main(folder, output, devices, strategy):
     found = {}
-    for cls in (GRPOModule, PPOModule):
+    for label, (cls, options) in MODULES.items():
         torch.manual_seed(0)
         module = cls(
             policy=folder,
@@ -46,6 +53,7 @@ def main(folder, output, devices, strategy):
             max_completion_length=100,
             num_generations=3,
             optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5),
+            **options,
         )
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = L.Trainer(
@@ -69,7 +77,7 @@ def main(folder, output, devices, strategy):
         every = [None] * devices
         if devices == 2:
             torch.distributed.all_gather_object(every, turns)
-        found[cls.__name__] = {"weights": weights, "turns": every, "steps": trainer.global_step}
+        found[label] = {"weights": weights, "turns": every, "steps": trainer.global_step}
     if trainer.global_rank == 0:
         torch.save(found, Path(output) / f"{strategy}.pt")
 

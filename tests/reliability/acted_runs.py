@@ -1,6 +1,6 @@
-"""Runs of GRPO and PPO on an environment, of which some are killed in an episode, between two turns of the policy.
+"""Runs on an environment, of which some are killed in an episode, between two turns of the policy.
 
-Usage: `python -m tests.reliability.acted_runs RESULTS`, in the workplace, which has a folder `acting`.
+Usage: `python -m tests.reliability.acted_runs RESULTS`, in the workplace, which has folders `acting` and `teaching`.
 """
 
 import json
@@ -11,13 +11,15 @@ from pathlib import Path
 import yaml
 from lightning.pytorch import Callback
 
+from tests.episodes import Unjudged
 from tests.reliability.forked_runs import Runs, end, last
 from tests.rollouts.environments.acting import Sum
 from tests.workplace import write_lines
 
 MODULE = "tests.reliability.acted_runs"
 EVERY = 4  # optimizer steps between two checkpoints
-KILLED = 9  # two optimizer steps a batch
+KILLED = 9
+STEPS = {"grpo": 2, "ppo": 2, "online_dpo": 1, "distillation": 1}  # optimizer steps of a batch
 
 
 class Steps(Callback):
@@ -27,6 +29,13 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         Steps.now = trainer.global_step
+
+
+def die(step, turn):
+    """Ends the process from a number of optimizer steps on, in the second turn of an episode."""
+    if step is not None and Steps.now >= step and turn == 2:
+        Path("killed.txt").write_text(f"step {Steps.now}, turn {turn}")
+        end(signal.SIGKILL)
 
 
 class Deadly(Sum):
@@ -45,10 +54,36 @@ class Deadly(Sum):
         Args:
             number: The number.
         """
-        if self.step is not None and Steps.now >= self.step and self.turns == 2:
-            Path("killed.txt").write_text(f"step {Steps.now}, turn {self.turns}")
-            end(signal.SIGKILL)
+        die(self.step, self.turns)
         return super().add(number)
+
+
+class DeadlyUnjudged(Unjudged):
+    """The same where nobody judges.
+
+    Args:
+        step: Optimizer steps before; None: never.
+    """
+
+    def __init__(self, step: int | None = None):
+        self.step = step
+
+    def reset(self, goal: int) -> str:
+        self.calls = 0
+        return super().reset(goal)
+
+    def add(self, number: int) -> str:
+        """Adds a number.
+
+        Args:
+            number: The number.
+        """
+        self.calls += 1
+        die(self.step, self.calls)
+        return super().add(number)
+
+
+ENVIRONMENTS = {"distillation": "DeadlyUnjudged"}  # of others: Deadly
 
 
 def configuration(paradigm):
@@ -56,14 +91,20 @@ def configuration(paradigm):
     config = yaml.safe_load(Path(f"{paradigm}.yaml").read_text())
     options = config["model"]["init_args"] | {
         "policy": "acting",
-        "rewards": None,
         "max_completion_length": 60,
         "max_turns": 4,
-        "num_iterations": 2,
         "tool_options": {"format": "tests.rollouts.environments.acting.LettersFormat"},
     }
+    data = {"train": "goals.jsonl", "max_length": 64}
+    if paradigm == "distillation":
+        options |= {"teacher": "teaching", "on_policy_share": 1.0}
+        data |= {"train": "answered.jsonl", "carry": ["goal", "prompt"]}
+    else:
+        options["rewards"] = None
+    if STEPS[paradigm] == 2:
+        options["num_iterations"] = 2
     config["model"]["init_args"] = options
-    config["data"]["init_args"] |= {"train": "goals.jsonl", "max_length": 64}
+    config["data"]["init_args"] |= data
     Path(f"{paradigm}_acting.yaml").write_text(yaml.safe_dump(config))
     return f"{paradigm}_acting.yaml"
 
@@ -72,11 +113,14 @@ if __name__ == "__main__":
     runs = Runs(sys.argv[1])
     goals = [{"prompt": [{"role": "user", "content": f"Row {n}."}], "goal": 3 + n % 9} for n in range(24)]
     write_lines(Path("goals.jsonl"), goals)
-    for paradigm in ("grpo", "ppo"):
+    answer = {"completion": [{"role": "assistant", "content": "7"}]}
+    write_lines(Path("answered.jsonl"), [row | answer for row in goals])
+    for paradigm in STEPS:
         config = configuration(paradigm)
 
         def run(name, paradigm=paradigm, config=config, step=None, resume=None):
-            environment = {"class_path": f"{MODULE}.Deadly", "init_args": {"step": step}}
+            path = f"{MODULE}.{ENVIRONMENTS.get(paradigm, 'Deadly')}"
+            environment = {"class_path": path, "init_args": {"step": step}}
             options = (f"--model.environments={json.dumps(environment)}", "--trainer.max_epochs=2")
             common = {"every": EVERY, "callbacks": [f"{MODULE}.Steps"], "resume": resume}
             return runs(f"{paradigm}/{name}", config, *options, **common)

@@ -82,7 +82,8 @@ class Episodes:
         if not isinstance(batch.get("prompt"), list):
             raise ValueError(
                 "environments and tools need the rows' `prompt`, messages or text, which this batch lacks: its chat "
-                f"template is rendered with the tools; columns: {', '.join(sorted(columns_of(batch))) or 'none'}"
+                f"template is rendered with the tools; columns: {', '.join(sorted(columns_of(batch))) or 'none'} "
+                "(SFTDataModule hands on those that its carry names)"
             )
         self.environments.check_columns(columns_of(batch).keys())
         self._rows(batch)

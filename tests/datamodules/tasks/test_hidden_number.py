@@ -57,12 +57,12 @@ def test_a_careful_player_halves_the_range_and_is_right():
         assert len(asked) <= 5
 
 
-def test_careless_players_are_wrong_half_of_the_time_and_ask_more():
+def test_careless_players_are_mostly_wrong_and_ask_more():
     notes = HiddenNumberNotes(split="train", size=2_000, seed=5)
     right = np.array(notes.right())
     questions = np.array([len(asked) for asked, _ in notes.plays])
-    assert 0.35 < right.mean() < 0.5
-    assert questions[right].mean() > 5.25
+    assert 0.35 < right.mean() < 0.45
+    assert questions[right].mean() > 6
     assert questions.max() == MOST_QUESTIONS
     for search, (asked, answer) in zip(notes.searches, notes.plays, strict=True):
         low, high = search.low, search.high
@@ -70,7 +70,8 @@ def test_careless_players_are_wrong_half_of_the_time_and_ask_more():
             low, high = (one.number + 1, high) if search.number > one.number >= low else (low, high)
             low, high = (low, one.number) if search.number <= one.number <= high else (low, high)
             assert (one.low, one.high) == (low, high)
-        assert low <= answer <= high
+        assert low == high
+        assert answer - low in (0, 1)
 
 
 def test_the_environment_answers_and_counts():

@@ -74,6 +74,7 @@ DPO = ("--data.train", "{root}/sample_pairs/predictions.jsonl")
 SIMPO = (*DPO, "--model", "CPOModule", "--model.loss", "simpo", "--model.beta", "2.0")
 KTO = (*DPO, "--model", "KTOModule", "--model.beta", "1.0", "--data", "UnpairedDataModule", "--data.batch_size", "64")
 KTO += ("--trainer.gradient_clip_val", "null")
+PRETRAINED_CRITIC = ("--data.train.init_args.size", "4800", "--model.critic_pretrain_steps", "50")  # 3,200 are left
 GRPO = Run("grpo")
 FAILURES: dict[str, Failure] = {
     "sft_by_heart": Failure(
@@ -126,10 +127,11 @@ FAILURES: dict[str, Failure] = {
         (NO_SPREAD, REWARD, ("train/completions/mean_length", "train/completions/mean_length", (0.0, 6.0))),
     ),
     "ppo_critic": Failure(
-        "PPO whose critic explains nothing",
+        "PPO with critics that explain little, and less than nothing",
         {
             "critic at 5e-4": Run("ppo"),
-            "critic at 5e-2": Run("ppo", ("--model.critic_optimizer.init_args.lr", "5e-2")),
+            "at 5e-2": Run("ppo", ("--model.critic_optimizer.init_args.lr", "5e-2")),
+            "at 5e-4 after 50 steps of its own": Run("ppo", PRETRAINED_CRITIC),
         },
         (("train/critic/explained_variance", "train/critic/explained_variance", (-1.0, 1.0)), REWARD, EXACT),
     ),
@@ -139,7 +141,11 @@ FAILURES: dict[str, Failure] = {
             "learning rate 3e-4": Run("dpo", (*KTO, *rate("3e-4"))),
             "3e-3": Run("dpo", (*KTO, *rate("3e-3"))),
         },
-        (("train/kl", "train/kl, nats", (0.0, 4.0)), LOGPS, EXACT),
+        (
+            ("train/kl", "train/kl, nats", (0.0, 4.0)),
+            ("train/logps/chosen", "train/logps/chosen, nats", (-40.0, 0.0)),
+            EXACT,
+        ),
     ),
 }
 
@@ -149,15 +155,22 @@ class Failures(Methods):
 
     def curves(self, run: Run) -> Curves:
         """What a run logged, by metric; it is trained where it has not finished yet."""
-        folder = self.root / "failures" / slug("-".join((run.config, run.start, *run.options)).replace("{root}/", ""))
-        kept = folder / "curves.json"
+        kept = self.folder(run) / "curves.json"
         if not kept.exists():
-            options = [*run.options, *self.watched(run), "--model.policy", str(self.root / run.start / "export")]
-            options += ["--trainer.default_root_dir", str(folder), "--seed_everything", str(self.seed)]
-            options += ["--data.seed", str(self.seed), "--trainer.log_every_n_steps", "2"]
-            self.chain.align("fit", run.config, *(option.format(root=self.root) for option in options))
-            kept.write_text(json.dumps(logged(folder)))
+            self.chain.align("fit", run.config, *self.arguments(run))
+            kept.write_text(json.dumps(logged(kept.parent)))
         return json.loads(kept.read_text())
+
+    def folder(self, run: Run) -> Path:
+        """Where a run writes."""
+        return self.root / "failures" / slug("-".join((run.config, run.start, *run.options)).replace("{root}/", ""))
+
+    def arguments(self, run: Run) -> list[str]:
+        """What `align fit` is given besides the configuration."""
+        options = [*run.options, *self.watched(run), "--model.policy", str(self.root / run.start / "export")]
+        options += ["--trainer.default_root_dir", str(self.folder(run)), "--seed_everything", str(self.seed)]
+        options += ["--data.seed", str(self.seed), "--trainer.log_every_n_steps", "2"]
+        return [option.format(root=self.root) for option in options]
 
     def watched(self, run: Run) -> list[str]:
         """Options of the validation: greedy answers, and of SFT the likelihood of right ones."""

@@ -12,7 +12,7 @@ from alignment_modules import AlignmentModule, get_module_class
 from alignment_modules.paradigms import PARADIGMS
 from alignment_modules.policies import PolicyConfig, build_policy
 from tests.contract.two_ranks import NoTokenizer
-from tests.docs.pages import METRICS, MODULES, names, section
+from tests.docs.pages import METRICS, MODULES, ROOT, names, section
 from tests.docs.pages import PAGES as EVERY_PAGE
 from tests.docs.pages import PARADIGMS as IN_README
 from tests.docs.pages import cells as table
@@ -136,3 +136,13 @@ def test_what_to_watch_is_logged(name):
             continue
         assert metric in told or logged[metric][0] == "all", metric
     assert section(PAGES[name], "What to watch").strip().startswith("It goes well when ")
+
+
+def test_every_picture_of_a_failure_is_drawn_by_the_benchmark_and_shown(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from failures import FAILURES
+
+    drawn = {path.stem for path in (ROOT / "docs/paradigms/failures").iterdir()}
+    shown = [picture for page in PAGES.values() for picture in re.findall(r"\(failures/(\w+)\.svg\)", page)]
+    assert drawn == set(FAILURES)
+    assert sorted(shown) == sorted(drawn)

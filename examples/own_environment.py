@@ -38,9 +38,10 @@ class Till:
         Args:
             coin: 1, 2 or 5.
         """
+        self.paid += 1  # one that is refused costs, too: what costs nothing is tried for ever
         if coin not in COINS or coin > self.left:
             raise ValueError("no such coin, or too much")  # the policy reads this, and may go on
-        self.left, self.paid = self.left - coin, self.paid + 1
+        self.left -= coin
         return str(self.left)
 
     def get_reward(self) -> float:
@@ -92,9 +93,8 @@ def main(sft_steps: int = 150, grpo_steps: int = 60, folder: str = "runs/till") 
     draw, prices = random.Random(0), range(1, HIGHEST + 1)
     careless = [payment(draw.choice(prices), draw) for _ in range(1024)]
     sft = SFTModule(policy=PolicyConfig(config=LLAMA), optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.0))
-    L.Trainer(max_steps=sft_steps, **TRAINER).fit(
-        sft, SFTDataModule(train=careless, tokenizer=TOKENIZER, batch_size=32)
-    )
+    shown = SFTDataModule(train=careless, tokenizer=TOKENIZER, batch_size=32)
+    L.Trainer(max_steps=sft_steps, **TRAINER).fit(sft, shown)
     grpo = GRPOModule(
         policy=sft.policy,
         environments=Till,
@@ -112,7 +112,7 @@ def main(sft_steps: int = 150, grpo_steps: int = 60, folder: str = "runs/till") 
     found = [*before, *aligning.test(grpo, prompts, verbose=False)]
     grpo.export(folder)
     for stage, metrics in zip(("SFT", "GRPO"), found, strict=True):
-        print(f"after {stage}: reward {metrics['test/reward']:.3f}, {metrics['test/tools/calls']:.1f} coins a payment")
+        print(f"after {stage}: reward {metrics['test/reward']:.3f}, {metrics['test/tools/calls']:.1f} calls a payment")
     return found
 
 

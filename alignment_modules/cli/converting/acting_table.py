@@ -49,7 +49,7 @@ SAMPLED = (
             Row("log_unique_prompts", "", nothing),
             Row("num_generations_eval", "", nothing, "validation judges one greedy completion of each prompt"),
             Row("disable_dropout", "", nothing, "always off here; on by default in TRL"),
-            refusal("use_vllm", False, "stack configs/engines/vllm.yaml: vLLM's own server"),
+            refusal("use_vllm", False, "stack --config engines/vllm: vLLM's own server"),
             Row("use_transformers_continuous_batching", "", nothing, "the sampler has its own batches"),
             refusal("sync_ref_model", False, "the reference of GRPO stays as it is here"),
             Row("ds3_gather_for_generation", "", nothing),

@@ -204,7 +204,14 @@ class Splits:
         except ValueError as error:  # they are valid rows all the same
             logger.info("no completions of validation rows are judged: %s", error)
             return {}
-        return {VALIDATION_PROMPTS: made} if made is not None and getattr(made[0], "columns", None) else {}
+        if made is None:
+            return {}
+        if not getattr(made[0], "columns", None):
+            logger.info(
+                "no completions of validation rows are judged: no column beside the prompt, such as an `answer`"
+            )
+            return {}
+        return {VALIDATION_PROMPTS: made}
 
 
 @rank_zero_only

@@ -65,6 +65,7 @@ class RunReport(LoggedMetrics, Callback):
         self._history: dict[str, list[tuple[int, float]]] = {}
         self._started: float | None = None
         self._first_step = 0
+        self._stopped: list[str] = []  # why runs before this one stopped early, which checkpoints remember
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets an earlier fit; where nothing is left to train, no training starts."""
@@ -75,6 +76,7 @@ class RunReport(LoggedMetrics, Callback):
         """Prints the beginning."""
         super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._stopped = _stopped_early(trainer)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.enabled:
@@ -94,9 +96,12 @@ class RunReport(LoggedMetrics, Callback):
             else:
                 steps, seconds = trainer.global_step - self._first_step, time.monotonic() - self._started
                 done = f"{steps} optimizer steps in {_duration(seconds)}, peak memory {_peak_memory(pl_module)}"
-            lines = {"done": done} | self._metrics()
+            lines = {"done": done}
+            if early := [reason for reason in _stopped_early(trainer) if reason not in self._stopped]:
+                lines["stopped early"] = " ".join(early)
+            lines |= self._metrics()
             root = Path(trainer.default_root_dir)
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not trainer.fast_dev_run:
                 lines["files"] = _files(root)
                 following = _NEXT.get(getattr(pl_module, "paradigm", ""))
                 if following and (root / "export").is_dir():
@@ -136,6 +141,12 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         + (f", {accumulated} of them a step" if accumulated > 1 else ""),
         "writes to": str(trainer.default_root_dir),
     }
+
+
+def _stopped_early(trainer: L.Trainer) -> list[str]:
+    """What callbacks say that stopped the run, in Lightning's words."""
+    said = [callback.stopping_reason_message for callback in trainer.early_stopping_callbacks]
+    return [reason.removesuffix(" Signaling Trainer to stop.") for reason in said if reason]
 
 
 def _counted(split: str, report: Mapping[str, Any]) -> str:

@@ -59,6 +59,8 @@ def help_for(parser: ArgumentParser, given: Sequence[str]) -> str | None:
     if given[:1] == ["--version"]:
         return _versions()
     if given[:1] == ["list"]:
+        if given[1:2] in (["-h"], ["--help"]):
+            return f"usage: align list KIND\n\n{_COMMANDS['list']}"
         return _listing(given[1] if len(given) > 1 else "")
     subparsers = getattr(parser, "_subcommands_action", None)
     for number, argument in enumerate(given):

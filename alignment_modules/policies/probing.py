@@ -78,7 +78,7 @@ def prepare(policy: nn.Module) -> Capabilities:
     else:
         found = _probe(policy, model)
     _KNOWN[policy] = (_attention_name(model), found)
-    logger.info("%s is read in %s", type(policy).__name__, found.reason)
+    logger.info("scoring: %s is read in %s", type(policy).__name__, found.reason)
     return found
 
 

@@ -1,6 +1,7 @@
 """The report says what runs and what came of it; the watch warns once of what teaches nothing."""
 
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping
 
 from alignment_modules.callbacks import LearningWatch, RunReport
 from alignment_modules.cli.recipes import recipes
@@ -132,3 +133,19 @@ def test_truncated_rows(boring, make_trainer, capsys, loader):
     out = capsys.readouterr().out
     assert "20 of 24 training rows were truncated" in out
     assert "train 24 rows, 96 tokens" in out
+
+
+def test_why_a_run_stopped_early_is_told_once(boring, make_trainer, loader, capsys):
+    early = EarlyStopping("val/loss", patience=1, check_on_train_epoch_end=True)
+    module = boring()
+    Logs(module, val__loss=[0.7])
+    trainer = make_trainer(early, RunReport(), max_epochs=9)
+    trainer.fit(module, loader)
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped early")]
+    assert told.split("  ")[-1] == (
+        "Monitored metric val/loss did not improve in the last 1 records. Best score: 0.700."
+    )
+    again = boring()
+    Logs(again, val__loss=[0.1])
+    make_trainer(early, RunReport(), max_epochs=1).fit(again, loader)  # it remembers the other run's reason
+    assert "stopped early" not in capsys.readouterr().out

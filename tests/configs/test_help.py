@@ -83,6 +83,7 @@ def test_options_of_a_module(helped, name):
         (["fit", "--model.rewards.help"], ["ExactMatch", "SoftOverlong"], ["RewardSet", "RewardError"]),
         (["fit", "--model.lr_scheduler.help"], ["CosineSchedule", "StepLR"], ["  Schedule ", "_Floored"]),
         (["fit", "--trainer.callbacks.help"], ["SampleTable", "ModelCheckpoint"], ["FitConfigCallback"]),
+        (["list", "--help"], ["usage: align list KIND", "modules | data"], []),
         (["list", "rewards"], ["ExactMatch"], []),
         (["list", "callbacks"], ["Throughput"], []),
         (["list", "schedules"], ["LinearSchedule"], []),

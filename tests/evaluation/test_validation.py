@@ -83,6 +83,14 @@ def test_nothing_is_written_where_nothing_can_judge(model_folder, capsys):
     assert set(found) & {"val/loss", "val/exact_match", "val/reward"} == {"val/loss"}
 
 
+def test_rows_without_a_column_to_judge_by_are_said_once(model_folder, caplog):
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in DEMONSTRATIONS]
+    data = SFTDataModule(train=rows, validation=rows, tokenizer=model_folder, batch_size=4)
+    with caplog.at_level("INFO"):
+        validated(module(model_folder), data)
+    assert caplog.text.count("no completions of validation rows are judged: no column beside the prompt") == 1
+
+
 def test_modules_that_write_nothing_get_the_rows_alone(model_folder):
     rows = [{**row, "answer": row["chosen"]} for row in PAIRS]
     data = PreferenceDataModule(train=rows, validation=rows, tokenizer=model_folder, batch_size=4)

@@ -101,7 +101,7 @@ class RunReport(LoggedMetrics, Callback):
                 lines["stopped early"] = " ".join(early)
             lines |= self._metrics()
             root = Path(trainer.default_root_dir)
-            if not trainer.fast_dev_run:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 lines["files"] = _files(root)
                 following = _NEXT.get(getattr(pl_module, "paradigm", ""))
                 if following and (root / "export").is_dir():

@@ -1,5 +1,6 @@
 """The trained policy as a folder that any other tool reads."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from torch import nn
 
 from alignment_modules.callbacks.averaging import PolicyAverage
 from alignment_modules.functional.ranges import check_options
-from alignment_modules.policies.export import check_export, note_stages, read_note, stages_of
+from alignment_modules.policies.export import check_export, metrics_of, note_metrics, note_stages, read_note, stages_of
 from alignment_modules.policies.model_card import CardFacts, DataFacts, base_path, write_model_card
 from alignment_modules.policies.sharded import sharded_parts
 from alignment_modules.training.best import monitoring_callback, weights_from
@@ -26,6 +27,7 @@ class ExportPolicy(Callback):
     A sharded module's `export` is called on all ranks, which take part in putting it together.
 
     The folder's model card (`README.md`) says what was trained on what, with the configuration and the last metrics.
+    A fit with nothing left to train logs none: where it exports the weights that are there, their metrics stay.
     Nothing is written after an exception, nor in a `fast_dev_run`.
 
     Args:
@@ -97,6 +99,9 @@ class ExportPolicy(Callback):
             return
         directory = self._target(trainer)
         weights = None
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        former = metrics_of(directory) if trainer.is_global_zero and not metrics else {}
+        digests = _digests(directory) if former else {}
         if trainer.is_global_zero or sharded_parts(pl_module):
             with ExitStack() as stack:
                 weights = self._take_best(stack, trainer, pl_module) if self.which == "best" else None
@@ -109,7 +114,9 @@ class ExportPolicy(Callback):
                     pl_module.export(directory / "unaveraged", lora=self.lora)  # type: ignore[operator]
         if trainer.is_global_zero:
             if read_note(directory):  # a module's own `export` may write something else
-                write_model_card(directory, self._facts(trainer, pl_module, weights))
+                metrics = former if former and _digests(directory) == digests else metrics
+                write_model_card(directory, self._facts(trainer, pl_module, weights, metrics))
+                note_metrics(directory, metrics)
                 note_stages(directory, [*self._stages, str(getattr(pl_module, "paradigm", type(pl_module).__name__))])
             rank_zero_info(f"exported the policy to {directory}{f' ({weights})' if weights else ''}")
         trainer.strategy.barrier("export_policy")
@@ -124,7 +131,9 @@ class ExportPolicy(Callback):
         score = "" if callback.best_model_score is None else f" {float(callback.best_model_score):.6g}"
         return f"those of the best {callback.monitor}{score}, {Path(callback.best_model_path).name}"
 
-    def _facts(self, trainer: L.Trainer, module: L.LightningModule, weights: str | None) -> CardFacts:
+    def _facts(
+        self, trainer: L.Trainer, module: L.LightningModule, weights: str | None, metrics: Mapping[str, float]
+    ) -> CardFacts:
         saves_config = any(isinstance(one, SaveConfigCallback) for one in trainer.callbacks)  # type: ignore[attr-defined]
         config = Path(trainer.default_root_dir) / "config.yaml"  # another program's where no command line wrote it
         return CardFacts(
@@ -134,9 +143,18 @@ class ExportPolicy(Callback):
             license=self.license,
             weights=weights or f"the last, after {trainer.global_step} optimizer steps",
             data=_data_facts(getattr(trainer, "datamodule", None)),
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            metrics=metrics,
             config=config.read_text(encoding="utf-8") if saves_config and config.is_file() else None,
         )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights of an export."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _averaging(trainer: L.Trainer) -> PolicyAverage | None:

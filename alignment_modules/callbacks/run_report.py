@@ -1,5 +1,6 @@
 """What matters of a run: a few lines at its start, a summary at its end."""
 
+import contextlib
 import math
 import sys
 import time
@@ -64,8 +65,14 @@ class RunReport(LoggedMetrics, Callback):
         self.enabled = enabled
         self._history: dict[str, list[tuple[int, float]]] = {}
         self._started: float | None = None
+        self._there: dict[Path, tuple[int, int]] = {}  # files of the run's folder before the fit
         self._first_step = 0
         self._stopped: list[str] = []  # why runs before this one stopped early, which checkpoints remember
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remembers what lies in the run's folder, which need not be the run's alone."""
+        if stage == "fit" and self.enabled and trainer.is_global_zero:
+            self._there = _files_below(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets an earlier fit; where nothing is left to train, no training starts."""
@@ -102,7 +109,8 @@ class RunReport(LoggedMetrics, Callback):
             lines |= self._metrics()
             root = Path(trainer.default_root_dir)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                lines["files"] = _files(root)
+                if written := _written(root, self._there):
+                    lines["files"] = f"{root}: {written}"
                 following = _NEXT.get(getattr(pl_module, "paradigm", ""))
                 if following and (root / "export").is_dir():
                     lines["next"] = following.format(export=root / "export")
@@ -162,14 +170,26 @@ def _print(trainer: L.Trainer, lines: Mapping[str, str]) -> None:
     trainer.print("\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()))
 
 
-def _files(root: Path) -> str:
-    """What lies in the run's folder, each with its size."""
-    found = []
-    for entry in sorted(root.glob("[!.]*")):
-        inside = [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
-        size = sum(path.stat().st_size for path in inside)
-        found.append(f"{entry.name}{'/' if entry.is_dir() else ''} ({_size(size)})")
-    return f"{root}: {', '.join(found) or 'none'}"
+def _files_below(root: Path) -> dict[Path, tuple[int, int]]:
+    """When each file below a folder was last written, in nanoseconds, and its bytes; hidden entries are left out."""
+    found = {}
+    for entry in root.glob("[!.]*"):
+        for path in entry.rglob("*") if entry.is_dir() else [entry]:
+            with contextlib.suppress(OSError):  # another program may remove it meanwhile
+                if path.is_file():
+                    found[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+    return found
+
+
+def _written(root: Path, before: Mapping[Path, tuple[int, int]]) -> str:
+    """The entries of the run's folder with files that are new or changed, each with the size of those."""
+    sizes: dict[str, int] = {}
+    for path, found in sorted(_files_below(root).items()):
+        if before.get(path) != found:
+            name, *inner = path.relative_to(root).parts
+            entry = f"{name}/" if inner else name
+            sizes[entry] = sizes.get(entry, 0) + found[1]
+    return ", ".join(f"{entry} ({_size(size)})" for entry, size in sizes.items())
 
 
 def _peak_memory(module: L.LightningModule) -> str:

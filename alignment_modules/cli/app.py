@@ -40,6 +40,7 @@ from alignment_modules.callbacks import (
 from alignment_modules.callbacks.steady_logging import keep_training
 from alignment_modules.cli.commands import COMMANDS, run_command
 from alignment_modules.cli.data_checks import check_data
+from alignment_modules.cli.devices import check_devices
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
 from alignment_modules.cli.policy_options import follow_policy, policy_path
@@ -154,7 +155,9 @@ class AlignCLI(LightningCLI):
 
         Of weights that are going to be sharded each process but the first builds the shapes alone.
         """
-        strategy = self._get(self.config, "trainer").strategy
+        trainer = self._get(self.config, "trainer")
+        check_devices(trainer.accelerator, trainer.devices)
+        strategy = trainer.strategy
         shards = shards_weights(getattr(strategy, "class_path", strategy))
         try:
             with on_first_process() if shards else contextlib.nullcontext():

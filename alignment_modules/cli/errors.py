@@ -18,6 +18,7 @@ from alignment_modules.cli.classes import (
     BASES,
     choices,
     know_short_names,
+    last,
     lengthen_argument,
     path_of,
 )
@@ -28,6 +29,7 @@ from alignment_modules.cli.mistakes import allowed, close, mistakes
 from alignment_modules.cli.recipes import find_configs, without_config
 from alignment_modules.cli.repeated_keys import RepeatedKeyError, refuse_in_options, refuse_repeated_keys
 
+_REQUIRED = "the following arguments are required: "  # jsonargparse's words
 _WRAPPING = (
     "Does not validate against",
     "Subtypes:",
@@ -128,7 +130,17 @@ class AlignArgumentParser(LightningArgumentParser):
         with contextlib.suppress(Exception):  # the parser's words must not be lost over a search for better ones
             tree = given_options(self._given, self._folder) or self._tree or {}
             message = next(mistakes(parser, tree), message)
+        if message.startswith(_REQUIRED):
+            message = self._say_missing(message.removeprefix(_REQUIRED).split(", "))
         self._refuse(message, parser)
+
+    def _say_missing(self, options: list[str]) -> str:
+        """What to give in place of whole options that are not there, which recipes have."""
+        names = " and ".join(f"--{last(option)}" for option in options)
+        required = f"{names}: required, but not given"
+        if not configs(self._given):
+            required = f"--config NAME_OR_FILE is missing, or in its place {required}"
+        return f"{required}\n  recipes, for --config: align list recipes"
 
     def _command(self) -> ArgumentParser:
         """The parser of the subcommand that was given; this one without any."""

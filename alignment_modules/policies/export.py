@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -265,9 +266,7 @@ def note_stages(folder: str | os.PathLike[str], stages: Sequence[str]) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    temporary = Path(folder) / f".{MARKER}.{os.getpid()}.tmp"
-    _write_json(temporary, {**read_note(folder), "stages": list(stages)})
-    temporary.replace(Path(folder) / MARKER)
+    _add_to_note(folder, "stages", list(stages))
 
 
 def stages_of(folder: str | os.PathLike[str] | None) -> list[str]:
@@ -276,8 +275,34 @@ def stages_of(folder: str | os.PathLike[str] | None) -> list[str]:
     return [str(stage) for stage in stages] if isinstance(stages, list) else []
 
 
+def note_metrics(folder: str | os.PathLike[str], metrics: Mapping[str, float]) -> None:
+    """Adds to an export's note what was logged last of its policy.
+
+    Args:
+        folder: The export.
+        metrics: Numbers by name.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    # JSON has no number for nan and infinity
+    _add_to_note(folder, "metrics", {name: v if math.isfinite(v) else str(v) for name, v in metrics.items()})
+
+
+def metrics_of(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """What was logged last of an exported policy; empty where its folder does not tell."""
+    metrics = read_note(folder).get("metrics")
+    return {name: float(value) for name, value in metrics.items()} if isinstance(metrics, dict) else {}
+
+
+def _add_to_note(folder: str | os.PathLike[str], key: str, value: Any) -> None:
+    temporary = Path(folder) / f".{MARKER}.{os.getpid()}.tmp"
+    _write_json(temporary, {**read_note(folder), key: value})
+    temporary.replace(Path(folder) / MARKER)
+
+
 def read_note(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an export says of itself (`format`, `stages`, of a reward model `stop_token_ids`); empty of others."""
+    """What an export says of itself (`format`, `stages`, `metrics`, of a reward model `stop_token_ids`); empty of others."""
     try:
         found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

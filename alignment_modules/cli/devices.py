@@ -25,19 +25,16 @@ def check_devices(accelerator: Any, devices: Any) -> None:
     gpu = next((name for name in _GPUS if name in there), None)
     allowed = ["auto", *(["gpu"] if gpu else []), *there]
     if accelerator not in allowed:
-        raise ValueError(
-            f"trainer.accelerator={accelerator!r}: this system has none; allowed here: {', '.join(allowed)}"
-        )
+        names = ", ".join(allowed)
+        raise ValueError(f"trainer.accelerator={accelerator!r}: this system has none; allowed here: {names}")
     if devices == "auto":
         return
     auto = "tpu" if "tpu" in there else gpu or "cpu"
     name = {"auto": auto, "gpu": gpu or auto}.get(accelerator, accelerator)
-    count = "a number of processes > 0" if name == "cpu" else f"at most {known[name].auto_device_count()} of {name}"
+    count = "a number of processes" if name == "cpu" else f"at most {known[name].auto_device_count()}"
     try:
         wrong = "" if devices not in ([], 0, "0") and known[name].parse_devices(devices) else "none are asked for"
     except (TypeError, ValueError, MisconfigurationException) as error:
-        wrong = " ".join(str(error).split())
+        wrong = " ".join(str(error).split()).rstrip(".")
     if wrong:
-        raise ValueError(
-            f"trainer.devices={devices!r} with accelerator {name}: {wrong}; allowed here: auto, or {count}"
-        )
+        raise ValueError(f"trainer.devices={devices!r} on {name}: {wrong}; allowed here: auto, or {count}")

@@ -302,7 +302,10 @@ def _add_to_note(folder: str | os.PathLike[str], key: str, value: Any) -> None:
 
 
 def read_note(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an export says of itself (`format`, `stages`, `metrics`, of a reward model `stop_token_ids`); empty of others."""
+    """What an export says of itself: `format`, `stages`, `metrics`, of a reward model `stop_token_ids`.
+
+    Empty where a folder is none.
+    """
     try:
         found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -25,6 +25,7 @@ def test_beginning_and_end(boring, make_trainer, loader, capsys, tmp_path):
     module = boring()
     Logs(module, train__loss=[3.0, 2.0, 1.0, 0.5, 2.5, 1.5], val__loss=[0.7])
     (tmp_path / "export").mkdir()
+    module.on_train_end = (tmp_path / "export" / "weights").touch
     module.paradigm = "sft"
     make_trainer(RunReport(), log_every_n_steps=1).fit(module, loader)
     lines = capsys.readouterr().out.splitlines()
@@ -72,6 +73,27 @@ def test_nothing_left_to_train(boring, make_trainer, loader, capsys):
     done = capsys.readouterr().out.splitlines()[0]
     assert done.startswith("done")
     assert "nothing was left to train after optimizer step 0" in done
+
+
+def test_only_files_that_the_run_wrote_are_told(boring, make_trainer, loader, capsys, tmp_path):
+    for name in ("pairs.jsonl", "kept/old", "kept/changed", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    report = RunReport()
+    make_trainer(report).fit(boring(), loader)
+    assert "files" not in capsys.readouterr().out
+    module = boring()
+
+    def write():
+        for name in ("kept/changed", "new.csv", ".new"):
+            (tmp_path / name).write_text("written")
+
+    module.on_train_end = write
+    make_trainer(report).fit(module, loader)
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("files")]
+    assert told.split("  ")[-1] == f"{tmp_path}: kept/ (7 B), new.csv (7 B)"
+    make_trainer(report).fit(boring(), loader)
+    assert "files" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("manual", [0, 3])

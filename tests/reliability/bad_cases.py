@@ -134,7 +134,18 @@ CASES = {
         "sft", ["--model.optimizer", "LBFGS"], ["LBFGS doesn't support per-parameter options"]
     ),
     "unknown strategy": Case("sft", ["--trainer.strategy", "ddpp"], ["strategy='ddpp'"]),
-    "unknown accelerator": Case("sft", ["--trainer.accelerator", "xpuu"], ["accelerator='xpuu'", "cpu"]),
+    "unknown accelerator": Case(
+        "sft", ["--trainer.accelerator", "xpuu"], ["trainer.accelerator='xpuu'", "auto", "cpu"]
+    ),
+    "an accelerator that is not there": Case(
+        "sft", ["--trainer.accelerator", "tpu"], ["trainer.accelerator='tpu': this system has none", "auto", "cpu"]
+    ),
+    "no devices": Case(
+        "sft", ["--trainer.devices", "0"], ["trainer.devices=0 on cpu", "auto, or a number of processes"]
+    ),
+    "a list of devices on the CPU": Case(
+        "sft", ["--trainer.devices", "[0, 1]"], ["trainer.devices=[0, 1] on cpu", "auto, or a number of processes"]
+    ),
     "validation after more batches than there are": Case(
         "sft", ["--trainer.val_check_interval", "50", "--data.validation", "sft.jsonl"], ["val_check_interval", "50"]
     ),

@@ -57,6 +57,7 @@ def bad(workplace, write_model):
         "empty.jsonl": "",
         "no_target.jsonl": '{"text": ""}\n' * 2,
         "optimiser.yaml": "model: {init_args: {optimiser: {class_path: torch.optim.SGD}}}\n",
+        "nothing_of_models.yaml": "trainer: {max_epochs: 1}\n",
         "plateau.yaml": "model: {init_args: {lr_scheduler: {class_path: ReduceLROnPlateau}}}\n",
         "nothing.yaml": "# nothing\n",
         "list.yaml": "- 1\n",
@@ -98,7 +99,9 @@ def test_bad_input(align, case):
     [
         (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
         ([], ["subcommand", "fit", "align --help"]),
-        (["fit"], ["data", "model", "required"]),
+        (["fit"], ["--config NAME_OR_FILE is missing", "--data and --model: required", "align list recipes"]),
+        (["fit", "-c", "bad/nothing_of_models.yaml"], ["error: --data and --model: required", "align list recipes"]),
+        (["test", "--data", "SFTDataModule"], ["NAME_OR_FILE is missing, or in its place --model: required"]),
         (["fit", "--data.train", "x.jsonl"], ["--data.train=x.jsonl: name the data module", "--data SFTDataModule"]),
         (["fit", "--model", "DPOModule", "--data", "PreferenceDataModule"], ["--model.policy: required by DPOModule"]),
     ],

@@ -81,7 +81,7 @@ def test_only_files_that_the_run_wrote_are_told(boring, make_trainer, loader, ca
         (tmp_path / name).write_text("mine")
     report = RunReport()
     make_trainer(report).fit(boring(), loader)
-    assert "files" not in capsys.readouterr().out
+    assert "\nfiles" not in capsys.readouterr().out
     module = boring()
 
     def write():
@@ -93,7 +93,7 @@ def test_only_files_that_the_run_wrote_are_told(boring, make_trainer, loader, ca
     [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("files")]
     assert told.split("  ")[-1] == f"{tmp_path}: kept/ (7 B), new.csv (7 B)"
     make_trainer(report).fit(boring(), loader)
-    assert "files" not in capsys.readouterr().out
+    assert "\nfiles" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("manual", [0, 3])

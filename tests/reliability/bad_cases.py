@@ -141,7 +141,7 @@ CASES = {
         "sft", ["--trainer.accelerator", "tpu"], ["trainer.accelerator='tpu': this system has none", "auto", "cpu"]
     ),
     "no devices": Case(
-        "sft", ["--trainer.devices", "0"], ["trainer.devices=0 on cpu", "auto, or a number of processes"]
+        "sft", ["--trainer.devices", "0"], ["trainer.devices='0' on cpu", "auto, or a number of processes"]
     ),
     "a list of devices on the CPU": Case(
         "sft", ["--trainer.devices", "[0, 1]"], ["trainer.devices=[0, 1] on cpu", "auto, or a number of processes"]

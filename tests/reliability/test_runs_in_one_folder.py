@@ -63,6 +63,16 @@ def test_a_second_run_moves_the_first_aside_and_a_resumed_one_does_not(fit, tmp_
     assert max(steps(tmp_path / "run.2")) == 4
 
 
+def test_a_resume_with_nothing_left_to_train_keeps_the_metrics_of_the_export(fit, tmp_path):
+    card = tmp_path / "run" / "export" / "README.md"
+    assert fit("sft", "--trainer.max_steps", "2").code == 0
+    before = card.read_text()
+    assert "| `train/loss` |" in before
+    again = fit("sft", "--trainer.max_steps", "2", "--ckpt_path", "last")
+    assert again.code == 0, again.text
+    assert card.read_text() == before
+
+
 def test_evaluations_stay_in_the_folder(fit, align, tmp_path):
     assert fit("sft", "--trainer.max_steps", "1").code == 0
     root = ["--trainer.default_root_dir", str(tmp_path / "run")]

@@ -97,6 +97,8 @@ def test_bad_input(align, case):
     ("arguments", "parts"),
     [
         (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
+        (["fti"], ["did you mean 'fit'?", "inspect, list\n"]),
+        (["lst"], ["did you mean 'list'?"]),
         ([], ["subcommand", "fit", "align --help"]),
         (["fit"], ["data", "model", "required"]),
         (["fit", "--data.train", "x.jsonl"], ["--data.train=x.jsonl: name the data module", "--data SFTDataModule"]),

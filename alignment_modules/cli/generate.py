@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         "--policy FOLDER [PROMPT ...] [options]",
         "Complete prompts: those of the command line, those of --prompts, or those of standard input, one a line or\n"
-        "one row of JSON a line. Text is continued as it stands, or asked as a user's message with --as-chat; messages\n"
-        "go through the tokenizer's chat template. A terminal shows each of several prompts above its completions.",
+        "one row of JSON a line. Text is continued as it stands; --as-chat asks it as a user's message. Messages go\n"
+        "through the tokenizer's chat template. A terminal shows each of several prompts above its completions.",
         'align generate --policy runs/sft/export "1+1="\n'
         "align generate --policy runs/sft/export --prompts questions.jsonl --num-samples 8 --rewards ExactMatch \\\n"
         "    --write pairs pairs.jsonl",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -36,6 +38,7 @@ class Splits:
     def __init__(self, data: AlignmentDataModule) -> None:
         self.data = data
         self._prepared: dict[str, Rows] = {}
+        self._shares_told: set[str] = set()
 
     def rows(self, split: str) -> Rows:
         """The rows of a split: its source's, or its share of the training rows, with columns renamed.
@@ -55,9 +58,10 @@ class Splits:
             logger.info("train=%r has rows for validation, too; validation=%r uses them", source, source)
         if share and split in ("train", "validation"):
             every, rows = len(rows), take_share(rows, share, data.seed, split)
-            logger.info(
-                "%s: %d of %d rows of train, by validation=%s and seed=%d", split, len(rows), every, share, data.seed
-            )
+            told = "%s: %d of %d rows of train, by validation=%s and seed=%d"
+            if split not in self._shares_told:  # once, however often they are opened
+                logger.info(told, split, len(rows), every, share, data.seed)
+            self._shares_told.add(split)
         return RenamedRows(rows, data.columns) if data.columns else rows
 
     def prepare(self, split: str) -> dict[str, Batches]:
@@ -138,6 +142,7 @@ class Splits:
             found = f"; that is the format '{found}'" if found else ""
             if empty := sorted(seen.keys() - formats.present(seen)):
                 found = f", and nothing but null in {empty}{found}"
+            found += _misspelt(seen, accepted)
             raise ValueError(
                 f"{split}: {rows.where(0)} has the columns {sorted(formats.present(seen))}{found}; "
                 f"{type(self.data).__name__} needs {formats.describe(accepted)} (rename columns with columns=...)"
@@ -212,6 +217,16 @@ class Splits:
             )
             return {}
         return {VALIDATION_PROMPTS: made}
+
+
+def _misspelt(seen: Collection[str], accepted: Collection[str]) -> str:
+    """Which column could have been meant by one that no accepted format has."""
+    wanted = {column for name in accepted for column in formats.COLUMNS[name]}
+    near = (
+        (name, difflib.get_close_matches(name, wanted - set(seen), n=1, cutoff=0.8))
+        for name in sorted(set(seen) - wanted)
+    )
+    return "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near if found)
 
 
 @rank_zero_only

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback
 from alignment_modules.callbacks.bar import end_bar
 from alignment_modules.callbacks.logged_metrics import LoggedMetrics
 from alignment_modules.functional.ranges import check_options
+from alignment_modules.policies.context import context_length
 
 _LEAST, _MOST = "least", "most"
 _SHOWN = {  # metrics of the summary, and which of their values is the best
@@ -148,7 +149,19 @@ def _beginning(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         "steps": f"{length}; {'batches' if endless else f'an epoch has {batches} batches'}{rows} on {split}"
         + (f", {accumulated} of them a step" if accumulated > 1 else ""),
         "writes to": str(trainer.default_root_dir),
+        **_beyond_context(trainer, module),
     }
+
+
+def _beyond_context(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    """A warning where training rows are longer than what the policy was made for; rotary positions take them all."""
+    data: Any = getattr(trainer, "datamodule", None)
+    longest = getattr(data, "reports", {}).get("train", {}).get("longest", 0)
+    policy, kept = getattr(module, "policy", None), min(longest, getattr(data, "max_length", longest))
+    limit = context_length(policy) if isinstance(policy, torch.nn.Module) else None
+    if limit is None or kept <= limit:
+        return {}
+    return {"warning": f"rows of up to {kept} tokens, and the policy was made for {limit} (max_position_embeddings)"}
 
 
 def _stopped_early(trainer: L.Trainer) -> list[str]:

@@ -24,7 +24,7 @@ _HELP = {
     "/undo": "take back the last message and its answer",
     "/retry": "answer the last message again, with other random numbers",
     "/save FILE": "append the conversation to a JSONL file to train on (SFT)",
-    "/system TEXT": "set the system prompt; without text there is none",
+    "/system TEXT": "begin a new conversation with this system prompt; without text: with none",
     "/temperature T": "sample at another temperature; 0: the likeliest tokens",
     "/adapter on|off": "switch the LoRA adapter of the folder on or off",
     "/help": "show this",
@@ -225,12 +225,15 @@ class Chat:
         return self.screen.note(f"(appended {len(rows)} {'row' if len(rows) == 1 else 'rows'} to {path})")
 
     def system(self, rest: str) -> None:
-        """Sets the system prompt."""
+        """Sets the system prompt; what was answered under another one is no part of the conversation from then on."""
         if not all(voice.conversation.as_messages for voice in self.voices):
             return self.screen.error("/system needs a chat template; here text is continued")
+        anew = "; a new conversation begins" if self.voices[0].conversation.turns else ""
+        self.attempt = 0
         for voice in self.voices:
             voice.conversation.system = rest
-        return self.screen.note("(system prompt set)" if rest else "(no system prompt)")
+            voice.conversation.turns.clear()
+        return self.screen.note(f"({'system prompt set' if rest else 'no system prompt'}{anew})")
 
     def temperature(self, rest: str) -> None:
         """Sets the temperature."""

@@ -125,7 +125,7 @@ class AlignArgumentParser(LightningArgumentParser):
         commands = getattr(self, "_subcommands_action", None)
         parser = getattr(ex, "subcommand_parser", None) or self._command()
         if parser is self and commands and self._given and not self._given[0].startswith("-"):
-            word, names = self._given[0], [*commands.choices, *COMMANDS]
+            word, names = self._given[0], [*commands.choices, *COMMANDS, "list"]
             self._refuse(f"{word!r} is not a subcommand{close(word, names)}{allowed(names)}")
         with contextlib.suppress(Exception):  # the parser's words must not be lost over a search for better ones
             tree = given_options(self._given, self._folder) or self._tree or {}

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from alignment_modules.cli.loaded_policy import (
 from alignment_modules.cli.options import OptionParser
 from alignment_modules.cli.row_file import RowFile
 from alignment_modules.cli.sampling import KINDS, PromptSampler, Sampled
-from alignment_modules.cli.screen import printable
+from alignment_modules.cli.screen import PROMPT, printable
 from alignment_modules.policies.fingerprints import fingerprint
 from alignment_modules.rewards import RewardSet, verifiers
 from datamodules.rows.strict_json import strict_json
@@ -64,7 +64,7 @@ def generate_command(arguments: list[str]) -> int:
         as_chat=given.as_chat,
     )
     if given.write is None:
-        _print(sampler.batches(), given.json)
+        _print(_noted(sampler), given.json, named=len(sampler) > 1 and sys.stdout.isatty())
     else:
         _write(sampler, given)
     return 0
@@ -75,15 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         "--policy FOLDER [PROMPT ...] [options]",
         "Complete prompts: those of the command line, those of --prompts, or those of standard input, one a line or\n"
-        "one row of JSON a line. Text is completed as it stands, messages by the tokenizer's chat template.",
+        "one row of JSON a line. Text is continued as it stands; --as-chat asks it as a user's message. Messages go\n"
+        "through the tokenizer's chat template. A terminal shows each of several prompts above its completions.",
         'align generate --policy runs/sft/export "1+1="\n'
         "align generate --policy runs/sft/export --prompts questions.jsonl --num-samples 8 --rewards ExactMatch \\\n"
         "    --write pairs pairs.jsonl",
     )
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text to complete")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text to continue")
     add = parser.add_argument
     add("--prompts", metavar="SOURCE", help="file, folder or hub id of rows with a prompt, in any format for training")
-    add("--as-chat", action="store_true", help="make a user's message of a plain prompt")
+    add(
+        "--as-chat",
+        action="store_true",
+        help="ask a text as a user's message, as align chat does, instead of continuing it",
+    )
     add("--json", action="store_true", help="print rows of JSON instead of text")
     add_policy_options(parser)
     add_sampling_options(parser, temperature=None)
@@ -160,15 +165,35 @@ def _parse(number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _print(batches: Iterable[list[Sampled]], as_json: bool) -> None:
+def _noted(sampler: PromptSampler, start: int = 0) -> Iterator[list[Sampled]]:
+    """The sampler's batches; says once where a text was continued by a policy that could have been asked it."""
+    told = not sampler.loaded.has_template
+    for batch in sampler.batches(start):
+        if not told and any(isinstance(sampled.row["prompt"], str) for sampled in batch):
+            told = True
+            sys.stderr.write(
+                "text is continued as it stands, without the chat template; --as-chat asks it as a message\n"
+            )
+        yield batch
+
+
+def _print(batches: Iterable[list[Sampled]], as_json: bool, *, named: bool) -> None:
     for batch in batches:
         for sampled in batch:
             if as_json:
                 sys.stdout.write(to_json_line(sampled.plain()))
                 continue
+            if named:
+                print(f"{PROMPT}{printable(_shown(sampled.row['prompt']))}")
             for text in sampled.completions:
                 print(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
+
+
+def _shown(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as a chat shows it: the text, or what was said last."""
+    said = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False, default=str)
 
 
 def _write(sampler: PromptSampler, given: argparse.Namespace) -> None:
@@ -187,7 +212,7 @@ def _write(sampler: PromptSampler, given: argparse.Namespace) -> None:
             console.print(f"{path} holds {file.count} rows; going on behind them", highlight=False, soft_wrap=True)
         start = sampler.first_after(file.last)
         task = progress.add_task(kind, total=len(sampler), completed=start)
-        for batch in sampler.batches(start):
+        for batch in _noted(sampler, start):
             file.append(row for row in (sampled.training_row(kind) for sampled in batch) if row is not None)
             progress.advance(task, len(batch))
     left = len(sampler) - file.count

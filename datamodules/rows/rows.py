@@ -93,7 +93,7 @@ def parse_line(path: Path, raw: bytes, line: int, *, check: bool = True) -> dict
         ValueError: The line is not valid UTF-8 or JSON, or not an object; the message starts with `path:line`.
     """
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig").rstrip()  # else what is cut short ends behind the line
         row = strict_json(text) if check else json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None

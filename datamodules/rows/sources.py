@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import sys
@@ -164,9 +165,13 @@ def check_sources(sources: Mapping[str, Any], splits: Sequence[str]) -> None:
 def not_found(source: str, split: str) -> str:
     """What to say of a path that is not there."""
     folder = Path(source).expanduser().absolute().parent
-    there = sorted(entry.name for entry in folder.iterdir())[:10] if folder.is_dir() else []
-    found = f"{folder} holds {there}" if folder.is_dir() else f"there is no folder {folder} either"
-    return f"{split}={source!r}: no such file or folder; {found}"
+    if not folder.is_dir():
+        return f"{split}={source!r}: no such file or folder; there is no folder {folder} either"
+    there = sorted(entry.name for entry in folder.iterdir())
+    near = difflib.get_close_matches(Path(source).name, there, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    more = f" and {len(there) - 10} more" if len(there) > 10 else ""
+    return f"{split}={source!r}: no such file or folder{meant}; {folder} holds {there[:10]}{more}"
 
 
 def open_saved(path: Path, chosen: str, split: str) -> Any:

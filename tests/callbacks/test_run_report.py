@@ -1,11 +1,16 @@
 """The report says what runs and what came of it; the watch warns once of what teaches nothing."""
 
+import json
+from pathlib import Path
+
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 
+from alignment_modules import SFTModule
 from alignment_modules.callbacks import LearningWatch, RunReport
 from alignment_modules.cli.recipes import recipes
 from alignment_modules.paradigms import PARADIGMS
+from datamodules import SFTDataModule
 
 
 class Logs:
@@ -171,3 +176,12 @@ def test_why_a_run_stopped_early_is_told_once(boring, make_trainer, loader, caps
     Logs(again, val__loss=[0.1])
     make_trainer(early, RunReport(), max_epochs=1).fit(again, loader)  # it remembers the other run's reason
     assert "stopped early" not in capsys.readouterr().out
+
+
+def test_rows_beyond_what_the_policy_was_made_for_are_told(model_folder, capsys, make_trainer):
+    limit = json.loads((Path(model_folder) / "config.json").read_text())["max_position_embeddings"]
+    rows = [{"prompt": "a", "completion": "b" * limit}] * 2
+    for most, told in ((limit, False), (limit + 9, True)):
+        data = SFTDataModule(train=rows, tokenizer=model_folder, max_length=most, batch_size=2)
+        make_trainer(RunReport()).fit(SFTModule(policy=model_folder), data)
+        assert (f"and the policy was made for {limit}" in capsys.readouterr().out) == told

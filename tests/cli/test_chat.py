@@ -63,6 +63,7 @@ def test_undo_retry_system_and_save(talk, model_folder, tmp_path):
         "/undo",
         f"/save {file}",
         "/retry",
+        f"/save {file}",
         "/system Be brief.",
         f"/save {file}",
         "three",
@@ -71,11 +72,20 @@ def test_undo_retry_system_and_save(talk, model_folder, tmp_path):
     text = talk(model_folder, *lines)
     first, again, last = (row["messages"] for row in saved(file))
     assert [message["content"] for message in first if message["role"] == "user"] == ["one"]
-    assert again[0] == {"role": "system", "content": "Be brief."}
-    assert again[1] == first[0]
-    assert again[2] != first[1]  # other random numbers
-    assert [message["role"] for message in last] == ["system", "user", "assistant", "user", "assistant"]
+    assert again[0] == first[0]
+    assert again[1] != first[1]  # other random numbers
     assert "(taken back; 1 message is left)" in text
+    assert "(system prompt set; a new conversation begins)\n" in text
+    assert "nothing was said yet" in text  # no row has a system prompt before answers that were given without it
+    assert last[:2] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "three"}]
+    assert [message["role"] for message in last] == ["system", "user", "assistant"]
+
+
+def test_a_system_prompt_before_anything_was_said_begins_nothing_anew(talk, model_folder, tmp_path):
+    for number, (lines, options) in enumerate(((["/system Be brief."], []), ([], ["--system", "Be brief."]))):
+        text = talk(model_folder, *lines, "three", f"/save {tmp_path / str(number)}", options=options)
+        assert "a new conversation" not in text
+    assert saved(tmp_path / "0") == saved(tmp_path / "1")
 
 
 def test_saved_rows_are_read_for_fine_tuning(talk, model_folder, plain_folder, tmp_path):

@@ -65,6 +65,27 @@ def test_messages_go_through_the_template(generate, model_folder):
     assert json.loads(as_text)["completion"] == json.loads(said)["completion"]
 
 
+def test_continued_text_is_said_once_where_it_could_be_asked(generate, model_folder, tmp_path):
+    note = "text is continued as it stands, without the chat template; --as-chat asks it as a message\n"
+    given, message = ("--policy", model_folder), json.dumps({"prompt": [{"role": "user", "content": "hi"}]})
+    assert generate(*given, "hi", "ho", "--batch-size", "1").err.count(note) == 1
+    assert note in generate(*given, stdin=f'{message}\n{{"prompt": "hi"}}\n').err
+    making = ("--num-samples", "2", "--rewards", "my_rewards.digits", "--write", "scored", tmp_path / "rows.jsonl")
+    assert note in generate(*given, "hi", *making).err
+    assert note not in generate(*given, "--as-chat", "hi", "ho").err
+    assert note not in generate(*given, stdin=message).err
+    assert note not in generate("1+1=").err  # there is no template to ask it with
+
+
+def test_a_terminal_shows_which_completion_is_whose(generate, monkeypatch, model_folder):
+    plain = generate("1+1=", "2+2=").out.splitlines()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert generate("1+1=", "2+2=").out.splitlines() == ["> 1+1=", plain[0], "> 2+2=", plain[1]]
+    assert generate("1+1=").out.splitlines() == plain[:1]
+    assert "> " not in generate("--json", "1+1=", "2+2=").out
+    assert generate("--policy", model_folder, "--as-chat", "hi", "ho").out.startswith("> hi\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "module", "columns"),
     [

@@ -18,6 +18,10 @@ CASES = {
         lambda t: SFTDataModule(train=[{"foo": "a", "bar": "b"}], tokenizer=t),
         r"train: row 0 of .* has the columns \['bar', 'foo'\]; SFTDataModule needs \[prompt, completion\] or ",
     ),
+    "a misspelt column": (
+        lambda t: SFTDataModule(train=[{"prompt": "a", "completin": "b"}], tokenizer=t),
+        r"has the columns \['completin', 'prompt'\].*; did you mean 'completion' by 'completin'\?; SFTDataModule needs",
+    ),
     "another module's format": (
         lambda t: SFTDataModule(train=[{"prompt": "a", "chosen": "b", "rejected": "c"}], tokenizer=t),
         "that is the format 'preference'; SFTDataModule needs",

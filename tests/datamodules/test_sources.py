@@ -122,7 +122,7 @@ def test_hub_ids(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: Expecting value at column 6"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 1', r"a\.jsonl:3: not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: holds a JSON list; each line must hold one JSON object"),
         ("a.jsonl", b'{"a": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
@@ -258,6 +258,19 @@ def test_paths_are_looked_for_without_opening_them(tmp_path):
     check_sources(sources, ("train", "validation"))
     with pytest.raises(ValueError, match=r"test='.*gone.jsonl': no such file or folder; .* holds \['here.jsonl'\]"):
         check_sources(sources, ("test",))
+    for number in range(10):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(ValueError, match=r"did you mean 'here.jsonl'\?; .* holds \['0.txt'.*\] and 1 more$"):
+        check_sources({"test": str(tmp_path / "hree.jsonl")}, ("test",))
+
+
+def test_a_share_is_told_once(caplog, tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    data = SFTDataModule(train=rows, validation=0.5, tokenizer=tokenizer)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+        data.first_prompts(1)
+    assert caplog.text.count("by validation=0.5 and seed=0") == 2  # of train and of validation
 
 
 def test_rows_for_validation_are_pointed_to(tmp_path, tokenizer, caplog):

@@ -98,6 +98,8 @@ def test_bad_input(align, case):
     ("arguments", "parts"),
     [
         (["fut"], ["'fut' is not a subcommand", "did you mean 'fit'?", "validate"]),
+        (["fti"], ["did you mean 'fit'?", "inspect, list\n"]),
+        (["lst"], ["did you mean 'list'?"]),
         ([], ["subcommand", "fit", "align --help"]),
         (["fit"], ["--config NAME_OR_FILE is missing", "--data and --model: required", "align list recipes"]),
         (["fit", "-c", "bad/nothing_of_models.yaml"], ["error: --data and --model: required", "align list recipes"]),

@@ -43,6 +43,7 @@ from alignment_modules.cli.data_checks import check_data
 from alignment_modules.cli.devices import check_devices
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.failures import is_message
+from alignment_modules.cli.own_files import find_own_files
 from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import earlier_run, locked, set_aside
 from alignment_modules.cli.runs import checkpoint_folders, checkpoint_meant, follow_parent, is_of_run, resume_command
@@ -207,8 +208,7 @@ def run_cli(args: ArgsType = None, run: bool = True, cli: type[AlignCLI] = Align
     Returns:
         The CLI object, with `trainer`, `model` and `datamodule`.
     """
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # a file with the user's own rewards lies beside the configuration
+    find_own_files()
     for name in ("torchao", "torch.utils._pytree"):  # what it could not load on a CPU, and what torch says of it
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")

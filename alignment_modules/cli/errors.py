@@ -26,6 +26,7 @@ from alignment_modules.cli.commands import COMMANDS
 from alignment_modules.cli.given import configs, given_options
 from alignment_modules.cli.help import print_help
 from alignment_modules.cli.mistakes import allowed, close, mistakes
+from alignment_modules.cli.own_files import find_own_files
 from alignment_modules.cli.recipes import find_configs, without_config
 from alignment_modules.cli.repeated_keys import RepeatedKeyError, refuse_in_options, refuse_repeated_keys
 
@@ -73,6 +74,7 @@ class AlignArgumentParser(LightningArgumentParser):
             self._given = find_configs(self._given, self._folder)
         except ValueError as error:
             self._refuse(str(error))
+        find_own_files(configs(self._given))
         self._refuse_bases()
         try:
             folders = [self._folder, *(self._folder / Path(value).parent for value in configs(self._given))]

@@ -1,8 +1,6 @@
 """`align export`: the policy in a run's checkpoint as a folder in Hugging Face format."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from alignment_modules.cli.classes import import_path
 from alignment_modules.cli.data_checks import options_of_sources
 from alignment_modules.cli.errors import AlignArgumentParser, find_cause
 from alignment_modules.cli.options import OptionParser
+from alignment_modules.cli.own_files import find_own_files
 from alignment_modules.cli.policy_options import follow_policy, policy_path
 from alignment_modules.cli.run_folder import last_checkpoint
 from alignment_modules.policies.export import MARKER, note_stages, stages_of
@@ -40,8 +39,7 @@ def export_command(arguments: list[str]) -> int:
     checkpoint, best = _find_checkpoint(Path(given.checkpoint).expanduser(), given.which)
     config_file = Path(given.config).expanduser() if given.config else _find_config(checkpoint)
     text, config = _read_config(config_file)
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # classes of the user's own
+    find_own_files()
     state, _ = open_checkpoint(checkpoint)
     module = _load_module(checkpoint, config)
     _attach_data(module, config)

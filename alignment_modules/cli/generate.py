@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from alignment_modules.cli.loaded_policy import (
     sampling_parameters,
 )
 from alignment_modules.cli.options import OptionParser
+from alignment_modules.cli.own_files import find_own_files
 from alignment_modules.cli.row_file import RowFile
 from alignment_modules.cli.sampling import KINDS, PromptSampler, Sampled
 from alignment_modules.cli.screen import PROMPT, printable
@@ -46,8 +46,7 @@ def generate_command(arguments: list[str]) -> int:
     if given.temperature is None:
         given.temperature = 0.0 if given.num_samples == 1 else 1.0
     _check(given)
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # a file with the user's own rewards
+    find_own_files()
     rewards = RewardSet([_reward_name(name) for name in given.rewards], given.reward_weights) if given.rewards else None
     source = given.prompts or ([{"prompt": text} for text in given.prompt] if given.prompt else _read_stdin())
     if rewards is not None:

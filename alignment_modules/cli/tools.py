@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from alignment_modules.cli.own_files import find_own_files
 from alignment_modules.rollouts.environments import EnvironmentSet, ToolOptions
 
 _MAX_TURNS = 8
@@ -71,8 +70,7 @@ class Actions:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        if not {"", os.getcwd()} & set(sys.path):
-            sys.path.append(os.getcwd())  # a file with the user's own tools
+        find_own_files([given.config] if given.config else [])
         options = ToolOptions(**(found.get("tool_options") or {}))
         made = EnvironmentSet(found.get("environments"), found.get("tools"), in_process=options.in_process)
         row = _row(given.row)

@@ -39,8 +39,8 @@ def import_object(path: str, label: str, more: str = "") -> Any:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(
-            f"{label}: no module named {error.name!r}{more}; a file of your own must "
-            "lie on Python's path (PYTHONPATH, or an installed package)"
+            f"{label}: no module named {error.name!r}{more}; a file of your own must lie on Python's path (PYTHONPATH, "
+            "an installed package; for `align` also the working folder, and that of a configuration)"
         ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{label}: module {module_name!r} has no attribute {attribute!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +18,8 @@ from alignment_modules.policies.adapter_start import starts_from_base
 from alignment_modules.policies.lora import LoraConfig
 from alignment_modules.policies.quantization import Quantization, check_kind, check_packages
 from alignment_modules.policies.recomputing import Recomputed
+
+_log = logging.getLogger(__name__)
 
 Head = Literal["lm", "scalar"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -258,7 +262,17 @@ def resolve_folder(path: str, name: str = "path") -> str:
             f"{name}={path!r} is {found} (looked at {expanded.absolute()}). Give a folder in Hugging Face format or a "
             "hub id."
         )
+    _tell_of_folder(path, name)
     return path
+
+
+@functools.cache
+def _tell_of_folder(path: str, name: str) -> None:
+    """Says once that a folder which could have been meant is not there: asking a hub out of reach takes long."""
+    above = Path(path).parent
+    if path.count("/") == 1 and above.is_dir():
+        there = sorted(entry.name for entry in above.iterdir() if entry.is_dir())[:10]
+        _log.warning("%s=%r: no such folder; %s/ holds %s. It is taken for a hub id.", name, path, above, there)
 
 
 def adapter_config(path: str, revision: str | None) -> dict[str, Any] | None:

@@ -62,8 +62,12 @@ def test_export_of_a_run_is_that_of_its_checkpoint(run, align, tmp_path, which):
     names = {file.name for file in (run.root / "export").iterdir()}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     assert_equal(weights(tmp_path / "out"), policy_of(checkpoint))
-    for name in names - {"README.md", "model.safetensors"}:
+    for name in names - {"README.md", "model.safetensors", "alignment_modules.json"}:
         assert (tmp_path / "out" / name).read_text() == (run.root / "export" / name).read_text(), name
+    folders = (tmp_path / "out", run.root / "export")
+    note, of_run = (json.loads((folder / "alignment_modules.json").read_text()) for folder in folders)
+    assert of_run.pop("metrics")  # which a checkpoint does not know
+    assert note == of_run
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("best val/loss" in card) == (which == "best")
     assert "sft.jsonl" in card

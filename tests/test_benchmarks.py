@@ -39,7 +39,7 @@ def script(monkeypatch):
         pytest.param(["orpo", "--variant", "checkpointing"], marks=pytest.mark.slow),
         pytest.param(["reward", "--lora"], marks=pytest.mark.slow),
         pytest.param(["grpo", "--bare"], marks=pytest.mark.slow),
-        ["dpo", "--variant", "cached"],
+        pytest.param(["dpo", "--variant", "cached"], marks=pytest.mark.slow),
         ["grpo", "--check"],
         pytest.param(["grpo", "--beta", "0.04", "--profile", "3"], marks=pytest.mark.slow),
         pytest.param(["rloo", "--beta", "0.05"], marks=pytest.mark.slow),

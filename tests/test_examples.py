@@ -46,6 +46,7 @@ def test_dpo_with_your_model_learns_to_prefer(tmp_path):
     assert float(found[2]) > 1
 
 
+@pytest.mark.slow
 def test_own_loop_learns_to_halve_what_is_left(tmp_path):
     found = re.search(r"^games won: (\d+)%, after training (\d+)%$", run("own_loop", tmp_path), flags=re.MULTILINE)
     assert int(found[1]) < 40
@@ -53,7 +54,7 @@ def test_own_loop_learns_to_halve_what_is_left(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["pieces_in_your_module", pytest.param("two_processes", marks=pytest.mark.distributed)]
+    "name", ["pieces_in_your_module", pytest.param("two_processes", marks=[pytest.mark.distributed, pytest.mark.slow])]
 )
 def test_the_loss_falls(name, tmp_path):
     found = re.findall(r"^loss (\S+)$", run(name, tmp_path), flags=re.MULTILINE)

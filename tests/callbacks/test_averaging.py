@@ -344,6 +344,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_process_has_the_same(tmp_path):
     (tmp_path / "script.py").write_text(RANKS)

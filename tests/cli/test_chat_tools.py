@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 import time
 import types
@@ -211,6 +212,15 @@ def test_what_an_environment_says_stays_text(talk):
     assert prompt.count(header) == 1
 
 
+@pytest.fixture
+def interruptible():
+    """A program in the background of a shell ignores SIGINT, and so would its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_a_tool_and_not_the_chat(talk, tmp_path):
     def speak(text):
         if "again" in text.rsplit("<|user|>", 1)[1]:

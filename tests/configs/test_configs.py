@@ -216,6 +216,7 @@ def test_fit_resume_chain_and_evaluate(align, recipe, data):
     assert all(len(row["completions"]) == len(row["rewards"]) == 2 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ddp_overlay_on_two_processes(recipe, tmp_path):
     command = [sys.executable, "-m", "alignment_modules", "fit", *recipe("sft", "ddp"), *QUIET, "--trainer.devices=2"]

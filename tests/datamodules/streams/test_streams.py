@@ -171,6 +171,7 @@ def test_what_goes_to_workers_can_be_sent(loader, write):
     same(first.batch, again.batch)
 
 
+@pytest.mark.slow
 def test_a_program_ends_while_workers_wait(write, tmp_path):
     code = f"""
 import sys

@@ -34,7 +34,8 @@ class Steps(Callback):
 def die(step, turn):
     """Ends the process from a number of optimizer steps on, in the second turn of an episode."""
     if step is not None and Steps.now >= step and turn == 2:
-        Path("killed.txt").write_text(f"step {Steps.now}, turn {turn}")
+        with open("killed.txt", "a") as file:  # another thread's call may be as far
+            file.write(f"step {Steps.now}, turn {turn}")
         end(signal.SIGKILL)
 
 

@@ -220,12 +220,10 @@ class Splits:
 
 
 def _misspelt(seen: Collection[str], accepted: Collection[str]) -> str:
-    """Which column could have been meant by one that no accepted format has."""
+    """Which column could have been meant by one that no format has."""
     wanted = {column for name in accepted for column in formats.COLUMNS[name]}
-    near = (
-        (name, difflib.get_close_matches(name, wanted - set(seen), n=1, cutoff=0.8))
-        for name in sorted(set(seen) - wanted)
-    )
+    strange = sorted(set(seen).difference(*formats.COLUMNS.values()))
+    near = ((name, difflib.get_close_matches(name, wanted - set(seen), n=1, cutoff=0.8)) for name in strange)
     return "".join(f"; did you mean {found[0]!r} by {name!r}?" for name, found in near if found)
 
 
